@@ -1,0 +1,18 @@
+"""CIFAR-10 with the network of the article that the project starts from: widths 64, 128, 256 and 1024 at 32, 16, 8 and
+4 pixels, attention on the two coarsest levels, strided convolutions down and transposed convolutions up.
+
+    python main.py --config=configs/cifar10_article.py --workdir=runs/cifar10_article
+
+The recipe is otherwise that of configs/cifar10.py. No result is published for it.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.paper_32()
+    config.model.channels = 64
+    config.model.channel_multipliers = (1, 2, 4, 16)
+    config.model.attention_levels = (False, False, True, True)
+    config.model.upsample = "transposed"
+    return config

@@ -1,0 +1,24 @@
+"""The embedded digits, 8x8 grey: a whole run in three minutes on two CPU cores.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+
+A network of 0.7 M parameters. So short a run wants what speeds learning up: the v-prediction on a cosine schedule, with
+the loss weighted by min-SNR, t stratified over the batch, a high learning rate that falls to zero, and a fast average.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.paper_32()
+    config.data.update(source="digits", height=8, width=8, channels=1, flip=False)
+    config.model.update(
+        channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.0
+    )
+    config.diffusion.update(schedule="cosine", prediction="v", weighting="min_snr", timestep_sampler="stratified")
+    config.optimizer.update(learning_rate=2e-3, decay="cosine", warmup_steps=100)
+    config.train.update(batch_size=64, num_steps=1300, ema_decays=(0.99,))
+    config.log.update(every_steps=50, sample_every_steps=500, sample_images=16, sample_steps=50)
+    config.checkpoint.every_steps = 500
+    config.sample.update(num_images=64, batch_size=64)
+    return config

@@ -1,0 +1,331 @@
+"""What a run can be told: every field with its default, the checks, and the objects that a config stands for.
+
+This is the only module that knows the config's fields and the library's arguments at once; everything below it takes
+arguments.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ddpm_jax.diffusion import losses, samplers
+from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
+from ddpm_jax.diffusion.schedules import Schedule, make_schedule
+from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.models.unet import UNet
+
+DTYPES = ("float32", "bfloat16")
+LEARNING_RATES = ("constant", "cosine", "linear")
+
+
+def default_config() -> ConfigDict:
+    """Every field of a run. The values are the paper's for CIFAR-10 (Ho et al. 2020, appendix B)."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = data = ConfigDict()
+    data.source = "tfds"  # digits, tfds, folder or array
+    data.name = "cifar10"  # of the tensorflow-datasets data set
+    data.split = "train"
+    data.path = ""  # of the folder, or of the .npz or .npy file
+    data.data_dir = ""  # where tensorflow-datasets keeps its files; "": its default
+    data.height = 32
+    data.width = 32
+    data.channels = 3  # 1: grey, 3: RGB
+    data.flip = True  # random horizontal flips
+    data.skip_broken = False  # go on without the images of a folder that cannot be read
+    data.cache_gib = 2.0  # a set that is smaller when decoded is decoded once and kept in memory
+    data.num_workers = 0  # processes that decode a larger set; 0: threads
+
+    config.model = model = ConfigDict()
+    model.channels = 128
+    model.channel_multipliers = (1, 2, 2, 2)
+    model.num_res_blocks = 2
+    model.attention_resolutions = (16,)
+    model.attention_levels = ()  # on or off a level, such as (False, True, True, False), in place of the resolutions
+    model.middle_attention = True
+    model.num_heads = 1
+    model.attention_patch_size = 1
+    model.dropout = 0.1
+    model.num_groups = 32
+    model.scale_shift = False
+    model.downsample = "conv"  # conv, avg_pool or max_pool
+    model.upsample = "nearest"  # nearest or transposed
+    model.class_conditional = False  # learn the classes of the data set
+    model.dtype = "float32"  # bfloat16: what convolutions and matrix products compute in
+    model.remat = "none"  # blocks: recompute instead of keep, for memory
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.schedule = "linear"
+    diffusion.num_timesteps = 1000
+    diffusion.beta_start = 1e-4
+    diffusion.beta_end = 0.02
+    diffusion.schedule_options = ConfigDict()  # of the cosine and sigmoid schedules
+    diffusion.betas = ()  # the user's own betas; they take the place of all of the above
+    diffusion.prediction = "eps"  # eps, x_0 or v
+    diffusion.variance = "fixed_large"  # fixed_small, fixed_large or learned
+    diffusion.loss = "simple"  # simple, hybrid or vlb
+    diffusion.weighting = "none"  # none, min_snr, p2 or truncated_snr
+    diffusion.vlb_weight = 1e-3
+    diffusion.timestep_sampler = "uniform"  # uniform, stratified or importance
+    diffusion.clip = True  # the predicted x_0 to [-1, 1] when sampling
+    diffusion.dynamic_threshold = 0.0  # a quantile such as 0.995 for dynamic thresholding; 0: off
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # any of optax
+    optimizer.learning_rate = 2e-4
+    optimizer.decay = "constant"  # constant, cosine or linear, after the warm-up
+    optimizer.decay_steps = 0  # the step at which the learning rate has reached 0; 0: train.num_steps
+    optimizer.warmup_steps = 5000
+    optimizer.grad_clip = 1.0  # global norm; 0: off
+    optimizer.options = ConfigDict()  # further arguments of the optax optimiser: b1, b2, eps, weight_decay, ...
+
+    config.train = train = ConfigDict()
+    train.batch_size = 128  # of all devices together
+    train.num_steps = 800_000
+    train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
+
+    config.log = log = ConfigDict()
+    log.every_steps = 100
+    log.tensorboard = True
+    log.sample_every_steps = 5000  # a grid of EMA samples; 0: none
+    log.sample_images = 64
+    log.sample_steps = 250
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 5000
+    checkpoint.every_minutes = 0.0  # also after so many minutes; 0: off
+    checkpoint.keep = 3
+
+    config.sample = sample = ConfigDict()
+    sample.sampler = "ddpm"
+    sample.num_steps = 0  # 0: every timestep
+    sample.num_images = 64  # in the grid at the end of training
+    sample.batch_size = 256
+    return config
+
+
+# Fields that may differ when a run goes on: they change how long and how it is watched, not what is learned.
+MAY_CHANGE = (
+    "train.num_steps",
+    "log",
+    "checkpoint",
+    "sample",
+    "data.cache_gib",
+    "data.num_workers",
+    "data.data_dir",
+    "data.path",
+)
+_FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
+
+
+def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.field", value) of every leaf."""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict) and prefix + name not in _FREE_FORM:
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, dict(value) if isinstance(value, Mapping | ConfigDict) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(item) for name, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text)))
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """What differs in fields that may not change while a run goes on, as "field: old -> new"."""
+    old_fields, new_fields = dict(fields(old)), dict(fields(new))
+    return [
+        f"{name}: {old_fields.get(name)!r} -> {new_fields.get(name)!r}"
+        for name in sorted(old_fields.keys() | new_fields.keys())
+        if old_fields.get(name) != new_fields.get(name)
+        and not any(name == allowed or name.startswith(allowed + ".") for allowed in MAY_CHANGE)
+    ]
+
+
+def _check_types(config: ConfigDict) -> None:
+    known = dict(fields(default_config()))
+    found = dict(fields(config))
+    for name, value in found.items():
+        if name not in known:
+            raise UserError(f"config field {name!r} does not exist.{nearest(name, known)}")
+        default = known[name]
+        accepted = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise UserError(f"config.{name} is {value!r}; accepted: a value of type {type(default).__name__}")
+    for name in known:
+        if name not in found:
+            raise UserError(f"config field {name!r} is missing")
+
+
+def _check_values(config: ConfigDict) -> None:
+    diffusion, optimizer, train = config.diffusion, config.optimizer, config.train
+    for name, value, accepted in (
+        ("diffusion.prediction", diffusion.prediction, PREDICTIONS),
+        ("diffusion.variance", diffusion.variance, VARIANCES),
+        ("diffusion.loss", diffusion.loss, losses.LOSSES),
+        ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
+        ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
+        ("optimizer.decay", optimizer.decay, LEARNING_RATES),
+        ("sample.sampler", config.sample.sampler, tuple(samplers.SAMPLERS)),
+        ("model.dtype", config.model.dtype, DTYPES),
+    ):
+        if value not in accepted:
+            raise UserError(f"config.{name} is {value!r}; accepted: {', '.join(accepted)}.{nearest(value, accepted)}")
+    for name, value, least in (
+        ("train.batch_size", train.batch_size, 1),
+        ("train.num_steps", train.num_steps, 1),
+        ("data.height", config.data.height, 1),
+        ("data.width", config.data.width, 1),
+        ("model.channels", config.model.channels, 2),
+        ("model.num_res_blocks", config.model.num_res_blocks, 1),
+        ("model.num_heads", config.model.num_heads, 1),
+        ("model.num_groups", config.model.num_groups, 1),
+        ("model.attention_patch_size", config.model.attention_patch_size, 1),
+        ("log.every_steps", config.log.every_steps, 1),
+        ("log.sample_every_steps", config.log.sample_every_steps, 0),
+        ("log.sample_images", config.log.sample_images, 1),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("sample.num_images", config.sample.num_images, 1),
+        ("sample.batch_size", config.sample.batch_size, 1),
+        ("sample.num_steps", config.sample.num_steps, 0),
+    ):
+        if value < least:
+            raise UserError(f"config.{name} is {value}; at least {least} is needed")
+    if not 0.0 <= config.model.dropout < 1.0:
+        raise UserError(f"config.model.dropout is {config.model.dropout}; accepted: 0 to below 1")
+    if not 0.0 <= diffusion.dynamic_threshold <= 1.0:
+        raise UserError(f"config.diffusion.dynamic_threshold is {diffusion.dynamic_threshold}; accepted: 0 to 1")
+    decays = train.ema_decays
+    if not decays or not all(0.0 <= decay < 1.0 for decay in decays):
+        raise UserError(f"config.train.ema_decays is {decays}; accepted: one or more values from 0 to below 1")
+    if not config.model.channel_multipliers or min(config.model.channel_multipliers) < 1:
+        raise UserError(
+            f"config.model.channel_multipliers is {config.model.channel_multipliers}; accepted: integers of 1 or more"
+        )
+    for name, steps in (("log.sample_steps", config.log.sample_steps), ("sample.num_steps", config.sample.num_steps)):
+        most = len(diffusion.betas) or diffusion.num_timesteps
+        if steps > most:
+            raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
+
+
+def validate(config: ConfigDict, num_devices: int = 1) -> None:
+    """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing."""
+    _check_types(config)
+    _check_values(config)
+    if config.train.batch_size % num_devices:
+        raise UserError(
+            f"config.train.batch_size is {config.train.batch_size}; it must be divisible by the {num_devices} devices"
+        )
+    try:
+        schedule = make_schedule_from(config)
+        make_optimizer(config)
+        net = make_model(config, num_classes=10)
+        shape = (1, config.data.height, config.data.width, config.data.channels)
+
+        def loss(key: jax.Array) -> jax.Array:
+            x, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+            model_fn = jax.tree_util.Partial(net.apply, net.init(key, x, t))
+            return losses.training_loss(schedule, model_fn, key, x, t=t, **loss_options(config))
+
+        jax.eval_shape(loss, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f"config: {error}") from None
+
+
+def make_schedule_from(config: ConfigDict) -> Schedule:
+    diffusion = config.diffusion
+    if diffusion.betas:
+        return make_schedule(jnp.asarray(diffusion.betas))
+    return make_schedule(
+        diffusion.schedule,
+        diffusion.num_timesteps,
+        diffusion.beta_start,
+        diffusion.beta_end,
+        **diffusion.schedule_options,
+    )
+
+
+def make_model(config: ConfigDict, num_classes: int) -> UNet:
+    """The network; `num_classes` of the data set counts only if the config is class-conditional."""
+    options = dict(config.model)
+    class_conditional = options.pop("class_conditional")
+    return UNet(
+        **{
+            **options,
+            "attention_levels": options["attention_levels"] or None,
+            "dtype": jnp.dtype(options["dtype"]),
+            "learned_variance": config.diffusion.variance == "learned",
+            "num_classes": num_classes if class_conditional else None,
+        }
+    )
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up from 0, then constant or falling to 0."""
+    optimizer = config.optimizer
+    steps = optimizer.decay_steps or config.train.num_steps
+    rate, remaining = optimizer.learning_rate, max(steps - optimizer.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, remaining),
+        "linear": optax.linear_schedule(rate, 0.0, remaining),
+    }[optimizer.decay]
+    if not optimizer.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, rate, optimizer.warmup_steps)
+    return optax.join_schedules([warmup, after], [optimizer.warmup_steps])
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Clipping by global norm, then the named optax optimiser."""
+    name, options = config.optimizer.name, dict(config.optimizer.options)
+    factory: Any = getattr(optax, name, None)
+    parameters = list(inspect.signature(factory).parameters) if callable(factory) else []
+    if "learning_rate" not in parameters:
+        names = [n for n in dir(optax) if callable(f := getattr(optax, n)) and not isinstance(f, type) and n.islower()]
+        raise UserError(f"config.optimizer.name is {name!r}, which is no optimiser of optax.{nearest(name, names)}")
+    unknown = [option for option in options if option not in parameters]
+    if unknown:
+        raise UserError(
+            f"config.optimizer.options has {unknown[0]!r}, which optax.{name} does not take."
+            f"{nearest(unknown[0], parameters)}"
+        )
+    optimizer = factory(learning_rate=learning_rate(config), **options)
+    if config.optimizer.grad_clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.optimizer.grad_clip), optimizer)
+    return optimizer
+
+
+def loss_options(config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `training_loss`."""
+    names = ("prediction", "variance", "loss", "weighting", "vlb_weight")
+    return {name: config.diffusion[name] for name in names}
+
+
+def sampling_options(config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `sample` that the config fixes."""
+    diffusion = config.diffusion
+    return {
+        "sampler": config.sample.sampler,
+        "prediction": diffusion.prediction,
+        "variance": diffusion.variance,
+        "clip": diffusion.clip,
+        "dynamic_threshold": diffusion.dynamic_threshold or None,
+    }

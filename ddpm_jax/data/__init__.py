@@ -1,0 +1,1 @@
+"""Where images come from (`sources`) and which of them make up a step (`pipeline`)."""

@@ -1,0 +1,145 @@
+"""Which images make up which step, and how they reach the devices.
+
+The images of step k are a pure function of (seed, k): the epochs' shuffled orders follow one another without a gap, and
+step k takes positions k B to (k + 1) B of that line. So every image comes once an epoch, the global batch is the same
+for any number of processes and devices, and resuming needs the step's number alone.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from ddpm_jax.data.sources import Source
+
+Batch = dict[str, Any]
+T = TypeVar("T")
+
+
+@functools.lru_cache(maxsize=3)
+def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The order of the images in an epoch, int64 [num_images].
+
+    Sorted by the raw output of a counter-based generator, whose stream NumPy keeps the same across versions (it does
+    not promise that of `Generator.permutation`).
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_images)
+    return np.argsort(keys, kind="stable")
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.ndarray:
+    """The images of step `step`, int64 [batch_size]."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, offsets = np.divmod(positions, num_images)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = epoch_permutation(seed, int(epoch), num_images)[offsets[here]]
+    return indices
+
+
+def _stack(examples: list[dict[str, Any]]) -> Batch:
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }
+
+
+def decode_all(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> Batch:
+    """All examples of a source as one batch: uint8 [N, H, W, C] and int32 [N]."""
+    images = np.empty((len(source), *source.shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    with ThreadPoolExecutor() as pool:
+        for index, example in enumerate(pool.map(source.__getitem__, range(len(source)))):
+            images[index], labels[index] = example["image"], example["label"]
+            progress(index + 1, len(source))
+    return {"image": images, "label": labels}
+
+
+class _StepBatches:
+    """The batches of consecutive steps as a random-access source for grain; this process's rows only."""
+
+    def __init__(self, source: Source, seed: int, batch_size: int, rows: slice, first_step: int, last_step: int):
+        self.source, self.seed, self.batch_size, self.rows = source, seed, batch_size, rows
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+    def __getitem__(self, index: int) -> Batch:
+        indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
+        return _stack([self.source[int(i)] for i in indices[self.rows]])
+
+
+def host_batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    first_step: int,
+    last_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    cache_bytes: int = 2 << 30,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Batch]:
+    """This process's share of the batches of steps first_step .. last_step - 1.
+
+    Args:
+      source: the images.
+      seed: of the shuffling.
+      batch_size: of the global batch; divisible by process_count.
+      first_step, last_step: the steps wanted.
+      process_index, process_count: this process's rows are its equal share of the batch, in order.
+      cache_bytes: sets that take at most this much when decoded are decoded once and kept; larger ones are decoded
+        by grain as they are needed.
+      num_workers: processes that decode a larger set; 0: threads of this process.
+      progress: told how many images of a kept set are decoded.
+
+    Yields:
+      {"image": uint8 [B / processes, H, W, C], "label": int32 [B / processes]}.
+    """
+    share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share)
+    if len(source) * int(np.prod(source.shape)) <= cache_bytes:
+        examples = decode_all(source, progress)
+        for step in range(first_step, last_step):
+            indices = batch_indices(seed, step, batch_size, len(source))[rows]
+            yield {name: values[indices] for name, values in examples.items()}
+        return
+    batches = _StepBatches(source, seed, batch_size, rows, first_step, last_step)
+    dataset = grain.MapDataset.source(batches)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook; grain's workers read absl flags
+            flags.FLAGS.mark_as_parsed()
+        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        iterable = dataset.to_iter_dataset(threads).mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    else:
+        iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
+    yield from iterable
+
+
+def device_batches(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[Batch]:
+    """The batches as global arrays on the devices, fetched and sent `depth` steps ahead by a thread of its own."""
+
+    def put(batch: Batch) -> Batch:
+        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+    return prefetch(map(put, batches), depth)
+
+
+def prefetch(iterator: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, computed up to `depth` ahead in a thread; its errors are raised where their item would be."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item  # type: ignore[misc]

@@ -1,0 +1,375 @@
+"""What images there are: a data set of tensorflow-datasets, the embedded digits, a folder, or an array on disk.
+
+A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for.
+It is cheap to open and decodes an image only when that is asked for, from any thread or worker process.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ddpm_jax.errors import UserError
+
+SOURCES = ("digits", "tfds", "folder", "array")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+Example = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The size every image is brought to: scaled to cover it, then cropped at the centre.
+
+    Attributes:
+      height, width: in pixels.
+      channels: 1 (grey) or 3 (RGB).
+    """
+
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.height, self.width, self.channels)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """uint8 [H, W, C] of a PIL image. Transparent parts become white."""
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if image.size != (self.width, self.height):
+            scale = max(self.width / image.width, self.height / image.height)
+            width = max(self.width, round(image.width * scale))
+            height = max(self.height, round(image.height * scale))
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            left, top = (width - self.width) // 2, (height - self.height) // 2
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return np.asarray(image, np.uint8).reshape(self.shape)
+
+
+class Source(Protocol):
+    """A sequence of examples and what a workdir records about it.
+
+    Attributes:
+      shape: (H, W, C) of every image.
+      class_names: one a label; empty if the images have no classes.
+    """
+
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able description, equal if and only if the examples are."""
+        ...
+
+
+def _description(source: Source, kind: str, fingerprint: str, **details: Any) -> dict[str, Any]:
+    return {
+        "source": kind,
+        **details,
+        "num_images": len(source),
+        "shape": list(source.shape),
+        "class_names": list(source.class_names),
+        "fingerprint": fingerprint,
+    }
+
+
+class ArraySource:
+    """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and, if it has classes, `label`."""
+
+    _IMAGE_KEYS = ("image", "images", "x", "arr_0")
+    _LABEL_KEYS = ("label", "labels", "y", "arr_1")
+
+    def __init__(self, path: str, fit: Fit, labels: bool):
+        self.path, self.fit, self.shape = path, fit, fit.shape
+        images, label = self._read(Path(path), labels)
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+            raise UserError(
+                f"data.path {path!r} holds {images.dtype} {images.shape}; "
+                "accepted: uint8 [N, H, W] or [N, H, W, C] with N >= 1 and 1, 3 or 4 channels"
+            )
+        self.images = images
+        self.labels = label
+        self.class_names: tuple[str, ...] = () if label is None else tuple(str(i) for i in range(int(label.max()) + 1))
+
+    def _read(self, path: Path, labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        if not path.is_file():
+            raise UserError(f"data.path {str(path)!r} is not a file; an .npz or .npy of uint8 images is expected")
+        try:
+            loaded = np.load(path, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                if labels:
+                    raise UserError(f"data.path {str(path)!r} is one array without labels; use an .npz with 'label'")
+                return loaded, None
+            with loaded:
+                key = next((k for k in self._IMAGE_KEYS if k in loaded), None)
+                if key is None:
+                    raise UserError(
+                        f"data.path {str(path)!r} has the arrays {sorted(loaded)}; "
+                        f"the images must be called one of {', '.join(self._IMAGE_KEYS)}"
+                    )
+                images = loaded[key]
+                if not labels:
+                    return images, None
+                label_key = next((k for k in self._LABEL_KEYS if k in loaded), None)
+                label = None if label_key is None else loaded[label_key]
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"data.path {str(path)!r} cannot be read as .npz or .npy: {error}") from None
+        if label is None or label.shape != images.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
+            found = "no labels" if label is None else f"labels {label.dtype} {label.shape}"
+            raise UserError(
+                f"data.path {str(path)!r} has {found}; one of {', '.join(self._LABEL_KEYS)} must hold "
+                f"non-negative integers [{len(images)}]"
+            )
+        return images, label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        image = self.images[index]
+        if image.shape != self.shape:
+            image = self.fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+        return {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels, np.int64).data)
+        return _description(self, "array", digest.hexdigest(), path=self.path)
+
+
+class FolderSource:
+    """Every png, jpg, webp or bmp file under a folder, in the order of their paths.
+
+    With `labels` the class of an image is the folder directly under the root that it lies in.
+    """
+
+    def __init__(self, path: str, fit: Fit, labels: bool, skipped: Sequence[str] = ()):
+        self.root, self.fit, self.shape = Path(path), fit, fit.shape
+        if not path:
+            raise UserError("data.path is empty; the folder with the images is needed: --config.data.path=...")
+        if not self.root.is_dir():
+            raise UserError(f"data.path {path!r} is not a folder")
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        self.skipped = tuple(skipped)
+        self.paths = sorted({p.relative_to(self.root).as_posix() for p in found} - set(self.skipped))
+        if not self.paths:
+            raise UserError(f"data.path {path!r} holds no images; accepted: {', '.join(IMAGE_SUFFIXES)} files")
+        self.class_names: tuple[str, ...] = ()
+        self.labels: list[int] | None = None
+        if labels:
+            loose = next((p for p in self.paths if "/" not in p), None)
+            if loose:
+                raise UserError(f"image {loose!r} lies in no sub-folder of {path!r}; with classes each one must")
+            folders = [p.split("/", 1)[0] for p in self.paths]
+            self.class_names = tuple(sorted(set(folders)))
+            self.labels = [self.class_names.index(folder) for folder in folders]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(self.root / self.paths[index]) as image:
+                array = self.fit(ImageOps.exif_transpose(image))
+        return {"image": array, "label": 0 if self.labels is None else self.labels[index]}
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path}\0{(self.root / path).stat().st_size}\n".encode())
+        return _description(
+            self, "folder", digest.hexdigest(), path=str(self.root.resolve()), skipped=list(self.skipped)
+        )
+
+    def find_broken(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, str]:
+        """Decodes every image once; path and error of each that cannot be."""
+
+        def check(index: int) -> str | None:
+            try:
+                self[index]
+            except Exception as error:  # Pillow's decoders raise many kinds
+                return str(error) or type(error).__name__
+            return None
+
+        broken = {}
+        with ThreadPoolExecutor() as pool:
+            for index, error in enumerate(pool.map(check, range(len(self)))):
+                if error:
+                    broken[self.paths[index]] = error
+                progress(index + 1, len(self))
+        return broken
+
+
+class TfdsSource:
+    """One split of a tensorflow-datasets builder, read from array_record files without TensorFlow."""
+
+    def __init__(self, builder: Any, split: str, fit: Fit, labels: bool):
+        import tensorflow_datasets as tfds
+
+        self.fit, self.shape = fit, fit.shape
+        info = builder.info
+        self.full_name, self.split = info.full_name, split
+        if "image" not in info.features:
+            raise UserError(f"data set {info.name!r} has no 'image' (it has {', '.join(info.features)})")
+        if labels and "label" not in info.features:
+            raise UserError(f"data set {info.name!r} has no 'label', so model.class_conditional must be False")
+        self.class_names: tuple[str, ...] = tuple(info.features["label"].names) if labels else ()
+        self._labels = labels
+        # The images stay encoded until one is asked for; tensorflow-datasets' own decoder would ask for OpenCV.
+        self._data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        if not len(self._data):
+            raise UserError(f"split {split!r} of data set {info.name!r} is empty")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._data[index]
+        with Image.open(io.BytesIO(example["image"])) as image:
+            return {"image": self.fit(image), "label": int(example["label"]) if self._labels else 0}
+
+    def describe(self) -> dict[str, Any]:
+        # tensorflow-datasets writes the same bytes for the same version, so name and split are the examples' identity.
+        identity = json.dumps([self.full_name, self.split, len(self), list(self.shape)])
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        return _description(self, "tfds", fingerprint, name=self.full_name, split=self.split)
+
+
+def _prepared_builder(name: str, data_dir: str | None) -> Any:
+    """A builder whose array_record files lie on disk, prepared first if they do not."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    if name == "digits":
+        from ddpm_jax.data.digits import Digits
+
+        builder = Digits(data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+        return builder
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        raise UserError(f"data.name {name!r}: {str(error).splitlines()[0]}") from None
+    if builder.is_prepared():
+        return builder
+    _check_network(builder)
+    with tfds.core.registered.skip_registering():
+        builder = _without_tensorflow(type(builder))(
+            data_dir=data_dir, file_format="array_record", config=builder.builder_config
+        )
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise UserError(
+            f"data set {name!r} is prepared with a package that is not installed ({error}); "
+            "pip install 'ddpm-jax[tensorflow]' brings TensorFlow, which only this first step needs"
+        ) from None
+    except (AssertionError, OSError, tfds.download.DownloadError) as error:
+        raise UserError(f"data set {name!r} could not be prepared: {error}") from None
+    return builder
+
+
+def _without_tensorflow(builder_class: Any) -> Any:
+    """The builder class, its arrays handed over as PIL images, which tensorflow-datasets encodes without TensorFlow."""
+
+    def to_pil(value: Any) -> Any:
+        is_image = isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3
+        if not is_image or value.shape[-1] not in (1, 3):
+            return value
+        return Image.fromarray(value.squeeze(-1) if value.shape[-1] == 1 else value)
+
+    def _generate_examples(self, *args, **kwargs):
+        examples = super(subclass, self)._generate_examples(*args, **kwargs)
+        if not hasattr(examples, "__next__"):
+            return examples  # an Apache Beam pipeline
+        return ((key, {name: to_pil(value) for name, value in example.items()}) for key, example in examples)
+
+    attributes = {
+        "_generate_examples": _generate_examples,
+        "name": builder_class.name,
+        "pkg_dir_path": builder_class._get_pkg_dir_path(),
+        "__module__": builder_class.__module__,
+    }
+    subclass: Any = type(builder_class.__name__, (builder_class,), attributes)
+    return subclass
+
+
+def _check_network(builder: Any) -> None:
+    """Fails within seconds where a download would be retried for minutes."""
+    import requests
+
+    for url in list(builder.url_infos or {})[:1]:
+        try:
+            requests.head(url, timeout=5, allow_redirects=True)
+        except requests.RequestException:
+            host = url.split("/")[2]
+            raise UserError(
+                f"data set {builder.info.name!r} is not prepared in {builder.data_dir} and {host} cannot be reached; "
+                "prepare it on a machine with network and copy that folder, or name its place with data.data_dir"
+            ) from None
+
+
+def open_source(
+    kind: str,
+    *,
+    name: str = "",
+    split: str = "train",
+    path: str = "",
+    data_dir: str | None = None,
+    height: int,
+    width: int,
+    channels: int,
+    labels: bool = False,
+    skipped: Sequence[str] = (),
+) -> Source:
+    """Opens a source of images.
+
+    Args:
+      kind: "digits" (embedded), "tfds" (by `name`), "folder" or "array" (by `path`).
+      name: of a tensorflow-datasets data set: "cifar10", "celeb_a_hq/256", "lsun/church_outdoor".
+      split: of that data set, its slicing notation included: "train[:1000]".
+      path: of the folder, or of the .npz or .npy file.
+      data_dir: where tensorflow-datasets keeps its files; None: its default.
+      height, width, channels: of the images it gives.
+      labels: whether the images' classes are wanted.
+      skipped: of a folder, the files to leave out.
+
+    Raises:
+      UserError: what is missing or unreadable, by name.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels is {channels}; accepted: 1 (grey) or 3 (RGB)")
+    fit = Fit(height, width, channels)
+    if kind == "folder":
+        return FolderSource(path, fit, labels, skipped)
+    if kind == "array":
+        return ArraySource(path, fit, labels)
+    if kind in ("digits", "tfds"):
+        builder = _prepared_builder("digits" if kind == "digits" else name, data_dir)
+        try:
+            return TfdsSource(builder, split, fit, labels)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"split {split!r} of data set {builder.info.full_name!r} cannot be read: {error}") from None
+    raise UserError(f"data.source is {kind!r}; accepted: {', '.join(SOURCES)}")

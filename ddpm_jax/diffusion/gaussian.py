@@ -1,0 +1,262 @@
+"""The forward process q and the reverse process p_theta as pure functions of arrays.
+
+The network's output can mean three things, all the same statement about x_t = a x_0 + s eps, with a = sqrt(abar_t) and
+s = sqrt(1 - abar_t):
+
+    eps    the noise                                        (DDPM)
+    x_0    the clean image
+    v      a eps - s x_0                                    (Salimans & Ho 2022)
+
+`to_x_0` and `from_x_0` convert between them, and everything else is written in terms of x_0. Images are [B, H, W, C]
+in [-1, 1] (any [B, ...] works), t is int32 [B] in 0..T-1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.diffusion.schedules import Schedule, extract
+
+Array = jax.Array
+ModelFn = Callable[[Array, Array], Array]
+
+PREDICTIONS = ("eps", "x_0", "v")
+VARIANCES = ("fixed_small", "fixed_large", "learned")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """p_theta(x_{t-1} | x_t): mean, variance and log_variance as [B, H, W, C] (variances may broadcast), and the x_0
+    that the mean was computed from."""
+
+    mean: Array
+    variance: Array
+    log_variance: Array
+    x_0: Array
+
+
+def check_option(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+
+
+def normal(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Standard normal noise of `shape`, from one key or from one key an example ([B] keys).
+
+    With one key an example, an image's noise does not depend on which other images share its batch.
+    """
+    if key.ndim == 0:
+        return jax.random.normal(key, shape, dtype)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
+
+
+# Forward process.
+
+
+def q_step(schedule: Schedule, x_prev: Array, t: Array, noise: Array) -> Array:
+    """One noising step, x_t ~ q(x_t | x_{t-1}) (DDPM, eq. 2), given its standard normal noise."""
+    beta = extract(schedule.betas, t, x_prev.ndim)
+    return jnp.sqrt(1.0 - beta) * x_prev + jnp.sqrt(beta) * noise
+
+
+def q_sample(schedule: Schedule, x_0: Array, t: Array, noise: Array) -> Array:
+    """x_t ~ q(x_t | x_0) in closed form (DDPM, eq. 4), given its standard normal noise.
+
+    Args:
+      schedule: T timesteps.
+      x_0: [B, H, W, C].
+      t: int32 [B].
+      noise: like x_0.
+
+    Returns:
+      [B, H, W, C].
+    """
+    a = extract(schedule.sqrt_alphas_cumprod, t, x_0.ndim)
+    s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x_0.ndim)
+    return a * x_0 + s * noise
+
+
+def q_posterior(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> tuple[Array, Array, Array]:
+    """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7).
+
+    The mean is [B, H, W, C], the variances [B, 1, 1, 1]. At t = 0 the variance is 0 and the log-variance that of t = 1.
+    """
+    coef1 = extract(schedule.posterior_mean_coef1, t, x_t.ndim)
+    coef2 = extract(schedule.posterior_mean_coef2, t, x_t.ndim)
+    variance = extract(schedule.posterior_variance, t, x_t.ndim)
+    log_variance = extract(schedule.posterior_log_variance_clipped, t, x_t.ndim)
+    return coef1 * x_0 + coef2 * x_t, variance, log_variance
+
+
+# What the network's output means.
+
+
+def to_x_0(prediction: str, output: Array, x_t: Array, a: Array, s: Array) -> Array:
+    """x_0 from a network output of the given meaning, where x_t = a x_0 + s eps."""
+    check_option("prediction", prediction, PREDICTIONS)
+    if prediction == "eps":
+        return (x_t - s * output) / a
+    if prediction == "v":
+        return a * x_t - s * output
+    return output
+
+
+def from_x_0(prediction: str, x_0: Array, x_t: Array, a: Array, s: Array) -> Array:
+    """The inverse of `to_x_0`: the eps, x_0 or v that x_0 and x_t stand for."""
+    check_option("prediction", prediction, PREDICTIONS)
+    if prediction == "eps":
+        return (x_t - a * x_0) / s
+    if prediction == "v":
+        return (a * x_t - x_0) / s
+    return x_0
+
+
+def convert_prediction(schedule: Schedule, output: Array, x_t: Array, t: Array, source: str, target: str) -> Array:
+    """Turns a network output meaning `source` ("eps", "x_0" or "v") into what it says of `target`."""
+    check_option("target", target, PREDICTIONS)
+    if source == target:
+        return output
+    a = extract(schedule.sqrt_alphas_cumprod, t, x_t.ndim)
+    s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x_t.ndim)
+    return from_x_0(target, to_x_0(source, output, x_t, a, s), x_t, a, s)
+
+
+def clip_x_0(x_0: Array, clip: bool = True, dynamic_threshold: float | None = None) -> Array:
+    """Keeps a predicted x_0 where images are.
+
+    Args:
+      x_0: [B, H, W, C].
+      clip: to [-1, 1].
+      dynamic_threshold: None, or the quantile q of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3):
+        each image is clipped to [-s, s] and divided by s = max(1, q-quantile of its absolute values).
+    """
+    if dynamic_threshold is not None:
+        axes = tuple(range(1, x_0.ndim))
+        s = jnp.maximum(jnp.quantile(jnp.abs(x_0), dynamic_threshold, axis=axes, keepdims=True), 1.0)
+        return jnp.clip(x_0, -s, s) / s
+    return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+
+
+def split_output(model_output: Array, variance: str) -> tuple[Array, Array | None]:
+    """(prediction, interpolation) of a network with learned variance, whose channels hold both; else (output, None)."""
+    check_option("variance", variance, VARIANCES)
+    if variance != "learned":
+        return model_output, None
+    channels = model_output.shape[-1]
+    if channels % 2:
+        raise ValueError(f"variance 'learned' needs an even number of output channels, not {channels}")
+    return model_output[..., : channels // 2], model_output[..., channels // 2 :]
+
+
+def interpolate_log_variance(interpolation: Array, smallest: Array, largest: Array) -> Array:
+    """exp of it lies between the two bounds, geometrically: interpolation -1 gives the smallest, 1 the largest
+    (Improved DDPM, eq. 15)."""
+    fraction = (interpolation + 1.0) / 2.0
+    return fraction * largest + (1.0 - fraction) * smallest
+
+
+# Reverse process.
+
+
+def p_mean_variance(
+    schedule: Schedule,
+    model_output: Array,
+    x_t: Array,
+    t: Array,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = True,
+    dynamic_threshold: float | None = None,
+) -> Gaussian:
+    """p_theta(x_{t-1} | x_t) from the network's output (DDPM, section 3.2).
+
+    Args:
+      schedule: T timesteps.
+      model_output: [B, H, W, C], or [B, H, W, 2 C] for the learned variance.
+      x_t: [B, H, W, C].
+      t: int32 [B].
+      prediction: what the output means: "eps", "x_0" or "v".
+      variance: "fixed_small" (the posterior's), "fixed_large" (beta_t) or "learned" (between the two).
+      clip: clip the predicted x_0 to [-1, 1].
+      dynamic_threshold: a quantile for dynamic thresholding instead; see `clip_x_0`.
+
+    Returns:
+      A `Gaussian`: mean and x_0 [B, H, W, C]; variance and log_variance [B, 1, 1, 1], or [B, H, W, C] if learned.
+
+    Raises:
+      ValueError: an unknown prediction or variance.
+    """
+    output, interpolation = split_output(model_output, variance)
+    x_0 = convert_prediction(schedule, output, x_t, t, prediction, "x_0")
+    x_0 = clip_x_0(x_0, clip, dynamic_threshold)
+    mean, small, log_small = q_posterior(schedule, x_0, x_t, t)
+    if interpolation is not None:
+        log_variance = interpolate_log_variance(interpolation, log_small, extract(schedule.log_betas, t, x_t.ndim))
+        return Gaussian(mean, jnp.exp(log_variance), log_variance, x_0)
+    if variance == "fixed_small":
+        return Gaussian(mean, small, log_small, x_0)
+    beta = extract(schedule.betas, t, x_t.ndim)
+    return Gaussian(mean, beta, extract(schedule.fixed_large_log_variance, t, x_t.ndim), x_0)
+
+
+def as_argument(model_fn: ModelFn) -> jax.tree_util.Partial:
+    """The model function as a pytree that jit-compiled functions take as an argument.
+
+    A `jax.tree_util.Partial(net.apply, variables)` passes as it is, its weights staying arguments of the compiled
+    program; any other callable is wrapped and becomes part of the program, compiled anew for each new object.
+    """
+    return model_fn if isinstance(model_fn, jax.tree_util.Partial) else jax.tree_util.Partial(model_fn)
+
+
+def p_sample(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_t: Array,
+    t: Array,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = True,
+    dynamic_threshold: float | None = None,
+) -> Array:
+    """One ancestral step, x_{t-1} ~ p_theta(x_{t-1} | x_t) (DDPM, algorithm 2), jit-compiled.
+
+    No noise is added where t = 0.
+
+    Args:
+      schedule: T timesteps.
+      model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
+      key: one typed key, or [B] of them.
+      x_t: [B, H, W, C].
+      t: int32 [B].
+      prediction, variance, clip, dynamic_threshold: as in `p_mean_variance`.
+
+    Returns:
+      x_{t-1} [B, H, W, C].
+    """
+    check_option("prediction", prediction, PREDICTIONS)
+    check_option("variance", variance, VARIANCES)
+    return _p_sample(schedule, as_argument(model_fn), key, x_t, t, prediction, variance, clip, dynamic_threshold)
+
+
+@partial(jax.jit, static_argnames=("prediction", "variance", "clip", "dynamic_threshold"))
+def _p_sample(schedule, model_fn, key, x_t, t, prediction, variance, clip, dynamic_threshold):
+    p = p_mean_variance(
+        schedule,
+        model_fn(x_t, t),
+        x_t,
+        t,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+        dynamic_threshold=dynamic_threshold,
+    )
+    last = (t == 0).reshape(-1, *(1,) * (x_t.ndim - 1))
+    scale = jnp.where(last, 0.0, jnp.exp(0.5 * p.log_variance))
+    return p.mean + scale * normal(key, x_t.shape, x_t.dtype)

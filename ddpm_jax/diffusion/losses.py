@@ -1,0 +1,311 @@
+"""Training losses, the variational bound, and how t is drawn.
+
+The bound on the negative log-likelihood (DDPM, eq. 5) is
+
+    L = L_T + L_{T-1} + ... + L_1 + L_0
+
+with L_T = KL(q(x_T | x_0) || N(0, I)), the L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), and L_0 the
+negative log-likelihood of the 8-bit image under a discretised Gaussian. All are given in bits per dimension. With
+t counted from 0, entry t of an array of terms is L_0 for t = 0 and the KL between step t + 1 and t otherwise.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+
+from ddpm_jax.diffusion.gaussian import (
+    Array,
+    ModelFn,
+    as_argument,
+    check_option,
+    convert_prediction,
+    normal,
+    p_mean_variance,
+    q_posterior,
+    q_sample,
+    split_output,
+)
+from ddpm_jax.diffusion.schedules import Schedule, extract
+
+LOSSES = ("simple", "hybrid", "vlb")
+WEIGHTINGS = ("none", "min_snr", "p2", "truncated_snr")
+TIMESTEP_SAMPLERS = ("uniform", "stratified", "importance")
+
+
+def mean_flat(x: Array) -> Array:
+    """Mean over all axes but the first."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def normal_kl(mean_1: Array, log_variance_1: Array, mean_2: Array, log_variance_2: Array) -> Array:
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, elementwise."""
+    difference = log_variance_1 - log_variance_2
+    return 0.5 * (jnp.exp(difference) - 1.0 - difference + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
+
+
+def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
+    """log-probability, in nats, of 8-bit values under a Gaussian integrated over their bins (DDPM, eq. 13).
+
+    Args:
+      x: values k / 127.5 - 1 for k in 0..255.
+      mean, log_scale: of the Gaussian; log_scale is the log of its standard deviation.
+
+    Returns:
+      Elementwise log-probabilities; the 256 bins, of width 2 / 255 and the outer two open, sum to one.
+    """
+    inverse = jnp.exp(-log_scale)
+    centred = x - mean
+    upper = jnp.where(x > 0.999, jnp.inf, (centred + 1.0 / 255.0) * inverse)
+    lower = jnp.where(x < -0.999, -jnp.inf, (centred - 1.0 / 255.0) * inverse)
+    # The normal distribution is symmetric; reflected into its lower tail, the difference of the two values of its
+    # distribution function keeps its precision.
+    reflect = centred > 0
+    lower, upper = jnp.where(reflect, -upper, lower), jnp.where(reflect, -lower, upper)
+    # Infinities would make the gradient of the branch not taken NaN.
+    upper_open, lower_open = jnp.isposinf(upper), jnp.isneginf(lower)
+    log_upper = jnp.where(upper_open, 0.0, log_ndtr(jnp.where(upper_open, 0.0, upper)))
+    log_lower = log_ndtr(jnp.where(lower_open, -1.0, lower))
+    # A bin so narrow or so far out that float32 sees no difference still has the smallest probability it can hold.
+    ratio = jnp.where(lower_open, 0.0, jnp.exp(jnp.minimum(log_lower - log_upper, -1e-7)))
+    return log_upper + jnp.log1p(-ratio)
+
+
+def prior_bpd(schedule: Schedule, x_0: Array) -> Array:
+    """L_T [B] in bits/dim: how far q(x_T | x_0) is from N(0, I)."""
+    last = jnp.full(x_0.shape[:1], schedule.num_timesteps - 1)
+    mean = extract(schedule.sqrt_alphas_cumprod, last, x_0.ndim) * x_0
+    log_variance = 2.0 * jnp.log(extract(schedule.sqrt_one_minus_alphas_cumprod, last, x_0.ndim))
+    return mean_flat(normal_kl(mean, log_variance, jnp.zeros(()), jnp.zeros(()))) / math.log(2.0)
+
+
+def vb_term_bpd(
+    schedule: Schedule,
+    model_output: Array,
+    x_0: Array,
+    x_t: Array,
+    t: Array,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+) -> Array:
+    """The bound's term of each example's t, [B] in bits/dim: L_0 where t = 0, else KL(q || p_theta).
+
+    Args:
+      schedule: T timesteps.
+      model_output: the network's output at (x_t, t).
+      x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
+      x_t: a draw of q(x_t | x_0).
+      t: int32 [B].
+      prediction, variance, clip: as in `p_mean_variance`. The original does not clip here.
+    """
+    true_mean, _, true_log_variance = q_posterior(schedule, x_0, x_t, t)
+    p = p_mean_variance(schedule, model_output, x_t, t, prediction=prediction, variance=variance, clip=clip)
+    kl = mean_flat(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
+    decoder = -mean_flat(discretized_gaussian_log_likelihood(x_0, p.mean, 0.5 * p.log_variance))
+    return jnp.where(t == 0, decoder, kl) / math.log(2.0)
+
+
+def loss_weight(schedule: Schedule, t: Array, prediction: str, weighting: str) -> Array:
+    """[B] weights of the squared error of the given prediction.
+
+    "none": 1. The others are defined on the error of x_0 and converted, with snr = abar_t / (1 - abar_t):
+
+        min_snr          min(snr, 5)                   (Hang et al. 2023, gamma = 5)
+        p2               snr / (1 + snr)               (Choi et al. 2022, k = gamma = 1)
+        truncated_snr    max(snr, 1)                   (Salimans & Ho 2022)
+    """
+    check_option("prediction", prediction, ("eps", "x_0", "v"))
+    check_option("weighting", weighting, WEIGHTINGS)
+    if weighting == "none":
+        return jnp.ones(t.shape)
+    snr = jnp.exp(extract(schedule.log_snr, t, 1))
+    weight = {
+        "min_snr": jnp.minimum(snr, 5.0),
+        "p2": snr / (1.0 + snr),
+        "truncated_snr": jnp.maximum(snr, 1.0),
+    }[weighting]
+    # |eps error|^2 = snr |x_0 error|^2 and |v error|^2 = (1 + snr) |x_0 error|^2.
+    return weight / {"eps": snr, "x_0": jnp.ones(()), "v": 1.0 + snr}[prediction]
+
+
+def training_loss(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    *,
+    t: Array | None = None,
+    noise: Array | None = None,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    loss: str = "simple",
+    weighting: str = "none",
+    vlb_weight: float = 1e-3,
+) -> Array:
+    """The per-example loss (DDPM, algorithm 1 and eq. 14; Improved DDPM, eq. 16).
+
+    Args:
+      schedule: T timesteps.
+      model_fn: (x_t, t) -> output.
+      key: typed key for t and the noise, where they are not given.
+      x_0: [B, H, W, C] in [-1, 1].
+      t: int32 [B]; None: drawn uniformly.
+      noise: like x_0; None: drawn.
+      prediction: what the network is trained to give: "eps", "x_0" or "v".
+      variance: as in `p_mean_variance`; "learned" wants twice the output channels.
+      loss: "simple", the weighted mean squared error of the prediction; "vlb", the bound's term of t times T, in
+        bits/dim; "hybrid", the simple loss plus vlb_weight times T times the bound's term, which here trains the
+        variance alone.
+      weighting: see `loss_weight`; for the squared error only.
+      vlb_weight: the hybrid loss's lambda.
+
+    Returns:
+      float32 [B].
+
+    Raises:
+      ValueError: an unknown option, or a hybrid loss without learned variance.
+    """
+    check_option("loss", loss, LOSSES)
+    if loss == "hybrid" and variance != "learned":
+        raise ValueError(f"loss 'hybrid' trains a learned variance; variance is {variance!r}")
+    if loss == "simple" and variance == "learned":
+        raise ValueError("loss 'simple' does not train a learned variance; use 'hybrid' or 'vlb'")
+    t_key, noise_key = jax.random.split(key)
+    if t is None:
+        t, _ = sample_timesteps(t_key, x_0.shape[0], schedule.num_timesteps)
+    if noise is None:
+        noise = normal(noise_key, x_0.shape, x_0.dtype)
+    x_t = q_sample(schedule, x_0, t, noise)
+    model_output = model_fn(x_t, t)
+
+    bound = partial(vb_term_bpd, schedule, x_0=x_0, x_t=x_t, t=t, prediction=prediction, variance=variance)
+    if loss == "vlb":
+        return schedule.num_timesteps * bound(model_output)
+    output, interpolation = split_output(model_output, variance)
+    target = noise if prediction == "eps" else convert_prediction(schedule, x_0, x_t, t, "x_0", prediction)
+    if output.shape != target.shape:
+        raise ValueError(f"the network gives {output.shape} for images of shape {target.shape}")
+    value = loss_weight(schedule, t, prediction, weighting) * mean_flat((output - target) ** 2)
+    if interpolation is not None:
+        frozen = jnp.concatenate([jax.lax.stop_gradient(output), interpolation], axis=-1)
+        value += vlb_weight * schedule.num_timesteps * bound(frozen)
+    return value
+
+
+@partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
+def _variational_bound(schedule, model_fn, key, x_0, prediction, variance, clip):
+    def term(_, t):
+        noise = normal(jax.random.fold_in(key, t), x_0.shape)
+        batch_t = jnp.full(x_0.shape[:1], t)
+        x_t = q_sample(schedule, x_0, batch_t, noise)
+        output = model_fn(x_t, batch_t)
+        bound = vb_term_bpd(schedule, output, x_0, x_t, batch_t, prediction=prediction, variance=variance, clip=clip)
+        x_0_predicted = convert_prediction(schedule, split_output(output, variance)[0], x_t, batch_t, prediction, "x_0")
+        return None, (bound, mean_flat((x_0_predicted - x_0) ** 2))
+
+    _, (terms, mse) = jax.lax.scan(term, None, jnp.arange(schedule.num_timesteps))
+    prior = prior_bpd(schedule, x_0)
+    return {"total": terms.sum(0) + prior, "prior": prior, "terms": terms, "x_0_mse": mse}
+
+
+def variational_bound(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+) -> dict[str, Array]:
+    """Every term of the bound on -log p(x_0), by one network call a timestep, jit-compiled.
+
+    Args:
+      schedule: T timesteps.
+      model_fn: (x_t, t) -> output; see `p_sample`.
+      key: one typed key.
+      x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
+      prediction, variance, clip: as in `p_mean_variance`.
+
+    Returns:
+      In bits/dim: "total" [B], "prior" L_T [B], "terms" [T, B] (L_0 first); and "x_0_mse" [T, B], the squared error
+      of the x_0 predicted at each t.
+    """
+    check_option("prediction", prediction, ("eps", "x_0", "v"))
+    return _variational_bound(schedule, as_argument(model_fn), key, x_0, prediction, variance, clip)
+
+
+# How t is drawn.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossHistory:
+    """The last losses of every timestep, for drawing t by importance (Improved DDPM, eq. 18).
+
+    Attributes:
+      losses: float32 [T, 10], a ring buffer a timestep.
+      counts: int32 [T], how many losses each timestep has seen.
+    """
+
+    losses: Array
+    counts: Array
+
+    @staticmethod
+    def create(num_timesteps: int, length: int = 10) -> "LossHistory":
+        return LossHistory(jnp.zeros((num_timesteps, length)), jnp.zeros(num_timesteps, jnp.int32))
+
+    def update(self, t: Array, losses: Array) -> "LossHistory":
+        """With a batch's losses [B] at t [B]; of more than 10 at one timestep the last 10 stay."""
+        length = self.losses.shape[1]
+        same = t[:, None] == t[None, :]
+        earlier = jnp.sum(jnp.tril(same, -1), axis=1)
+        later = jnp.sum(jnp.triu(same, 1), axis=1)
+        column = (self.counts[t] + earlier) % length
+        row = jnp.where(later < length, t, self.counts.shape[0])  # out of range: dropped
+        return LossHistory(
+            self.losses.at[row, column].set(losses.astype(jnp.float32), mode="drop"), self.counts.at[t].add(1)
+        )
+
+    def probabilities(self, uniform: float = 1e-3) -> Array:
+        """p(t) proportional to sqrt(E[L_t^2]), mixed with a little of the uniform distribution; uniform until every
+        timestep has 10 losses."""
+        T, length = self.losses.shape
+        weights = jnp.sqrt(jnp.mean(self.losses**2, axis=1))
+        weights = weights / jnp.maximum(jnp.sum(weights), 1e-20)
+        warm = jnp.all(self.counts >= length)
+        return jnp.where(warm, weights * (1 - uniform) + uniform / T, 1.0 / T)
+
+
+def sample_timesteps(
+    key: Array, batch_size: int, num_timesteps: int, method: str = "uniform", history: LossHistory | None = None
+) -> tuple[Array, Array]:
+    """Draws a batch's timesteps.
+
+    Args:
+      key: typed key.
+      batch_size, num_timesteps: B and T.
+      method: "uniform", independently (the paper); "stratified", one random offset and even spacing over 0..T-1,
+        each t uniform by itself (Kingma et al. 2021, appendix I); "importance", by `history`.
+      history: the losses seen so far, for "importance".
+
+    Returns:
+      t int32 [B], and weights [B] that make the weighted loss an unbiased estimate of the uniform one.
+    """
+    check_option("timestep sampler", method, TIMESTEP_SAMPLERS)
+    if method == "uniform":
+        return jax.random.randint(key, (batch_size,), 0, num_timesteps), jnp.ones(batch_size)
+    if method == "stratified":
+        u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+        t = jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+        return t, jnp.ones(batch_size)
+    if history is None:
+        raise ValueError("timestep sampler 'importance' needs a LossHistory")
+    p = history.probabilities()
+    t = jax.random.categorical(key, jnp.log(p), shape=(batch_size,))
+    return t.astype(jnp.int32), 1.0 / (num_timesteps * p[t])

@@ -1,0 +1,17 @@
+"""The one exception for mistakes that the person who started the program can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong config value, file or flag, told in one sentence: what was found where, and what is accepted.
+
+    `main.py` prints the sentence without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """' Did you mean ...?' if one of the accepted names is close, else ''."""
+    close = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,47 @@
+"""Pictures: arrays to 8 bits, grids, and files that are either whole or not there."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jax.typing import ArrayLike
+from PIL import Image
+
+from ddpm_jax.files import atomic_path
+
+
+def to_uint8(x: ArrayLike) -> np.ndarray:
+    """uint8 of images in [-1, 1], rounded to the nearest of 256 levels."""
+    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: int = 2) -> np.ndarray:
+    """One picture of many, row by row.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      columns: images a row; None: about as many as there are rows.
+      tile: images smaller than this are enlarged by a whole factor, so that every pixel can be seen.
+      gap: white pixels between images.
+
+    Returns:
+      uint8 [H', W', C].
+    """
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    factor = max(1, tile // max(height, width))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = height * factor + gap, width * factor + gap
+    canvas = np.full((rows * height + gap, columns * width + gap, channels), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * height + gap, (index % columns) * width + gap
+        canvas[top : top + height - gap, left : left + width - gap] = image
+    return canvas
+
+
+def save(path: str | os.PathLike, image: np.ndarray) -> Path:
+    """Saves uint8 [H, W, 1 or 3] in the format that the path's ending names."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
+    return Path(path)

@@ -1,0 +1,211 @@
+"""The parts of the UNet as linen modules: initialisation, embeddings, residual and attention blocks, resampling.
+
+Conventions are the original's (Ho et al. 2020): NHWC, swish, GroupNorm before each convolution, every kernel drawn from
+a uniform distribution of variance 2 / (fan_in + fan_out), and the last layer of every residual branch starting at
+(almost) zero so that the network starts as the identity along its skip connections.
+
+Parameters are float32. `dtype` is what convolutions and matrix products compute in; the statistics of norms, softmax
+and the time embedding stay in float32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models import layers
+
+Dtype = Any
+
+
+def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
+    """The original's variance scaling: fan_avg, uniform; a scale of 0 means 1e-10, not quite nothing."""
+    return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
+
+
+def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of the timestep (Vaswani et al. 2017, in the original's layout: sines first, then cosines).
+
+    Args:
+      t: [B], integer or float.
+      dim: width of the embedding; an odd one ends in a zero.
+
+    Returns:
+      float32 [B, dim] with frequencies max_period ** (-i / (dim // 2 - 1)).
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def dense(features: int, name: str, dtype: Dtype = jnp.float32, init_scale: float = 1.0) -> nn.Dense:
+    """A matrix product over the last axis (on images, a 1 x 1 convolution) with the original's initialisation."""
+    return nn.Dense(features, kernel_init=kernel_init(init_scale), dtype=dtype, name=name)
+
+
+class Conv(nn.Module):
+    """A convolution of stride 1 that keeps the size, 3 x 3 unless told otherwise."""
+
+    features: int
+    kernel_size: int = 3
+    init_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = (self.kernel_size, self.kernel_size)
+        kernel = self.param("kernel", kernel_init(self.init_scale), (*size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        return layers.conv(x, kernel, layers.same_padding(size)) + bias
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with a learned scale and bias, optionally modulated by the example.
+
+    With `scale_shift` [B, 2 C] the result is norm(x) * (1 + scale) + shift (Dhariwal & Nichol 2021, AdaGN).
+    """
+
+    num_groups: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale_shift: jax.Array | None = None) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(
+                f"{channels} channels cannot be normalised in {self.num_groups} groups: "
+                "num_groups must divide the channels of every level and of every level's skip connections"
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if scale_shift is not None:
+            factor, shift = jnp.split(scale_shift.astype(jnp.float32), 2, axis=-1)
+            scale, bias = scale * (1 + factor), bias * (1 + factor) + shift
+        return layers.group_norm(x, scale, bias, self.num_groups)
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; plus the input.
+
+    Input [B, H, W, C] and the embedding [B, E], already through swish; output [B, H, W, features].
+    """
+
+    features: int
+    dropout: float = 0.0
+    scale_shift: bool = False
+    num_groups: int = 32
+    train: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        h = nn.swish(GroupNorm(self.num_groups, name="norm_0")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
+        width = self.features * (2 if self.scale_shift else 1)
+        modulation = dense(width, "embedding", self.dtype)(embedding)
+        if self.scale_shift:
+            h = GroupNorm(self.num_groups, name="norm_1")(h, modulation)
+        else:
+            h = GroupNorm(self.num_groups, name="norm_1")(h + modulation[:, None, None, :])
+        h = nn.swish(h)
+        if self.train and self.dropout > 0:
+            h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
+        h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel_size=1, dtype=self.dtype, name="shortcut")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """norm, multi-head attention among the pixels (or p x p patches), added to the input [B, H, W, C].
+
+    Logits are scaled by (C / heads) ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
+    ViT), which divides the cost of the attention matrix by p ** 4. Where `context` [B, L, D] is given, the tokens
+    also attend to it (cross-attention, as text-conditional models do).
+    """
+
+    num_heads: int = 1
+    patch_size: int = 1
+    num_groups: int = 32
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        _, height, width, channels = x.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"attention_patch_size {p} does not divide a {height}x{width} level that has attention")
+        if channels % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide the {channels} channels of a level")
+        x = x + self._from_patches(self._attend(self._to_patches(GroupNorm(self.num_groups, name="norm")(x))), x.shape)
+        if context is not None:
+            tokens = self._to_patches(GroupNorm(self.num_groups, name="cross_norm")(x))
+            x = x + self._from_patches(self._attend(tokens, context, prefix="cross_"), x.shape)
+        return x
+
+    def _to_patches(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        p = self.patch_size
+        x = x.reshape(batch, height // p, p, width // p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(batch, height * width // p**2, p * p * channels)
+
+    def _from_patches(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        batch, height, width, channels = shape
+        p = self.patch_size
+        x = x.reshape(batch, height // p, width // p, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(shape)
+
+    def _attend(self, tokens: jax.Array, context: jax.Array | None = None, prefix: str = "") -> jax.Array:
+        context = tokens if context is None else context
+        width = tokens.shape[-1] // self.patch_size**2
+        heads = (self.num_heads, width // self.num_heads)
+
+        def project(name: str, source: jax.Array) -> jax.Array:
+            projected = dense(width, prefix + name, self.dtype)(source)
+            return projected.reshape(*source.shape[:2], *heads)
+
+        attended = jax.nn.dot_product_attention(
+            project("query", tokens), project("key", context), project("value", context)
+        )
+        attended = attended.reshape(*tokens.shape[:2], width)
+        return dense(tokens.shape[-1], prefix + "out", self.dtype, init_scale=0.0)(attended)
+
+
+class Downsample(nn.Module):
+    """Halves height and width: a strided 3 x 3 convolution (the original's), or pooling over 2 x 2.
+
+    The convolution pads as TensorFlow's SAME does, at the right and bottom only.
+    """
+
+    method: str = "conv"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.method == "avg_pool":
+            return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        if self.method == "max_pool":
+            return nn.max_pool(x, (2, 2), strides=(2, 2))
+        return nn.Conv(x.shape[-1], (3, 3), 2, "SAME", kernel_init=kernel_init(), dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbours, then a 3 x 3 convolution (the original's), or a transposed 4 x 4
+    convolution of stride 2 (the article's)."""
+
+    method: str = "nearest"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        size = 4 if self.method == "transposed" else 3
+        kernel = self.param("kernel", kernel_init(), (size, size, channels, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if self.method == "nearest":
+            kernel = layers.upsampling_kernel(kernel)
+        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        return layers.upsample_conv(x, kernel) + bias

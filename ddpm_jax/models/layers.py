@@ -1,0 +1,148 @@
+"""The three operations where a UNet's time goes: convolution, upsampling convolution, group norm.
+
+Pure functions on NHWC arrays, formulated so that XLA compiles them well on every backend; `blocks.py` gives them
+parameters. None changes the mathematics of its layer: the tests hold each to `jax.lax` or Flax.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def same_padding(kernel_size: Sequence[int]) -> Padding:
+    """((top, bottom), (left, right)) with which a convolution of stride 1 keeps the size."""
+    height, width = kernel_size
+    return ((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _kernel_gradient_by_matmul(x: jax.Array, g: jax.Array, kernel_size: tuple[int, int], padding: Padding) -> jax.Array:
+    """d<g, conv(x, kernel)> / d kernel, as one product of g with the shifted x for every kernel row."""
+    height, width = g.shape[1:3]
+    kernel_height, kernel_width = kernel_size
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    shifted = jnp.concatenate([x[:, :, j : j + width] for j in range(kernel_width)], axis=-1)
+    pixels = g.reshape(-1, g.shape[-1])
+    rows = []
+    for i in range(kernel_height):
+        row = shifted[:, i : i + height].reshape(-1, shifted.shape[-1])
+        product = lax.dot_general(pixels, row, (((0,), (0,)), ((), ())))
+        rows.append(product.reshape(g.shape[-1], kernel_width, x.shape[-1]).transpose(1, 2, 0))
+    return jnp.stack(rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """Convolution of stride 1 whose gradient is fast on CPUs too.
+
+    XLA's CPU backend runs the convolution that computes a kernel's gradient up to 2.5 times slower than the matrix
+    products of `_kernel_gradient_by_matmul` (`benchmarks/layers.py`); other backends keep their own. Like every
+    function with a custom gradient, this one has reverse-mode derivatives only.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [h, w, C, D].
+      padding: ((top, bottom), (left, right)), each smaller than the kernel's size.
+
+    Returns:
+      [B, H', W', D].
+    """
+    return _conv(x, kernel, padding)
+
+
+def _conv_forward(x, kernel, padding):
+    return _conv(x, kernel, padding), (x, kernel)
+
+
+def _conv_backward(padding, residuals, g):
+    x, kernel = residuals
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, padding), x)(g)
+
+    def default(x, g):
+        return jax.linear_transpose(lambda kernel: _conv(x, kernel, padding), kernel)(g)[0]
+
+    def cpu(x, g):
+        return _kernel_gradient_by_matmul(x, g, kernel.shape[:2], padding)
+
+    return dx, lax.platform_dependent(x, g, cpu=cpu, default=default)
+
+
+conv.defvjp(_conv_forward, _conv_backward)
+
+
+def upsampling_kernel(kernel: jax.Array) -> jax.Array:
+    """The [4, 4, C, D] kernel of the transposed convolution that equals nearest upsampling, then `kernel` [3, 3, C, D].
+
+    Both repeat each pixel over a 2 x 2 square: the convolution of the 3 x 3 kernel with a 2 x 2 square of ones.
+    """
+    return sum(  # type: ignore[return-value]
+        jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)
+    )
+
+
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Doubles height and width: a convolution with a 4 x 4 kernel over x with zeros between its pixels.
+
+    Every output pixel sees only 2 x 2 of the kernel's taps, which ones depends on whether its row and column are even.
+    So the four kinds of pixels are four 2 x 2 convolutions of x itself: no arithmetic on zeros, and for nearest
+    upsampling 16 multiplications where convolving the enlarged image takes 36.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [4, 4, C, D]; tap (i, j) joins x[h, w] to the output pixel (2 h + 2 - i, 2 w + 2 - j).
+
+    Returns:
+      [B, 2 H, 2 W, D].
+    """
+    batch, height, width, _ = x.shape
+    phases = [[conv(x, kernel[a::2, b::2], ((1 - a, a), (1 - b, b))) for b in range(2)] for a in range(2)]
+    y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
+    return y.reshape(batch, 2 * height, 2 * width, y.shape[-1])
+
+
+def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int, epsilon: float = 1e-6) -> jax.Array:
+    """Group normalisation (Wu & He 2018), then `scale` and `bias`.
+
+    Sums over the pixels come first, over the channels of a group after, so that the large array is read once for the
+    statistics and once for a single multiply-add per element. Statistics and multiply-add are in float32.
+
+    Args:
+      x: [B, H, W, C], C divisible by num_groups.
+      scale, bias: [C], or [B, C] where they depend on the example.
+      num_groups: groups of neighbouring channels that share a mean and a variance.
+
+    Returns:
+      [B, H, W, C] in x's dtype.
+    """
+    batch, height, width, channels = x.shape
+    y = x.astype(jnp.float32)
+    size = height * width * channels // num_groups
+    grouped = (batch, num_groups, channels // num_groups)
+    mean = jnp.sum(y, axis=(1, 2)).reshape(grouped).sum(-1, keepdims=True) / size
+    mean_of_squares = jnp.sum(y * y, axis=(1, 2)).reshape(grouped).sum(-1, keepdims=True) / size
+    variance = jnp.maximum(mean_of_squares - mean**2, 0.0)
+    inverse = lax.rsqrt(variance + epsilon)
+    scale = jnp.broadcast_to(scale, (batch, channels)).reshape(grouped) * inverse
+    bias = jnp.broadcast_to(bias, (batch, channels)).reshape(grouped) - mean * scale
+    y = y * scale.reshape(batch, 1, 1, channels) + bias.reshape(batch, 1, 1, channels)
+    return y.astype(x.dtype)
+
+
+def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """Zeroes each element with probability `rate`, to 16 bits, and divides the others by 1 - rate.
+
+    Two elements share one 32-bit random number, which halves what the random numbers cost.
+    """
+    channels = x.shape[-1]
+    bits = jax.random.bits(key, (*x.shape[:-1], (channels + 1) // 2), jnp.uint32)
+    bits = lax.bitcast_convert_type(bits, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
+    keep = bits >= round(rate * 2**16)
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,99 @@
+"""Long work that shows itself: a live bar on a terminal, plain lines with speed and time left elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ProgressBar:
+    """Counts towards a total, as a context manager.
+
+    Args:
+      description: what is done, such as "training".
+      total: when it is done.
+      start: where it starts from.
+      interval: seconds between plain lines; None: a line at every `report`.
+      enabled: False to show nothing (on all processes but the first).
+    """
+
+    def __init__(
+        self, description: str, total: int, start: int = 0, interval: float | None = 10.0, enabled: bool = True
+    ):
+        self.description, self.total, self.done, self.start = description, total, start, start
+        self._interval, self._enabled = interval, enabled
+        self._began = self._last_line = time.monotonic()
+        self._live: Progress | None = None
+        if enabled and sys.stderr.isatty():
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True),
+            )
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a bar on a terminal."""
+        return self._live is not None
+
+    def __enter__(self) -> "ProgressBar":
+        if self._live:
+            self._live.start()
+            self._task = self._live.add_task(self.description, total=self.total, completed=self.start, text="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        """Shows how far it is; plain output gets a line only every `interval` seconds and at the end."""
+        self.done = done
+        if self._live:
+            self._live.update(self._task, completed=done, text=text)
+        elif self._enabled and self._interval is not None:
+            now = time.monotonic()
+            if now - self._last_line >= self._interval or (done == self.total and self._last_line > self._began):
+                self._last_line = now
+                self._print(text)
+
+    def report(self, text: str) -> None:
+        """Shows a text with the position; in plain output always a line."""
+        if self._live:
+            self._live.update(self._task, completed=self.done, text=text)
+        elif self._enabled:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        elapsed = time.monotonic() - self._began
+        done = self.done - self.start
+        left = f", {format_seconds(elapsed / done * (self.total - self.done))} left" if done else ""
+        parts = [f"{self.description} {self.done}/{self.total}", text]
+        print("  ".join(part for part in parts if part) + left, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While other work shows its own bar."""
+        if self._live:
+            self._live.stop()
+        try:
+            yield
+        finally:
+            if self._live:
+                self._live.start()

@@ -1,0 +1,11 @@
+"""Named randomness: every draw is a function of (seed, purpose, index), so nothing needs to be remembered to resume."""
+
+import zlib
+
+import jax
+
+
+def named_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:
+    """The typed key of a purpose ("init", "noise", "dropout", ...) at a step or image number."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    return jax.random.fold_in(key, index)

@@ -1,0 +1,386 @@
+"""The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
+
+import itertools
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import images, parallel, workdir
+from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.data import pipeline
+from ddpm_jax.data.sources import FolderSource, Source, open_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import write_text
+from ddpm_jax.generate import generate
+from ddpm_jax.progress import ProgressBar, format_seconds
+from ddpm_jax.training.state import TrainState, create_state
+from ddpm_jax.training.step import Metrics, make_train_step
+
+_NUM_SNAPSHOTS = 10
+_STRIP_IMAGES = 8
+
+
+class DivergedError(UserError):
+    """Training met a loss or gradient that is not finite."""
+
+
+def train(config: ConfigDict, path: str | Path) -> None:
+    """Trains in a workdir, from the start or from its newest checkpoint, to config.train.num_steps.
+
+    Leaves there: config.json, dataset.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/.
+    SIGTERM or the first Ctrl-C saves a checkpoint and returns.
+
+    Args:
+      config: see `ddpm_jax.config.default_config`.
+      path: the workdir.
+
+    Raises:
+      UserError: anything wrong with the config, the images or the workdir, before any compile starts.
+      DivergedError: the loss became NaN or infinite; the last good checkpoint stays.
+    """
+    config_lib.validate(config, jax.device_count())
+    folder = workdir.check_writable(path)
+    workdir.check_config(folder, config)
+    source = open_images(config, workdir.read_dataset(folder))
+    description = source.describe()
+    workdir.check_dataset(folder, description)
+    if jax.process_index() == 0:
+        workdir.record(folder, config, description)
+    _Training(config, folder, source).run()
+
+
+def open_images(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
+    """The source that the config names; a folder's images are all decoded once to find broken ones.
+
+    Args:
+      config: of the run.
+      known: the description that an earlier start of the run left; its folder is not checked again.
+
+    Raises:
+      UserError: a broken image, unless config.data.skip_broken.
+    """
+    data = config.data
+    arguments = {
+        **{name: data[name] for name in ("name", "split", "path", "height", "width", "channels")},
+        "data_dir": data.data_dir or None,
+        "labels": config.model.class_conditional,
+    }
+    if known is not None:
+        return open_source(data.source, skipped=known.get("skipped", ()), **arguments)
+    source = open_source(data.source, **arguments)
+    if isinstance(source, FolderSource):
+        with ProgressBar("checking images", len(source), enabled=jax.process_index() == 0) as bar:
+            broken = source.find_broken(lambda done, total: bar.update(done))
+        if broken:
+            first, error = next(iter(broken.items()))
+            if not data.skip_broken:
+                raise UserError(
+                    f"{len(broken)} of {len(source)} images in {data.path!r} cannot be read, the first {first!r}: "
+                    f"{error}; remove them, or go on without them with --config.data.skip_broken"
+                )
+            logging.warning("Going on without %d of %d images that cannot be read:", len(broken), len(source))
+            for name, error in broken.items():
+                logging.warning("  %s: %s", name, error)
+            source = open_source(data.source, skipped=sorted(broken), **arguments)
+    return source
+
+
+class _Training:
+    """One start of a run: the pieces that the loop hands around."""
+
+    def __init__(self, config: ConfigDict, folder: Path, source: Source):
+        self.config, self.folder, self.source = config, folder, source
+        self.is_main = jax.process_index() == 0
+        self.mesh = parallel.make_mesh()
+        self.net = config_lib.make_model(config, len(source.class_names))
+        self.schedule = config_lib.make_schedule_from(config)
+        self.optimizer = config_lib.make_optimizer(config)
+        self.learning_rate = config_lib.learning_rate(config)
+        self.decay = str(config.train.ema_decays[0])
+
+    def run(self) -> None:
+        config, began = self.config, time.monotonic()
+        self.checkpoints = Checkpoints(self.folder, config.checkpoint.keep)
+        step, state = self._initial_state()
+        num_steps = config.train.num_steps
+        self._say(
+            f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters, {len(self.source):,} images of "
+            f"{'x'.join(map(str, self.source.shape))}, {jax.device_count()} {jax.devices()[0].platform} device(s), "
+            f"{jax.process_count()} process(es)"
+        )
+        if step < num_steps:
+            state = self._steps(state, step)
+            step = int(state.step)
+        if step >= num_steps:
+            self._final_pictures(state)
+        self.checkpoints.close()
+        if step < num_steps:
+            self._say(f"stopped at step {step} of {num_steps}, saved; the same command goes on from there")
+        else:
+            self._say(f"done in {format_seconds(time.monotonic() - began)}; pictures are in {self.folder / 'samples'}")
+
+    def _initial_state(self) -> tuple[int, TrainState]:
+        config = self.config
+
+        def create() -> TrainState:
+            importance = config.diffusion.timestep_sampler == "importance"
+            return create_state(
+                self.net,
+                self.optimizer,
+                self.source.shape,
+                seed=config.seed,
+                ema_decays=config.train.ema_decays,
+                num_timesteps=self.schedule.num_timesteps if importance else None,
+            )
+
+        whole = parallel.replicated(self.mesh)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(create))
+        restored = self.checkpoints.restore_latest(shapes)
+        if restored:
+            self._say(f"going on from the checkpoint of step {restored[0]}")
+            return restored
+        return 0, jax.jit(create, out_shardings=whole)()
+
+    def _steps(self, state: TrainState, first_step: int) -> TrainState:
+        """Runs from first_step to the end, or until told to stop; the last state is saved."""
+        config, num_steps = self.config, self.config.train.num_steps
+        log, checkpoint = config.log, config.checkpoint
+        step_fn = make_train_step(
+            self.net,
+            self.schedule,
+            self.optimizer,
+            self.mesh,
+            seed=config.seed,
+            flip=config.data.flip,
+            class_conditional=config.model.class_conditional,
+            timestep_sampler=config.diffusion.timestep_sampler,
+            **config_lib.loss_options(config),
+        )
+        whole = parallel.replicated(self.mesh)
+        zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
+        param_norm = jax.jit(optax.global_norm)
+        metrics = zero_metrics()
+        writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
+        batches = self._batches(first_step)
+
+        self._say("compiling the training step ...")
+        compile_began = time.monotonic()
+        batch: dict[str, jax.Array] | None = next(batches)
+        train_step = step_fn.lower(state, metrics, batch).compile()
+        self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
+
+        last_saved, last_save_time = first_step, time.monotonic()
+        interval_began, interval_step = time.monotonic(), first_step
+        with _stop_signals() as stop, ProgressBar("step", num_steps, first_step, None, self.is_main) as bar:
+            step = first_step
+            while step < num_steps:
+                state, metrics = train_step(state, metrics, batch)
+                step += 1
+                batch = next(batches, None)
+                stopping = self._is_stopping(stop, step)
+                logging_now = step % log.every_steps == 0 or step == num_steps
+                minutes = (time.monotonic() - last_save_time) / 60
+                saving = (
+                    stopping
+                    or step == num_steps
+                    or step % checkpoint.every_steps == 0
+                    or (logging_now and 0 < checkpoint.every_minutes <= minutes and jax.process_count() == 1)
+                )
+                if logging_now or saving:
+                    values = _summarise(jax.device_get(metrics))
+                    if logging_now and writer:
+                        now = time.monotonic()
+                        speed = (step - interval_step) / (now - interval_began)
+                        values |= {
+                            "param_norm": float(param_norm(state.params)),
+                            "learning_rate": float(self.learning_rate(step - 1)),
+                            "steps_per_second": speed,
+                            "images_per_second": speed * config.train.batch_size,
+                            **_memory(),
+                        }
+                        writer.write(step, values)
+                        bar.done = step
+                        bar.report(f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s")
+                    if logging_now:
+                        metrics = zero_metrics()
+                if saving and step != last_saved:
+                    self.checkpoints.save(step, state)
+                    last_saved, last_save_time = step, time.monotonic()
+                if stopping:
+                    break
+                if log.sample_every_steps and step % log.sample_every_steps == 0 and step < num_steps:
+                    with bar.aside():
+                        self._sample_grid(state, step)
+                if logging_now:
+                    interval_began, interval_step = time.monotonic(), step
+                if bar.is_live:
+                    bar.update(step)
+        if writer:
+            writer.close()
+        return state
+
+    def _batches(self, first_step: int) -> Iterator[dict[str, jax.Array]]:
+        config = self.config
+        with ProgressBar("decoding images", len(self.source), interval=2.0, enabled=self.is_main) as bar:
+            batches = pipeline.host_batches(
+                self.source,
+                seed=config.seed,
+                batch_size=config.train.batch_size,
+                first_step=first_step,
+                last_step=config.train.num_steps,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                cache_bytes=int(config.data.cache_gib * 2**30),
+                num_workers=config.data.num_workers,
+                progress=lambda done, total: bar.update(done),
+            )
+            first = next(batches)
+        return pipeline.device_batches(itertools.chain([first], batches), parallel.batch_sharding(self.mesh))
+
+    def _is_stopping(self, stop: threading.Event, step: int) -> bool:
+        if jax.process_count() == 1:
+            return stop.is_set()
+        return self.checkpoints.reached_preemption(step)
+
+    def _sample_grid(self, state: TrainState, step: int) -> None:
+        """EMA samples of the same noise every time, so that the pictures can be compared."""
+        log = self.config.log
+        grid, _ = self._generate(state, log.sample_images, num_steps=log.sample_steps or None)
+        if self.is_main:
+            images.save(self.folder / "samples" / f"step_{step:08d}.png", images.grid(grid))
+
+    def _final_pictures(self, state: TrainState) -> None:
+        """A grid and a strip that shows its first images on the way from noise."""
+        sample = self.config.sample
+        self._say(f"sampling {sample.num_images} images ...")
+        with ProgressBar("sampling", sample.num_images, enabled=self.is_main) as bar:
+            grid, snapshots = self._generate(
+                state,
+                sample.num_images,
+                num_steps=sample.num_steps or None,
+                num_snapshots=_NUM_SNAPSHOTS,
+                progress=lambda done, total: bar.update(done),
+            )
+        if self.is_main and snapshots is not None:
+            images.save(self.folder / "samples" / "final.png", images.grid(grid))
+            stages = snapshots[:, :_STRIP_IMAGES].swapaxes(0, 1)
+            strip = images.grid(stages.reshape(-1, *stages.shape[2:]), columns=len(snapshots))
+            images.save(self.folder / "samples" / "denoising.png", strip)
+
+    def _generate(self, state: TrainState, num_images: int, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        return generate(
+            self.net,
+            self.schedule,
+            state.ema[self.decay],
+            self.mesh,
+            shape=self.source.shape,
+            num_images=num_images,
+            seed=self.config.seed,
+            batch_size=self.config.sample.batch_size,
+            **config_lib.sampling_options(self.config),
+            **options,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _summarise(metrics: Metrics) -> dict[str, float]:
+    """Means of the sums; DivergedError if a step was not finite."""
+    if metrics.bad_step >= 0:
+        raise DivergedError(
+            f"training diverged at step {int(metrics.bad_step) + 1}: loss {float(metrics.bad_loss):g}, gradient norm "
+            f"{float(metrics.bad_grad_norm):g}; the last good checkpoint is kept (a lower optimizer.learning_rate, a "
+            "longer warm-up or float32 may help)"
+        )
+    steps = float(metrics.steps)
+    if not steps:
+        return {}
+    quarters = {
+        f"loss_t_quarter_{i + 1}": float(total / count)
+        for i, (total, count) in enumerate(zip(metrics.quarter_loss, metrics.quarter_count, strict=True))
+        if count
+    }
+    return {"loss": float(metrics.loss) / steps, **quarters, "grad_norm": float(metrics.grad_norm) / steps}
+
+
+def _memory() -> dict[str, float]:
+    """Peak memory of the first device in GiB; on CPU that of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+class _MetricsWriter:
+    """metrics.jsonl and TensorBoard; what lies beyond the step that a run goes on from is written anew."""
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
+            write_text(path, "".join(lines))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, previous[number])
+
+    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,71 @@
+"""What training carries from step to step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddpm_jax.diffusion.losses import LossHistory
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.rng import named_key
+
+Params = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A pytree; random numbers are no part of it, for they follow from the seed and the step.
+
+    Attributes:
+      step: int32, how many updates were made.
+      params: of the network, float32.
+      ema: one average of the parameters a decay, {"0.9999": params}, float32.
+      opt_state: of the optax optimiser.
+      history: the losses by timestep where t is drawn by importance, else None.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: dict[str, Params]
+    opt_state: optax.OptState
+    history: LossHistory | None
+
+
+def create_state(
+    net: UNet,
+    optimizer: optax.GradientTransformation,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    ema_decays: Sequence[float],
+    num_timesteps: int | None = None,
+) -> TrainState:
+    """A fresh state; a pure function, to be jit-compiled with the shardings that its arrays shall have.
+
+    Args:
+      net: the network.
+      optimizer: the optax optimiser.
+      shape: (H, W, C) of the images.
+      seed: of the run.
+      ema_decays: one average each.
+      num_timesteps: T if a loss history is kept, else None.
+    """
+    x, t = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32)
+    params = net.init(named_key(seed, "init"), x, t)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
+        opt_state=optimizer.init(params),
+        history=None if num_timesteps is None else LossHistory.create(num_timesteps),
+    )
+
+
+def update_ema(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
+    """decay * ema + (1 - decay) * params; at step 0 a copy of the parameters, as in the original."""
+    rate = jnp.where(step == 0, 1.0, 1.0 - decay)
+    return jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)

@@ -1,0 +1,126 @@
+"""One training step (DDPM, algorithm 1), compiled once for the whole mesh."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ddpm_jax import parallel
+from ddpm_jax.diffusion.losses import sample_timesteps, training_loss
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.rng import named_key
+from ddpm_jax.training.state import TrainState, update_ema
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Sums over the steps since the last report, kept on the devices so that no step waits for the host.
+
+    Attributes:
+      steps: how many steps are summed up.
+      loss, grad_norm: sums of the batch's mean loss and of the gradient's global norm before clipping.
+      quarter_loss, quarter_count: [4], sums over examples by quarter of t.
+      bad_step, bad_loss, bad_grad_norm: the first step whose loss or gradient was not finite; -1: none.
+    """
+
+    steps: jax.Array
+    loss: jax.Array
+    grad_norm: jax.Array
+    quarter_loss: jax.Array
+    quarter_count: jax.Array
+    bad_step: jax.Array
+    bad_loss: jax.Array
+    bad_grad_norm: jax.Array
+
+    @staticmethod
+    def zero() -> "Metrics":
+        zero, quarters = jnp.zeros(()), jnp.zeros(4)
+        return Metrics(jnp.zeros((), jnp.int32), zero, zero, quarters, quarters, -jnp.ones((), jnp.int32), zero, zero)
+
+    def add(self, step: jax.Array, loss: jax.Array, grad_norm: jax.Array, quarter: jax.Array) -> "Metrics":
+        """With one step's per-example losses [B] and the quarters [B] that their t lie in."""
+        mean = jnp.mean(loss)
+        is_first_bad = (self.bad_step < 0) & ~(jnp.isfinite(mean) & jnp.isfinite(grad_norm))
+        in_quarter = quarter[:, None] == jnp.arange(4)
+        return Metrics(
+            steps=self.steps + 1,
+            loss=self.loss + mean,
+            grad_norm=self.grad_norm + grad_norm,
+            quarter_loss=self.quarter_loss + jnp.sum(jnp.where(in_quarter, loss[:, None], 0.0), axis=0),
+            quarter_count=self.quarter_count + jnp.sum(in_quarter, axis=0),
+            bad_step=jnp.where(is_first_bad, step, self.bad_step),
+            bad_loss=jnp.where(is_first_bad, mean, self.bad_loss),
+            bad_grad_norm=jnp.where(is_first_bad, grad_norm, self.bad_grad_norm),
+        )
+
+
+def make_train_step(
+    net: UNet,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    flip: bool = False,
+    class_conditional: bool = False,
+    timestep_sampler: str = "uniform",
+    **loss_options: Any,
+) -> jax.stages.Wrapped:
+    """The jit-compiled step: (state, metrics, batch) -> (state, metrics), both donated.
+
+    The batch is divided over the mesh, everything else lies on every device. Noise, timesteps, dropout and flips are
+    functions of (seed, step), drawn for the global batch, so the devices' number changes none of them.
+
+    Args:
+      net, schedule, optimizer: what is trained, on which diffusion, how.
+      mesh: of `parallel.make_mesh`.
+      seed: of the run.
+      flip: mirror each image with probability one half.
+      class_conditional: hand the batch's labels to the network.
+      timestep_sampler: see `sample_timesteps`.
+      loss_options: of `training_loss`.
+
+    Returns:
+      A function of the state, the metrics so far and a batch {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+    """
+    num_timesteps = schedule.num_timesteps
+
+    def step(state: TrainState, metrics: Metrics, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = partial(named_key, seed, index=state.step)
+        images = batch["image"]
+        if flip:
+            mirrored = jax.random.bernoulli(key("flip"), shape=images.shape[:1])
+            images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        x_0 = images.astype(jnp.float32) / 127.5 - 1.0
+        cond = {"label": batch["label"]} if class_conditional else None
+        t, weights = sample_timesteps(key("t"), x_0.shape[0], num_timesteps, timestep_sampler, state.history)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
+                return net.apply({"params": params}, x_t, t, cond, train=True, rngs={"dropout": key("dropout")})
+
+            losses = training_loss(schedule, model_fn, key("noise"), x_0, t=t, **loss_options)
+            return jnp.mean(weights * losses), losses
+
+        grads, losses = jax.grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema={decay: update_ema(ema, params, float(decay), state.step) for decay, ema in state.ema.items()},
+            opt_state=opt_state,
+            history=None if state.history is None else state.history.update(t, losses),
+        )
+        return new_state, metrics.add(state.step, losses, optax.global_norm(grads), t * 4 // num_timesteps)
+
+    whole, divided = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(whole, whole, divided), out_shardings=(whole, whole), donate_argnums=(0, 1))

@@ -1,0 +1,108 @@
+"""The files that make a workdir a run: what it was told, what it learned from, what it ran on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import write_text
+
+CONFIG, DATASET, ENVIRONMENT = "config.json", "dataset.json", "environment.json"
+_PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def check_writable(workdir: str | Path) -> Path:
+    """Makes the folder if it is not there; UserError if nothing can be written in it."""
+    workdir = Path(workdir).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir {str(workdir)!r} cannot be written to: {error.strerror}") from None
+    return workdir
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """The config that a run was started with; UserError if the folder is no workdir."""
+    path = Path(workdir).expanduser() / CONFIG
+    if not path.is_file():
+        raise UserError(f"--workdir {str(workdir)!r} holds no run: there is no {CONFIG} in it")
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def check_config(workdir: Path, config: ConfigDict) -> None:
+    """UserError if a run with other settings lies in the workdir, naming the fields that differ."""
+    if (workdir / CONFIG).exists():
+        changed = config_lib.differences(read_config(workdir), config)
+        if changed:
+            raise UserError(
+                f"--workdir {str(workdir)!r} holds a run with another config ({'; '.join(changed)}); "
+                "use its values or another workdir"
+            )
+
+
+def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
+    """The description of the images that the run learned from, or None before training started."""
+    path = Path(workdir).expanduser() / DATASET
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
+    """UserError if the run in the workdir learned from other images."""
+    old = read_dataset(workdir)
+    if old and old["fingerprint"] != description["fingerprint"]:
+        raise UserError(
+            f"--workdir {str(workdir)!r} holds a run that learned from other images: "
+            f"{old['num_images']} then, {description['num_images']} now; their names, sizes or contents differ"
+        )
+
+
+def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> None:
+    """Writes the config, the description of the data, and the environment."""
+    write_text(workdir / CONFIG, config_lib.to_json(config))
+    write_text(workdir / DATASET, json.dumps(description, indent=2) + "\n")
+    write_text(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision and devices."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "git_revision": _git_revision(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of the source tree, "-dirty" if it was changed; None outside of a git checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(("git", *args), cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
