@@ -9,6 +9,7 @@ Sample from a workdir; the config lies in it:
 """
 
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -54,8 +55,7 @@ def main(argv: list[str]) -> None:
         else:
             sample()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
 
 
 def train() -> None:
@@ -84,5 +84,25 @@ def sample() -> None:
     )
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one sentence for a config file that is not there and for a field that does not exist."""
+    for name, _, value in (argument.lstrip("-").partition("=") for argument in argv[1:]):
+        if name == "config" and value and not Path(value).is_file():
+            there = ", ".join(path.name for path in sorted(Path(__file__).parent.glob("configs/[!_]*.py")))
+            sys.exit(f"error: --config is {value!r}, which is not a file; configs/ has {there}")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError):
+        from ddpm_jax.config import default_config, fields
+        from ddpm_jax.errors import nearest
+
+        known = dict(fields(default_config()))
+        for argument in argv[1:]:
+            prefix, dot, field = argument.lstrip("-").partition("=")[0].partition(".")
+            if prefix == "config" and dot and field not in known:
+                sys.exit(f"error: config field {field!r} does not exist.{nearest(field, known)}")
+        raise
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/folder.py --workdir=runs/mine --config.data.path=path/to/pictures
 
-Images are scaled to cover the size and cropped at the centre. A network for 64x64 of 21 M parameters; a few thousand
+Images are scaled to cover the size and cropped at the centre. A network for 64x64 of 20.1 M parameters; a few thousand
 pictures want a GPU for some hours. Change what you need: size (--config.data.height, --config.data.width; divisible by
 8), --config.data.channels=1 for grey, --config.data.flip=False where left and right differ, --config.model.channels.
 """

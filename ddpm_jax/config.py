@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from ddpm_jax.data.sources import SOURCES
 from ddpm_jax.diffusion import losses, samplers
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.schedules import Schedule, make_schedule
@@ -122,6 +123,7 @@ MAY_CHANGE = (
     "data.data_dir",
     "data.path",
 )
+_COMMON_OPTIMIZERS = ("adabelief", "adafactor", "adam", "adamax", "adamw", "lamb", "lion", "nadam", "radam", "sgd")
 _FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
 
 
@@ -139,12 +141,17 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote; ValueError if the text is something else."""
+
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: tuples(item) for name, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return ConfigDict(tuples(value))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -158,6 +165,20 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
+_ELEMENTS: dict[str, type] = {
+    "model.channel_multipliers": int,
+    "model.attention_resolutions": int,
+    "model.attention_levels": bool,
+    "diffusion.betas": float,
+    "train.ema_decays": float,
+}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    accepted: Any = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
 def _check_types(config: ConfigDict) -> None:
     known = dict(fields(default_config()))
     found = dict(fields(config))
@@ -165,9 +186,10 @@ def _check_types(config: ConfigDict) -> None:
         if name not in known:
             raise UserError(f"config field {name!r} does not exist.{nearest(name, known)}")
         default = known[name]
-        accepted = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        if not _fits(value, type(default)):
             raise UserError(f"config.{name} is {value!r}; accepted: a value of type {type(default).__name__}")
+        if name in _ELEMENTS and not all(_fits(element, _ELEMENTS[name]) for element in value):
+            raise UserError(f"config.{name} is {value!r}; accepted: values of type {_ELEMENTS[name].__name__}")
     for name in known:
         if name not in found:
             raise UserError(f"config field {name!r} is missing")
@@ -184,6 +206,7 @@ def _check_values(config: ConfigDict) -> None:
         ("optimizer.decay", optimizer.decay, LEARNING_RATES),
         ("sample.sampler", config.sample.sampler, tuple(samplers.SAMPLERS)),
         ("model.dtype", config.model.dtype, DTYPES),
+        ("data.source", config.data.source, SOURCES),
     ):
         if value not in accepted:
             raise UserError(f"config.{name} is {value!r}; accepted: {', '.join(accepted)}.{nearest(value, accepted)}")
@@ -192,6 +215,9 @@ def _check_values(config: ConfigDict) -> None:
         ("train.num_steps", train.num_steps, 1),
         ("data.height", config.data.height, 1),
         ("data.width", config.data.width, 1),
+        ("data.channels", config.data.channels, 1),
+        ("data.cache_gib", config.data.cache_gib, 0),
+        ("data.num_workers", config.data.num_workers, 0),
         ("model.channels", config.model.channels, 2),
         ("model.num_res_blocks", config.model.num_res_blocks, 1),
         ("model.num_heads", config.model.num_heads, 1),
@@ -200,13 +226,18 @@ def _check_values(config: ConfigDict) -> None:
         ("log.every_steps", config.log.every_steps, 1),
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
         ("log.sample_images", config.log.sample_images, 1),
+        ("log.sample_steps", config.log.sample_steps, 0),
+        ("optimizer.learning_rate", optimizer.learning_rate, 0),
+        ("optimizer.decay_steps", optimizer.decay_steps, 0),
+        ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+        ("optimizer.grad_clip", optimizer.grad_clip, 0),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("sample.num_images", config.sample.num_images, 1),
         ("sample.batch_size", config.sample.batch_size, 1),
         ("sample.num_steps", config.sample.num_steps, 0),
     ):
-        if value < least:
+        if not value >= least:  # NaN too
             raise UserError(f"config.{name} is {value}; at least {least} is needed")
     if not 0.0 <= config.model.dropout < 1.0:
         raise UserError(f"config.model.dropout is {config.model.dropout}; accepted: 0 to below 1")
@@ -235,18 +266,20 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         )
     try:
         schedule = make_schedule_from(config)
-        make_optimizer(config)
+        optimizer = make_optimizer(config)
         net = make_model(config, num_classes=10)
         shape = (1, config.data.height, config.data.width, config.data.channels)
 
-        def loss(key: jax.Array) -> jax.Array:
+        def step(key: jax.Array) -> Any:
             x, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
-            model_fn = jax.tree_util.Partial(net.apply, net.init(key, x, t))
-            return losses.training_loss(schedule, model_fn, key, x, t=t, **loss_options(config))
+            variables = net.init(key, x, t)
+            model_fn = jax.tree_util.Partial(net.apply, variables)
+            loss = losses.training_loss(schedule, model_fn, key, x, t=t, **loss_options(config))
+            return loss, optimizer.update(variables, optimizer.init(variables), variables)
 
-        jax.eval_shape(loss, jax.random.key(0))
-    except ValueError as error:
-        raise UserError(f"config: {error}") from None
+        jax.eval_shape(step, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config: {str(error).splitlines()[0]}") from None
 
 
 def make_schedule_from(config: ConfigDict) -> Schedule:
@@ -298,10 +331,11 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     name, options = config.optimizer.name, dict(config.optimizer.options)
     factory: Any = getattr(optax, name, None)
     parameters = list(inspect.signature(factory).parameters) if callable(factory) else []
-    if "learning_rate" not in parameters:
-        names = [n for n in dir(optax) if callable(f := getattr(optax, n)) and not isinstance(f, type) and n.islower()]
-        raise UserError(f"config.optimizer.name is {name!r}, which is no optimiser of optax.{nearest(name, names)}")
-    unknown = [option for option in options if option not in parameters]
+    if "learning_rate" not in parameters or name.startswith("scale_by"):
+        raise UserError(
+            f"config.optimizer.name is {name!r}, which is no optimiser of optax.{nearest(name, _COMMON_OPTIMIZERS)}"
+        )
+    unknown = [option for option in options if option not in parameters or option == "learning_rate"]
     if unknown:
         raise UserError(
             f"config.optimizer.options has {unknown[0]!r}, which optax.{name} does not take."

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A wrong config value, file or flag, told in one sentence: what was found where, and what is accepted.
 
-    `main.py` prints the sentence without a traceback and exits with status 2.
+    `main.py` prints the sentence without a traceback and exits with status 1.
     """
 
 

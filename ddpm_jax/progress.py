@@ -43,6 +43,7 @@ class ProgressBar:
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=Console(stderr=True),
+                redirect_stdout=False,
             )
 
     @property

@@ -57,7 +57,12 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
 def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
     """The description of the images that the run learned from, or None before training started."""
     path = Path(workdir).expanduser() / DATASET
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def check_dataset(workdir: Path, description: dict[str, Any]) -> None:

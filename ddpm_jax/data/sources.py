@@ -8,7 +8,9 @@ import dataclasses
 import hashlib
 import io
 import json
-import warnings
+import math
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, nearest
 
 SOURCES = ("digits", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -76,7 +78,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def describe(self) -> dict[str, Any]:
-        """A JSON-able description, equal if and only if the examples are."""
+        """A JSON-able description with a fingerprint of the examples (of a folder: of its files' names and sizes)."""
         ...
 
 
@@ -100,11 +102,12 @@ class ArraySource:
     def __init__(self, path: str, fit: Fit, labels: bool):
         self.path, self.fit, self.shape = path, fit, fit.shape
         images, label = self._read(Path(path), labels)
+        found = f"{images.dtype} {images.shape}"
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not images.size:
             raise UserError(
-                f"data.path {path!r} holds {images.dtype} {images.shape}; "
+                f"data.path {path!r} holds {found}; "
                 "accepted: uint8 [N, H, W] or [N, H, W, C] with N >= 1 and 1, 3 or 4 channels"
             )
         self.images = images
@@ -132,8 +135,12 @@ class ArraySource:
                     return images, None
                 label_key = next((k for k in self._LABEL_KEYS if k in loaded), None)
                 label = None if label_key is None else loaded[label_key]
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"data.path {str(path)!r} cannot be read as .npz or .npy: {error}") from None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise UserError(
+                f"data.path {str(path)!r} cannot be read as .npz or .npy: it is damaged or something else"
+            ) from None
+        if not images.size:
+            return images, None  # refused by the caller
         if label is None or label.shape != images.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
             found = "no labels" if label is None else f"labels {label.dtype} {label.shape}"
             raise UserError(
@@ -152,7 +159,8 @@ class ArraySource:
         return {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest = hashlib.sha256(str(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
         if self.labels is not None:
             digest.update(np.ascontiguousarray(self.labels, np.int64).data)
         return _description(self, "array", digest.hexdigest(), path=self.path)
@@ -189,10 +197,11 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(self.root / self.paths[index]) as image:
-                array = self.fit(ImageOps.exif_transpose(image))
+        with Image.open(self.root / self.paths[index]) as image:
+            limit = Image.MAX_IMAGE_PIXELS or math.inf
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.width}x{image.height} is more than Pillow's limit of {limit} pixels")
+            array = self.fit(ImageOps.exif_transpose(image))
         return {"image": array, "label": 0 if self.labels is None else self.labels[index]}
 
     def describe(self) -> dict[str, Any]:
@@ -257,63 +266,46 @@ class TfdsSource:
         return _description(self, "tfds", fingerprint, name=self.full_name, split=self.split)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
 def _prepared_builder(name: str, data_dir: str | None) -> Any:
     """A builder whose array_record files lie on disk, prepared first if they do not."""
     import tensorflow_datasets as tfds
 
-    tfds.disable_progress_bar()
-    if name == "digits":
-        from ddpm_jax.data.digits import Digits
+    from ddpm_jax.data.builders import Cifar10, Digits
 
-        builder = Digits(data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-        return builder
+    tfds.disable_progress_bar()
+    own: dict[str, Any] = {"digits": Digits, "cifar10": Cifar10}
+    options = {"data_dir": data_dir, "file_format": "array_record"}
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder: Any = own[name](**options) if name in own else tfds.builder(name, **options)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        raise UserError(f"data.name {name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"data.name is {name!r}: {_one_line(error)}{_suggestion(name)}") from None
     if builder.is_prepared():
         return builder
     _check_network(builder)
-    with tfds.core.registered.skip_registering():
-        builder = _without_tensorflow(type(builder))(
-            data_dir=data_dir, file_format="array_record", config=builder.builder_config
-        )
     try:
         builder.download_and_prepare()
     except ImportError as error:
         raise UserError(
-            f"data set {name!r} is prepared with a package that is not installed ({error}); "
+            f"data set {name!r} is prepared with a package that is not installed ({_one_line(error)}); "
             "pip install 'ddpm-jax[tensorflow]' brings TensorFlow, which only this first step needs"
         ) from None
     except (AssertionError, OSError, tfds.download.DownloadError) as error:
-        raise UserError(f"data set {name!r} could not be prepared: {error}") from None
+        raise UserError(f"data set {name!r} could not be prepared: {_one_line(error)}") from None
     return builder
 
 
-def _without_tensorflow(builder_class: Any) -> Any:
-    """The builder class, its arrays handed over as PIL images, which tensorflow-datasets encodes without TensorFlow."""
+def _suggestion(name: str) -> str:
+    import tensorflow_datasets as tfds
 
-    def to_pil(value: Any) -> Any:
-        is_image = isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3
-        if not is_image or value.shape[-1] not in (1, 3):
-            return value
-        return Image.fromarray(value.squeeze(-1) if value.shape[-1] == 1 else value)
-
-    def _generate_examples(self, *args, **kwargs):
-        examples = super(subclass, self)._generate_examples(*args, **kwargs)
-        if not hasattr(examples, "__next__"):
-            return examples  # an Apache Beam pipeline
-        return ((key, {name: to_pil(value) for name, value in example.items()}) for key, example in examples)
-
-    attributes = {
-        "_generate_examples": _generate_examples,
-        "name": builder_class.name,
-        "pkg_dir_path": builder_class._get_pkg_dir_path(),
-        "__module__": builder_class.__module__,
-    }
-    subclass: Any = type(builder_class.__name__, (builder_class,), attributes)
-    return subclass
+    dataset, _, variant = name.partition("/")
+    datasets = tfds.list_builders(with_community_datasets=False)
+    if variant and dataset in datasets:
+        return nearest(variant, tfds.builder_cls(dataset).builder_configs)
+    return nearest(dataset, datasets)
 
 
 def _check_network(builder: Any) -> None:
@@ -371,5 +363,7 @@ def open_source(
         try:
             return TfdsSource(builder, split, fit, labels)
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"split {split!r} of data set {builder.info.full_name!r} cannot be read: {error}") from None
+            raise UserError(
+                f"split {split!r} of data set {builder.info.full_name!r} cannot be read: {_one_line(error)}"
+            ) from None
     raise UserError(f"data.source is {kind!r}; accepted: {', '.join(SOURCES)}")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
 from ddpm_jax.diffusion.gaussian import (
+    PREDICTIONS,
     Array,
     ModelFn,
     as_argument,
@@ -44,7 +45,10 @@ def mean_flat(x: Array) -> Array:
 def normal_kl(mean_1: Array, log_variance_1: Array, mean_2: Array, log_variance_2: Array) -> Array:
     """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, elementwise."""
     difference = log_variance_1 - log_variance_2
-    return 0.5 * (jnp.exp(difference) - 1.0 - difference + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
+    # exp(d) - 1 - d of nearly equal variances cancels; its series does not.
+    series = difference**2 * (0.5 + difference / 6.0 + difference**2 / 24.0)
+    excess = jnp.where(jnp.abs(difference) < 0.03, series, jnp.expm1(difference) - difference)
+    return 0.5 * (excess + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
 
 
 def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
@@ -119,18 +123,24 @@ def loss_weight(schedule: Schedule, t: Array, prediction: str, weighting: str) -
         p2               snr / (1 + snr)               (Choi et al. 2022, k = gamma = 1)
         truncated_snr    max(snr, 1)                   (Salimans & Ho 2022)
     """
-    check_option("prediction", prediction, ("eps", "x_0", "v"))
+    check_option("prediction", prediction, PREDICTIONS)
     check_option("weighting", weighting, WEIGHTINGS)
     if weighting == "none":
         return jnp.ones(t.shape)
     snr = jnp.exp(extract(schedule.log_snr, t, 1))
+    # |eps error|^2 = snr |x_0 error|^2 and |v error|^2 = (1 + snr) |x_0 error|^2; no 0 / 0 where x_t is pure noise.
+    if prediction == "eps":
+        return {
+            "min_snr": jnp.minimum(1.0, 5.0 / snr),
+            "p2": 1.0 / (1.0 + snr),
+            "truncated_snr": jnp.maximum(1.0, 1.0 / snr),
+        }[weighting]
     weight = {
         "min_snr": jnp.minimum(snr, 5.0),
         "p2": snr / (1.0 + snr),
         "truncated_snr": jnp.maximum(snr, 1.0),
     }[weighting]
-    # |eps error|^2 = snr |x_0 error|^2 and |v error|^2 = (1 + snr) |x_0 error|^2.
-    return weight / {"eps": snr, "x_0": jnp.ones(()), "v": 1.0 + snr}[prediction]
+    return weight / (1.0 + snr) if prediction == "v" else weight
 
 
 def training_loss(
@@ -171,6 +181,7 @@ def training_loss(
       ValueError: an unknown option, or a hybrid loss without learned variance.
     """
     check_option("loss", loss, LOSSES)
+    check_option("prediction", prediction, PREDICTIONS)
     if loss == "hybrid" and variance != "learned":
         raise ValueError(f"loss 'hybrid' trains a learned variance; variance is {variance!r}")
     if loss == "simple" and variance == "learned":
@@ -236,7 +247,7 @@ def variational_bound(
       In bits/dim: "total" [B], "prior" L_T [B], "terms" [T, B] (L_0 first); and "x_0_mse" [T, B], the squared error
       of the x_0 predicted at each t.
     """
-    check_option("prediction", prediction, ("eps", "x_0", "v"))
+    check_option("prediction", prediction, PREDICTIONS)
     return _variational_bound(schedule, as_argument(model_fn), key, x_0, prediction, variance, clip)
 
 

@@ -92,7 +92,9 @@ def ddpm_table(schedule: Schedule, timesteps: Sequence[int] | np.ndarray, varian
     log_now = log_alphas_cumprod[timesteps]
     log_next = np.append(log_alphas_cumprod[timesteps[1:]], 0.0)
     one_minus_now, one_minus_next = -np.expm1(log_now), -np.expm1(log_next)
-    beta = -np.expm1(log_now - log_next)
+    with np.errstate(invalid="ignore"):  # abar_t = 0 at both: the step between them keeps nothing
+        log_ratio = np.where(np.isneginf(log_now), -np.inf, log_now - log_next)
+    beta = -np.expm1(log_ratio)
     posterior_variance = beta * one_minus_next / one_minus_now
     # The last step's own variance is 0; like the schedule's arrays, its logarithm repeats its neighbour's.
     posterior_variance[-1] = posterior_variance[-2] if len(timesteps) > 1 else beta[-1]
@@ -102,7 +104,7 @@ def ddpm_table(schedule: Schedule, timesteps: Sequence[int] | np.ndarray, varian
         a=np.exp(0.5 * log_now),
         s=np.sqrt(one_minus_now),
         x_0_coef=beta * np.exp(0.5 * log_next) / one_minus_now,
-        x_coef=np.exp(0.5 * (log_now - log_next)) * one_minus_next / one_minus_now,
+        x_coef=np.exp(0.5 * log_ratio) * one_minus_next / one_minus_now,
         log_variance_min=log_large if variance == "fixed_large" else log_small,
         log_variance_max=log_small if variance == "fixed_small" else log_large,
         noise=np.append(np.ones(len(timesteps) - 1), 0.0),
@@ -158,9 +160,9 @@ def sample(
         raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
-    if num_snapshots == 1:
-        raise ValueError("num_snapshots is 1; the start and the result make 2")
     timesteps = spaced_timesteps(schedule.num_timesteps, num_steps, t_start)
+    if num_snapshots and not 2 <= num_snapshots <= len(timesteps) + 1:
+        raise ValueError(f"num_snapshots is {num_snapshots}; accepted: 0, or 2 to {len(timesteps) + 1}")
     table = jax.tree.map(
         lambda column: column if column.dtype == np.int32 else column.astype(np.float32),
         SAMPLERS[sampler](schedule, timesteps, variance),
@@ -168,12 +170,21 @@ def sample(
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
     return _sample(
-        as_argument(model_fn), table, key, x_t, shape, prediction, variance, clip, dynamic_threshold, num_snapshots
+        as_argument(model_fn),
+        table,
+        key,
+        x_t,
+        shape,
+        prediction,
+        variance == "learned",
+        clip,
+        dynamic_threshold,
+        num_snapshots,
     )
 
 
-@partial(jax.jit, static_argnames=("shape", "prediction", "variance", "clip", "dynamic_threshold", "num_snapshots"))
-def _sample(model_fn, table, keys, x_t, shape, prediction, variance, clip, dynamic_threshold, num_snapshots):
+@partial(jax.jit, static_argnames=("shape", "prediction", "learned", "clip", "dynamic_threshold", "num_snapshots"))
+def _sample(model_fn, table, keys, x_t, shape, prediction, learned, clip, dynamic_threshold, num_snapshots):
     num_steps = table.t.shape[0]
 
     def noise(index):
@@ -183,7 +194,7 @@ def _sample(model_fn, table, keys, x_t, shape, prediction, variance, clip, dynam
         x, snapshots = carry
         row, index = row_and_index
         t = jnp.full(shape[:1], row.t)
-        output, interpolation = split_output(model_fn(x, t), variance)
+        output, interpolation = split_output(model_fn(x, t), "learned" if learned else "fixed_large")
         x_0 = clip_x_0(to_x_0(prediction, output, x, row.a, row.s), clip, dynamic_threshold)
         log_variance = row.log_variance_min
         if interpolation is not None:

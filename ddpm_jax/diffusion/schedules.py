@@ -8,6 +8,7 @@ float64 NumPy; a `Schedule` holds the results as float32.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -139,10 +140,10 @@ def make_betas(
         options = {"beta_start": beta_start, "beta_end": beta_end, **options}
     elif name == "constant":
         options = {"beta_end": beta_end, **options}
-    try:
-        return SCHEDULES[name](num_timesteps, **options)
-    except TypeError:
-        raise ValueError(f"schedule {name!r} does not take the options {sorted(options)}") from None
+    unknown = sorted(options.keys() - inspect.signature(SCHEDULES[name]).parameters)
+    if unknown:
+        raise ValueError(f"schedule {name!r} does not take the options {unknown}")
+    return SCHEDULES[name](num_timesteps, **options)
 
 
 def check_betas(betas: ArrayLike) -> np.ndarray:

@@ -173,7 +173,7 @@ class _Training:
         )
         whole = parallel.replicated(self.mesh)
         zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
-        param_norm = jax.jit(optax.global_norm)
+        param_norm = jax.jit(optax.tree.norm)
         metrics = zero_metrics()
         writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
         batches = self._batches(first_step)

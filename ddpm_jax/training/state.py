@@ -67,5 +67,5 @@ def create_state(
 
 def update_ema(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of the parameters, as in the original."""
-    rate = jnp.where(step == 0, 1.0, 1.0 - decay)
-    return jax.tree.map(lambda average, new: average + rate * (new - average), ema, params)
+    keep = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda average, new: keep * average + (1.0 - keep) * new, ema, params)

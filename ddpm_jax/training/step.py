@@ -42,8 +42,16 @@ class Metrics:
 
     @staticmethod
     def zero() -> "Metrics":
-        zero, quarters = jnp.zeros(()), jnp.zeros(4)
-        return Metrics(jnp.zeros((), jnp.int32), zero, zero, quarters, quarters, -jnp.ones((), jnp.int32), zero, zero)
+        return Metrics(
+            steps=jnp.zeros((), jnp.int32),
+            loss=jnp.zeros(()),
+            grad_norm=jnp.zeros(()),
+            quarter_loss=jnp.zeros(4),
+            quarter_count=jnp.zeros(4),
+            bad_step=jnp.full((), -1, jnp.int32),
+            bad_loss=jnp.zeros(()),
+            bad_grad_norm=jnp.zeros(()),
+        )
 
     def add(self, step: jax.Array, loss: jax.Array, grad_norm: jax.Array, quarter: jax.Array) -> "Metrics":
         """With one step's per-example losses [B] and the quarters [B] that their t lie in."""
@@ -120,7 +128,7 @@ def make_train_step(
             opt_state=opt_state,
             history=None if state.history is None else state.history.update(t, losses),
         )
-        return new_state, metrics.add(state.step, losses, optax.global_norm(grads), t * 4 // num_timesteps)
+        return new_state, metrics.add(state.step, losses, optax.tree.norm(grads), t * 4 // num_timesteps)
 
     whole, divided = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     return jax.jit(step, in_shardings=(whole, whole, divided), out_shardings=(whole, whole), donate_argnums=(0, 1))

@@ -1,0 +1,83 @@
+"""What the benchmarks share: peers take turns, medians are compared, and the result is a table and a JSON line."""
+
+import json
+import multiprocessing as mp
+import os
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+# A candidate is set up once and returns the function to be timed, which waits until its result is there.
+Setup = Callable[[], Callable[[], Any]]
+
+
+def _serve(setup: Setup, pipe: Connection) -> None:
+    try:
+        run = setup()
+        run(), run()  # compiles, and fills caches
+        pipe.send("ready")
+        while pipe.recv():
+            began = time.perf_counter()
+            run()
+            pipe.send(time.perf_counter() - began)
+    except Exception:
+        pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def alternate(candidates: dict[str, Setup], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate's calls, one call each in turn.
+
+    Every candidate lives in a process of its own, idle while the others run, so that neither threads nor memory of one
+    are in the way of another.
+    """
+    context = mp.get_context("spawn")
+    workers = {}
+    for name, setup in candidates.items():
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(setup, there), daemon=True)
+        process.start()
+        workers[name] = (process, here)
+        _receive(here)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, (_, pipe) in workers.items():
+            pipe.send(True)
+            seconds[name].append(_receive(pipe))
+    for process, pipe in workers.values():
+        pipe.send(False)
+        process.join()
+    return seconds
+
+
+def _receive(pipe: Connection) -> Any:
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def report(benchmark: str, seconds: dict[str, list[float]], against: str, **facts: Any) -> None:
+    """Prints medians, spreads and each median's ratio to that of `against`, then one line of JSON."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    width = max(map(len, medians))
+    print(f"{benchmark}: {len(next(iter(seconds.values())))} alternating calls each")
+    print(f"{'':{width}}  {'median':>10}  {'fastest':>10}  {'slowest':>10}  {'ratio':>6}")
+    for name, values in seconds.items():
+        columns = (f"{1e3 * value:8.1f}ms" for value in (medians[name], min(values), max(values)))
+        print(f"{name:{width}}  {'  '.join(columns)}  {medians[name] / medians[against]:6.3f}")
+    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    ratios = {name: round(median / medians[against], 4) for name, median in medians.items()}
+    milliseconds = {name: round(1e3 * median, 3) for name, median in medians.items()}
+    print(json.dumps({"benchmark": benchmark, "median_ms": milliseconds, "ratio": ratios, **facts, **machine}))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,319 @@
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models import blocks
+from ddpm_jax.models.unet import UNet
+
+SMALL = {
+    "channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "num_groups": 4,
+}
+TINY = {**SMALL, "channel_multipliers": (1,), "attention_resolutions": ()}  # attention in the middle alone
+CELEBA = {"channel_multipliers": (1, 1, 2, 2, 4, 4)}
+KEY = jax.random.key(0)
+FAST = jax.random.key(0, impl="rbg")  # a generator that compiles faster
+apply = jax.jit(lambda net, *arguments: net.apply(*arguments), static_argnums=0)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+X, TIMES = normal(0, 3, 8, 8, 3), jnp.array([0, 400, 999])
+
+
+def init_shapes(net, x=X, cond=None):
+    t = jnp.zeros(x.shape[:1], jnp.int32)
+    return jax.eval_shape(lambda: net.init(KEY, jnp.zeros(x.shape), t, cond))["params"]
+
+
+def count(params):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def randomised(net, x=X, cond=None, seed=0):
+    """Variables in which no layer is (almost) zero, of the size that keeps activations about 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
+        return jnp.asarray(rng.standard_normal(leaf.shape) / math.sqrt(fan_in), jnp.float32)
+
+    return {"params": jax.tree.map(draw, init_shapes(net, x, cond))}
+
+
+def attention_blocks(params):
+    return sorted(name for name in params if name.endswith("_attention"))
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "parameters"),
+    [
+        ({}, 32, 35_746_307),
+        (CELEBA, 256, 113_673_219),
+        ({**CELEBA, "channels": 192}, 256, 255_677_955),
+    ],
+)
+def test_parameters_of_the_original_networks(options, size, parameters):
+    assert count(init_shapes(UNet(**options), np.zeros((1, size, size, 3)))) == parameters
+
+
+def test_attention_of_the_cifar_10_network():
+    """At 16x16: two on the way down, three on the way up; and in the middle."""
+    names = attention_blocks(init_shapes(UNet(), np.zeros((1, 32, 32, 3))))
+    assert names == [
+        "down_1_0_attention",
+        "down_1_1_attention",
+        "middle_0_attention",
+        "up_1_0_attention",
+        "up_1_1_attention",
+        "up_1_2_attention",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "levels"),
+    [
+        ({"attention_resolutions": (8,)}, (8, 8), {0}),
+        ({"attention_resolutions": (4, 8)}, (8, 8), {0, 1}),
+        ({"attention_resolutions": ()}, (8, 8), set()),
+        ({"attention_resolutions": (8,)}, (8, 16), {1}),
+        ({"attention_resolutions": (8,)}, (16, 8), {1}),
+        ({"attention_levels": (True, False), "attention_resolutions": (4,)}, (8, 8), {0}),
+    ],
+)
+@pytest.mark.parametrize("middle", [True, False])
+def test_where_attention_is(options, shape, levels, middle):
+    net = UNet(**{**SMALL, **options, "middle_attention": middle})
+    expected = [f"down_{i}_0_attention" for i in levels] + [f"up_{i}_{j}_attention" for i in levels for j in (0, 1)]
+    expected += ["middle_0_attention"] * middle
+    assert attention_blocks(init_shapes(net, np.zeros((1, *shape, 3)))) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "cond", "channels", "parameters"),
+    [
+        ({}, (8, 8, 3), {}, 3, 0),
+        ({}, (8, 8, 1), {}, 1, -2 * 9 * 8 - 2 * (9 * 8 + 1)),
+        ({}, (4, 16, 3), {}, 3, None),
+        ({"upsample": "transposed"}, (8, 8, 3), {}, 3, (16 - 9) * 16 * 16),
+        ({"downsample": "avg_pool"}, (8, 8, 3), {}, 3, -(9 * 8 * 8 + 8)),
+        ({"downsample": "max_pool"}, (8, 8, 3), {}, 3, -(9 * 8 * 8 + 8)),
+        ({"num_heads": 4}, (8, 8, 3), {}, 3, 0),
+        # Four attentions of 16 channels, whose every projection's outer side is four times as wide.
+        ({"attention_patch_size": 2}, (8, 8, 3), {}, 3, 4 * (4 * 3 * 16 * 16 + 3 * 16)),
+        ({"scale_shift": True}, (8, 8, 3), {}, 3, (32 + 1) * (3 * 8 + 5 * 16)),
+        ({"learned_variance": True}, (8, 8, 3), {}, 6, 3 * (9 * 8 + 1)),
+        ({"out_channels": 5}, (8, 8, 3), {}, 5, 2 * (9 * 8 + 1)),
+        ({"out_channels": 5, "learned_variance": True}, (8, 8, 3), {}, 10, 7 * (9 * 8 + 1)),
+        ({"num_classes": 10}, (8, 8, 3), {}, 3, 11 * 32),
+        ({"num_classes": 10}, (8, 8, 3), {"label": (2,)}, 3, 11 * 32),
+        ({}, (8, 8, 3), {"vector": (2, 7)}, 3, (7 + 1) * 32),
+        ({}, (8, 8, 3), {"image": (2, 8, 8, 2)}, 3, 2 * 9 * 8),
+        # A norm, two projections of the tokens, two of the pixels.
+        ({}, (8, 8, 3), {"tokens": (2, 5, 7)}, 3, 4 * (2 * 16 + 2 * (7 + 1) * 16 + 2 * (16 + 1) * 16)),
+        ({"dropout": 0.1, "remat": "blocks", "dtype": jnp.bfloat16}, (8, 8, 3), {}, 3, 0),
+        ({"channel_multipliers": (1,)}, (7, 9, 3), {}, 3, None),
+        ({"channel_multipliers": (1, 2, 3), "num_res_blocks": 2}, (8, 12, 3), {}, 3, None),
+    ],
+)
+def test_shapes_and_parameters_of_options(options, shape, cond, channels, parameters):
+    """The last column: how many more parameters than the plain network has, by hand."""
+    net = UNet(**{**SMALL, **options})
+    cond = {k: jnp.zeros(s, jnp.int32 if k == "label" else jnp.float32) for k, s in cond.items()}
+    x, t = jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32)
+    variables = jax.eval_shape(lambda: net.init(KEY, x, t, cond))
+    out = jax.eval_shape(lambda v: net.apply(v, x, t, cond), variables)
+    assert out.shape == (2, *shape[:2], channels)
+    assert out.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    if parameters is not None:
+        assert count(variables) - count(init_shapes(UNet(**SMALL))) == parameters
+
+
+# Values.
+
+
+def test_wiring():
+    """The network from its blocks, which have tests of their own, as drawn: two levels, two blocks each."""
+    net = UNet(channels=8, channel_multipliers=(1, 2), attention_resolutions=(4,), num_groups=4, num_heads=2)
+    variables = randomised(net)
+
+    def reference(variables, x, t):
+        p = variables["params"]
+        part = lambda module, name, *arguments: module.apply({"params": p[name]}, *arguments)  # noqa: E731
+        linear = lambda name, v: v @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
+        join = lambda *parts: jnp.concatenate(parts, axis=-1)  # noqa: E731
+        e = nn.swish(linear("time_1", nn.swish(linear("time_0", blocks.timestep_embedding(t, 8)))))
+
+        def block(name, features, h, attention):
+            h = part(blocks.ResBlock(features, num_groups=4), f"{name}_res", h, e)
+            return part(blocks.AttentionBlock(2, num_groups=4), f"{name}_attention", h) if attention else h
+
+        a0 = part(blocks.Conv(8), "conv_in", x)
+        a1 = block("down_0_0", 8, a0, False)
+        a2 = block("down_0_1", 8, a1, False)
+        a3 = part(blocks.Downsample(), "down_0_downsample", a2)
+        b1 = block("down_1_0", 16, a3, True)
+        b2 = block("down_1_1", 16, b1, True)
+        h = block("middle_1", 16, block("middle_0", 16, b2, True), False)
+        for i, skip in enumerate((b2, b1, a3)):
+            h = block(f"up_1_{i}", 16, join(h, skip), True)
+        h = part(blocks.Upsample(), "up_1_upsample", h)
+        for i, skip in enumerate((a2, a1, a0)):
+            h = block(f"up_0_{i}", 8, join(h, skip), False)
+        return part(blocks.Conv(3), "conv_out", nn.swish(part(blocks.GroupNorm(4), "norm_out", h)))
+
+    got, expected = apply(net, variables, X, TIMES), jax.jit(reference)(variables, X, TIMES)
+    np.testing.assert_allclose(got, expected, atol=5e-6 * float(jnp.abs(expected).max()))
+    assert np.abs(expected).max() > 0.1
+
+
+def test_output_is_zero_at_initialisation():
+    net = UNet(**TINY, num_classes=3, learned_variance=True)
+    out = jax.jit(lambda: net.init_with_output(FAST, X, TIMES)[0])()
+    assert 0 < np.abs(out).max() < 1e-4
+
+
+def test_every_input_and_condition_counts():
+    """x, t, and each entry of cond change the output of every image, and only of the image that they belong to."""
+    net = UNet(**TINY, num_classes=4)
+    cond = {
+        "label": jnp.array([0, 1, 2]),
+        "vector": normal(1, 3, 6),
+        "image": normal(2, 3, 8, 8, 2),
+        "tokens": normal(3, 3, 5, 7),
+    }
+    variables = randomised(net, cond=cond)
+    plain = apply(net, variables, X, TIMES, cond)
+    changed = {
+        "x": apply(net, variables, X.at[1].multiply(-1), TIMES, cond),
+        "t": apply(net, variables, X, TIMES.at[1].set(390), cond),
+        "label": apply(net, variables, X, TIMES, {**cond, "label": jnp.array([0, 3, 2])}),
+        **{
+            k: apply(net, variables, X, TIMES, {**cond, k: cond[k].at[1].multiply(-1)})
+            for k in ("vector", "image", "tokens")
+        },
+    }
+    for name, out in changed.items():
+        difference = np.abs(out - plain).max((1, 2, 3))
+        assert difference[1] > 1e-2, name
+        assert difference[[0, 2]].max() < 1e-5, name
+
+
+def test_no_label_is_the_null_class():
+    net = UNet(**TINY, num_classes=4)
+    variables = randomised(net)
+    null = apply(net, variables, X, TIMES, {"label": jnp.full(3, 4)})
+    np.testing.assert_allclose(apply(net, variables, X, TIMES), null, atol=1e-6)
+    assert np.abs(apply(net, variables, X, TIMES, {"label": jnp.full(3, 3)}) - null).max() > 1e-2
+
+
+def test_tokens_of_another_length():
+    """And in another order: attention has no positions."""
+    net, cond = UNet(**TINY), {"tokens": normal(3, 3, 5, 7)}
+    variables = randomised(net, cond=cond)
+    reversed_tokens = {"tokens": cond["tokens"][:, ::-1]}
+    twice = {"tokens": jnp.concatenate([cond["tokens"]] * 2, axis=1)}
+    plain = apply(net, variables, X, TIMES, cond)
+    for other in (reversed_tokens, twice):
+        np.testing.assert_allclose(apply(net, variables, X, TIMES, other), plain, atol=2e-5)
+
+
+def test_bfloat16():
+    """Parameters and output stay float32; the result is float32's within its eight bits, which the layers add up."""
+    net, low = UNet(**TINY), UNet(**TINY, dtype=jnp.bfloat16)
+    variables = randomised(net)
+    expected, got = (apply(n, variables, X, TIMES) for n in (net, low))
+    assert got.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(init_shapes(low))} == {jnp.dtype("float32")}
+    error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+    assert 1e-4 < error < 0.02
+
+
+@pytest.mark.slow
+def test_remat_has_the_same_gradients_with_dropout():
+    """Though it computes the convolutions of the forward pass twice."""
+    variables, x = randomised(UNet(**TINY)), X[:, :4, :4]
+
+    def gradients(**options):
+        net = UNet(**TINY, dropout=0.2, **options)
+        loss = lambda v: jnp.sum(net.apply(v, x, TIMES, train=True, rngs={"dropout": FAST}) ** 2)  # noqa: E731
+        traced = jax.jit(jax.value_and_grad(loss)).trace(variables)
+        return traced.lower().compile()(variables), str(traced.jaxpr).count(" conv_general_dilated[")
+
+    (plain, once), (remat, twice) = gradients(), gradients(remat="blocks")
+    assert twice > once
+    # Some gradients, as of a key's bias, are zero but for rounding.
+    noise = 1e-7 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()) + noise)
+
+
+def test_dropout_only_in_training():
+    net = UNet(**TINY, dropout=0.3)
+    variables = randomised(net)
+    train = jax.jit(lambda v, key: net.apply(v, X, TIMES, train=True, rngs={"dropout": key}))
+    plain = apply(UNet(**TINY), variables, X, TIMES)
+    np.testing.assert_array_equal(apply(net, variables, X, TIMES), plain)
+    first, again, other = (train(variables, jax.random.key(i, impl="rbg")) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 0.05
+    assert np.abs(first - other).max() > 0.05
+
+
+# Refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"downsample": "pool"}, (1, 8, 8, 3), "downsample is 'pool'; accepted: conv, avg_pool, max_pool"),
+        ({"upsample": "linear"}, (1, 8, 8, 3), "upsample is 'linear'; accepted: nearest, transposed"),
+        ({"remat": "all"}, (1, 8, 8, 3), "remat is 'all'; accepted: none, blocks"),
+        ({"attention_levels": (True,)}, (1, 8, 8, 3), "attention_levels has 1 entries for 2 levels"),
+        ({}, (8, 8, 3), r"x must be \[B, H, W, C\], not of shape \(8, 8, 3\)"),
+        ({}, (1, 8, 7, 3), "an image of 8x7 cannot be halved 1 times: .*divisible by 2"),
+        (
+            {"channel_multipliers": (1, 1, 1)},
+            (1, 6, 8, 3),
+            "an image of 6x8 cannot be halved 2 times: .*divisible by 4",
+        ),
+        ({"num_groups": 3}, (1, 8, 8, 3), "8 channels cannot be normalised in 3 groups"),
+        ({"num_heads": 3}, (1, 8, 8, 3), "num_heads 3 does not divide the 16 channels"),
+        ({"attention_patch_size": 3}, (1, 8, 8, 3), "attention_patch_size 3 does not divide a 4x4 level"),
+    ],
+)
+def test_refused_options_and_images(options, shape, message):
+    with pytest.raises(ValueError, match=message):
+        init_shapes(UNet(**{**SMALL, **options}), np.zeros(shape))
+
+
+@pytest.mark.parametrize("t", [0, [0, 1], [[0]]])
+def test_refused_timesteps(t):
+    net = UNet(**SMALL)
+    with pytest.raises(ValueError, match=r"t must have shape \(1,\), one entry an image, not "):
+        jax.eval_shape(lambda: net.init(KEY, X[:1], jnp.array(t)))
+
+
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        ({"text": jnp.zeros((3, 4))}, "cond has 'text'; accepted: label, vector, image, tokens"),
+        ({"label": jnp.zeros(3, jnp.int32)}, "cond has 'label', but the network has no classes"),
+    ],
+)
+def test_refused_conditions(cond, message):
+    with pytest.raises(ValueError, match=message):
+        init_shapes(UNet(**SMALL), X, cond)

@@ -1,0 +1,137 @@
+import math
+from importlib import import_module
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax import config as config_lib
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+NAMES = [name for name in NAMES if name not in ("__init__", "common")]
+SMALL = ("cifar10", "cifar10_article")
+LARGE = ("celebahq256", "lsun_bedroom", "lsun_cat", "lsun_church")
+
+
+def load(name):
+    return import_module(f"configs.{name}").get_config()
+
+
+def parameter_shapes(name):
+    config = load(name)
+    net = config_lib.make_model(config, num_classes=10)
+    shape = (1, config.data.height, config.data.width, config.data.channels)
+    return jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1, jnp.int32))["params"]
+
+
+def test_all_are_covered():
+    assert set(NAMES) == {*SMALL, *LARGE, "digits", "folder"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_valid(name):
+    config_lib.validate(load(name), num_devices=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_call_gives_a_config_of_its_own(name):
+    load(name).model.channels = 7
+    assert load(name).model.channels != 7
+
+
+@pytest.mark.parametrize("name", ["cifar10", *LARGE])
+def test_recipe_of_the_paper(name):
+    config = load(name)
+    large = name in LARGE
+    assert config.data.source == "tfds"
+    assert (config.data.height, config.data.width, config.data.channels) == ((256, 256, 3) if large else (32, 32, 3))
+    model = config.model
+    assert model.channels == 128
+    assert model.channel_multipliers == ((1, 1, 2, 2, 4, 4) if large else (1, 2, 2, 2))
+    assert model.num_res_blocks == 2
+    assert model.attention_resolutions == (16,)
+    assert model.attention_levels == ()
+    assert model.middle_attention
+    assert model.num_heads == 1
+    assert model.num_groups == 32
+    assert (model.downsample, model.upsample, model.scale_shift) == ("conv", "nearest", False)
+    assert not model.class_conditional
+    assert model.dropout == (0.0 if large else 0.1)
+    assert config.train.batch_size == (64 if large else 128)
+    assert config.train.ema_decays == (0.9999,)
+    optimizer = config.optimizer
+    assert optimizer.name == "adam"
+    assert dict(optimizer.options) == {}  # optax's eps is the 1e-8 of the original
+    assert optimizer.learning_rate == (2e-5 if large else 2e-4)
+    assert (optimizer.warmup_steps, optimizer.decay, optimizer.grad_clip) == (5000, "constant", 1.0)
+    diffusion = config.diffusion
+    assert (diffusion.schedule, diffusion.num_timesteps) == ("linear", 1000)
+    assert (diffusion.beta_start, diffusion.beta_end, diffusion.betas) == (1e-4, 0.02, ())
+    assert (diffusion.prediction, diffusion.loss, diffusion.weighting) == ("eps", "simple", "none")
+    assert diffusion.timestep_sampler == "uniform"
+    assert diffusion.variance == ("fixed_small" if large else "fixed_large")
+    assert diffusion.clip
+    assert (config.sample.sampler, config.sample.num_steps) == ("ddpm", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "steps", "flip"),
+    [
+        ("cifar10", "cifar10", 800_000, True),
+        ("cifar10_article", "cifar10", 800_000, True),
+        ("celebahq256", "celeb_a_hq/256", 500_000, True),
+        ("lsun_bedroom", "lsun/bedroom", 2_400_000, False),
+        ("lsun_cat", "lsun/cat", 1_800_000, True),
+        ("lsun_church", "lsun/church_outdoor", 1_200_000, True),
+    ],
+)
+def test_dataset_steps_and_flips(name, dataset, steps, flip):
+    config = load(name)
+    assert (config.data.name, config.data.split) == (dataset, "train")
+    assert (config.train.num_steps, config.data.flip) == (steps, flip)
+
+
+@pytest.mark.parametrize("name", ["celebahq256", "lsun_bedroom", "lsun_cat", "lsun_church"])
+def test_the_datasets_exist(name):
+    import tensorflow_datasets as tfds
+
+    data = load(name).data
+    builder_class, configuration = tfds.builder_cls(data.name.split("/")[0]), data.name.split("/")[1]
+    assert configuration in builder_class.builder_configs
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("cifar10", 35_746_307), ("celebahq256", 113_673_219), ("lsun_church", 113_673_219)]
+)
+def test_parameter_count_of_the_original(name, count):
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(name))) == count
+
+
+def test_the_network_of_the_article():
+    """Widths 64, 128, 256 and 1024, two blocks a level, attention on the two coarsest, transposed convolutions."""
+    params = parameter_shapes("cifar10_article")
+    widths = [params[f"down_{level}_{i}_res"]["conv_1"]["kernel"].shape[-1] for level in range(4) for i in range(2)]
+    assert widths == [64, 64, 128, 128, 256, 256, 1024, 1024]
+    assert "down_0_2_res" not in params
+    assert [f"down_{level}_0_attention" in params for level in range(4)] == [False, False, True, True]
+    assert params["conv_in"]["kernel"].shape == (3, 3, 3, 64)
+    assert load("cifar10_article").model.upsample == "transposed"
+    upsample = jax.tree.leaves(params["up_1_upsample"])
+    assert (4, 4, 128, 128) in [leaf.shape for leaf in upsample]
+
+
+def test_digits_is_small():
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("digits")))
+    assert 0.6e6 < count < 0.8e6
+    config = load("digits")
+    assert (config.data.source, config.data.height, config.data.width, config.data.channels) == ("digits", 8, 8, 1)
+    assert not config.data.flip
+
+
+def test_folder_of_ones_own():
+    config = load("folder")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("folder")))
+    assert count == 20_118_915
+    assert (config.data.source, config.data.path) == ("folder", "")
+    assert (config.data.height, config.data.width, config.data.channels) == (64, 64, 3)

@@ -1,0 +1,92 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddpm_jax
+
+ROOT = Path(__file__).parents[1]
+
+# TensorFlow seems to be installed, and says so when it is imported.
+SPY = """
+import importlib.machinery, sys
+
+class Spy:
+    def find_spec(self, name, *args):
+        return importlib.machinery.ModuleSpec(name, self) if name == "tensorflow" else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        print("tensorflow")
+        raise ModuleNotFoundError("No module named 'tensorflow'")
+
+sys.meta_path.insert(0, Spy())
+"""
+
+
+def python(code):
+    """What a new interpreter prints, in which importing TensorFlow prints its name."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SPY + code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+HEAVY = "{'jax', 'flax', 'optax', 'numpy', 'PIL', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets', 'torch'}"
+
+
+@pytest.mark.parametrize(
+    "code", ["import ddpm_jax", "from ddpm_jax import UserError", "import ddpm_jax; dir(ddpm_jax)"]
+)
+def test_import_is_light(code):
+    assert python(f"{code}\nprint(*sorted({HEAVY} & set(sys.modules)))") == []
+
+
+BACKENDS = "from jax._src import xla_bridge\nprint(len(xla_bridge._backends))\n"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["ddpm_jax.run", "ddpm_jax.training.loop", "ddpm_jax.config", "ddpm_jax.command_line", "configs.cifar10"],
+)
+def test_import_touches_no_device_and_no_tensorflow(module):
+    assert python(f"import {module}\n{BACKENDS}") == ["0"]
+
+
+def test_using_a_device_is_noticed():
+    """What the test above would see."""
+    assert python(f"import jax\njax.devices()\n{BACKENDS}") != ["0"]
+    assert python("try:\n    import tensorflow\nexcept ImportError: pass\n") == ["tensorflow"]
+
+
+def test_importing_everything_imports_no_tensorflow_datasets():
+    code = "from ddpm_jax import *\nprint(len({'tensorflow_datasets', 'tensorflow', 'sklearn'} & set(sys.modules)))\n"
+    assert python(code + BACKENDS) == ["0", "0"]
+
+
+@pytest.mark.parametrize("name", ddpm_jax.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(ddpm_jax, name).__name__ == name
+    assert getattr(ddpm_jax, name).__doc__
+    assert name in dir(ddpm_jax)
+
+
+def test_public_names_are_imported_from_the_module():
+    from ddpm_jax import UserError, make_schedule
+    from ddpm_jax.diffusion import schedules
+    from ddpm_jax.errors import UserError as Original
+
+    assert UserError is Original
+    assert make_schedule is schedules.make_schedule
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="module 'ddpm_jax' has no attribute 'trian'"):
+        ddpm_jax.trian  # noqa: B018
+    with pytest.raises(ImportError):
+        from ddpm_jax import trian  # noqa: F401

@@ -1,0 +1,344 @@
+"""The command line as its users meet it: real processes on real files."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+import ddpm_jax
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.channels=8",
+    "--config.model.num_groups=4",
+    "--config.model.attention_resolutions=()",
+    "--config.model.dropout=0.1",
+    "--config.diffusion.num_timesteps=50",
+    "--config.train.batch_size=16",
+    f"--config.train.num_steps={STEPS}",
+    "--config.checkpoint.every_steps=6",
+    "--config.log.every_steps=2",
+    "--config.log.sample_every_steps=12",
+    "--config.log.sample_images=4",
+    "--config.log.sample_steps=5",
+    "--config.sample.num_images=9",
+    "--config.sample.batch_size=16",
+]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def start(data_dir):
+    """Starts main.py with a tiny run's flags; returns the process."""
+
+    def start(*flags, devices=1, config=TINY, **environment):
+        flags = [*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags
+        return subprocess.Popen(
+            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py", *map(str, flags)],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def call(start):
+    """Runs main.py to its end; (exit status, output)."""
+
+    def call(*flags, **options):
+        process = start(*flags, **options)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(call, tmp_path_factory):
+    """A finished run's workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("trained")
+    status, output = call(f"--workdir={workdir}")
+    assert status == 0, output
+    return workdir, output
+
+
+def metrics(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_for_step(process, workdir, step):
+    """Until the run has logged a step; fails if it ends first."""
+    deadline = time.monotonic() + 240
+    while not any(line["step"] >= step for line in metrics(workdir)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def checkpoint(workdir, step=STEPS):
+    """Every array of a checkpoint."""
+    parts = {}
+    for part in ("params", "ema_0.99", "train"):
+        restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / part)
+        parts[part] = jax.tree.map(np.asarray, restored)
+    return parts
+
+
+def assert_same_checkpoint(a, b):
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(a), checkpoint(b))
+
+
+@pytest.mark.slow
+class TestTraining:
+    def test_leaves_a_whole_run(self, trained):
+        workdir, output = trained
+        assert {p.name for p in workdir.iterdir()} == {
+            *("config.json", "dataset.json", "environment.json", "metrics.jsonl"),
+            *("checkpoints", "samples", "tensorboard"),
+        }
+        assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
+            "denoising.png",
+            "final.png",
+            "step_00000012.png",
+        ]
+        assert Image.open(workdir / "samples" / "final.png").size == (3 * 66 + 2,) * 2
+        assert Image.open(workdir / "samples" / "denoising.png").size == (10 * 66 + 2, 8 * 66 + 2)
+        assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [12, 18, 24]
+        dataset = json.loads((workdir / "dataset.json").read_text())
+        assert dataset["num_images"] == 1797
+        assert json.loads((workdir / "environment.json").read_text())["packages"]["jax"] == jax.__version__
+        assert list((workdir / "tensorboard").glob("events*"))
+        assert re.search(r"step 12/24 .*loss \d.* images/s.* left", output)
+        assert "warning" not in output.lower(), output
+
+    def test_metrics_tell_what_the_issue_of_training_is(self, trained):
+        lines = metrics(trained[0])
+        assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
+        quarters = {f"loss_t_quarter_{i}" for i in range(1, 5)}
+        assert {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", *quarters} <= set(lines[-1])
+        assert lines[-1]["loss"] < lines[0]["loss"]
+
+    def test_killed_and_started_again_it_ends_the_same_to_the_bit(self, trained, start, call, tmp_path):
+        process = start(f"--workdir={tmp_path}")
+        wait_for_step(process, tmp_path, 14)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        status, output = call(f"--workdir={tmp_path}")
+        assert status == 0, output
+        assert "going on from the checkpoint of step" in output
+        assert_same_checkpoint(tmp_path, trained[0])
+        assert [line["step"] for line in metrics(tmp_path)] == list(range(2, STEPS + 1, 2))
+
+    def test_sigterm_saves_and_the_next_start_goes_on(self, trained, start, call, tmp_path):
+        process = start(f"--workdir={tmp_path}", "--config.checkpoint.every_steps=1000")
+        wait_for_step(process, tmp_path, 2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        saved = int(re.search(r"stopped at step (\d+)", output)[1])
+        assert 2 <= saved < STEPS
+        status, output = call(f"--workdir={tmp_path}")  # saving at other steps may change while a run goes on
+        assert status == 0, output
+        assert f"step {saved}" in output
+        assert_same_checkpoint(tmp_path, trained[0])
+
+    def test_corrupt_newest_checkpoint_is_set_aside(self, call, tmp_path):
+        assert call(f"--workdir={tmp_path}", "--config.train.num_steps=12")[0] == 0
+        reference = checkpoint(tmp_path, 12)
+        for file in (tmp_path / "checkpoints" / "12").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        status, output = call(f"--workdir={tmp_path}", "--config.train.num_steps=12")
+        assert status == 0, output
+        assert "Checkpoint 12 cannot be read" in output
+        assert "going on from the checkpoint of step 6" in output
+        assert (tmp_path / "corrupt" / "12").is_dir()
+        jax.tree.map(np.testing.assert_array_equal, checkpoint(tmp_path, 12), reference)
+
+    def test_divergence_stops_and_keeps_the_last_good_checkpoint(self, call, tmp_path):
+        flags = (
+            "--config.optimizer.learning_rate=1e30",
+            "--config.optimizer.warmup_steps=7",
+            "--config.checkpoint.every_steps=1",
+        )
+        status, output = call(f"--workdir={tmp_path}", *flags)
+        assert status == 1
+        assert re.search(r"error: training diverged at step \d+: loss (nan|inf).*, gradient norm \S+", output)
+        steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+        assert steps
+        for leaf in jax.tree.leaves(checkpoint(tmp_path, max(steps))["params"]):
+            assert np.all(np.isfinite(leaf))
+
+    def test_eight_devices(self, trained, call, tmp_path):
+        status, output = call(f"--workdir={tmp_path}", devices=8)
+        assert status == 0, output
+        assert "8 cpu device(s)" in output
+        ours, reference = checkpoint(tmp_path)["params"], checkpoint(trained[0])["params"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
+
+    def test_two_processes(self, trained, start, tmp_path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = [
+            start(
+                f"--workdir={tmp_path}",
+                f"--coordinator=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+                devices=2,
+                JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo",
+            )
+            for index in range(2)
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert "4 cpu device(s), 2 process(es)" in outputs[0]
+        assert "step 12" not in outputs[1]
+        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+        assert (tmp_path / "samples" / "final.png").exists()
+
+
+@pytest.mark.slow
+class TestSampling:
+    @pytest.mark.parametrize("output", ["grid", "png", "npz"])
+    def test_writes_what_the_library_gives(self, trained, call, tmp_path, output):
+        workdir, _ = trained
+        out = tmp_path / {"grid": "a.png", "png": "folder", "npz": "a.npz"}[output]
+        flags = (f"--workdir={workdir}", "--num_images=5", "--seed=3", "--num_steps=10", f"--output={output}")
+        status, text = call("--mode=sample", *flags, f"--out={out}", config=None)
+        assert status == 0, text
+        expected = ddpm_jax.load(workdir).sample(5, seed=3, num_steps=10)
+        assert expected.shape == (5, 8, 8, 1)
+        if output == "grid":
+            assert Image.open(out).size == (3 * 66 + 2, 2 * 66 + 2)
+            return
+        if output == "png":
+            pictures = np.stack([np.asarray(Image.open(path))[..., None] for path in sorted(out.iterdir())])
+        else:
+            pictures = np.load(out)["image"]
+        # The library runs on 8 devices here, the command on one.
+        assert np.max(np.abs(pictures.astype(int) - expected)) <= 1
+
+    def test_image_depends_on_seed_and_number_alone(self, trained):
+        run = ddpm_jax.load(trained[0])
+        many = run.sample(20, seed=1, num_steps=10, batch_size=8)
+        few = run.sample(3, seed=1, num_steps=10)
+        assert np.max(np.abs(many[:3].astype(int) - few)) <= 1
+        assert np.any(run.sample(3, seed=2, num_steps=10) != few)
+
+    def test_step_and_weights_can_be_chosen(self, trained):
+        newest, older, raw = (ddpm_jax.load(trained[0], **options) for options in ({}, {"step": 12}, {"raw": True}))
+        assert (newest.step, older.step, raw.ema_decay) == (STEPS, 12, None)
+        reference = checkpoint(trained[0])
+        jax.tree.map(np.testing.assert_array_equal, newest.params, reference["ema_0.99"])
+        jax.tree.map(np.testing.assert_array_equal, raw.params, reference["params"])
+        jax.tree.map(np.testing.assert_array_equal, older.params, checkpoint(trained[0], 12)["ema_0.99"])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"step": 7}, "no checkpoint of step 7; it has [12, 18, 24]"),
+            ({"ema_decay": 0.5}, "no average of decay 0.5; it has 0.99"),
+        ],
+    )
+    def test_refuses_what_is_not_there(self, trained, options, message):
+        with pytest.raises(ddpm_jax.UserError, match=re.escape(message)):
+            ddpm_jax.load(trained[0], **options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_images": 0}, "at least 1"),
+            ({"num_steps": 51}, "num_steps is 51; accepted: 1 to 50"),
+            ({"labels": [1]}, "not class-conditional"),
+        ],
+    )
+    def test_refuses_bad_requests(self, trained, options, message):
+        with pytest.raises(ddpm_jax.UserError, match=message):
+            ddpm_jax.load(trained[0]).sample(**options)
+
+
+BAD = [
+    (["--config.train.batch_sise=3"], "'train.batch_sise' does not exist. Did you mean 'train.batch_size'?"),
+    (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
+    (["--config.train.batch_size=many"], "config.train.batch_size=many"),
+    (["--workdri=x"], "Did you mean: workdir"),
+    (["--mode=smaple"], "<train|sample>"),
+    (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
+    (["--config.data.height=9"], "9x8 cannot be halved 1 times"),
+    (["--config.train.batch_size=15"], "must be divisible by the 2 devices"),
+    (["--config.data.source=folder"], "data.path is empty"),
+    (["--config.data.source=folder", "--config.data.path=none"], "'none' is not a folder"),
+    (["--config.data.source=folder", "--config.data.path=tests/training"], "holds no images; accepted: .png"),
+    (["--config.data.source=array", "--config.data.path=main.py"], "cannot be read as .npz or .npy"),
+    (["--config=configs/nope.py"], "'configs/nope.py', which is not a file; configs/ has"),
+]
+
+
+@pytest.mark.slow
+class TestBadInput:
+    @pytest.mark.parametrize(("flags", "message"), BAD)
+    def test_is_answered_in_one_sentence_before_compiling(self, call, tmp_path, flags, message):
+        status, output = call(f"--workdir={tmp_path / 'run'}", *flags, devices=2)
+        assert status != 0
+        assert message in output, output
+        assert "Traceback" not in output
+        assert "compil" not in output
+        assert not (tmp_path / "run" / "config.json").exists()
+
+    def test_unwritable_workdir(self, call, tmp_path):
+        (tmp_path / "file").touch()
+        status, output = call(f"--workdir={tmp_path / 'file' / 'run'}")
+        assert (status, output.count("\n")) == (1, 1)
+        assert "cannot be written to: Not a directory" in output
+
+    def test_workdir_without_a_run(self, call, tmp_path):
+        status, output = call("--mode=sample", f"--workdir={tmp_path}", config=None)
+        assert (status, output.count("\n")) == (1, 1)
+        assert "holds no run: there is no config.json in it" in output
+
+    def test_another_config_on_the_same_workdir(self, trained, call):
+        status, output = call(f"--workdir={trained[0]}", "--config.model.channels=16")
+        assert status == 1
+        assert "model.channels: 8 -> 16" in output
+
+    def test_broken_image_in_a_folder(self, call, tmp_path):
+        pictures = tmp_path / "pictures"
+        pictures.mkdir()
+        for i in range(20):
+            Image.fromarray(np.full((8, 8), 12 * i, np.uint8)).save(pictures / f"{i:02d}.png")
+        (pictures / "13.png").write_bytes((pictures / "13.png").read_bytes()[:40])
+        flags = ("--config.data.source=folder", f"--config.data.path={pictures}", "--config.train.num_steps=2")
+        status, output = call(f"--workdir={tmp_path / 'run'}", *flags)
+        assert status == 1
+        assert "1 of 20 images" in output
+        assert "'13.png'" in output
+        status, output = call(f"--workdir={tmp_path / 'run'}", *flags, "--config.data.skip_broken")
+        assert status == 0, output
+        assert "Going on without 1 of 20 images" in output
+        assert "19 images" in output
+        assert json.loads((tmp_path / "run" / "dataset.json").read_text())["skipped"] == ["13.png"]

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from ddpm_jax import parallel
+from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.training.state import create_state
+from ddpm_jax.training.step import Metrics, make_train_step
+
+SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
+
+
+def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None, state_options=None, **options):
+    """Parameters, state and metrics after some steps on the first devices."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    net = UNet(
+        channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_groups=4,
+        dropout=0.2,
+        **(net_options or {}),
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+    def create():
+        return create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,), **(state_options or {})), Metrics.zero()
+
+    state, metrics = jax.jit(create, out_shardings=parallel.replicated(mesh))()
+    step = make_train_step(net, make_schedule("linear", 100), optimizer, mesh, seed=0, **options)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        batch = {
+            "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8) if images is None else images,
+            "label": np.zeros(BATCH, np.int32) if labels is None else labels,
+        }
+        state, metrics = step(state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh)))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def relative_difference(a, b):
+    square = lambda x: sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(x))  # noqa: E731
+    return (square(jax.tree.map(np.subtract, a, b)) / square(b)) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("timestep_sampler", ["uniform", "stratified", "importance"])
+def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
+    history = {"num_timesteps": 100} if timestep_sampler == "importance" else {}
+    results = [run(devices, flip=True, timestep_sampler=timestep_sampler, state_options=history) for devices in (1, 8)]
+    (one, one_metrics), (eight, eight_metrics) = results
+    assert relative_difference(eight.params, one.params) < 1e-5
+    assert relative_difference(eight.ema, one.ema) < 1e-5
+    np.testing.assert_allclose(eight_metrics.loss, one_metrics.loss, rtol=1e-5)
+    # The step trains: without an update the difference would be nil for any number of devices.
+    assert relative_difference(one.params, run(1, steps=1)[0].params) > 1e-3
+
+
+def test_metrics_sum_up_the_steps():
+    _, metrics = run(8, steps=3)
+    assert int(metrics.steps) == 3
+    assert int(metrics.quarter_count.sum()) == 3 * BATCH
+    np.testing.assert_allclose(metrics.quarter_loss.sum() / BATCH, metrics.loss, rtol=1e-5)
+    assert int(metrics.bad_step) == -1
+
+
+def test_metrics_keep_the_first_bad_step():
+    metrics, quarter = Metrics.zero(), jnp.zeros(2, jnp.int32)
+    for step, (loss, norm) in enumerate([(1.0, 1.0), (np.nan, 2.0), (1.0, np.inf)]):
+        metrics = metrics.add(jnp.int32(step), jnp.full(2, loss), jnp.float32(norm), quarter)
+    assert int(metrics.bad_step) == 1
+    assert np.isnan(metrics.bad_loss)
+    assert float(metrics.bad_grad_norm) == 2.0
+
+
+def test_flips_mirror_about_half_of_the_images():
+    # Mirrored or not is all that differs: with symmetric images flipping changes nothing, with others it does.
+    images = np.random.default_rng(1).integers(0, 256, (BATCH, *SHAPE), np.uint8)
+    symmetric = np.maximum(images, images[:, :, ::-1])
+    for pictures, equal in ((symmetric, True), (images, False)):
+        plain, flipped = (run(1, steps=1, images=pictures, flip=flip)[0] for flip in (False, True))
+        assert (relative_difference(flipped.params, plain.params) == 0.0) is equal
+
+
+def test_labels_reach_the_network():
+    options = {"steps": 2, "class_conditional": True, "net_options": {"num_classes": 3}}
+    zeros, ones = (run(1, labels=np.full(BATCH, label, np.int32), **options)[0].params for label in (0, 1))
+    before = run(1, steps=0, net_options={"num_classes": 3})[0].params["label"]["embedding"]
+    for label, params in ((0, zeros), (1, ones)):
+        changed = np.any(params["label"]["embedding"] != before, axis=1)
+        assert changed.tolist() == [row == label for row in range(4)]
+
+
+def test_further_steps_compile_nothing_anew():
+    mesh = parallel.make_mesh()
+    net = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)
+    optimizer = optax.adam(1e-3)
+    step = make_train_step(net, make_schedule("linear", 10), optimizer, mesh, seed=0)
+    create = jax.jit(
+        lambda: (create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,)), Metrics.zero()),
+        out_shardings=parallel.replicated(mesh),
+    )
+    state, metrics = create()
+    batch = {"image": np.zeros((BATCH, *SHAPE), np.uint8), "label": np.zeros(BATCH, np.int32)}
+    batch = jax.device_put(batch, parallel.batch_sharding(mesh))
+    for _ in range(3):
+        state, metrics = step(state, metrics, batch)
+    assert step._cache_size() == 1
