@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -47,6 +48,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def run_once_options() -> dict[str, Any]:
+    """jit's compiler_options for a program that runs once: on CPU, optimising it would take longer than running it."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 def make_mesh() -> Mesh:

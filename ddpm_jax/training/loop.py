@@ -154,7 +154,7 @@ class _Training:
         if restored:
             self._say(f"going on from the checkpoint of step {restored[0]}")
             return restored
-        return 0, jax.jit(create, out_shardings=whole)()
+        return 0, jax.jit(create, out_shardings=whole, compiler_options=parallel.run_once_options())()
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""

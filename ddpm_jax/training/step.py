@@ -70,6 +70,12 @@ class Metrics:
         )
 
 
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each of the images [B, H, W, C] left to right with probability one half."""
+    mirrored = jax.random.bernoulli(key, shape=images.shape[:1])
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
 def make_train_step(
     net: UNet,
     schedule: Schedule,
@@ -105,8 +111,7 @@ def make_train_step(
         key = partial(named_key, seed, index=state.step)
         images = batch["image"]
         if flip:
-            mirrored = jax.random.bernoulli(key("flip"), shape=images.shape[:1])
-            images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+            images = random_flip(key("flip"), images)
         x_0 = images.astype(jnp.float32) / 127.5 - 1.0
         cond = {"label": batch["label"]} if class_conditional else None
         t, weights = sample_timesteps(key("t"), x_0.shape[0], num_timesteps, timestep_sampler, state.history)

@@ -10,6 +10,7 @@ from ddpm_jax.training.state import create_state, update_ema
 NET = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4)
 
 
+@pytest.mark.slow
 def test_state_starts_with_copies_of_the_parameters():
     state = create_state(NET, optax.adam(1e-3), (8, 8, 1), seed=3, ema_decays=(0.9, 0.999), num_timesteps=50)
     assert list(state.ema) == ["0.9", "0.999"]
@@ -21,6 +22,7 @@ def test_state_starts_with_copies_of_the_parameters():
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_initial_parameters_follow_from_the_seed():
     first, again, other = (
         create_state(NET, optax.sgd(1.0), (8, 8, 1), seed=seed, ema_decays=(0.9,)).params for seed in (0, 0, 1)

@@ -9,7 +9,7 @@ from ddpm_jax import parallel
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training.state import create_state
-from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.step import Metrics, make_train_step, random_flip
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
 
@@ -31,7 +31,9 @@ def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None,
     def create():
         return create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,), **(state_options or {})), Metrics.zero()
 
-    state, metrics = jax.jit(create, out_shardings=parallel.replicated(mesh))()
+    state, metrics = jax.jit(
+        create, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options()
+    )()
     step = make_train_step(net, make_schedule("linear", 100), optimizer, mesh, seed=0, **options)
     rng = np.random.default_rng(0)
     for _ in range(steps):
@@ -49,7 +51,7 @@ def relative_difference(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("timestep_sampler", ["uniform", "stratified", "importance"])
+@pytest.mark.parametrize("timestep_sampler", ["uniform", "importance"])
 def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
     history = {"num_timesteps": 100} if timestep_sampler == "importance" else {}
     results = [run(devices, flip=True, timestep_sampler=timestep_sampler, state_options=history) for devices in (1, 8)]
@@ -58,9 +60,10 @@ def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
     assert relative_difference(eight.ema, one.ema) < 1e-5
     np.testing.assert_allclose(eight_metrics.loss, one_metrics.loss, rtol=1e-5)
     # The step trains: without an update the difference would be nil for any number of devices.
-    assert relative_difference(one.params, run(1, steps=1)[0].params) > 1e-3
+    assert relative_difference(one.params, run(1, steps=0)[0].params) > 1e-3
 
 
+@pytest.mark.slow
 def test_metrics_sum_up_the_steps():
     _, metrics = run(8, steps=3)
     assert int(metrics.steps) == 3
@@ -79,23 +82,25 @@ def test_metrics_keep_the_first_bad_step():
 
 
 def test_flips_mirror_about_half_of_the_images():
-    # Mirrored or not is all that differs: with symmetric images flipping changes nothing, with others it does.
-    images = np.random.default_rng(1).integers(0, 256, (BATCH, *SHAPE), np.uint8)
-    symmetric = np.maximum(images, images[:, :, ::-1])
-    for pictures, equal in ((symmetric, True), (images, False)):
-        plain, flipped = (run(1, steps=1, images=pictures, flip=flip)[0] for flip in (False, True))
-        assert (relative_difference(flipped.params, plain.params) == 0.0) is equal
+    images = np.random.default_rng(1).integers(0, 256, (400, 4, 6, 3), np.uint8)
+    flipped = np.asarray(random_flip(jax.random.key(0), images))
+    same = np.all(flipped == images, axis=(1, 2, 3))
+    mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same ^ mirrored)
+    assert abs(mirrored.sum() - 200) < 40  # four standard deviations
 
 
+@pytest.mark.slow
 def test_labels_reach_the_network():
-    options = {"steps": 2, "class_conditional": True, "net_options": {"num_classes": 3}}
-    zeros, ones = (run(1, labels=np.full(BATCH, label, np.int32), **options)[0].params for label in (0, 1))
-    before = run(1, steps=0, net_options={"num_classes": 3})[0].params["label"]["embedding"]
-    for label, params in ((0, zeros), (1, ones)):
-        changed = np.any(params["label"]["embedding"] != before, axis=1)
-        assert changed.tolist() == [row == label for row in range(4)]
+    options = {"class_conditional": True, "net_options": {"num_classes": 3}}
+    before, after = (
+        run(1, steps=steps, labels=np.ones(BATCH, np.int32), **options)[0].params["label"]["embedding"]
+        for steps in (0, 2)
+    )
+    assert np.any(after != before, axis=1).tolist() == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_further_steps_compile_nothing_anew():
     mesh = parallel.make_mesh()
     net = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)
@@ -104,6 +109,7 @@ def test_further_steps_compile_nothing_anew():
     create = jax.jit(
         lambda: (create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,)), Metrics.zero()),
         out_shardings=parallel.replicated(mesh),
+        compiler_options=parallel.run_once_options(),
     )
     state, metrics = create()
     batch = {"image": np.zeros((BATCH, *SHAPE), np.uint8), "label": np.zeros(BATCH, np.int32)}
