@@ -10,10 +10,11 @@ their nearest neighbour.
 
 import argparse
 import json
+import warnings
 
 import numpy as np
 from sklearn.datasets import load_digits
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.svm import SVC
 
 
@@ -29,8 +30,10 @@ def judge(images):
     digits = load_digits()
     real = np.round(digits.images * (255 / 16)).reshape(-1, 64)
     fake = images.reshape(-1, 64).astype(np.float64)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # scikit-learn 1.9 renames SVC's probability
     classifier = SVC(C=10, probability=True, random_state=0)
-    held_out = cross_val_predict(classifier, real / 255, digits.target, method="predict_proba", cv=5)
+    folds = StratifiedKFold(10, shuffle=True, random_state=0)
+    held_out = cross_val_predict(classifier, real / 255, digits.target, method="predict_proba", cv=folds)
     probability = classifier.fit(real / 255, digits.target).predict_proba(fake / 255)
     recognised = probability.max(1) > 0.8
     copy = np.quantile(nearest(real, real, exclude_self=True), 0.01)

@@ -290,7 +290,7 @@ BAD = [
     (["--workdri=x"], "Did you mean: workdir"),
     (["--mode=smaple"], "<train|sample>"),
     (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
-    (["--config.data.height=9", "--config.model.channel_multipliers=(1,2)"], "9x8 cannot be halved 1 times"),
+    (["--config.data.height=9", "--config.model.channel_multipliers=(1, 2)"], "9x8 cannot be halved"),
     (["--config.train.batch_size=15"], "must be divisible by the 2 devices"),
     (["--config.data.source=folder"], "data.path is empty"),
     (["--config.data.source=folder", "--config.data.path=none"], "'none' is not a folder"),

@@ -11,12 +11,14 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 from PIL import Image, ImageOps
 
 from ddpm_jax.errors import UserError, nearest
@@ -274,9 +276,27 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
     """A builder whose array_record files lie on disk, prepared first if they do not."""
     import tensorflow_datasets as tfds
 
+    tfds.disable_progress_bar()
+    with _quiet():
+        return _find_or_prepare(name, data_dir)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without tensorflow-datasets' warning that a data set is not prepared yet."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _find_or_prepare(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
     from ddpm_jax.data.builders import Cifar10, Digits
 
-    tfds.disable_progress_bar()
     own: dict[str, Any] = {"digits": Digits, "cifar10": Cifar10}
     options = {"data_dir": data_dir, "file_format": "array_record"}
     try:
