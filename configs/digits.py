@@ -17,7 +17,7 @@ def get_config():
     )
     config.diffusion.update(schedule="cosine", prediction="v", weighting="min_snr", timestep_sampler="stratified")
     config.optimizer.update(learning_rate=2e-3, decay="cosine", warmup_steps=100)
-    config.train.update(batch_size=64, num_steps=1000, ema_decays=(0.99,))
+    config.train.update(batch_size=64, num_steps=1200, ema_decays=(0.99,))
     config.log.update(every_steps=50, sample_every_steps=500, sample_images=16, sample_steps=50)
     config.checkpoint.every_steps = 500
     config.sample.update(num_images=64, batch_size=64)

@@ -41,26 +41,34 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
-def dense(features: int, name: str, dtype: Dtype = jnp.float32, init_scale: float = 1.0) -> nn.Dense:
-    """A matrix product over the last axis (on images, a 1 x 1 convolution) with the original's initialisation."""
-    return nn.Dense(features, kernel_init=kernel_init(init_scale), dtype=dtype, name=name)
-
-
-class Conv(nn.Module):
-    """A convolution of stride 1 that keeps the size, 3 x 3 unless told otherwise."""
+class Dense(nn.Module):
+    """A matrix product over the last axis; on images, a 1 x 1 convolution."""
 
     features: int
-    kernel_size: int = 3
     init_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        size = (self.kernel_size, self.kernel_size)
-        kernel = self.param("kernel", kernel_init(self.init_scale), (*size, x.shape[-1], self.features))
+        kernel = self.param("kernel", kernel_init(self.init_scale), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return layers.conv(x, kernel, layers.same_padding(size)) + bias
+        return layers.dense(x, kernel) + bias
+
+
+class Conv(nn.Module):
+    """A 3 x 3 convolution of stride 1 that keeps the size."""
+
+    features: int
+    init_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", kernel_init(self.init_scale), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        return layers.conv(x, kernel, ((1, 1), (1, 1))) + bias
 
 
 class GroupNorm(nn.Module):
@@ -105,7 +113,7 @@ class ResBlock(nn.Module):
         h = nn.swish(GroupNorm(self.num_groups, name="norm_0")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
         width = self.features * (2 if self.scale_shift else 1)
-        modulation = dense(width, "embedding", self.dtype)(embedding)
+        modulation = Dense(width, dtype=self.dtype, name="embedding")(embedding)
         if self.scale_shift:
             h = GroupNorm(self.num_groups, name="norm_1")(h, modulation)
         else:
@@ -115,7 +123,7 @@ class ResBlock(nn.Module):
             h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
         h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, kernel_size=1, dtype=self.dtype, name="shortcut")(x)
+            x = Dense(self.features, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
 
@@ -164,14 +172,14 @@ class AttentionBlock(nn.Module):
         heads = (self.num_heads, width // self.num_heads)
 
         def project(name: str, source: jax.Array) -> jax.Array:
-            projected = dense(width, prefix + name, self.dtype)(source)
+            projected = Dense(width, dtype=self.dtype, name=prefix + name)(source)
             return projected.reshape(*source.shape[:2], *heads)
 
         attended = jax.nn.dot_product_attention(
             project("query", tokens), project("key", context), project("value", context)
         )
         attended = attended.reshape(*tokens.shape[:2], width)
-        return dense(tokens.shape[-1], prefix + "out", self.dtype, init_scale=0.0)(attended)
+        return Dense(tokens.shape[-1], init_scale=0.0, dtype=self.dtype, name=prefix + "out")(attended)
 
 
 class Downsample(nn.Module):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from ddpm_jax.models.blocks import (
     AttentionBlock,
     Conv,
+    Dense,
     Downsample,
     Dtype,
     GroupNorm,
     ResBlock,
     Upsample,
-    dense,
     timestep_embedding,
 )
 
@@ -109,13 +109,13 @@ class UNet(nn.Module):
             res_block, attention_block = nn.remat(ResBlock), nn.remat(AttentionBlock)
 
         embedding = timestep_embedding(t, self.channels)
-        embedding = nn.swish(dense(4 * self.channels, "time_0")(embedding))
-        embedding = dense(4 * self.channels, "time_1")(embedding)
+        embedding = nn.swish(Dense(4 * self.channels, name="time_0")(embedding))
+        embedding = Dense(4 * self.channels, name="time_1")(embedding)
         if self.num_classes is not None:
             labels = nn.Embed(self.num_classes + 1, 4 * self.channels, name="label")
             embedding += labels(cond.get("label", jnp.full(x.shape[:1], self.num_classes)))
         if "vector" in cond:
-            embedding += dense(4 * self.channels, "vector")(cond["vector"])
+            embedding += Dense(4 * self.channels, name="vector")(cond["vector"])
         embedding = nn.swish(embedding).astype(self.dtype)
 
         def block(h: jax.Array, level: int, name: str, attention: bool) -> jax.Array:

@@ -85,14 +85,18 @@ def test_kernel_gradient_is_exact(shape, size, padding):
         np.testing.assert_allclose(got[index], expected, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((3, 3), ((1, 1), (1, 1))), ((4, 1), ((1, 2), (0, 0))), ((2, 5), ((0, 1), (2, 2)))]
-)
-def test_same_padding(size, expected):
-    """TensorFlow's SAME."""
-    assert layers.same_padding(size) == expected
-    x, kernel = normal(0, 1, 6, 7, 2), normal(1, *size, 2, 3)
-    np.testing.assert_allclose(conv(x, kernel, expected), lax_conv(x, kernel, "SAME"), atol=2e-6)
+@pytest.mark.parametrize("shape", [(8, 3), (2, 3, 5, 4)])
+def test_dense_and_its_gradients(shape):
+    x, kernel = normal(0, *shape), normal(1, shape[-1], 6)
+    weights = normal(2, *shape[:-1], 6)
+
+    def value_and_gradients(dense):
+        loss = lambda x, kernel: jnp.sum(weights * jnp.sin(dense(x, kernel)))  # noqa: E731
+        return jax.jit(lambda *a: (dense(*a), jax.grad(loss, (0, 1))(*a)))(x, kernel)
+
+    got, expected = value_and_gradients(layers.dense), value_and_gradients(jnp.matmul)
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-6 * float(jnp.abs(e).max()))
 
 
 # Upsampling.
