@@ -1,6 +1,42 @@
 """Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+TENSORFLOW_SEEMS_INSTALLED = """
+import importlib.machinery, sys
+
+class Spy:
+    def find_spec(self, name, *args):
+        return importlib.machinery.ModuleSpec(name, self) if name == "tensorflow" else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        print("TENSORFLOW", flush=True)
+        raise ModuleNotFoundError("No module named 'tensorflow'")
+
+sys.meta_path.insert(0, Spy())
+"""
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Runs code in a new interpreter, in which importing TensorFlow prints TENSORFLOW; what it prints."""
+
+    def python(code, *arguments):
+        command = [sys.executable, "-c", TENSORFLOW_SEEMS_INSTALLED + code, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return python

@@ -1,7 +1,4 @@
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,35 +10,7 @@ from sklearn.datasets import load_digits
 from ddpm_jax.data.sources import Fit, TfdsSource, open_source
 from ddpm_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-SPY = """
-import importlib.machinery, sys
-
-class Spy:
-    def find_spec(self, name, *args):
-        return importlib.machinery.ModuleSpec(name, self) if name == "tensorflow" else None
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        print("TENSORFLOW IS IMPORTED", flush=True)
-        raise ModuleNotFoundError("No module named 'tensorflow'")
-
-sys.meta_path.insert(0, Spy())
-"""
-
-
-def python(code, *arguments):
-    """Runs code in a new interpreter that seems to have TensorFlow, and says so when that is imported; its output."""
-    command = [sys.executable, "-c", SPY + code, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def sentence(call, *args, **kwargs):
@@ -94,7 +63,7 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared_digits(digits_dir):
+def prepared_digits(digits_dir, python):
     """Prepared by another process; its output."""
     return python(
         "from ddpm_jax.data.sources import open_source\n"
@@ -221,7 +190,7 @@ CIFAR_SERVER = (
 )
 
 
-def test_cifar10_is_prepared_without_tensorflow(tmp_path, cifar):
+def test_cifar10_is_prepared_without_tensorflow(tmp_path, cifar, python):
     extracted, splits = cifar
     output = python(
         "import requests\n"

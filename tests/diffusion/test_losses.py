@@ -8,7 +8,7 @@ from scipy import stats
 
 from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion.gaussian import convert_prediction, q_sample
-from ddpm_jax.diffusion.schedules import extract, make_betas, make_schedule
+from ddpm_jax.diffusion.schedules import make_betas, make_schedule
 
 T = 1000
 LINEAR = make_schedule("linear", T)
@@ -161,19 +161,8 @@ def test_vb_terms(prediction, variance, clip):
     assert np.all(np.abs(got * LN2 / expected - 1) < [1e-6, 1e-5, 1e-5, 1.2e-4, 3e-4, 1e-3])
 
 
-def gaussian_model(schedule, m, v):
-    """The exact eps, E[eps | x_t], for x_0 ~ N(m, v)."""
-
-    def model(x, t):
-        a = extract(schedule.sqrt_alphas_cumprod, t, x.ndim)
-        s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x.ndim)
-        return s * (x - a * m) / (a**2 * v + s**2)
-
-    return model
-
-
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_bound_of_gaussian_data_under_the_exact_model(variance):
+def test_bound_of_gaussian_data_under_the_exact_model(gaussian_model, variance):
     """x_0 - E[x_0 | x_t] is Gaussian of variance w = v s^2 / (a^2 v + s^2), which the posterior's coefficient brings to
     the means: so KL_t has the mean (posterior / p - 1 - log(posterior / p) + c^2 w / p) / 2. Of its estimate from n
     numbers, c^2 w / p has the standard error sqrt(2 / n)."""

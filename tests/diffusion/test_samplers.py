@@ -30,17 +30,6 @@ def coefficients(betas, timesteps):
     )
 
 
-def gaussian_model(schedule, m, v):
-    """The exact eps, E[eps | x_t], for x_0 ~ N(m, v)."""
-
-    def model(x, t):
-        a = extract(schedule.sqrt_alphas_cumprod, t, x.ndim)
-        s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x.ndim)
-        return s * (x - a * m) / (a**2 * v + s**2)
-
-    return model
-
-
 def test_spaced_timesteps():
     np.testing.assert_array_equal(spaced_timesteps(1000), np.arange(1000)[::-1])
     np.testing.assert_array_equal(spaced_timesteps(1000, 5), [999, 749, 500, 250, 0])
@@ -213,7 +202,7 @@ def test_sample_is_p_sample_repeated():
     ("variance", "num_steps", "discretisation"),
     [("fixed_large", None, 0.01), ("fixed_small", None, -0.03), ("fixed_large", 50, 0.2)],
 )
-def test_gaussian_data(variance, num_steps, discretisation):
+def test_gaussian_data(gaussian_model, variance, num_steps, discretisation):
     """With the exact eps every step is linear: mean and variance follow a recursion, which all pixels obey within five
     standard errors, and which ends near the data's own: above it with the large variance, below with the small."""
     m, v, n = 0.2, 0.09, 256 * 256
@@ -233,7 +222,7 @@ def test_gaussian_data(variance, num_steps, discretisation):
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 30])
-def test_learned_variance_makes_any_number_of_steps_exact(num_steps):
+def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_steps):
     """For Gaussian data q(x_s | x_t) is Gaussian, of variance posterior + c^2 Var[x_0 | x_t]. A network that says so
     carries the exact marginal of x_t to the exact marginal of E[x_0 | x at t = 0]."""
     m, v, n = -0.1, 0.25, 256 * 256
