@@ -77,3 +77,25 @@ def sample(
             np.savez_compressed(temporary, image=pictures, label=np.resize(np.array(classes_in_turn, np.int32), total))
     print(f"step {run.step}, {'raw weights' if run.ema_decay is None else f'EMA {run.ema_decay}'}: {target}")
     return target
+
+
+def import_weights(source: str | None, path: str | Path) -> Path:
+    """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
+    from ddpm_jax.interop import workdirs
+
+    if not source:
+        raise UserError("--mode=import needs --source: a diffusers folder, a hub name or an exported .safetensors file")
+    target = workdirs.import_weights(source, path)
+    print(f"{source}: {target}")
+    return target
+
+
+def export_weights(run: Run, out: str | None) -> Path:
+    """Writes a run's weights for others; see `ddpm_jax.interop.workdirs.export_weights`."""
+    from ddpm_jax.interop import workdirs
+
+    if not out:
+        raise UserError("--mode=export needs --out: a folder for diffusers, or a .safetensors file")
+    target = workdirs.export_weights(run, out)
+    print(f"step {run.step}, {'raw weights' if run.ema_decay is None else f'EMA {run.ema_decay}'}: {target}")
+    return target

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -91,6 +92,7 @@ def default_config() -> ConfigDict:
     train.batch_size = 128  # of all devices together
     train.num_steps = 800_000
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
+    train.init_from = ""  # a workdir whose averaged weights this run starts from
 
     config.log = log = ConfigDict()
     log.every_steps = 100
@@ -285,7 +287,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 def make_schedule_from(config: ConfigDict) -> Schedule:
     diffusion = config.diffusion
     if diffusion.betas:
-        return make_schedule(jnp.asarray(diffusion.betas))
+        return make_schedule(np.asarray(diffusion.betas, np.float64))
     return make_schedule(
         diffusion.schedule,
         diffusion.num_timesteps,
@@ -308,6 +310,13 @@ def make_model(config: ConfigDict, num_classes: int) -> UNet:
             "num_classes": num_classes if class_conditional else None,
         }
     )
+
+
+def param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """The network's parameters as `jax.ShapeDtypeStruct`s."""
+    x = jnp.zeros((1, config.data.height, config.data.width, config.data.channels))
+    init = make_model(config, num_classes).init
+    return jax.eval_shape(init, jax.random.key(0), x, jnp.zeros(1, jnp.int32))["params"]
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -132,10 +131,10 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
     dataset = workdir.read_dataset(path)
     if dataset is None:
         raise UserError(f"--workdir {str(path)!r} has no checkpoint yet")
-    net = config_lib.make_model(config, len(dataset["class_names"]))
+    num_classes = len(dataset["class_names"])
+    net = config_lib.make_model(config, num_classes)
     mesh = parallel.make_mesh()
-    x = jnp.zeros((1, config.data.height, config.data.width, config.data.channels))
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1, jnp.int32))["params"]
+    shapes = config_lib.param_shapes(config, num_classes)
     whole = parallel.replicated(mesh)
     wanted = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=whole), shapes)
     checkpoints = Checkpoints(Path(path).expanduser())

@@ -300,6 +300,48 @@ BAD = [
 ]
 
 
+class TestInterchange:
+    def test_export_import_and_training_from_there(self, trained, call, tmp_path):
+        """Through diffusers' folder and back: the same images; and training goes on from these weights."""
+        workdir, folder, again = trained[0], tmp_path / "diffusers", tmp_path / "again"
+        status, output = call("--mode=export", f"--workdir={workdir}", f"--out={folder}", config=None)
+        assert status == 0, output
+        assert (folder / "model_index.json").exists()
+        status, output = call("--mode=import", f"--source={folder}", f"--workdir={again}", config=None)
+        assert status == 0, output
+        first, second = (ddpm_jax.load(path).sample(4, seed=3, num_steps=6) for path in (workdir, again))
+        np.testing.assert_array_equal(first, second)
+
+        tuned = tmp_path / "tuned"
+        status, output = call(f"--workdir={tuned}", f"--init_from={again}", "--config.train.num_steps=1")
+        assert status == 0, output
+        assert f"starting from the weights of {again}, step 0" in output
+        # The warm-up's first step has a learning rate of 0.
+        jax.tree.map(np.testing.assert_array_equal, ddpm_jax.load(tuned).params, ddpm_jax.load(again).params)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--mode=import",), "--mode=import needs --source"),
+            (("--mode=import", "--source=nothing/here/at.all"), "'nothing/here/at.all' is no folder"),
+            (("--mode=import", "--source=nothing.safetensors"), "'nothing.safetensors' is not a file"),
+        ],
+    )
+    def test_refused_imports(self, call, tmp_path, flags, message):
+        status, output = call(*flags, f"--workdir={tmp_path / 'run'}", config=None)
+        assert status == 1
+        assert message in output
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_of_another_network(self, trained, call, tmp_path):
+        status, output = call(
+            f"--workdir={tmp_path / 'run'}", f"--init_from={trained[0]}", "--config.model.channels=16"
+        )
+        assert status == 1
+        assert f"--init_from {str(trained[0])!r} has conv_in/bias of shape (8,)" in output
+        assert "this config's network has (16,)" in output
+
+
 @pytest.mark.slow
 class TestBadInput:
     @pytest.mark.parametrize(("flags", "message"), BAD)

@@ -130,7 +130,7 @@ class UNet(nn.Module):
             return h
 
         last = len(self.channel_multipliers) - 1
-        attends = self._levels_with_attention(x.shape)
+        attends = self.levels_with_attention(*x.shape[1:3])
 
         h = x.astype(self.dtype)
         if "image" in cond:
@@ -160,10 +160,11 @@ class UNet(nn.Module):
         h = Conv(out_channels, init_scale=0.0, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.float32)
 
-    def _levels_with_attention(self, shape: tuple[int, ...]) -> list[bool]:
+    def levels_with_attention(self, height: int, width: int) -> list[bool]:
+        """Whether each level, from the full size down, has attention on images of this size."""
         if self.attention_levels is not None:
             return list(self.attention_levels)
-        longer_side = max(shape[1:3])
+        longer_side = max(height, width)
         return [longer_side >> level in self.attention_resolutions for level in range(len(self.channel_multipliers))]
 
     def _check(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array]) -> None:

@@ -1,5 +1,6 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -28,7 +30,8 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_text
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
-from ddpm_jax.training.state import TrainState, create_state
+from ddpm_jax.run import load
+from ddpm_jax.training.state import Params, TrainState, create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 
 _NUM_SNAPSHOTS = 10
@@ -154,7 +157,34 @@ class _Training:
         if restored:
             self._say(f"going on from the checkpoint of step {restored[0]}")
             return restored
-        return 0, jax.jit(create, out_shardings=whole, compiler_options=parallel.run_once_options())()
+        start = self._start_weights(shapes.params) if config.train.init_from else None
+        state = jax.jit(create, out_shardings=whole, compiler_options=parallel.run_once_options())()
+        if start is not None:
+            averages = {decay: jax.tree.map(jnp.copy, start) for decay in state.ema}
+            state = dataclasses.replace(state, params=start, ema=averages)
+        return 0, state
+
+    def _start_weights(self, wanted: Params) -> Params:
+        """The weights of config.train.init_from; UserError if they are of another network."""
+        name = self.config.train.init_from
+        run = load(name)
+        found = jax.tree_util.tree_flatten_with_path(run.params)[0]
+        shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
+        for path, value in found:
+            expected = shapes.pop(path, None)
+            if expected is None or value.shape != expected.shape:
+                raise UserError(
+                    f"--init_from {name!r} has {jax.tree_util.keystr(path, simple=True, separator='/')} of shape "
+                    f"{value.shape}; this config's network has {'none' if expected is None else expected.shape}"
+                )
+        if shapes:
+            path = next(iter(shapes))
+            raise UserError(
+                f"--init_from {name!r} has no {jax.tree_util.keystr(path, simple=True, separator='/')}, "
+                "which this config's network has"
+            )
+        self._say(f"starting from the weights of {name}, step {run.step}")
+        return run.params
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""

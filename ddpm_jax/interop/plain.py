@@ -1,0 +1,56 @@
+"""A run's parameters as one .safetensors file for anyone: our own names, such as "down_0_0_res.conv_0.kernel".
+
+The file's metadata hold the config, the data set's description and the step, so that it makes a workdir again.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.interop import tensors as tensors_lib
+
+
+def write(
+    path: str | Path, config: ConfigDict, dataset: Mapping[str, Any], step: int, params: Mapping[str, Any]
+) -> Path:
+    """Writes the file; UserError if it is there already."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"{str(path)!r} is there already; choose another name")
+    metadata = {
+        "format": "ddpm_jax",
+        "config": config_lib.to_json(config),
+        "dataset": json.dumps(dataset),
+        "step": str(step),
+    }
+    tensors = {name: np.asarray(value) for name, value in flatten_dict(params, sep=".").items()}
+    tensors_lib.write(path, tensors, metadata)
+    return path
+
+
+def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, Any]]:
+    """Config, description of the data set, step and parameters of a file that `write` made.
+
+    Raises:
+      UserError: another file, or a tensor that its config's network does not have.
+    """
+    tensors = tensors_lib.read(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        config, dataset = config_lib.from_json(metadata["config"]), json.loads(metadata["dataset"])
+        step, num_classes = int(metadata["step"]), len(dataset["class_names"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
+    config_lib.validate(config)
+    shapes = flatten_dict(config_lib.param_shapes(config, num_classes), sep=".")
+    tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
+    return config, dataset, step, unflatten_dict(tensors, sep=".")

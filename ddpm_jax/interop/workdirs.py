@@ -1,0 +1,97 @@
+"""Workdirs made of other projects' weights, and weights for other projects made of workdirs."""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import workdir
+from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.diffusion.losses import LossHistory
+from ddpm_jax.errors import UserError
+from ddpm_jax.interop import diffusers, plain
+from ddpm_jax.run import Run
+from ddpm_jax.training.state import TrainState
+
+
+def import_weights(source: str, path: str | Path) -> Path:
+    """Makes a workdir, to sample from, to evaluate and to start training from with --init_from.
+
+    Args:
+      source: a diffusers folder or its name on the Hugging Face hub, or a .safetensors file of `export_weights`.
+      path: the workdir; must not be there, or be empty.
+
+    Returns:
+      The workdir, whole; nothing is left of one that could not be made.
+
+    Raises:
+      UserError: a source that is missing, broken or asks for something that is not supported, or a workdir in use.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--workdir {str(path)!r} is there and not empty; import into a new one")
+    if source.endswith(".safetensors"):
+        config, dataset, step, params = plain.read(Path(source).expanduser())
+    else:
+        config, params = diffusers.read(diffusers.locate(source))
+        dataset, step = _description(source, config, params), 0
+    workdir.check_writable(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        workdir.record(temporary, config, dataset)
+        checkpoints = Checkpoints(temporary)
+        checkpoints.save(step, _state(config, step, params))
+        checkpoints.close()
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _description(source: str, config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands for the images that these weights learned from, which are not known here."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten_dict(params, sep=".").items()):
+        digest.update(name.encode() + value.tobytes())
+    data = config.data
+    return {
+        "source": "import",
+        "name": source,
+        "num_images": 0,
+        "shape": [data.height, data.width, data.channels],
+        "class_names": [],
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _state(config: ConfigDict, step: int, params: Mapping[str, Any]) -> TrainState:
+    params = jax.tree.map(jnp.asarray, params)
+    importance = config.diffusion.timestep_sampler == "importance"
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params=params,
+        ema={str(decay): params for decay in config.train.ema_decays},
+        opt_state=config_lib.make_optimizer(config).init(params),
+        history=LossHistory.create(config_lib.make_schedule_from(config).num_timesteps) if importance else None,
+    )
+
+
+def export_weights(run: Run, out: str | Path) -> Path:
+    """Writes a run's weights: a folder for diffusers, or where `out` ends in .safetensors a file of our own names.
+
+    Raises:
+      UserError: `out` is there already, or the run has something that diffusers does not have.
+    """
+    params = jax.device_get(run.params)
+    if str(out).endswith(".safetensors"):
+        return plain.write(out, run.config, run.dataset, run.step, params)
+    return diffusers.write(out, run.config, run.net, params)

@@ -1,0 +1,115 @@
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.interop import tensors as tensors_lib
+
+TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(2.5, np.float32)}
+
+
+def refusal(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_written_and_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors_lib.write(path, {**TENSORS, "b.weight": np.asfortranarray(TENSORS["b.weight"])})
+    found = tensors_lib.read(path)
+    assert found.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("keep", [0, 3, 60, -1])
+def test_truncated_file(tmp_path, suffix, keep):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".safetensors":
+        tensors_lib.write(path, TENSORS)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", pickle.dumps({}))
+    path.write_bytes(path.read_bytes()[:keep])
+    assert str(path) in refusal(tensors_lib.read, path)
+
+
+def test_missing_file(tmp_path):
+    assert "is not a file" in refusal(tensors_lib.read, tmp_path / "x.safetensors")
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    path, victim = tmp_path / "x.bin", tmp_path / "victim"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"a": Harmful(victim)}))
+    pickle.loads(pickle.dumps(Harmful(tmp_path / "other"))).close()
+    assert (tmp_path / "other").exists(), "what would have happened"
+    assert "open, which is no tensor, and it is not run" in refusal(tensors_lib.read, path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], 3])
+def test_pickle_of_something_else(tmp_path, content):
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps(content))
+    assert "something other than named tensors" in refusal(tensors_lib.read, path)
+
+
+@pytest.mark.peers
+def test_pickles_of_pytorch(tmp_path):
+    """Views, shared storages and parameters, as PyTorch itself reads them."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install -e '.[peers]')")
+    base = torch.arange(24.0).reshape(4, 6)
+    saved = {
+        "whole": base,
+        "view": base[1:3, ::2],
+        "transposed": base.T,
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "integers": torch.arange(5),
+        "half": torch.arange(3.0).half(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    torch.save(saved, tmp_path / "x.bin")
+    found = tensors_lib.read(tmp_path / "x.bin")
+    assert found.keys() == saved.keys()
+    for name, value in saved.items():
+        expected = value.detach().numpy()
+        np.testing.assert_array_equal(found[name], expected)
+        assert found[name].dtype == expected.dtype
+
+
+WANTED = {"a": (), "b.weight": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"a": None}, "no tensor 'a'"),
+        ({"c": np.zeros(1, np.float32)}, "has a tensor 'c'"),
+        ({"a": np.zeros(2, np.float32)}, "'a' in 'file' has shape (2,); accepted: ()"),
+        ({"b.weight": TENSORS["b.weight"].astype(np.float16)}, "'b.weight' in 'file' is float16; accepted: float32"),
+    ],
+)
+def test_check(change, said):
+    tensors = {name: value for name, value in (TENSORS | change).items() if value is not None}
+    if said is None:
+        tensors_lib.check("file", tensors, WANTED)
+    else:
+        assert said in refusal(tensors_lib.check, "file", tensors, WANTED)

@@ -1,0 +1,280 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.interop import diffusers, workdirs
+from ddpm_jax.run import load
+
+
+def small_config(**model):
+    config = config_lib.default_config()
+    config.data.update(source="folder", height=8, width=8)
+    config.model.update(
+        channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4, attention_resolutions=(4,), dropout=0.0
+    )
+    config.model.update(model)
+    config.diffusion.num_timesteps = 20
+    config.log.sample_steps = 20
+    return config
+
+
+def random_params(config, num_classes=0, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = config_lib.param_shapes(config, num_classes)
+    return jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+
+
+def assert_same(params, expected):
+    params, expected = flatten_dict(params, sep="."), flatten_dict(expected, sep=".")
+    assert params.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(params[name], value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A diffusers folder of a small network with random weights."""
+    config = small_config()
+    return diffusers.write(tmp_path / "theirs", config, config_lib.make_model(config, 0), random_params(config))
+
+
+def test_import_makes_a_run(folder, tmp_path):
+    path = workdirs.import_weights(str(folder), tmp_path / "run")
+    run = load(path)
+    assert_same(run.params, random_params(small_config()))
+    assert_same(load(path, raw=True).params, random_params(small_config()))
+    assert run.step == 0
+    images = run.sample(num_images=2, num_steps=2)
+    assert images.shape == (2, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "theirs"]
+
+
+def test_there_and_back_is_the_same_to_the_byte(folder, tmp_path):
+    run = load(workdirs.import_weights(str(folder), tmp_path / "run"))
+    again = workdirs.export_weights(run, tmp_path / "again")
+    for file in (
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+        f"unet/{diffusers.WEIGHTS[0]}",
+    ):
+        assert (folder / file).read_bytes() == (again / file).read_bytes(), file
+
+
+def test_flat_layout_and_former_names(folder, tmp_path):
+    """As the first folders on the hub have it: no sub-folders, and attention's layers under their old names."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "config.json").write_bytes((folder / "unet/config.json").read_bytes())
+    (flat / "scheduler_config.json").write_bytes((folder / "scheduler/scheduler_config.json").read_bytes())
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in load_file(folder / "unet" / diffusers.WEIGHTS[0]).items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        renamed[name] = value
+    assert any(".query." in name for name in renamed)
+    save_file(renamed, flat / diffusers.WEIGHTS[0])
+    run = load(workdirs.import_weights(str(flat), tmp_path / "run"))
+    assert_same(run.params, random_params(small_config()))
+
+
+@pytest.mark.parametrize("class_conditional", [False, True])
+def test_plain_safetensors_there_and_back(tmp_path, class_conditional):
+    """Any option of ours survives; the tensors are named like the tree."""
+    config = small_config(upsample="transposed", attention_patch_size=2, class_conditional=class_conditional)
+    config.diffusion.update(prediction="v", schedule="cosine", variance="learned", loss="hybrid")
+    params = random_params(config, 3)
+    dataset = {"source": "x", "num_images": 7, "class_names": ["a", "b", "c"], "fingerprint": "f", "shape": [8, 8, 3]}
+    file = workdirs.plain.write(tmp_path / "x.safetensors", config, dataset, 17, params)
+    assert load_file(file)["down_0_0_res.conv_0.kernel"].shape == (3, 3, 8, 8)
+    run = load(workdirs.import_weights(str(file), tmp_path / "run"))
+    assert_same(run.params, params)
+    assert run.config == config
+    assert (run.step, run.dataset) == (17, dataset)
+    again = workdirs.export_weights(run, tmp_path / "again.safetensors")
+    assert_same(load_file(again), load_file(file))
+    with pytest.raises(UserError, match="is there already"):
+        workdirs.export_weights(run, again)
+
+
+def change_json(path, **fields):
+    value = json.loads(path.read_text())
+    for name, entry in fields.items():
+        value.pop(name) if entry is KeyError else value.update({name: entry})
+    path.write_text(json.dumps(value))
+
+
+UNET = {
+    "act_fn": ("gelu", "act_fn is 'gelu'"),
+    "freq_shift": (0, "freq_shift is 0"),
+    "flip_sin_to_cos": (True, "flip_sin_to_cos is True"),
+    "downsample_padding": (1, "downsample_padding is 1"),
+    "norm_eps": (1e-5, "norm_eps is 1e-05"),
+    "time_embedding_type": ("fourier", "time_embedding_type is 'fourier'"),
+    "class_embed_type": ("timestep", "class_embed_type is 'timestep'"),
+    "num_class_embeds": (10, "num_class_embeds is 10"),
+    "down_block_types": (["DownBlock2D", "SkipDownBlock2D"], "down_block_types is 'SkipDownBlock2D'"),
+    "up_block_types": (["UpBlock2D", "UpBlock2D"], "up_block_types is ['UpBlock2D', 'UpBlock2D']"),
+    "block_out_channels": ([8, 12], "block_out_channels is [8, 12]"),
+    "attention_head_dim": (5, "attention_head_dim is 5"),
+    "resnet_time_scale_shift": ("spatial", "resnet_time_scale_shift is 'spatial'"),
+    "out_channels": (6, "out_channels is 6"),
+    "magic": (1, "magic is 1"),
+    "_class_name": ("UNet2DConditionModel", "_class_name is 'UNet2DConditionModel'"),
+    "sample_size": (KeyError, "no field 'sample_size'"),
+    "layers_per_block": ("two", "num_res_blocks"),
+}
+SCHEDULER = {
+    "_class_name": ("PNDMScheduler", "_class_name is 'PNDMScheduler'"),
+    "beta_schedule": ("squared", "beta_schedule is 'squared'"),
+    "trained_betas": ([0.1, 2.0], "beta"),
+    "variance_type": ("fixed_large_log", "variance_type is 'fixed_large_log'"),
+    "prediction_type": ("flow", "prediction_type is 'flow'"),
+    "rescale_betas_zero_snr": (True, "rescale_betas_zero_snr is True"),
+    "clip_sample_range": (2.0, "clip_sample_range is 2.0"),
+    "thresholding": (True, None),
+}
+
+
+def refused(folder, tmp_path, said):
+    with pytest.raises(UserError) as caught:
+        workdirs.import_weights(str(folder), tmp_path / "run")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["theirs"], "something half-made is left"
+
+
+@pytest.mark.parametrize("field", UNET)
+def test_network_that_is_not_ours(folder, tmp_path, field):
+    value, said = UNET[field]
+    change_json(folder / "unet/config.json", **{field: value})
+    refused(folder, tmp_path, said)
+
+
+@pytest.mark.parametrize("field", SCHEDULER)
+def test_scheduler_that_is_not_ours(folder, tmp_path, field):
+    value, said = SCHEDULER[field]
+    path = folder / "scheduler/scheduler_config.json"
+    if said is None:
+        change_json(path, thresholding=True, sample_max_value=3.0)
+        said = "sample_max_value is 3.0"
+    else:
+        change_json(path, **{field: value})
+    refused(folder, tmp_path, said)
+
+
+def rewrite(folder, change):
+    path = folder / "unet" / diffusers.WEIGHTS[0]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+NAME = "down_blocks.0.resnets.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(NAME), f"no tensor '{NAME}'"),
+        (lambda tensors: tensors.update(extra=np.zeros(1, np.float32)), "a tensor 'extra'"),
+        (lambda tensors: tensors.update({NAME: np.zeros((8, 8, 3), np.float32)}), f"'{NAME}'"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].astype(np.float64)}), "is float64; accepted: float32"),
+    ],
+)
+def test_weights_that_lie(folder, tmp_path, change, said):
+    rewrite(folder, change)
+    refused(folder, tmp_path, said)
+
+
+def test_truncated_weights(folder, tmp_path):
+    path = folder / "unet" / diffusers.WEIGHTS[0]
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(folder, tmp_path, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "scheduler/scheduler_config.json", f"unet/{diffusers.WEIGHTS[0]}"]
+)
+def test_missing_file(folder, tmp_path, file):
+    (folder / file).unlink()
+    refused(folder, tmp_path, "unet" if file.endswith("tensors") else file)
+
+
+def test_broken_json(folder, tmp_path):
+    (folder / "unet/config.json").write_text("{")
+    refused(folder, tmp_path, "is not valid JSON")
+
+
+def test_workdir_in_use(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine").touch()
+    with pytest.raises(UserError, match="is there and not empty"):
+        workdirs.import_weights(str(folder), tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_neither_folder_nor_hub_name(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        workdirs.import_weights(str(tmp_path / "nothing"), tmp_path / "run")
+
+
+def test_hub_name_offline(tmp_path, monkeypatch, python):
+    """With the hub's own switch for no network: one sentence at once."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    said = python(
+        "from ddpm_jax.interop import workdirs\n"
+        "from ddpm_jax.errors import UserError\n"
+        "try:\n    workdirs.import_weights('google/ddpm-cifar10-32', sys.argv[1])\n"
+        "except UserError as error:\n    print(error)\n",
+        tmp_path / "run",
+    )
+    assert "'google/ddpm-cifar10-32' is no folder here, and the Hugging Face hub does not give it" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("downsample", "avg_pool"), ("upsample", "transposed"), ("attention_patch_size", 2), ("class_conditional", True)],
+)
+def test_what_diffusers_does_not_have(tmp_path, field, value):
+    config = small_config(**{field: value})
+    with pytest.raises(UserError, match=f"config.model.{field} is {value!r}"):
+        diffusers.write(tmp_path / "out", config, config_lib.make_model(config, 2), random_params(config, 2))
+    assert not list(tmp_path.iterdir())
+
+
+CONFIGS = {
+    "heads": ({"num_heads": 2, "scale_shift": True}, {}),
+    "no middle attention": ({"middle_attention": False, "attention_levels": (True, False)}, {}),
+    "cosine": ({}, {"schedule": "cosine", "prediction": "v", "variance": "fixed_small"}),
+    "learned": ({}, {"schedule": "linear", "variance": "learned", "loss": "hybrid", "clip": False}),
+    "threshold": ({}, {"prediction": "x_0", "dynamic_threshold": 0.99}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_there_and_back(name):
+    """The network's and the diffusion's options survive; a schedule that diffusers lacks becomes its betas."""
+    model, diffusion = CONFIGS[name]
+    config = small_config(**model)
+    config.diffusion.update(diffusion)
+    net = config_lib.make_model(config, 0)
+    found = diffusers.to_config(*(json.loads(json.dumps(part)) for part in diffusers.from_config(config, net)))
+    assert config_lib.make_model(found, 0).clone(attention_levels=None, attention_resolutions=()) == net.clone(
+        attention_levels=None, attention_resolutions=()
+    )
+    assert config_lib.make_model(found, 0).levels_with_attention(8, 8) == net.levels_with_attention(8, 8)
+    assert config_lib.sampling_options(found) == config_lib.sampling_options(config)
+    ours, theirs = config_lib.make_schedule_from(config), config_lib.make_schedule_from(found)
+    np.testing.assert_array_equal(ours.betas, theirs.betas)
+    np.testing.assert_array_equal(ours.posterior_variance, theirs.posterior_variance)
