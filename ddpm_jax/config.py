@@ -143,7 +143,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote; ValueError if the text is something else."""
+    """The config that `to_json` wrote; ValueError if the text is something else.
+
+    A field that came after the run was started has its default, which is to change nothing.
+    """
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
@@ -153,7 +156,10 @@ def from_json(text: str) -> ConfigDict:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
-    return ConfigDict(tuples(value))
+    config = default_config()
+    with config.ignore_type():
+        config.update(tuples(value))
+    return config
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -73,6 +73,12 @@ def test_lists_count_as_tuples():
     config_lib.validate(small(model__channel_multipliers=[1, 2]))
 
 
+def test_a_field_that_an_older_run_lacks_has_its_default():
+    text = json.loads(to_json(small(seed=5)))
+    del text["train"]["init_from"]
+    assert from_json(json.dumps(text)) == small(seed=5)
+
+
 def test_fields():
     config = small(optimizer__options=ConfigDict({"b1": 0.5}))
     found = dict(fields(config))
