@@ -28,13 +28,16 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: how many of the newest stay; None: all.
+      read_only: make and remove nothing, so that a run that is being trained can be read.
     """
 
-    def __init__(self, workdir: str | Path, keep: int | None = None):
+    def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.directory = Path(workdir).resolve() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             epath.Path(self.directory),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
+            ),
         )
 
     def steps(self) -> list[int]:

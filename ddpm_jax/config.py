@@ -286,7 +286,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
             return loss, optimizer.update(variables, optimizer.init(variables), variables)
 
         jax.eval_shape(step, jax.random.key(0))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
 
 
@@ -320,9 +320,9 @@ def make_model(config: ConfigDict, num_classes: int) -> UNet:
 
 def param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
     """The network's parameters as `jax.ShapeDtypeStruct`s."""
-    x = jnp.zeros((1, config.data.height, config.data.width, config.data.channels))
+    x = jax.ShapeDtypeStruct((1, config.data.height, config.data.width, config.data.channels), jnp.float32)
     init = make_model(config, num_classes).init
-    return jax.eval_shape(init, jax.random.key(0), x, jnp.zeros(1, jnp.int32))["params"]
+    return jax.eval_shape(init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:

@@ -1,9 +1,13 @@
 """Files that are either whole or not there."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ddpm_jax.errors import UserError
 
 
 @contextmanager
@@ -22,3 +26,31 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def write_text(path: str | os.PathLike, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, what: str) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it when the block ends without an error.
+
+    Args:
+      path: must not be there, or be an empty folder.
+      what: how the sentence of a UserError calls it.
+
+    Raises:
+      UserError: it holds something, or cannot be written.
+    """
+    temporary = None
+    try:
+        target = Path(path).expanduser().resolve()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{what} {str(path)!r} is there and not empty; choose a new one")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        temporary.replace(target)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
+        raise UserError(f"{what} {str(path)!r} cannot be written: {error}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -137,7 +137,7 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
     shapes = config_lib.param_shapes(config, num_classes)
     whole = parallel.replicated(mesh)
     wanted = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=whole), shapes)
-    checkpoints = Checkpoints(Path(path).expanduser())
+    checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
     found, params = checkpoints.restore_weights(step, "params" if raw else f"ema_{ema_decay}", wanted)
     checkpoints.close()
     return Run(config, dataset, found, ema_decay, net, config_lib.make_schedule_from(config), params, mesh)

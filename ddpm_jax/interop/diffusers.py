@@ -5,9 +5,8 @@ What a diffusers config says that this project cannot do is refused by the name 
 """
 
 import json
+import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.diffusion.schedules import make_betas
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_text
+from ddpm_jax.files import new_folder, write_text
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.models.unet import UNet
 
@@ -66,7 +65,6 @@ _FIXED_UNET: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "downsample_type": ("conv", ("conv",)),
     "upsample_type": ("conv", ("conv",)),
     "act_fn": ("silu", ("silu", "swish")),
-    "attn_norm_num_groups": (None, (None,)),
     "norm_eps": (1e-5, (1e-6,)),
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
@@ -82,6 +80,7 @@ _FREE_UNET = (
     "dropout",
     "attention_head_dim",
     "norm_num_groups",
+    "attn_norm_num_groups",
     "resnet_time_scale_shift",
     "add_attention",
     "num_train_timesteps",
@@ -115,8 +114,9 @@ def locate(name: str) -> Path:
     Raises:
       UserError: no such folder, and the hub does not have it or cannot be reached.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
             f"{name!r} is no folder; accepted: a diffusers folder or a hub name such as google/ddpm-cifar10-32"
@@ -156,7 +156,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except OSError:
         raise UserError(f"there is no {str(path)!r}; a diffusers folder has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{str(path)!r} holds no JSON object")
@@ -191,13 +191,13 @@ def to_config(
         _read_scheduler(config, scheduler, where[1])
     except KeyError as error:
         raise UserError(f"{where[0]!r} or {where[1]!r} has no field {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{where[0]!r} or {where[1]!r} holds a value that does not fit: {error}") from None
+    config_lib.validate(config)
     learned = config.diffusion.variance == "learned"
     expected = config.data.channels * (2 if learned else 1)
-    if unet["out_channels"] != expected:
-        raise _refuse(where[0], "out_channels", unet["out_channels"], (expected,))
-    config_lib.validate(config)
+    if unet.get("out_channels") != expected:
+        raise _refuse(where[0], "out_channels", unet.get("out_channels"), (expected,))
     return config
 
 
@@ -222,6 +222,10 @@ def _read_unet(config: ConfigDict, unet: Mapping[str, Any], where: str) -> None:
     if shift not in ("default", "scale_shift"):
         raise _refuse(where, "resnet_time_scale_shift", shift, ("default", "scale_shift"))
     middle = unet.get("add_attention", True)
+    # The middle attention's norm; with scale_shift, diffusers leaves it out unless told its groups.
+    groups, middle_groups = unet.get("norm_num_groups", 32), unet.get("attn_norm_num_groups")
+    if middle and middle_groups != groups and (middle_groups is not None or shift == "scale_shift"):
+        raise _refuse(where, "attn_norm_num_groups", middle_groups, (groups,))
     with_attention = {width for width, attends in zip(widths, attention, strict=True) if attends}
     with_attention |= {widths[-1]} if middle else set()
     head_dim = unet.get("attention_head_dim", 8)
@@ -243,7 +247,7 @@ def _read_unet(config: ConfigDict, unet: Mapping[str, Any], where: str) -> None:
         middle_attention=middle,
         num_heads=heads.pop() if heads else 1,
         dropout=float(unet.get("dropout", 0.0)),
-        num_groups=unet.get("norm_num_groups", 32),
+        num_groups=groups,
         scale_shift=shift == "scale_shift",
     )
 
@@ -263,6 +267,10 @@ def _read_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], where: str
 
     betas = scheduler.get("trained_betas")
     if betas is not None:
+        if not betas or len(betas) != scheduler.get("num_train_timesteps", 1000):
+            raise UserError(
+                f"trained_betas has {len(betas)} values in {where!r}; accepted: num_train_timesteps of them"
+            )
         diffusion.betas = tuple(map(float, betas))
     else:
         diffusion.schedule = choose("beta_schedule", "linear", _SCHEDULES)
@@ -281,6 +289,8 @@ def _read_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], where: str
             diffusion.clip = True
         elif bound >= _UNBOUNDED:
             diffusion.dynamic_threshold = float(scheduler.get("dynamic_thresholding_ratio", 0.995))
+            if not diffusion.dynamic_threshold:
+                raise _refuse(where, "dynamic_thresholding_ratio", 0.0, ("above 0 to 1",))
         else:
             raise _refuse(where, "sample_max_value", bound, (1.0, _UNBOUNDED))
 
@@ -333,10 +343,12 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict
     old = any(".attentions." in name and ".query." in name for name in tensors)
     if old:
         for new, former in _OLD_ATTENTION.items():
-            pattern = re.compile(rf"(?<=\.attentions\.\d\.){re.escape(new)}(?=\.)")
-            names = {ours: pattern.sub(former, name) for ours, name in names.items()}
+            pattern = re.compile(rf"(\.attentions\.\d+\.){re.escape(new)}(?=\.)")
+            names = {ours: pattern.sub(rf"\g<1>{former}", name) for ours, name in names.items()}
     flat = flatten_dict(shapes)
-    wanted = {name: _to_theirs(name, np.empty(flat[ours].shape)).shape for ours, name in names.items()}
+    wanted = {
+        name: _to_theirs(name, np.broadcast_to(np.float32(0), flat[ours].shape)).shape for ours, name in names.items()
+    }
     tensors_lib.check(path, tensors, wanted)
     return unflatten_dict({ours: np.ascontiguousarray(_to_ours(name, tensors[name])) for ours, name in names.items()})
 
@@ -381,8 +393,11 @@ def from_config(config: ConfigDict, net: UNet) -> tuple[dict[str, Any], dict[str
         "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
         "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
         "add_attention": model.middle_attention,
-        "attention_head_dim": None if model.num_heads == 1 else next(iter(with_attention)) // model.num_heads,
+        "attention_head_dim": max(with_attention) // model.num_heads
+        if with_attention and model.num_heads > 1
+        else None,
         "norm_num_groups": model.num_groups,
+        "attn_norm_num_groups": model.num_groups if model.scale_shift else None,
         "dropout": model.dropout,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
         **{field: accepted[0] for field, (_, accepted) in _FIXED_UNET.items() if field != "time_embedding_dim"},
@@ -429,22 +444,14 @@ def write(folder: str | Path, config: ConfigDict, net: UNet, params: Mapping[str
     Raises:
       UserError: the folder holds something, or the run something that diffusers does not have.
     """
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} is there and not empty; choose another folder")
     unet, scheduler = from_config(config, net)
     tensors = to_tensors(params, len(config.model.channel_multipliers))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error.strerror}") from None
-    try:
-        pipeline = {
-            "_class_name": "DDPMPipeline",
-            "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
+    pipeline = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    with new_folder(folder, "--out") as temporary:
         for name, value in (
             ("model_index.json", pipeline),
             ("unet/config.json", unet),
@@ -452,8 +459,4 @@ def write(folder: str | Path, config: ConfigDict, net: UNet, params: Mapping[str
         ):
             write_text(temporary / name, json.dumps(value, indent=2) + "\n")
         tensors_lib.write(temporary / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return Path(folder).expanduser()

@@ -4,6 +4,7 @@ The file's metadata hold the config, the data set's description and the step, so
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def write(
     path: str | Path, config: ConfigDict, dataset: Mapping[str, Any], step: int, params: Mapping[str, Any]
 ) -> Path:
     """Writes the file; UserError if it is there already."""
-    path = Path(path).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(path))
+    if os.path.exists(path):
         raise UserError(f"{str(path)!r} is there already; choose another name")
     metadata = {
         "format": "ddpm_jax",
@@ -48,7 +49,9 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
             metadata = file.metadata() or {}
         config, dataset = config_lib.from_json(metadata["config"]), json.loads(metadata["dataset"])
         step, num_classes = int(metadata["step"]), len(dataset["class_names"])
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        if not 0 <= step < 2**31 or not dataset.keys() >= {"fingerprint", "num_images", "shape"}:
+            raise ValueError("a step, or a whole description of the data set")
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
     config_lib.validate(config)
     shapes = flatten_dict(config_lib.param_shapes(config, num_classes), sep=".")

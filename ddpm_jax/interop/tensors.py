@@ -1,6 +1,7 @@
 """Files of named tensors: safetensors, and PyTorch's older pickled files read without running what is in them."""
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -36,20 +37,20 @@ def read(path: str | Path) -> Tensors:
     if not path.is_file():
         raise UserError(f"{str(path)!r} is not a file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return _read_pickled(path)
-    except (SafetensorError, OSError, TypeError, KeyError, IndexError, ValueError, EOFError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from None
+        return load_file(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    except Exception as error:  # a broken file raises nearly any kind
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{str(path)!r} cannot be read: {reason}") from None
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a .safetensors file, whole or not at all."""
+    """Writes a .safetensors file, whole or not at all; UserError if it cannot be written."""
     contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
+    try:
+        with atomic_path(path) as temporary:
+            save_file(contiguous, temporary, metadata=dict(metadata or {}))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error}") from None
 
 
 def check(
@@ -94,25 +95,39 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(_STORAGES[name])
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor, and it is not run")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> "_Storage":
         _, kind, key, _, count = pid
-        return np.frombuffer(self._read_storage(key), kind.dtype, count)
+        return _Storage(np.frombuffer(self._read_storage(key), kind.dtype, count))
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+class _Storage:
+    """What a tensor may be cut from: data of the archive, and not another tensor."""
+
+    def __init__(self, data: np.ndarray):
+        self.data = data
+
+
+def _rebuild_tensor(source: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    if not isinstance(source, _Storage):
+        raise ValueError("a tensor is made of something other than data")
+    storage = source.data
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)):
-        raise ValueError("a tensor reaches beyond its data")
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)) or math.prod(size) > len(storage):
+        raise ValueError("a tensor is larger than its data")
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 
 
 def _read_pickled(path: Path) -> Tensors:
     with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which PyTorch's files are not")
         (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = index.removesuffix("data.pkl")
         unpickler = _Unpickler(io.BytesIO(archive.read(index)), lambda key: archive.read(f"{folder}data/{key}"))
         tensors = unpickler.load()
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, np.ndarray) for name, tensor in tensors.items()
+    ):
         raise ValueError("it holds something other than named tensors")
     return dict(tensors)

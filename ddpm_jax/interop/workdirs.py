@@ -1,8 +1,7 @@
 """Workdirs made of other projects' weights, and weights for other projects made of workdirs."""
 
 import hashlib
-import shutil
-import tempfile
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ddpm_jax import workdir
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.diffusion.losses import LossHistory
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import new_folder
 from ddpm_jax.interop import diffusers, plain
 from ddpm_jax.run import Run
 from ddpm_jax.training.state import TrainState
@@ -35,26 +35,19 @@ def import_weights(source: str, path: str | Path) -> Path:
     Raises:
       UserError: a source that is missing, broken or asks for something that is not supported, or a workdir in use.
     """
-    target = Path(path).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--workdir {str(path)!r} is there and not empty; import into a new one")
+    if jax.process_count() > 1:
+        raise UserError("weights are imported by one process, not by a job of several")
     if source.endswith(".safetensors"):
-        config, dataset, step, params = plain.read(Path(source).expanduser())
+        config, dataset, step, params = plain.read(os.path.expanduser(source))
     else:
         config, params = diffusers.read(diffusers.locate(source))
         dataset, step = _description(source, config, params), 0
-    workdir.check_writable(target.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
+    with new_folder(path, "--workdir") as temporary:
         workdir.record(temporary, config, dataset)
         checkpoints = Checkpoints(temporary)
         checkpoints.save(step, _state(config, step, params))
         checkpoints.close()
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return Path(path).expanduser()
 
 
 def _description(source: str, config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +84,8 @@ def export_weights(run: Run, out: str | Path) -> Path:
     Raises:
       UserError: `out` is there already, or the run has something that diffusers does not have.
     """
+    if jax.process_count() > 1:
+        raise UserError("weights are exported by one process, not by a job of several")
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         return plain.write(out, run.config, run.dataset, run.step, params)

@@ -36,6 +36,13 @@ from ddpm_jax.training.step import Metrics, make_train_step
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
+# What changes the meaning of weights, but not their shapes.
+_SAME_SHAPES = (
+    ("model", "num_heads"),
+    ("model", "num_groups"),
+    ("model", "downsample"),
+    ("diffusion", "prediction"),
+)
 
 
 class DivergedError(UserError):
@@ -167,7 +174,17 @@ class _Training:
     def _start_weights(self, wanted: Params) -> Params:
         """The weights of config.train.init_from; UserError if they are of another network."""
         name = self.config.train.init_from
-        run = load(name)
+        try:
+            run = load(name)
+        except UserError as error:
+            raise UserError(f"--init_from {name!r}: {error}") from None
+        for section, field in _SAME_SHAPES:
+            theirs, ours = run.config[section][field], self.config[section][field]
+            if theirs != ours:
+                raise UserError(
+                    f"--init_from {name!r} has {section}.{field} {theirs!r}, this config {ours!r}: "
+                    "the same weights would mean something else"
+                )
         found = jax.tree_util.tree_flatten_with_path(run.params)[0]
         shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
         for path, value in found:

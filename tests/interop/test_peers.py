@@ -60,7 +60,13 @@ SMALL = GOOGLE | {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
-NETWORKS = {"google/ddpm-cifar10-32": (CIFAR10, 35_746_307), "256x256 type": (LARGE, None), "small": (SMALL, None)}
+SCALE_SHIFT = SMALL | {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4, "attention_head_dim": 8}
+SCALE_SHIFT |= {"block_out_channels": (32, 32), "add_attention": True}
+NETWORKS = {
+    "google/ddpm-cifar10-32": (CIFAR10, 35_746_307),
+    "256x256 type": (LARGE, None),
+    "scale shift": (SCALE_SHIFT, None),
+}
 
 
 def their_network(config):

@@ -94,6 +94,47 @@ def test_pickles_of_pytorch(tmp_path):
         assert found[name].dtype == expected.dtype
 
 
+STORAGE = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI4\ntQ"
+
+
+def integers(*values):
+    return b"(" + b"".join(b"I%d\n" % value for value in values) + b"t"
+
+
+def tensor(source, offset, size, stride):
+    """As PyTorch writes one, in pickle's oldest protocol."""
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(%bI%d\n%b%btR" % (source, offset, integers(*size), integers(*stride))
+
+
+def write_pickled(path, value, key=b"Va\n", compress=zipfile.ZIP_STORED):
+    """{key: value} beside four numbers of data."""
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        archive.writestr("x/data.pkl", b"(d" + key + value + b"s.")
+        archive.writestr("x/data/0", np.arange(4, dtype=np.float32).tobytes())
+
+
+def test_tensor_of_a_storage(tmp_path):
+    """What the refusals below are small changes of."""
+    write_pickled(tmp_path / "x.bin", tensor(STORAGE, 1, (3,), (1,)))
+    np.testing.assert_array_equal(tensors_lib.read(tmp_path / "x.bin")["a"], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "said"),
+    [
+        (tensor(STORAGE, 1, (4,), (1,)), {}, "larger than its data"),
+        (tensor(STORAGE, -1, (2,), (1,)), {}, "larger than its data"),
+        (tensor(STORAGE, 0, (10**12,), (0,)), {}, "larger than its data"),
+        (tensor(tensor(STORAGE, 0, (10**12, 0), (0, 0)), 0, (9,), (1,)), {}, "something other than data"),
+        (tensor(STORAGE, 0, (2,), (1,)), {"key": b"I0\n"}, "other than named tensors"),
+        (tensor(STORAGE, 0, (2,), (1,)), {"compress": zipfile.ZIP_DEFLATED}, "it is compressed"),
+    ],
+)
+def test_pickled_tensors_that_lie(tmp_path, value, options, said):
+    write_pickled(tmp_path / "x.bin", value, **options)
+    assert said in refusal(tensors_lib.read, tmp_path / "x.bin")
+
+
 WANTED = {"a": (), "b.weight": (2, 3)}
 
 
