@@ -288,7 +288,7 @@ BAD = [
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.train.batch_size=many"], "config.train.batch_size=many"),
     (["--workdri=x"], "Did you mean: workdir"),
-    (["--mode=smaple"], "<train|sample>"),
+    (["--mode=smaple"], "<train|sample|import|export>"),
     (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
     (["--config.data.height=9", "--config.model.channel_multipliers=(1, 2)"], "9x8 cannot be halved"),
     (["--config.train.batch_size=15"], "must be divisible by the 2 devices"),
