@@ -9,6 +9,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
+from ddpm_jax import parallel
 from ddpm_jax.diffusion import gaussian, samplers
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -111,7 +112,7 @@ def test_network_gradients_and_round_trip(name, tmp_path):
     x, weights = (rng.standard_normal((2, size, size, 3)).astype(np.float32) for _ in range(2))
     t = np.array([3, 811])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=parallel.run_once_options())
     def ours(params, x):
         y, vjp = jax.vjp(lambda params, x: run.net.apply({"params": params}, x, t), params, x)
         return y, *vjp(jnp.asarray(weights))

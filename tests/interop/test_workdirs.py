@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.interop import diffusers, workdirs
 from ddpm_jax.run import load
+
+pytestmark = pytest.mark.slow
 
 
 def small_config(**model):
@@ -37,11 +40,17 @@ def assert_same(params, expected):
         np.testing.assert_array_equal(params[name], value)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A diffusers folder of a small network with random weights."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     config = small_config()
-    return diffusers.write(tmp_path / "theirs", config, config_lib.make_model(config, 0), random_params(config))
+    net = config_lib.make_model(config, 0)
+    return diffusers.write(tmp_path_factory.mktemp("original") / "theirs", config, net, random_params(config))
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A diffusers folder of a small network with random weights."""
+    return shutil.copytree(original, tmp_path / "theirs")
 
 
 def test_import_makes_a_run(folder, tmp_path):

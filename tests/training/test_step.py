@@ -36,12 +36,15 @@ def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None,
     )()
     step = make_train_step(net, make_schedule("linear", 100), optimizer, mesh, seed=0, **options)
     rng = np.random.default_rng(0)
+    compiled = None
     for _ in range(steps):
         batch = {
             "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8) if images is None else images,
             "label": np.zeros(BATCH, np.int32) if labels is None else labels,
         }
-        state, metrics = step(state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh)))
+        arguments = state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh))
+        compiled = compiled or step.lower(*arguments).compile(compiler_options=parallel.run_once_options())
+        state, metrics = compiled(*arguments)
     return jax.device_get(state), jax.device_get(metrics)
 
 
