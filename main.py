@@ -1,4 +1,4 @@
-"""Denoising Diffusion Probabilistic Models in JAX: trains a run, samples from it, exchanges weights.
+"""Denoising Diffusion Probabilistic Models in JAX: trains a run, samples from it, edits pictures, exchanges weights.
 
 Train, or go on from the last checkpoint:
   python main.py --config=configs/digits.py --workdir=runs/digits
@@ -6,6 +6,12 @@ Train, or go on from the last checkpoint:
 
 Sample from a workdir; the config lies in it:
   python main.py --mode=sample --workdir=runs/digits --num_images=256 --seed=1 --output=png
+  python main.py --mode=sample --workdir=runs/digits --images=0-49999 --sampler=dpmpp_2m --num_steps=20
+
+Mix, vary, denoise or repair pictures, or watch how they come about:
+  python main.py --mode=interpolate --workdir=runs/digits --input=a.png,b.png
+  python main.py --mode=inpaint --workdir=runs/digits --input=a.png --mask=hole.png --times=5
+  python main.py --mode=progressive --workdir=runs/digits
 
 Make a workdir of other people's weights, or a folder for diffusers of a workdir:
   python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
@@ -14,6 +20,7 @@ Make a workdir of other people's weights, or a folder for diffusers of a workdir
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,30 +30,67 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "import", "export"], "What to do.")
+_MODES = {
+    "train": "trains, or goes on from the last checkpoint",
+    "sample": "images from noise",
+    "interpolate": "between two pictures",
+    "vary": "other pictures like given ones",
+    "denoise": "clean pictures of noisy ones",
+    "inpaint": "a part of a picture painted anew",
+    "progressive": "the way from noise to image",
+    "coarse_to_fine": "images that share the beginning of that way",
+    "neighbours": "samples and the training images nearest to them",
+    "import": "a workdir of other people's weights",
+    "export": "a run's weights for others",
+}
+_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()))
 
 _INIT_FROM = flags.DEFINE_string("init_from", None, "train: start from the averaged weights of this workdir.")
 _SOURCE = flags.DEFINE_string(
     "source", None, "import: a diffusers folder, its name on the Hugging Face hub, or an exported .safetensors file."
 )
 
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "sample: how many images; by default the config's.")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: image i depends on the seed and i alone.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "sample: network calls an image; by default the config's.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sample: images at a time; by default the config's.")
-_STEP = flags.DEFINE_integer("step", None, "sample, export: of the checkpoint; by default the newest.")
-_EMA_DECAY = flags.DEFINE_float(
-    "ema_decay", None, "sample, export: which moving average; by default the config's first."
-)
-_RAW = flags.DEFINE_bool("raw", False, "sample, export: the weights as trained instead of a moving average.")
-_CLASSES = flags.DEFINE_list("classes", [], "sample: of a class-conditional run, repeated for all images: 0,1,2.")
+# Which weights, and how to sample with them.
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
+_EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Which moving average; by default the config's first.")
+_RAW = flags.DEFINE_bool("raw", False, "The weights as trained instead of a moving average.")
+_SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed, i and the settings alone.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; by default the config's.", lower_bound=1)
+_OPTIONS = {
+    "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc."),
+    "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
+    "spacing": flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras."),
+    "eta": flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1."),
+    "order": flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3."),
+    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "Of classes: 1 is none, more exaggerates them."),
+    "guidance_rescale": flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast."),
+}
+_TIMESTEPS = flags.DEFINE_list("timesteps", None, "The timesteps themselves, descending, in place of num_steps.")
+_GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST timestep to guide.")
+_CLASSES = flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; a grid has a row for each.")
+
+# What to make, and where to write it.
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many images; by default the config's, or 8 a row.")
+_IMAGES = flags.DEFINE_string("images", None, "sample: numbers FIRST-LAST, in .npz shards; goes on where it stopped.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1000, "sample with --images: images a shard.")
+_PART = flags.DEFINE_string("part", "0/1", "sample with --images: I/N, the I-th of N processes that share the shards.")
 _OUTPUT = flags.DEFINE_enum("output", "grid", ["grid", "png", "npz"], "sample: one picture, many, or an array.")
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "sample: where to write; by default WORKDIR/samples/step_..._seed_...; "
+    "Where to write; by default a name in WORKDIR/samples. "
     "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
 )
+_INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
+_MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
+_T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
+_WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
+_LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
+_JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps that RePaint runs again at a time.", lower_bound=1)
+_TIMES = flags.DEFINE_integer("times", 1, "inpaint: how often RePaint runs them; 1: not again.", lower_bound=1)
+_NUM_STAGES = flags.DEFINE_integer("num_stages", 10, "progressive: pictures on the way.", lower_bound=2)
+_OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: what the network sees in the noise, or the noise.")
+_NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: a sample.", lower_bound=1)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several hosts: how many processes.")
@@ -66,9 +110,53 @@ def main(argv: list[str]) -> None:
     try:
         parallel.keep_freed_memory()
         parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-        {"train": train, "sample": sample, "import": import_weights, "export": export_weights}[_MODE.value]()
+        run_mode(_MODE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def run_mode(mode: str) -> None:
+    from ddpm_jax import command_line
+    from ddpm_jax.run import load
+
+    path, numbers = _WORKDIR.value, command_line.parse_numbers
+    if mode == "train":
+        train()
+        return
+    if mode == "import":
+        command_line.import_weights(_SOURCE.value, path)
+        return
+    run = load(path, _STEP.value, _EMA_DECAY.value, _RAW.value)
+    if mode == "export":
+        command_line.export_weights(run, _OUT.value)
+        return
+    options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
+    if _TIMESTEPS.value is not None:
+        options["timesteps"] = numbers("timesteps", _TIMESTEPS.value)
+    if _GUIDANCE_INTERVAL.value is not None:
+        options["guidance_interval"] = numbers("guidance_interval", _GUIDANCE_INTERVAL.value)
+    common: dict[str, Any] = {"seed": _SEED.value, "out": _OUT.value, "options": options}
+    many: dict[str, Any] = {"batch_size": _BATCH_SIZE.value, "classes": _CLASSES.value}
+    count: dict[str, Any] = {"num_images": _NUM_IMAGES.value}
+    edit: dict[str, Any] = {"inputs": _INPUT.value}
+    if mode == "sample" and _IMAGES.value is not None:
+        first, last = command_line.parse_range("images", _IMAGES.value, "-")
+        part = command_line.parse_range("part", _PART.value, "/")
+        command_line.sample_shards(
+            run, path, first=first, last=last, shard_size=_SHARD_SIZE.value, part=part, **many, **common
+        )
+        return
+    arguments = {
+        "sample": {**count, **many, "output": _OUTPUT.value},
+        "interpolate": {**edit, "ts": _T.value, "weights": _WEIGHTS.value, "latents": _LATENTS.value},
+        "vary": {**edit, **count, "ts": _T.value},
+        "denoise": {**edit, "ts": _T.value},
+        "inpaint": {**edit, **count, "mask": _MASK.value, "jump": _JUMP.value, "times": _TIMES.value},
+        "progressive": {**count, "classes": _CLASSES.value, "num_stages": _NUM_STAGES.value, "of": _OF.value},
+        "coarse_to_fine": {**count, "ts": _T.value},
+        "neighbours": {**count, "num_neighbours": _NUM_NEIGHBOURS.value},
+    }
+    getattr(command_line, mode)(run, path, **arguments[mode], **common)
 
 
 def train() -> None:
@@ -79,38 +167,6 @@ def train() -> None:
     if _INIT_FROM.value is not None:
         config.train.init_from = _INIT_FROM.value
     train(config, _WORKDIR.value)
-
-
-def sample() -> None:
-    from ddpm_jax import command_line
-    from ddpm_jax.run import load
-
-    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
-    command_line.sample(
-        run,
-        _WORKDIR.value,
-        num_images=_NUM_IMAGES.value,
-        seed=_SEED.value,
-        num_steps=_NUM_STEPS.value,
-        batch_size=_BATCH_SIZE.value,
-        classes=_CLASSES.value,
-        output=_OUTPUT.value,
-        out=_OUT.value,
-    )
-
-
-def import_weights() -> None:
-    from ddpm_jax import command_line
-
-    command_line.import_weights(_SOURCE.value, _WORKDIR.value)
-
-
-def export_weights() -> None:
-    from ddpm_jax import command_line
-    from ddpm_jax.run import load
-
-    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
-    command_line.export_weights(run, _OUT.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ def ours():
     import numpy as np
 
     from ddpm_jax import config as config_lib
-    from ddpm_jax.training.state import create_state
+    from ddpm_jax.training.state import create_state, init_params
     from ddpm_jax.training.step import Metrics, make_train_step
 
     config = config_lib.default_config()
@@ -29,7 +29,7 @@ def ours():
     whole = parallel.replicated(mesh)
 
     def create():
-        return create_state(net, optimizer, (32, 32, 3), seed=0, ema_decays=(0.9999,)), Metrics.zero()
+        return create_state(init_params(net, (32, 32, 3), 0), optimizer, (0.9999,)), Metrics.zero()
 
     step = make_train_step(
         net,

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
 
 
@@ -33,12 +33,18 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.directory = Path(workdir).resolve() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            epath.Path(self.directory),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
-            ),
-        )
+        verbosity = logging.get_verbosity()
+        if read_only:
+            logging.set_verbosity(logging.ERROR)  # Orbax warns of what it was told
+        try:
+            self._manager = ocp.CheckpointManager(
+                epath.Path(self.directory),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
+                ),
+            )
+        finally:
+            logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
         """The steps of the whole checkpoints, ascending."""
@@ -90,7 +96,7 @@ class Checkpoints:
         logging.error(
             "Checkpoint %d cannot be read (%s); it is moved to %s and the one before it is used.",
             step,
-            str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+            first_line(error)[:200],
             aside,
         )
         if jax.process_index() == 0:
@@ -120,7 +126,7 @@ class Checkpoints:
                 args = ocp.args.Composite(**{part: ocp.args.StandardRestore(params)})
                 return candidate, self._manager.restore(candidate, args=args)[part]
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                logging.error("Checkpoint %d cannot be read: %s", candidate, str(error).splitlines()[0][:200])
+                logging.error("Checkpoint %d cannot be read: %s", candidate, first_line(error)[:200])
         raise UserError(f"no checkpoint in {self.directory} can be read")
 
     def close(self) -> None:

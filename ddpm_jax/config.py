@@ -16,10 +16,10 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpm_jax.data.sources import SOURCES
-from ddpm_jax.diffusion import losses, samplers
+from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
-from ddpm_jax.diffusion.schedules import Schedule, make_schedule
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
+from ddpm_jax.errors import UserError, first_line, nearest
 from ddpm_jax.models.unet import UNet
 
 DTYPES = ("float32", "bfloat16")
@@ -70,6 +70,7 @@ def default_config() -> ConfigDict:
     diffusion.beta_end = 0.02
     diffusion.schedule_options = ConfigDict()  # of the cosine and sigmoid schedules
     diffusion.betas = ()  # the user's own betas; they take the place of all of the above
+    diffusion.zero_terminal_snr = False  # rescale the betas so that the last timestep is pure noise; for x_0 and v
     diffusion.prediction = "eps"  # eps, x_0 or v
     diffusion.variance = "fixed_large"  # fixed_small, fixed_large or learned
     diffusion.loss = "simple"  # simple, hybrid or vlb
@@ -92,6 +93,7 @@ def default_config() -> ConfigDict:
     train.batch_size = 128  # of all devices together
     train.num_steps = 800_000
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
+    train.label_dropout = 0.0  # share of examples that are trained without their class, for guidance
     train.init_from = ""  # a workdir whose averaged weights this run starts from
 
     config.log = log = ConfigDict()
@@ -107,8 +109,14 @@ def default_config() -> ConfigDict:
     checkpoint.keep = 3
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddpm"
-    sample.num_steps = 0  # 0: every timestep
+    sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
+    sample.num_steps = 0  # timesteps to call the network at; 0: every one
+    sample.spacing = "linspace"  # leading, trailing, quadratic, logsnr or karras: how those are spread
+    sample.eta = 0.0  # of ddim: 0, deterministic, to 1
+    sample.order = 0  # of unipc: 1, 2 or 3; 0: 2
+    sample.guidance_scale = 1.0  # of a class-conditional run: 1 is the class alone, more exaggerates it
+    sample.guidance_rescale = 0.0  # 0 to 1: brings the guided output back to the usual contrast
+    sample.guidance_interval = ()  # (lowest, highest) guided timestep; (): all
     sample.num_images = 64  # in the grid at the end of training
     sample.batch_size = 256
     return config
@@ -179,6 +187,7 @@ _ELEMENTS: dict[str, type] = {
     "model.attention_levels": bool,
     "diffusion.betas": float,
     "train.ema_decays": float,
+    "sample.guidance_interval": int,
 }
 
 
@@ -212,7 +221,8 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
         ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
         ("optimizer.decay", optimizer.decay, LEARNING_RATES),
-        ("sample.sampler", config.sample.sampler, tuple(samplers.SAMPLERS)),
+        ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
+        ("sample.spacing", config.sample.spacing, tables.SPACINGS),
         ("model.dtype", config.model.dtype, DTYPES),
         ("data.source", config.data.source, SOURCES),
     ):
@@ -258,6 +268,20 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.channel_multipliers is {config.model.channel_multipliers}; accepted: integers of 1 or more"
         )
+    for name, share in (
+        ("train.label_dropout", train.label_dropout),
+        ("sample.guidance_rescale", config.sample.guidance_rescale),
+    ):
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
+    if len(config.sample.guidance_interval) not in (0, 2):
+        raise UserError(
+            f"config.sample.guidance_interval is {config.sample.guidance_interval}; accepted: () or two timesteps"
+        )
+    if not config.model.class_conditional and (train.label_dropout or config.sample.guidance_scale != 1.0):
+        raise UserError(
+            "config.train.label_dropout and config.sample.guidance_scale are for config.model.class_conditional=True"
+        )
     for name, steps in (("log.sample_steps", config.log.sample_steps), ("sample.num_steps", config.sample.num_steps)):
         most = len(diffusion.betas) or diffusion.num_timesteps
         if steps > most:
@@ -274,6 +298,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         )
     try:
         schedule = make_schedule_from(config)
+        _check_sampling(config, schedule)
         optimizer = make_optimizer(config)
         net = make_model(config, num_classes=10)
         shape = (1, config.data.height, config.data.width, config.data.channels)
@@ -287,20 +312,45 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
         jax.eval_shape(step, jax.random.key(0))
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
-        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config: {first_line(error)}") from None
+
+
+def _check_sampling(config: ConfigDict, schedule: Schedule) -> None:
+    """ValueError for sampler options that do not go together."""
+    options = sampling_options(config)
+    levels = tables.Levels.of(schedule, tables.spaced_timesteps(schedule, options["num_steps"], options["spacing"]))
+    tables.make_table(
+        options["sampler"], levels, variance=options["variance"], eta=options["eta"], order=options["order"]
+    )
+    if options["prediction"] == "eps" and levels.a[0] == 0:
+        raise ValueError(
+            "diffusion.prediction 'eps' says nothing at the last timestep, which is pure noise; accepted there: x_0, v"
+        )
+
+
+def make_betas_from(config: ConfigDict) -> np.ndarray:
+    """The float64 [T] betas."""
+    diffusion = config.diffusion
+    if diffusion.betas:
+        betas = np.asarray(diffusion.betas, np.float64)
+    else:
+        betas = make_betas(
+            diffusion.schedule,
+            diffusion.num_timesteps,
+            diffusion.beta_start,
+            diffusion.beta_end,
+            **diffusion.schedule_options,
+        )
+    return rescale_to_zero_terminal_snr(betas) if diffusion.zero_terminal_snr else betas
 
 
 def make_schedule_from(config: ConfigDict) -> Schedule:
-    diffusion = config.diffusion
-    if diffusion.betas:
-        return make_schedule(np.asarray(diffusion.betas, np.float64))
-    return make_schedule(
-        diffusion.schedule,
-        diffusion.num_timesteps,
-        diffusion.beta_start,
-        diffusion.beta_end,
-        **diffusion.schedule_options,
-    )
+    return make_schedule(make_betas_from(config))
+
+
+def history_timesteps(config: ConfigDict) -> int | None:
+    """T if training keeps a history of losses by timestep, else None."""
+    return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
 
 
 def make_model(config: ConfigDict, num_classes: int) -> UNet:
@@ -369,10 +419,17 @@ def loss_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def sampling_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `sample` that the config fixes."""
-    diffusion = config.diffusion
+    """The keyword arguments of `generate` that the config fixes."""
+    diffusion, sample = config.diffusion, config.sample
     return {
-        "sampler": config.sample.sampler,
+        "sampler": sample.sampler,
+        "num_steps": sample.num_steps or None,
+        "spacing": sample.spacing,
+        "eta": sample.eta or None,
+        "order": sample.order or None,
+        "guidance_scale": sample.guidance_scale,
+        "guidance_rescale": sample.guidance_rescale,
+        "guidance_interval": sample.guidance_interval,
         "prediction": diffusion.prediction,
         "variance": diffusion.variance,
         "clip": diffusion.clip,

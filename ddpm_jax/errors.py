@@ -15,3 +15,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     """' Did you mean ...?' if one of the accepted names is close, else ''."""
     close = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, without what follows in further lines; its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

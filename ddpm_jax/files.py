@@ -39,7 +39,6 @@ def new_folder(path: str | os.PathLike, what: str) -> Iterator[Path]:
     Raises:
       UserError: it holds something, or cannot be written.
     """
-    temporary = None
     try:
         target = Path(path).expanduser().resolve()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -47,10 +46,12 @@ def new_folder(path: str | os.PathLike, what: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         temporary.chmod(0o755)
-        yield temporary
-        temporary.replace(target)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
         raise UserError(f"{what} {str(path)!r} cannot be written: {error}") from None
+    try:
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be written: {error}") from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

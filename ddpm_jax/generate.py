@@ -8,12 +8,45 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from ddpm_jax import images, parallel
+from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
+
+
+def make_model_fn(
+    net: UNet,
+    params: Any,
+    labels: ArrayLike | None = None,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    guidance_interval: Sequence[int] = (),
+) -> jax.tree_util.Partial:
+    """(x_t, t) -> the network's output, for the functions of `ddpm_jax.diffusion`.
+
+    Args:
+      net, params: the trained network.
+      labels: int32 [B], the classes of a class-conditional network; None: no class.
+      guidance_scale, guidance_rescale, guidance_interval: see `guided`; a scale of 1 costs nothing.
+    """
+    if net.num_classes is None or labels is None:
+        return jax.tree_util.Partial(net.apply, {"params": params})
+    cond = {"label": labels}
+    if guidance_scale == 1.0:
+        return jax.tree_util.Partial(net.apply, {"params": params}, cond=cond)
+    return guidance.guided(
+        jax.tree_util.Partial(net.apply, {"params": params}),
+        cond,
+        {"label": jnp.full_like(labels, net.num_classes)},
+        guidance_scale,
+        rescale=guidance_rescale,
+        interval=guidance_interval or guidance.NO_LIMIT,
+    )
 
 
 def generate(
@@ -23,62 +56,80 @@ def generate(
     mesh: Mesh,
     *,
     shape: Sequence[int],
-    num_images: int,
+    indices: Sequence[int],
     seed: int,
     batch_size: int,
     labels: Sequence[int] = (),
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    guidance_interval: Sequence[int] = (),
     num_snapshots: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
     **sampling_options: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Samples images 0 .. num_images - 1 of a seed; image i depends on (seed, i) and the settings alone.
+    """Samples images of a seed by their numbers; image i depends on (seed, i) and the settings alone.
 
     Args:
       net, schedule, params: the trained network; params on every device of the mesh.
       mesh: the devices to divide each batch over.
       shape: (H, W, C).
-      num_images, seed: how many of which seed.
+      indices: the images' numbers.
+      seed: of the images.
       batch_size: images at a time, rounded up to a multiple of the devices.
       labels: classes for a class-conditional network, repeated for as long as there are images; none: every class in
         turn.
+      guidance_scale, guidance_rescale, guidance_interval: see `guided`.
       num_snapshots: how many stages of the denoising to return of the first batch; see `sample`.
-      progress: told how many images are done.
+      progress: told (network calls done, calls in all).
       sampling_options: of `sample`.
 
     Returns:
-      uint8 [num_images, H, W, C], and the snapshots uint8 [num_snapshots, first batch, H, W, C] or None.
+      uint8 [N, H, W, C], and the snapshots uint8 [num_snapshots, first batch, H, W, C] or None.
     """
+    numbers = np.asarray(indices)
     devices = mesh.devices.size
-    batch_size = min(batch_size, num_images)
-    batch_size = -(-batch_size // devices) * devices
+    batch_size = -(-min(batch_size, len(numbers)) // devices) * devices
     divided = parallel.batch_sharding(mesh)
     make_keys = jax.jit(jax.vmap(lambda index: named_key(seed, "image", index)), out_shardings=divided)
-    make_labels = jax.jit(lambda values: values, out_shardings=divided)
-    labels = list(labels) or list(range(net.num_classes or 1))
+    place = jax.jit(lambda values: values, out_shardings=divided)
+    classes = np.array(list(labels) or list(range(net.num_classes or 1)), np.int32)
+    batches = -(-len(numbers) // batch_size)
 
     done, snapshots = [], None
-    for first in range(0, num_images, batch_size):
-        indices = np.arange(first, first + batch_size)
-        cond = None
-        if net.num_classes is not None:
-            cond = {"label": make_labels(np.array([labels[i % len(labels)] for i in indices], np.int32))}
-        result: Any = sample(
+    for batch in range(batches):
+        chosen = np.resize(numbers[batch * batch_size : (batch + 1) * batch_size], batch_size)
+        result = sample(
             schedule,
-            jax.tree_util.Partial(net.apply, {"params": params}, cond=cond),
-            make_keys(indices),
+            make_model_fn(
+                net,
+                params,
+                None if net.num_classes is None else place(classes[chosen % len(classes)]),
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=guidance_interval,
+            ),
+            make_keys(chosen),
             (batch_size, *shape),
-            num_snapshots=num_snapshots if first == 0 else 0,
+            num_snapshots=num_snapshots if batch == 0 else 0,
+            progress=_part(progress, batch, batches),
             **sampling_options,
         )
-        if num_snapshots and first == 0:
+        if num_snapshots and batch == 0:
             result, stages = result
-            snapshots = images.to_uint8(_to_host(stages))
-        done.append(images.to_uint8(_to_host(result)))
-        progress(min(first + batch_size, num_images), num_images)
-    return np.concatenate(done)[:num_images], snapshots
+            snapshots = images.to_uint8(to_host(stages))
+        done.append(images.to_uint8(to_host(result)))
+    return np.concatenate(done)[: len(numbers)], snapshots
 
 
-def _to_host(x: jax.Array) -> np.ndarray:
+def _part(progress: Callable[[int, int], None] | None, batch: int, batches: int) -> Callable[[int, int], None] | None:
+    """What one of several equal batches tells of its own calls, told of all."""
+    # One process of several must not run another program than the rest.
+    if progress is None or jax.process_count() > 1:
+        return None
+    return lambda done, calls: progress(batch * calls + done, batches * calls)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
     """The whole array on every process."""
     if jax.process_count() == 1:
         return np.asarray(x)

@@ -15,6 +15,11 @@ def to_uint8(x: ArrayLike) -> np.ndarray:
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
+def to_float(pictures: ArrayLike) -> np.ndarray:
+    """float32 in [-1, 1] of uint8 pictures."""
+    return np.asarray(pictures, np.float32) / np.float32(127.5) - 1
+
+
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: int = 2) -> np.ndarray:
     """One picture of many, row by row.
 
@@ -38,6 +43,15 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
         top, left = (index // columns) * height + gap, (index % columns) * width + gap
         canvas[top : top + height - gap, left : left + width - gap] = image
     return canvas
+
+
+def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: int = 150) -> Path:
+    """Saves uint8 [N, H, W, 1 or 3] as an endless GIF or WebP, by the path's ending; the last frame stays longer."""
+    pictures = [Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [10 * milliseconds]
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return Path(path)
 
 
 def save(path: str | os.PathLike, image: np.ndarray) -> Path:

@@ -34,6 +34,7 @@ class ProgressBar:
         self.description, self.total, self.done, self.start = description, total, start, start
         self._interval, self._enabled = interval, enabled
         self._began = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first step was done: it may have waited for a compiler
         self._live: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._live = Progress(
@@ -63,11 +64,12 @@ class ProgressBar:
         if self._live:
             self._live.stop()
 
-    def update(self, done: int, text: str = "") -> None:
+    def update(self, done: int, total: int | None = None, text: str = "") -> None:
         """Shows how far it is; plain output gets a line only every `interval` seconds and at the end."""
-        self.done = done
+        self.done, self.total = done, self.total if total is None else total
+        self._first = self._first or (time.monotonic(), done)
         if self._live:
-            self._live.update(self._task, completed=done, text=text)
+            self._live.update(self._task, completed=done, total=self.total, text=text)
         elif self._enabled and self._interval is not None:
             now = time.monotonic()
             if now - self._last_line >= self._interval or (done == self.total and self._last_line > self._began):
@@ -82,8 +84,8 @@ class ProgressBar:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        elapsed = time.monotonic() - self._began
-        done = self.done - self.start
+        began, start = self._first if self._first and self.done > self._first[1] else (self._began, self.start)
+        elapsed, done = time.monotonic() - began, self.done - start
         left = f", {format_seconds(elapsed / done * (self.total - self.done))} left" if done else ""
         parts = [f"{self.description} {self.done}/{self.total}", text]
         print("  ".join(part for part in parts if part) + left, file=sys.stderr, flush=True)

@@ -1,7 +1,9 @@
 """A workdir opened for use: its config, its weights on this machine's devices, and what one does with them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel, workdir
+from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.generate import generate
+from ddpm_jax.generate import generate, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.rng import named_key
+
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,44 +57,241 @@ class Run:
 
     @property
     def model_fn(self) -> jax.tree_util.Partial:
-        """(x_t, t) -> the network's output, for the functions of `ddpm_jax.diffusion`."""
-        return jax.tree_util.Partial(self.net.apply, {"params": self.params})
+        """(x_t, t) -> the network's output without a class, for the functions of `ddpm_jax.diffusion`."""
+        return make_model_fn(self.net, self.params)
+
+    @property
+    def weights(self) -> str:
+        """Which weights these are, in words."""
+        return f"step {self.step}, {'raw weights' if self.ema_decay is None else f'EMA {self.ema_decay}'}"
 
     def sample(
         self,
         num_images: int = 16,
         seed: int = 0,
         *,
-        num_steps: int | None = None,
+        indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (),
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Images 0 .. num_images - 1 of a seed; each depends on the seed and its number, not on how many there are.
+        """Images 0 .. num_images - 1 of a seed; each depends on the seed, its number and the settings alone.
 
         Args:
           num_images, seed: how many of which seed.
-          num_steps: network calls an image; None: the config's.
+          indices: the images' numbers, in the place of num_images.
           batch_size: images at a time; None: the config's.
           labels: of a class-conditional run, repeated as needed; none: every class in turn.
-          progress: told (images done, images wanted).
-          options: of `ddpm_jax.sample`, in place of the config's: variance, clip, dynamic_threshold.
+          progress: told (network calls done, calls in all).
+          options: in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip, dynamic_threshold
+            (see `ddpm_jax.sample`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
 
         Raises:
-          UserError: a count, number of steps or label that does not fit.
+          UserError: a count, option or label that does not fit.
         """
+        return self._generate(num_images, seed, indices, batch_size, labels, progress=progress, **options)[0]
+
+    def progressive(
+        self,
+        num_images: int = 8,
+        seed: int = 0,
+        *,
+        num_stages: int = 10,
+        of: str = "x_0",
+        labels: Sequence[int] = (),
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """The way from noise to image in `num_stages`, uint8 [num_stages, num_images, H, W, C] (DDPM, figure 6).
+
+        Args:
+          num_images, seed, labels, progress, options: as in `sample`.
+          num_stages: evenly spaced over the network's calls, the last the result.
+          of: "x_0", what the network takes the image for, or "x", the image with its noise.
+        """
+        options |= {"num_snapshots": num_stages, "snapshots_of": of}
+        stages = self._generate(num_images, seed, None, num_images, labels, progress=progress, **options)[1]
+        assert stages is not None
+        return stages[:, :num_images]
+
+    def vary(self, pictures: np.ndarray, t: int, seed: int = 0, **options: Any) -> np.ndarray:
+        """Other pictures like these, uint8 like `pictures`: diffused to t and denoised again.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          t: how far; the larger, the less is kept.
+          seed: picture i's noise depends on the seed and i.
+          options: labels, batch_size, progress and those of `sample`.
+        """
+        return self._edit(functools.partial(editing.vary, t=t), pictures, seed, "vary", **options)
+
+    def denoise(self, pictures: np.ndarray, t: int | None = None, seed: int = 0, **options: Any) -> np.ndarray:
+        """Clean pictures of noisy ones, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          t: of their noise; None: estimated, see `estimate_t`.
+          seed, options: as in `vary`.
+        """
+        t = self.estimate_t(pictures) if t is None else t
+        return self._edit(functools.partial(editing.denoise, t=t), pictures, seed, "denoise", **options)
+
+    def estimate_t(self, pictures: np.ndarray) -> int:
+        """The timestep whose noise is as strong as that in the pictures, uint8 [N, H, W, C]."""
+        return editing.nearest_timestep(self.schedule, editing.estimate_sigma(images.to_float(self._check(pictures))))
+
+    def inpaint(
+        self, pictures: np.ndarray, mask: np.ndarray, seed: int = 0, *, jump: int = 10, times: int = 1, **options: Any
+    ) -> np.ndarray:
+        """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          mask: bool [H, W], or one a picture, [N, H, W].
+          jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`.
+          seed, options: as in `vary`.
+        """
+        pictures, mask = self._check(pictures), np.asarray(mask, bool)
+        if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
+            raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
+        masks = np.broadcast_to(mask, pictures.shape[:3])[..., None]
+        paint = functools.partial(editing.inpaint, jump=jump, times=times)
+        found = self._edit(paint, pictures, seed, "inpaint", masks, **options)
+        return np.where(masks, found, pictures)
+
+    def interpolate(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        t: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> np.ndarray:
+        """From one picture to another, uint8 [len(weights), H, W, C] (DDPM, section 4.3 and figure 8).
+
+        Args:
+          first, second: uint8 [H, W, C].
+          weights: of the second, 0 to 1.
+          t: how far both are diffused; None: half of the timesteps.
+          seed: of the noise, which all share.
+          options: of `sample`.
+        """
+        ends = images.to_float(self._check(np.stack([first, second])))
+        t = self.schedule.num_timesteps // 2 if t is None else t
+        mix = functools.partial(
+            editing.interpolate, key=named_key(seed, "interpolate"), x_0=ends[0], other=ends[1], weights=weights, t=t
+        )
+        return self._call(mix, len(weights), **options)
+
+    def interpolate_latents(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        labels: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """From one picture to another along the arc between the noises that deterministic DDIM makes them of, uint8
+        [len(weights), H, W, C] (DDIM, section 5.3).
+
+        Args:
+          first, second: uint8 [H, W, C].
+          weights: of the second, 0 to 1.
+          num_steps, spacing: of both ways; None: the config's.
+          labels, progress: as in `sample`.
+        """
+        ends = images.to_float(self._check(np.stack([first, second])))
+        options = self._options({"num_steps": num_steps, "spacing": spacing})
+        steps = {name: options[name] for name in ("num_steps", "spacing")}
+        meaning = {name: options[name] for name in ("prediction", "variance")}
+
+        def mix(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
+            noise = editing.encode(schedule, self.model_fn, ends, **steps, **meaning)
+            x_t = editing.slerp(noise[0], noise[1], weights)
+            return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
+
+        return self._call(mix, len(weights), labels=labels, progress=progress, sampler="ddim", clip=False, **steps)
+
+    def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
+        """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
+
+        Args:
+          num_images, seed: how many, of which seed.
+          t: of the shared x_t: the larger, the less they have in common.
+          options: of `sample`.
+        """
+        shape = (num_images, *self.shape)
+        split = functools.partial(editing.coarse_to_fine, key=named_key(seed, "coarse to fine"), shape=shape, t=t)
+        return self._call(split, num_images, **options)
+
+    def labels_of(self, indices: Sequence[int], labels: Sequence[int] = ()) -> np.ndarray:
+        """int32 [N], the classes that `sample` gives the images of these numbers; 0 without classes."""
+        classes = np.array(list(labels) or list(range(self.net.num_classes or 1)), np.int32)
+        return classes[np.asarray(indices) % len(classes)]
+
+    def settings(self, *, seed: int, labels: Sequence[int], batch_size: int | None, **options: Any) -> dict[str, Any]:
+        """All that decides what `sample` makes of an image's number, as JSON values."""
+        weights = 0
+        for leaf in jax.tree.leaves(self.params):
+            weights = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), weights)
+        options = self._options(options)
+        return {
+            "step": self.step,
+            "ema_decay": self.ema_decay,
+            "weights_crc32": weights,
+            "seed": seed,
+            "labels": list(labels),
+            "batch_size": batch_size or self.config.sample.batch_size,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+        }
+
+    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The config's sampling options and those given instead, None standing for the config's."""
+        options = config_lib.sampling_options(self.config)
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("sampler", options["sampler"]) != options["sampler"]:
+            options |= {"eta": None, "order": None}  # of the other sampler
+        if "timesteps" in given:
+            options["num_steps"] = None
+        return options | given
+
+    def _check_labels(self, labels: Sequence[int]) -> None:
         classes = self.net.num_classes
-        if num_images < 1:
-            raise UserError(f"the number of images is {num_images}; at least 1 is needed")
         if labels and classes is None:
             raise UserError("this run is not class-conditional, so there are no classes to choose")
         wrong = [label for label in labels if not 0 <= label < (classes or 0)]
         if wrong:
             raise UserError(f"class {wrong[0]} does not exist; this run has classes 0 to {(classes or 0) - 1}")
+
+    def _check(self, pictures: np.ndarray) -> np.ndarray:
+        pictures = np.asarray(pictures)
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != self.shape:
+            raise UserError(
+                f"the pictures are {pictures.dtype} of shape {pictures.shape}; accepted: uint8 of shape "
+                f"(N, {', '.join(map(str, self.shape))})"
+            )
+        return pictures
+
+    def _generate(
+        self,
+        num_images: int,
+        seed: int,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        labels: Sequence[int],
+        **options: Any,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        indices = range(num_images) if indices is None else indices
+        if not len(indices):
+            raise UserError(f"the number of images is {len(indices)}; at least 1 is needed")
+        self._check_labels(labels)
         try:
             return generate(
                 self.net,
@@ -95,19 +299,61 @@ class Run:
                 self.params,
                 self.mesh,
                 shape=self.shape,
-                num_images=num_images,
+                indices=indices,
                 seed=seed,
                 batch_size=batch_size or self.config.sample.batch_size,
                 labels=labels,
-                progress=progress,
-                **{
-                    **config_lib.sampling_options(self.config),
-                    "num_steps": num_steps or self.config.sample.num_steps or None,
-                    **options,
-                },
-            )[0]
+                **self._options(options),
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def _call(
+        self,
+        function: Callable[..., jax.Array],
+        num_images: int,
+        labels: Sequence[int] = (),
+        **options: Any,
+    ) -> np.ndarray:
+        """uint8 of function(schedule, model_fn, **sampling options), whose batch has num_images."""
+        self._check_labels(labels)
+        options = self._options(options)
+        guidance = {name: options.pop(name) for name in list(options) if name.startswith("guidance_")}
+        chosen = np.resize(np.array(labels, np.int32), num_images) if labels else None
+        try:
+            model_fn = make_model_fn(self.net, self.params, chosen, **guidance)
+            return images.to_uint8(to_host(function(self.schedule, model_fn, **options)))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def _edit(
+        self,
+        function: Callable[..., jax.Array],
+        pictures: np.ndarray,
+        seed: int,
+        purpose: str,
+        *per_picture: np.ndarray,
+        labels: Sequence[int] = (),
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """function(schedule, model_fn, keys, x_0, ...) of all pictures, in batches divided over the devices."""
+        pictures = self._check(pictures)
+        devices = self.mesh.devices.size
+        size = -(-min(batch_size or self.config.sample.batch_size, len(pictures)) // devices) * devices
+        place = functools.partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
+        done = []
+        for first in range(0, len(pictures), size):
+            chosen = np.resize(np.arange(first, min(first + size, len(pictures))), size)
+            keys = place(jax.vmap(lambda i: named_key(seed, purpose, i))(chosen))
+            arrays = [place(images.to_float(pictures[chosen])), *(place(array[chosen]) for array in per_picture)]
+            batch_labels = [labels[i % len(labels)] for i in chosen] if labels else ()
+
+            def edit(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
+                return function(schedule, model_fn, keys, *arrays, **rest)  # noqa: B023
+
+            done.append(self._call(edit, size, labels=batch_labels, **options))
+        return np.concatenate(done)[: len(pictures)]
 
 
 def load(path: str | Path, step: int | None = None, ema_decay: float | None = None, raw: bool = False) -> Run:
@@ -130,7 +376,7 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
         raise UserError(f"this run has no average of decay {ema_decay}; it has {', '.join(map(str, decays))}")
     dataset = workdir.read_dataset(path)
     if dataset is None:
-        raise UserError(f"--workdir {str(path)!r} has no checkpoint yet")
+        raise UserError(f"{str(path)!r} has no checkpoint yet")
     num_classes = len(dataset["class_names"])
     net = config_lib.make_model(config, num_classes)
     mesh = parallel.make_mesh()

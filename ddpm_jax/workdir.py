@@ -36,7 +36,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """The config that a run was started with; UserError if the folder is no workdir."""
     path = Path(workdir).expanduser() / CONFIG
     if not path.is_file():
-        raise UserError(f"--workdir {str(workdir)!r} holds no run: there is no {CONFIG} in it")
+        raise UserError(f"{str(workdir)!r} holds no run: there is no {CONFIG} in it")
     try:
         return config_lib.from_json(path.read_text())
     except ValueError as error:

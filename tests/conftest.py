@@ -10,6 +10,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+pytest_plugins = ["exactness"]
+
 TENSORFLOW_SEEMS_INSTALLED = """
 import importlib.machinery, sys
 

@@ -181,6 +181,16 @@ def test_an_int_is_a_float():
         ({"log__every_steps": 0}, "config.log.every_steps is 0; at least 1"),
         ({"checkpoint__keep": 0}, "config.checkpoint.keep is 0; at least 1"),
         ({"sample__sampler": "ancestral"}, "config.sample.sampler is 'ancestral'; accepted: ddpm"),
+        ({"sample__eta": 0.5}, "sampler 'ddpm' takes no eta; accepted: ddim"),
+        ({"sample__sampler": "ddim", "sample__eta": 2.0}, "eta is 2.0; accepted: 0 to 1"),
+        ({"sample__sampler": "unipc", "sample__order": 4}, "order is 4; accepted: 1, 2, 3"),
+        ({"sample__spacing": "karas"}, "Did you mean 'karras'?"),
+        ({"sample__guidance_scale": 2.0}, "are for config.model.class_conditional=True"),
+        ({"train__label_dropout": 0.1}, "are for config.model.class_conditional=True"),
+        ({"train__label_dropout": 1.5}, "config.train.label_dropout is 1.5; accepted: 0 to 1"),
+        ({"sample__guidance_interval": (3,)}, "config.sample.guidance_interval is (3,); accepted: () or two"),
+        ({"diffusion__zero_terminal_snr": True}, "'eps' says nothing at the last timestep"),
+        ({"diffusion__betas": (0.1, 1.0), "log__sample_steps": 2}, "'eps' says nothing at the last timestep"),
         ({"sample__num_steps": 1001}, "config.sample.num_steps is 1001; accepted: up to the 1000 timesteps"),
         ({"sample__num_steps": -1}, "config.sample.num_steps is -1"),
         ({"log__sample_steps": 1001}, "config.log.sample_steps is 1001; accepted: up to the 1000 timesteps"),
@@ -226,7 +236,11 @@ def test_batch_is_divided_over_the_devices(batch_size, devices, fits):
         {"diffusion__variance": "learned", "diffusion__loss": "vlb"},
         {"diffusion__loss": "vlb"},
         {"diffusion__prediction": "v", "diffusion__weighting": "min_snr"},
-        {"diffusion__betas": (0.1, 0.2, 1.0), "log__sample_steps": 3, "sample__num_steps": 3},
+        {"diffusion__betas": (0.1, 0.2, 0.9), "log__sample_steps": 3, "sample__num_steps": 3},
+        {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v"},
+        {"sample__sampler": "ddim", "sample__eta": 0.5, "sample__spacing": "quadratic", "sample__num_steps": 20},
+        {"sample__sampler": "unipc", "sample__order": 3},
+        {"model__class_conditional": True, "train__label_dropout": 0.1, "sample__guidance_scale": 2.0},
         {"diffusion__schedule": "cosine", "diffusion__schedule_options": {"offset": 0.01}},
         {"model__attention_levels": (True, False)},
         {"model__class_conditional": True},
@@ -269,9 +283,14 @@ def test_options_of_loss_and_sampler():
         "vlb_weight": 0.5,
     }
     options = {"sampler": "ddpm", "prediction": "eps", "variance": "fixed_large", "clip": False}
+    options |= {"guidance_scale": 1.0, "guidance_rescale": 0.0, "guidance_interval": ()}
+    options |= {"num_steps": None, "spacing": "linspace", "eta": None, "order": None}
     assert config_lib.sampling_options(config) == options | {"dynamic_threshold": None}
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
     assert config_lib.sampling_options(config) == options | {"dynamic_threshold": 0.9}
+    config = small(sample__sampler="ddim", sample__eta=0.3, sample__num_steps=7)
+    found = config_lib.sampling_options(config)
+    assert (found["sampler"], found["eta"], found["num_steps"]) == ("ddim", 0.3, 7)
 
 
 # The learning rate and the optimiser.

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import ddpm_jax
 
@@ -312,12 +313,22 @@ class TestInterchange:
         first, second = (ddpm_jax.load(path).sample(4, seed=3, num_steps=6) for path in (workdir, again))
         np.testing.assert_array_equal(first, second)
 
-        tuned = tmp_path / "tuned"
-        status, output = call(f"--workdir={tuned}", f"--init_from={again}", "--config.train.num_steps=1")
+        pictures, tuned = tmp_path / "pictures", tmp_path / "tuned"
+        pictures.mkdir()
+        for i, digit in enumerate(load_digits().images[:40]):
+            Image.fromarray((255 - digit * 15).astype(np.uint8)).save(pictures / f"{i:02d}.png")
+        flags = (f"--workdir={tuned}", "--config.data.source=folder", f"--config.data.path={pictures}")
+        flags = (*flags, "--config.optimizer.warmup_steps=1", "--config.train.num_steps=1", f"--init_from={again}")
+        status, output = call(*flags)
         assert status == 0, output
         assert f"starting from the weights of {again}, step 0" in output
-        # The warm-up's first step has a learning rate of 0.
+        assert "40 images of 8x8x1" in output
+        # The warm-up's first step has a learning rate of 0, the second one has not.
         jax.tree.map(np.testing.assert_array_equal, ddpm_jax.load(tuned).params, ddpm_jax.load(again).params)
+        status, output = call(*flags, "--config.train.num_steps=6")
+        assert status == 0, output
+        before, after = ddpm_jax.load(again).params, ddpm_jax.load(tuned).params
+        assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -340,6 +351,16 @@ class TestInterchange:
         assert status == 1
         assert f"--init_from {str(trained[0])!r} has conv_in/bias of shape (8,)" in output
         assert "this config's network has (16,)" in output
+
+    @pytest.mark.parametrize(
+        ("flag", "said"),
+        [("model.num_groups=2", "num_groups 4, this"), ("diffusion.prediction=eps", "'v', this config")],
+    )
+    def test_weights_of_another_meaning(self, trained, call, tmp_path, flag, said):
+        status, output = call(f"--workdir={tmp_path / 'run'}", f"--init_from={trained[0]}", f"--config.{flag}")
+        assert status == 1
+        assert f"--init_from {str(trained[0])!r} has {flag.partition('=')[0]}" in output
+        assert said in output
 
 
 @pytest.mark.slow

@@ -72,15 +72,15 @@ def test_report_is_a_line_with_position_text_and_time_left():
     lines = plain(
         "with ProgressBar('training', 40, interval=None) as bar:\n"
         "    print(bar.is_live, file=sys.stderr)\n"
-        "    bar.update(5, 'unseen')\n"
+        "    bar.update(5, text='unseen')\n"
         "    now += 30\n"
         "    bar.update(10)\n"
         "    bar.report('loss 0.5')\n"
         "    now += 90\n"
-        "    bar.update(40, 'unseen')\n"
+        "    bar.update(40, text='unseen')\n"
         "    bar.report('')\n"
     )
-    assert lines == ["False", "training 10/40  loss 0.5, 1:30 left", "training 40/40, 0:00 left"]
+    assert lines == ["False", "training 10/40  loss 0.5, 3:00 left", "training 40/40, 0:00 left"]
 
 
 def test_time_left_counts_from_the_start_of_this_process():
@@ -94,12 +94,24 @@ def test_time_left_counts_from_the_start_of_this_process():
     assert lines == ["training 10/40  resumed", "training 20/40  going, 0:20 left"]
 
 
+def test_time_left_leaves_out_the_wait_for_the_first_step():
+    """Which may have been a compiler's, and the total may come with it."""
+    lines = plain(
+        "with ProgressBar('sampling', 0, interval=10) as bar:\n"
+        "    now += 60\n"
+        "    bar.update(1, 100)\n"
+        "    now += 20\n"
+        "    bar.update(11, 100)\n"
+    )
+    assert lines == ["sampling 1/100, 1:39:00 left", "sampling 11/100, 2:58 left"]
+
+
 def test_updates_give_a_line_every_interval_and_at_the_end():
     lines = plain(
         "with ProgressBar('decoding', 8, interval=10) as bar:\n"
         "    for done in range(1, 9):\n"
         "        now += 4\n"
-        "        bar.update(done, 'images')\n"
+        "        bar.update(done, text='images')\n"
     )
     assert lines == [
         "decoding 3/8  images, 0:20 left",
@@ -127,13 +139,13 @@ def test_live_bar_shows_description_text_and_share():
         "bar = ProgressBar('sampling', 4, start=1)\n"
         "print(bar.is_live)\n"
         "with bar:\n"
-        "    bar.update(2, 'half way')\n"
+        "    bar.update(2, text='half way')\n"
         "    bar.done = 3\n"
         "    bar.report('loss 0.25')\n"
         "    with bar.aside():\n"
         "        with ProgressBar('inner work', 2) as inner:\n"
         "            inner.update(2)\n"
-        "    bar.update(4, 'at the end')\n"
+        "    bar.update(4, text='at the end')\n"
     )
     assert output == "True\n"
     for text in ("sampling", "inner work", "at the end", "100%"):

@@ -204,7 +204,7 @@ def p_mean_variance(
     return Gaussian(mean, beta, extract(schedule.fixed_large_log_variance, t, x_t.ndim), x_0)
 
 
-def as_argument(model_fn: ModelFn) -> jax.tree_util.Partial:
+def as_argument(model_fn: Callable[..., Array]) -> jax.tree_util.Partial:
     """The model function as a pytree that jit-compiled functions take as an argument.
 
     A `jax.tree_util.Partial(net.apply, variables)` passes as it is, its weights staying arguments of the compiled

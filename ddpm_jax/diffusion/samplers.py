@@ -1,17 +1,9 @@
-"""Sampling: one `lax.scan` whose steps and coefficients are data.
+"""Sampling: one `lax.scan` over a table of coefficients; `tables.py` says what a method is."""
 
-A sampler is a table with one row a network call, computed beforehand in float64 NumPy. A row says at which t the
-network is called, how its output becomes a prediction of x_0, and how x at the next step follows:
-
-    x  <-  x_0_coef * x_0  +  x_coef * x  +  noise_scale * z,    z ~ N(0, I)
-
-So another sampler, variance or choice of steps is another table for the same loop, and compiles nothing anew as long
-as the number of steps is the same.
-"""
-
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +11,6 @@ import numpy as np
 
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
-    VARIANCES,
     Array,
     ModelFn,
     as_argument,
@@ -31,87 +22,50 @@ from ddpm_jax.diffusion.gaussian import (
     to_x_0,
 )
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.tables import Levels, SamplerTable, make_table, spaced_timesteps, with_resampling
+
+SNAPSHOTS = ("x", "x_0")
+_REPORTS = 100  # a run of a table tells its progress at most so many times
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplerTable:
-    """One row a step, in the order of sampling; each field is an array [S].
-
-    Attributes:
-      t: int32, the timestep the network is called with.
-      a, s: x_t = a x_0 + s eps, to turn the network's output into x_0.
-      x_0_coef, x_coef: factors of the predicted x_0 and of the present x.
-      log_variance_min, log_variance_max: bounds between which a learned variance interpolates; equal if it is fixed.
-      noise: 1 where noise is added, 0 where not.
-    """
-
-    t: np.ndarray
-    a: np.ndarray
-    s: np.ndarray
-    x_0_coef: np.ndarray
-    x_coef: np.ndarray
-    log_variance_min: np.ndarray
-    log_variance_max: np.ndarray
-    noise: np.ndarray
-
-
-def spaced_timesteps(num_timesteps: int, num_steps: int | None = None, last: int | None = None) -> np.ndarray:
-    """`num_steps` timesteps spread evenly over 0..last, both ends included, descending: the order of sampling.
+def plan(
+    schedule: Schedule,
+    *,
+    num_steps: int | None = None,
+    spacing: str = "linspace",
+    timesteps: Sequence[int] | None = None,
+    t_start: int | None = None,
+    t_end: int | None = None,
+) -> Levels:
+    """The noise levels of a sampling run.
 
     Args:
-      num_timesteps: T.
-      num_steps: how many; None: every one from `last` (T - 1) down to 0.
-      last: the timestep to start from; None: T - 1.
+      schedule: T timesteps.
+      num_steps, spacing: see `spaced_timesteps`.
+      timesteps: the user's own, descending, in the place of those three.
+      t_start: the first timestep; None: T - 1.
+      t_end: the timestep to stop at, whose x is the result; None: the clean image.
 
     Raises:
-      ValueError: more steps than timesteps, or a `last` outside 0..T-1.
+      ValueError: timesteps that do not exist, do not descend, or contradict t_start.
     """
-    last = num_timesteps - 1 if last is None else last
-    if not 0 <= last < num_timesteps:
-        raise ValueError(f"the timestep to start from is {last}; accepted: 0 to {num_timesteps - 1}")
-    num_steps = last + 1 if num_steps is None else num_steps
-    if not 1 <= num_steps <= last + 1:
-        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {last + 1}, the timesteps there are")
-    if num_steps == 1:
-        return np.array([last], np.int32)
-    return np.round(np.linspace(last, 0, num_steps)).astype(np.int32)
-
-
-def ddpm_table(schedule: Schedule, timesteps: Sequence[int] | np.ndarray, variance: str) -> SamplerTable:
-    """Ancestral sampling over any descending sub-sequence of timesteps (DDPM, algorithm 2; Improved DDPM, section 4).
-
-    Between neighbours s < t of the sub-sequence the process is a diffusion with beta = 1 - abar_t / abar_s, so the
-    equations of the posterior hold with that beta. The last step goes to x_0 itself and adds no noise.
-    """
-    check_option("variance", variance, VARIANCES)
-    # From the betas, in float64: 1 - abar_t has lost its precision in a float32 abar_t.
-    with np.errstate(divide="ignore"):
-        log_alphas_cumprod = np.cumsum(np.log1p(-np.asarray(schedule.betas, np.float64)))
-    timesteps = np.asarray(timesteps, np.int32)
-    log_now = log_alphas_cumprod[timesteps]
-    log_next = np.append(log_alphas_cumprod[timesteps[1:]], 0.0)
-    one_minus_now, one_minus_next = -np.expm1(log_now), -np.expm1(log_next)
-    with np.errstate(invalid="ignore"):  # abar_t = 0 at both: the step between them keeps nothing
-        log_ratio = np.where(np.isneginf(log_now), -np.inf, log_now - log_next)
-    beta = -np.expm1(log_ratio)
-    posterior_variance = beta * one_minus_next / one_minus_now
-    # The last step's own variance is 0; like the schedule's arrays, its logarithm repeats its neighbour's.
-    posterior_variance[-1] = posterior_variance[-2] if len(timesteps) > 1 else beta[-1]
-    log_small, log_large = np.log(posterior_variance), np.log(beta)
-    return SamplerTable(
-        t=timesteps,
-        a=np.exp(0.5 * log_now),
-        s=np.sqrt(one_minus_now),
-        x_0_coef=beta * np.exp(0.5 * log_next) / one_minus_now,
-        x_coef=np.exp(0.5 * log_ratio) * one_minus_next / one_minus_now,
-        log_variance_min=log_large if variance == "fixed_large" else log_small,
-        log_variance_max=log_small if variance == "fixed_small" else log_large,
-        noise=np.append(np.ones(len(timesteps) - 1), 0.0),
-    )
-
-
-SAMPLERS: dict[str, Callable[[Schedule, np.ndarray, str], SamplerTable]] = {"ddpm": ddpm_table}
+    if timesteps is not None:
+        if num_steps not in (None, len(timesteps)) or t_start not in (None, timesteps[0]):
+            raise ValueError("timesteps take the place of num_steps and t_start; give either")
+        return Levels.of(schedule, timesteps, t_end)
+    if t_end is None:
+        return Levels.of(schedule, spaced_timesteps(schedule, num_steps, spacing, t_start))
+    t_start = schedule.num_timesteps - 1 if t_start is None else t_start
+    if not 0 <= t_end < t_start:
+        raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
+    if num_steps is not None and not 1 <= num_steps <= t_start - t_end:
+        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {t_start - t_end}, the timesteps there are")
+    # Those that lead from t_start to 0 in the same way, as far as t_end.
+    if spacing == "linspace":
+        steps = t_start - t_end if num_steps is None else num_steps
+        return Levels.of(schedule, np.round(np.linspace(t_start, t_end, steps + 1)).astype(np.int32)[:-1], t_end)
+    chosen = spaced_timesteps(schedule, num_steps, spacing, t_start)
+    return Levels.of(schedule, chosen[chosen > t_end], t_end)
 
 
 def sample(
@@ -122,92 +76,229 @@ def sample(
     *,
     sampler: str = "ddpm",
     num_steps: int | None = None,
+    spacing: str = "linspace",
+    timesteps: Sequence[int] | None = None,
+    eta: float | None = None,
+    order: int | None = None,
     x_t: Array | None = None,
     t_start: int | None = None,
+    t_end: int | None = None,
+    known: tuple[Array, Array] | None = None,
+    resampling: tuple[int, int] | None = None,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool = True,
     dynamic_threshold: float | None = None,
     num_snapshots: int = 0,
-) -> Array | tuple[Array, Array]:
+    snapshots_of: str = "x",
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
     """Images from noise, or from an image that carries noise, by one jit-compiled `lax.scan`.
 
-    The noise of example i depends on its own key alone, not on the size of the batch.
+    The noise of example i depends on its own key alone, not on the size of the batch. Values of eta, order, spacing,
+    timesteps, t_start, variance and schedule compile nothing anew while the number of calls is the same.
 
     Args:
       schedule: T timesteps; its arrays must be concrete, since the steps are planned outside of jit.
       model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
       key: one typed key, or [B] of them, one an image.
       shape: (B, H, W, C).
-      sampler: "ddpm".
-      num_steps: network calls; None: one for every timestep.
+      sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun" or "unipc"; see `ddpm_jax.diffusion.tables`.
+      num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
+      spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras".
+      timesteps: the user's own, descending, in their place.
+      eta: of "ddim", 0 (the default) to 1.
+      order: of "unipc", 1, 2 (the default) or 3.
       x_t: [B, H, W, C] to start from; None: noise.
       t_start: the timestep of x_t; None: T - 1.
-      prediction, variance, clip, dynamic_threshold: as in `p_mean_variance`.
+      t_end: the timestep to stop at; None: the clean image.
+      known: (image, mask), both to broadcast to `shape`: where the mask is true, the image's own noisy values take the
+        place of x before every call, and its clean ones at the end.
+      resampling: (jump, times) of RePaint's resampling; see `with_resampling`.
+      prediction, variance, clip, dynamic_threshold: as in `p_mean_variance`; a method other than "ddpm" has its own
+        variance, and a learned one is left aside.
       num_snapshots: how many images on the way to return as well.
+      snapshots_of: "x", or "x_0" for what the network took it for.
+      progress: told (calls done, calls) about a hundred times, from inside the scan.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`; with num_snapshots also [num_snapshots, B, H, W, C], the first
-      the start, the last the result, the others evenly spaced in between.
+      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
+      [num_snapshots, B, H, W, C], evenly spaced, the last the result. Of "x", the first is the start.
 
     Raises:
-      ValueError: an unknown option, more steps than timesteps, or an x_t of another shape.
+      ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
+        timestep of pure noise.
     """
-    check_option("sampler", sampler, tuple(SAMPLERS))
     check_option("prediction", prediction, PREDICTIONS)
+    check_option("snapshots_of", snapshots_of, SNAPSHOTS)
     shape = tuple(shape)
     if x_t is not None and x_t.shape != shape:
         raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
-    timesteps = spaced_timesteps(schedule.num_timesteps, num_steps, t_start)
-    if num_snapshots and not 2 <= num_snapshots <= len(timesteps) + 1:
-        raise ValueError(f"num_snapshots is {num_snapshots}; accepted: 0, or 2 to {len(timesteps) + 1}")
-    table = jax.tree.map(
-        lambda column: column if column.dtype == np.int32 else column.astype(np.float32),
-        SAMPLERS[sampler](schedule, timesteps, variance),
+    levels = plan(schedule, num_steps=num_steps, spacing=spacing, timesteps=timesteps, t_start=t_start, t_end=t_end)
+    table = make_table(sampler, levels, variance=variance, eta=eta, order=order)
+    if resampling is not None:
+        table = with_resampling(table, levels, *resampling)
+    if known is not None and t_end is not None:
+        raise ValueError("known pixels need sampling to the clean image; leave t_end out")
+    most = len(table.t) + (snapshots_of == "x")
+    if num_snapshots and not 2 <= num_snapshots <= most:
+        raise ValueError(f"num_snapshots is {num_snapshots}; accepted: 0, or 2 to {most}")
+    return run_table(
+        table,
+        model_fn,
+        key,
+        shape,
+        x_t=x_t,
+        known=known,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+        dynamic_threshold=dynamic_threshold,
+        num_snapshots=num_snapshots,
+        snapshots_of=snapshots_of,
+        progress=progress,
     )
+
+
+def run_table(
+    table: SamplerTable,
+    model_fn: ModelFn,
+    key: Array,
+    shape: tuple[int, ...],
+    *,
+    x_t: Array | None = None,
+    known: tuple[Array, Array] | None = None,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = True,
+    dynamic_threshold: float | None = None,
+    num_snapshots: int = 0,
+    snapshots_of: str = "x",
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Runs any table; the arguments are those of `sample`."""
+    if prediction == "eps" and np.any(table.a == 0):
+        raise ValueError("prediction 'eps' says nothing about x_0 at a timestep of pure noise; accepted there: x_0, v")
+    table = jax.tree.map(lambda c: c if c.dtype == np.int32 else np.asarray(c, np.float32), table)
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
-    return _sample(
-        as_argument(model_fn),
-        table,
-        key,
-        x_t,
-        shape,
-        prediction,
-        variance == "learned",
-        clip,
-        dynamic_threshold,
-        num_snapshots,
-    )
+    with _listening(progress, len(table.t)):
+        result = _run_table(
+            as_argument(model_fn),
+            table,
+            key,
+            x_t,
+            known,
+            shape,
+            prediction,
+            variance == "learned",
+            clip,
+            dynamic_threshold,
+            num_snapshots,
+            snapshots_of,
+            progress is not None,
+        )
+        return jax.block_until_ready(result) if progress else result
 
 
-@partial(jax.jit, static_argnames=("shape", "prediction", "learned", "clip", "dynamic_threshold", "num_snapshots"))
-def _sample(model_fn, table, keys, x_t, shape, prediction, learned, clip, dynamic_threshold, num_snapshots):
-    num_steps = table.t.shape[0]
+@partial(
+    jax.jit,
+    static_argnames=(
+        "shape",
+        "prediction",
+        "learned",
+        "clip",
+        "dynamic_threshold",
+        "num_snapshots",
+        "snapshots_of",
+        "reports",
+    ),
+)
+def _run_table(
+    model_fn,
+    table,
+    keys,
+    x_t,
+    known,
+    shape,
+    prediction,
+    learned,
+    clip,
+    dynamic_threshold,
+    num_snapshots,
+    snapshots_of,
+    reports,
+):
+    calls = table.t.shape[0]
 
-    def noise(index):
-        return normal(jax.vmap(lambda k: jax.random.fold_in(k, index))(keys), shape)
+    def noise(index, *purpose):
+        def draw(key):
+            for number in (index, *purpose):
+                key = jax.random.fold_in(key, number)
+            return key
 
-    def step(carry, row_and_index):
-        x, snapshots = carry
+        return normal(jax.vmap(draw)(keys), shape)
+
+    def row(carry, row_and_index):
+        x, kept, past, snapshots = carry
         row, index = row_and_index
+        if known is not None:
+            image, mask = known
+            x = jnp.where(mask, row.a * image + row.s * noise(index + 1, 1), x)
         t = jnp.full(shape[:1], row.t)
         output, interpolation = split_output(model_fn(x, t), "learned" if learned else "fixed_large")
         x_0 = clip_x_0(to_x_0(prediction, output, x, row.a, row.s), clip, dynamic_threshold)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)
+        images = (x, kept, x_0, *past)
+        x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
         # index + 1, since 0 drew the start.
-        x = row.x_0_coef * x_0 + row.x_coef * x + row.noise * jnp.exp(0.5 * log_variance) * noise(index + 1)
+        x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * noise(index + 1)
         if num_snapshots:
-            # Each slot is overwritten until its time has passed, so that T images need not be kept.
-            slot = ((index + 1) * (num_snapshots - 1) + num_steps - 1) // num_steps
-            snapshots = snapshots.at[slot].set(x)
-        return (x, snapshots), None
+            # Each slot is overwritten until its time has passed, so that not every image need be kept.
+            if snapshots_of == "x":
+                slot = ((index + 1) * (num_snapshots - 1) + calls - 1) // calls
+            else:
+                slot = ((index + 1) * num_snapshots + calls - 1) // calls - 1
+            snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
+        if reports:
+            every = -(-calls // _REPORTS)
+            due = ((index + 1) % every == 0) | (index + 1 == calls)
+            jax.lax.cond(due, lambda: jax.debug.callback(_report, index + 1), lambda: None)
+        return (x, kept, (x_0, *past[:-1]), snapshots), None
 
     x = noise(0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
-    (x, snapshots), _ = jax.lax.scan(step, (x, snapshots), (table, jnp.arange(num_steps)))
+    zero = jnp.zeros_like(x)
+    start = (x, zero, (zero, zero, zero), snapshots)
+    (x, _, _, snapshots), _ = jax.lax.scan(row, start, (table, jnp.arange(calls)))
+    if known is not None:
+        x = jnp.where(known[1], known[0], x)
     return (x, snapshots) if num_snapshots else x
+
+
+# Who is told how far the running table is. The compiled program calls one function for all, so that it need not be
+# compiled for each listener.
+_listeners: list[Callable[[int], None]] = []
+
+
+def _report(done: Any) -> None:
+    for listener in _listeners:
+        listener(int(done))
+
+
+@contextmanager
+def _listening(progress: Callable[[int, int], None] | None, calls: int) -> Iterator[None]:
+    if progress is None:
+        yield
+        return
+    listener = lambda done: progress(done, calls)  # noqa: E731
+    _listeners.append(listener)
+    try:
+        yield
+        jax.effects_barrier()
+    finally:
+        _listeners.remove(listener)

@@ -157,6 +157,18 @@ def check_betas(betas: ArrayLike) -> np.ndarray:
     return betas
 
 
+def rescale_to_zero_terminal_snr(betas: ArrayLike) -> np.ndarray:
+    """Betas whose last timestep is pure noise: sqrt(abar) shifted to 0 there, and stretched (Lin et al. 2023, alg. 1).
+
+    Without it x_T still holds a little of the image's mean, which no sampling from noise has. For networks of x_0 or v.
+    """
+    root = np.exp(0.5 * np.cumsum(np.log1p(-check_betas(betas))))
+    if len(root) < 2 or root[0] == root[-1]:
+        raise ValueError("a zero terminal SNR needs two timesteps or more")
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1.0 - abar / np.append(1.0, abar[:-1])
+
+
 def make_schedule(
     schedule: str | ArrayLike = "linear",
     num_timesteps: int = 1000,

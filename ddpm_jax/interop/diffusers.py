@@ -8,16 +8,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.diffusion.schedules import make_betas
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.files import new_folder, write_text
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.models.unet import UNet
@@ -56,7 +57,6 @@ _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_
 _FIXED_UNET: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "center_input_sample": (False, (False,)),
     "time_embedding_type": ("positional", ("positional",)),
-    "time_embedding_dim": (None, (None,)),
     "freq_shift": (0, (1,)),
     "flip_sin_to_cos": (True, (False,)),
     "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
@@ -69,6 +69,7 @@ _FIXED_UNET: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
 }
+_NEWER_UNET = {"time_embedding_dim": (None, (None,))}  # read, but not written for older releases of diffusers
 _FREE_UNET = (
     "sample_size",
     "in_channels",
@@ -87,7 +88,6 @@ _FREE_UNET = (
 )
 _FIXED_SCHEDULER: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "clip_sample_range": (1.0, (1.0,)),
-    "rescale_betas_zero_snr": (False, (False,)),
     "steps_offset": (0, (0,)),
 }
 _FORMER_SCHEDULER = {"tensor_format": (None, (None, "pt", "np")), "timestep_values": (None, (None,))}
@@ -97,6 +97,7 @@ _FREE_SCHEDULER = (
     "beta_end",
     "beta_schedule",
     "trained_betas",
+    "rescale_betas_zero_snr",
     "variance_type",
     "clip_sample",
     "prediction_type",
@@ -127,8 +128,9 @@ def locate(name: str) -> Path:
         patterns = [*_FILES, *(f"unet/{file}" for file in _FILES), "scheduler/*.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of several libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name!r} is no folder here, and the Hugging Face hub does not give it: {reason}") from None
+        raise UserError(
+            f"{name!r} is no folder here, and the Hugging Face hub does not give it: {first_line(error)}"
+        ) from None
 
 
 def read(folder: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
@@ -154,8 +156,10 @@ def read(folder: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except OSError:
+    except FileNotFoundError:
         raise UserError(f"there is no {str(path)!r}; a diffusers folder has one") from None
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -204,7 +208,7 @@ def to_config(
 def _read_unet(config: ConfigDict, unet: Mapping[str, Any], where: str) -> None:
     if unet.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise _refuse(where, "_class_name", unet["_class_name"], ("UNet2DModel",))
-    _check_fields(where, unet, _FIXED_UNET, _FREE_UNET)
+    _check_fields(where, unet, _FIXED_UNET | _NEWER_UNET, _FREE_UNET)
     down, up, widths = unet["down_block_types"], unet["up_block_types"], unet["block_out_channels"]
     for field, blocks, accepted in (
         ("down_block_types", down, ("DownBlock2D", "AttnDownBlock2D")),
@@ -277,6 +281,7 @@ def _read_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], where: str
         diffusion.num_timesteps = scheduler.get("num_train_timesteps", 1000)
         diffusion.beta_start = float(scheduler.get("beta_start", 1e-4))
         diffusion.beta_end = float(scheduler.get("beta_end", 0.02))
+    diffusion.zero_terminal_snr = scheduler.get("rescale_betas_zero_snr", False)
     config.log.sample_steps = min(config.log.sample_steps, len(diffusion.betas) or diffusion.num_timesteps)
     diffusion.prediction = choose("prediction_type", "epsilon", _PREDICTIONS)
     diffusion.variance = choose("variance_type", "fixed_small", _VARIANCES)
@@ -332,6 +337,13 @@ def _to_ours(name: str, value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value
 
 
+def tensor_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that a `UNet2DModel` of this config has."""
+    shapes = config_lib.param_shapes(config, num_classes=0)
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    return {name: value.shape for name, value in to_tensors(empty, len(config.model.channel_multipliers)).items()}
+
+
 def to_params(path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict) -> dict[str, Any]:
     """Our parameters from a `UNet2DModel`'s tensors, with today's or the old names of attention.
 
@@ -340,15 +352,14 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict
     """
     shapes = config_lib.param_shapes(config, num_classes=0)
     names = dict(_names(shapes, len(config.model.channel_multipliers)))
+    wanted = tensor_shapes(config)
     old = any(".attentions." in name and ".query." in name for name in tensors)
     if old:
         for new, former in _OLD_ATTENTION.items():
             pattern = re.compile(rf"(\.attentions\.\d+\.){re.escape(new)}(?=\.)")
-            names = {ours: pattern.sub(rf"\g<1>{former}", name) for ours, name in names.items()}
-    flat = flatten_dict(shapes)
-    wanted = {
-        name: _to_theirs(name, np.broadcast_to(np.float32(0), flat[ours].shape)).shape for ours, name in names.items()
-    }
+            former_name = partial(pattern.sub, rf"\g<1>{former}")
+            names = {ours: former_name(name) for ours, name in names.items()}
+            wanted = {former_name(name): shape for name, shape in wanted.items()}
     tensors_lib.check(path, tensors, wanted)
     return unflatten_dict({ours: np.ascontiguousarray(_to_ours(name, tensors[name])) for ours, name in names.items()})
 
@@ -400,7 +411,7 @@ def from_config(config: ConfigDict, net: UNet) -> tuple[dict[str, Any], dict[str
         "attn_norm_num_groups": model.num_groups if model.scale_shift else None,
         "dropout": model.dropout,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
-        **{field: accepted[0] for field, (_, accepted) in _FIXED_UNET.items() if field != "time_embedding_dim"},
+        **{field: accepted[0] for field, (_, accepted) in _FIXED_UNET.items()},
     }
     scheduler = {
         "_class_name": "DDPMScheduler",
@@ -418,20 +429,10 @@ def from_config(config: ConfigDict, net: UNet) -> tuple[dict[str, Any], dict[str
         }
     if diffusion.schedule == "linear" and not diffusion.betas:
         scheduler |= {"beta_schedule": "linear", "beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+        scheduler["rescale_betas_zero_snr"] = diffusion.zero_terminal_snr
     else:
-        scheduler["trained_betas"] = list(map(float, diffusion.betas or _betas(config)))
+        scheduler["trained_betas"] = config_lib.make_betas_from(config).tolist()
     return unet, scheduler
-
-
-def _betas(config: ConfigDict) -> np.ndarray:
-    diffusion = config.diffusion
-    return make_betas(
-        diffusion.schedule,
-        diffusion.num_timesteps,
-        diffusion.beta_start,
-        diffusion.beta_end,
-        **diffusion.schedule_options,
-    )
 
 
 def write(folder: str | Path, config: ConfigDict, net: UNet, params: Mapping[str, Any]) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.files import atomic_path
 
 Tensors = dict[str, np.ndarray]
@@ -39,8 +39,7 @@ def read(path: str | Path) -> Tensors:
     try:
         return load_file(path) if path.suffix == ".safetensors" else _read_pickled(path)
     except Exception as error:  # a broken file raises nearly any kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{str(path)!r} cannot be read: {reason}") from None
+        raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

@@ -14,12 +14,11 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir
 from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.diffusion.losses import LossHistory
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import new_folder
 from ddpm_jax.interop import diffusers, plain
 from ddpm_jax.run import Run
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import create_state
 
 
 def import_weights(source: str, path: str | Path) -> Path:
@@ -45,7 +44,10 @@ def import_weights(source: str, path: str | Path) -> Path:
     with new_folder(path, "--workdir") as temporary:
         workdir.record(temporary, config, dataset)
         checkpoints = Checkpoints(temporary)
-        checkpoints.save(step, _state(config, step, params))
+        optimizer, history = config_lib.make_optimizer(config), config_lib.history_timesteps(config)
+        params = jax.tree.map(jnp.asarray, params)
+        state = create_state(params, optimizer, config.train.ema_decays, num_timesteps=history, step=step)
+        checkpoints.save(step, state)
         checkpoints.close()
     return Path(path).expanduser()
 
@@ -64,18 +66,6 @@ def _description(source: str, config: ConfigDict, params: Mapping[str, Any]) -> 
         "class_names": [],
         "fingerprint": digest.hexdigest(),
     }
-
-
-def _state(config: ConfigDict, step: int, params: Mapping[str, Any]) -> TrainState:
-    params = jax.tree.map(jnp.asarray, params)
-    importance = config.diffusion.timestep_sampler == "importance"
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params=params,
-        ema={str(decay): params for decay in config.train.ema_decays},
-        opt_state=config_lib.make_optimizer(config).init(params),
-        history=LossHistory.create(config_lib.make_schedule_from(config).num_timesteps) if importance else None,
-    )
 
 
 def export_weights(run: Run, out: str | Path) -> Path:

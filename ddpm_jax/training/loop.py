@@ -1,6 +1,5 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -10,11 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -31,7 +30,7 @@ from ddpm_jax.files import write_text
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
 from ddpm_jax.run import load
-from ddpm_jax.training.state import Params, TrainState, create_state
+from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 
 _NUM_SNAPSHOTS = 10
@@ -95,7 +94,7 @@ def open_images(config: ConfigDict, known: dict[str, Any] | None = None) -> Sour
     source = open_source(data.source, **arguments)
     if isinstance(source, FolderSource):
         with ProgressBar("checking images", len(source), enabled=jax.process_index() == 0) as bar:
-            broken = source.find_broken(lambda done, total: bar.update(done))
+            broken = source.find_broken(bar.update)
         if broken:
             first, error = next(iter(broken.items()))
             if not data.skip_broken:
@@ -147,29 +146,24 @@ class _Training:
     def _initial_state(self) -> tuple[int, TrainState]:
         config = self.config
 
-        def create() -> TrainState:
-            importance = config.diffusion.timestep_sampler == "importance"
+        def init() -> Params:
+            return init_params(self.net, self.source.shape, config.seed)
+
+        def create(params: Params) -> TrainState:
             return create_state(
-                self.net,
-                self.optimizer,
-                self.source.shape,
-                seed=config.seed,
-                ema_decays=config.train.ema_decays,
-                num_timesteps=self.schedule.num_timesteps if importance else None,
+                params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
         whole = parallel.replicated(self.mesh)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(create))
+        jit = partial(jax.jit, out_shardings=whole, compiler_options=parallel.run_once_options())
+        shapes = jax.eval_shape(lambda: create(init()))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
         restored = self.checkpoints.restore_latest(shapes)
         if restored:
             self._say(f"going on from the checkpoint of step {restored[0]}")
             return restored
-        start = self._start_weights(shapes.params) if config.train.init_from else None
-        state = jax.jit(create, out_shardings=whole, compiler_options=parallel.run_once_options())()
-        if start is not None:
-            averages = {decay: jax.tree.map(jnp.copy, start) for decay in state.ema}
-            state = dataclasses.replace(state, params=start, ema=averages)
-        return 0, state
+        start = self._start_weights(shapes.params) if config.train.init_from else jit(init)()
+        return 0, jit(create)(start)
 
     def _start_weights(self, wanted: Params) -> Params:
         """The weights of config.train.init_from; UserError if they are of another network."""
@@ -215,6 +209,7 @@ class _Training:
             seed=config.seed,
             flip=config.data.flip,
             class_conditional=config.model.class_conditional,
+            label_dropout=config.train.label_dropout,
             timestep_sampler=config.diffusion.timestep_sampler,
             **config_lib.loss_options(config),
         )
@@ -294,7 +289,7 @@ class _Training:
                 process_count=jax.process_count(),
                 cache_bytes=int(config.data.cache_gib * 2**30),
                 num_workers=config.data.num_workers,
-                progress=lambda done, total: bar.update(done),
+                progress=bar.update,
             )
             first = next(batches)
         return pipeline.device_batches(itertools.chain([first], batches), parallel.batch_sharding(self.mesh))
@@ -307,7 +302,9 @@ class _Training:
     def _sample_grid(self, state: TrainState, step: int) -> None:
         """EMA samples of the same noise every time, so that the pictures can be compared."""
         log = self.config.log
-        grid, _ = self._generate(state, log.sample_images, num_steps=log.sample_steps or None)
+        with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
+            options = {"num_steps": log.sample_steps or None, "progress": bar.update}
+            grid, _ = self._generate(state, log.sample_images, **options)
         if self.is_main:
             images.save(self.folder / "samples" / f"step_{step:08d}.png", images.grid(grid))
 
@@ -315,13 +312,12 @@ class _Training:
         """A grid and a strip that shows its first images on the way from noise."""
         sample = self.config.sample
         self._say(f"sampling {sample.num_images} images ...")
-        with ProgressBar("sampling", sample.num_images, enabled=self.is_main) as bar:
+        with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
             grid, snapshots = self._generate(
                 state,
                 sample.num_images,
-                num_steps=sample.num_steps or None,
                 num_snapshots=_NUM_SNAPSHOTS,
-                progress=lambda done, total: bar.update(done),
+                progress=bar.update,
             )
         if self.is_main and snapshots is not None:
             images.save(self.folder / "samples" / "final.png", images.grid(grid))
@@ -336,11 +332,10 @@ class _Training:
             state.ema[self.decay],
             self.mesh,
             shape=self.source.shape,
-            num_images=num_images,
+            indices=range(num_images),
             seed=self.config.seed,
             batch_size=self.config.sample.batch_size,
-            **config_lib.sampling_options(self.config),
-            **options,
+            **{**config_lib.sampling_options(self.config), **options},
         )
 
     def _say(self, text: str) -> None:

@@ -35,29 +35,31 @@ class TrainState:
     history: LossHistory | None
 
 
+def init_params(net: UNet, shape: Sequence[int], seed: int) -> Params:
+    """The random parameters that a run of this seed starts from; `shape` is (H, W, C) of the images."""
+    return net.init(named_key(seed, "init"), jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32))["params"]
+
+
 def create_state(
-    net: UNet,
+    params: Params,
     optimizer: optax.GradientTransformation,
-    shape: Sequence[int],
-    *,
-    seed: int,
     ema_decays: Sequence[float],
+    *,
     num_timesteps: int | None = None,
+    step: int = 0,
 ) -> TrainState:
-    """A fresh state; a pure function, to be jit-compiled with the shardings that its arrays shall have.
+    """The state of a run that starts from these parameters; a pure function, to be jit-compiled with the shardings that
+    its arrays shall have.
 
     Args:
-      net: the network.
+      params: of the network.
       optimizer: the optax optimiser.
-      shape: (H, W, C) of the images.
-      seed: of the run.
       ema_decays: one average each.
       num_timesteps: T if a loss history is kept, else None.
+      step: how many updates the parameters have seen.
     """
-    x, t = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32)
-    params = net.init(named_key(seed, "init"), x, t)["params"]
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
+        step=jnp.asarray(step, jnp.int32),
         params=params,
         ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
         opt_state=optimizer.init(params),

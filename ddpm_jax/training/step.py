@@ -85,6 +85,7 @@ def make_train_step(
     seed: int,
     flip: bool = False,
     class_conditional: bool = False,
+    label_dropout: float = 0.0,
     timestep_sampler: str = "uniform",
     **loss_options: Any,
 ) -> jax.stages.Wrapped:
@@ -99,6 +100,8 @@ def make_train_step(
       seed: of the run.
       flip: mirror each image with probability one half.
       class_conditional: hand the batch's labels to the network.
+      label_dropout: share of the labels that become the null class, so that the network also learns to do without
+        (classifier-free guidance: Ho & Salimans 2022, algorithm 1).
       timestep_sampler: see `sample_timesteps`.
       loss_options: of `training_loss`.
 
@@ -113,7 +116,11 @@ def make_train_step(
         if flip:
             images = random_flip(key("flip"), images)
         x_0 = images.astype(jnp.float32) / 127.5 - 1.0
-        cond = {"label": batch["label"]} if class_conditional else None
+        labels = batch["label"]
+        if label_dropout and net.num_classes is not None:
+            dropped = jax.random.bernoulli(key("label_dropout"), label_dropout, labels.shape)
+            labels = jnp.where(dropped, net.num_classes, labels)
+        cond = {"label": labels} if class_conditional else None
         t, weights = sample_timesteps(key("t"), x_0.shape[0], num_timesteps, timestep_sampler, state.history)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:

@@ -36,7 +36,7 @@ def single(*arrays):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_steps_compose_to_the_closed_form(name):
+def test_steps_compose_to_the_closed_form(measure, name):
     """q_step is A x + B z; the factor of x_0 and the variance follow from A and B of each step."""
     schedule = make_schedule(name, 1000)
     t = jnp.arange(1000)
@@ -47,11 +47,20 @@ def test_steps_compose_to_the_closed_form(name):
     for step_a, step_b in zip(A, B, strict=True):
         variance = step_a**2 * variance + step_b**2
         variances.append(variance)
-    np.testing.assert_allclose(gaussian.q_sample(schedule, one, t, zero), np.cumprod(A), rtol=2e-4, atol=1e-7)
-    np.testing.assert_allclose(gaussian.q_sample(schedule, zero, t, one) ** 2, variances, rtol=2e-6)
+    factors, squares = gaussian.q_sample(schedule, one, t, zero), gaussian.q_sample(schedule, zero, t, one) ** 2
+    np.testing.assert_allclose(factors, np.cumprod(A), rtol=2e-4, atol=1e-7)
+    what, against = "`q_sample`: factor of x_0, and variance", "1000 `q_step`s composed"
+    measure(f"{what}; linear and cosine", against, np.abs(factors - np.cumprod(A)).max(), 1e-5)
+    measure(
+        f"{what}, relative; linear and cosine",
+        against,
+        np.abs(squares / np.array(variances) - 1).max(),
+        2e-6,
+        "relative",
+    )
 
 
-def test_steps_compose_to_the_closed_form_by_monte_carlo():
+def test_steps_compose_to_the_closed_form_by_monte_carlo(measure):
     """Mean and variance of 100,000 chains within 5 standard errors, of which the mean has sqrt(variance / n) and the
     variance sqrt(2 / n) of itself."""
     n, T = 100_000, 40
@@ -65,18 +74,21 @@ def test_steps_compose_to_the_closed_form_by_monte_carlo():
 
     _, (mean, variance) = jax.jit(lambda: jax.lax.scan(step, jnp.full(n, x_0), jnp.arange(T)))()
     abar = np.cumprod(1 - make_betas("linear", T, 1e-3, 0.1))
-    assert np.all(np.abs(mean - np.sqrt(abar) * x_0) < 5 * np.sqrt((1 - abar) / n))
-    np.testing.assert_allclose(variance, 1 - abar, rtol=5 * np.sqrt(2 / n))
+    what, against = "100,000 chains of 40 `q_step`s", "DDPM, eq. 4"
+    errors = np.abs(mean - np.sqrt(abar) * x_0) / np.sqrt((1 - abar) / n)
+    measure(f"{what}: mean", against, errors.max(), 5, "standard errors")
+    errors = np.abs(variance / (1 - abar) - 1) / np.sqrt(2 / n)
+    measure(f"{what}: variance", against, errors.max(), 5, "standard errors")
 
 
-def test_q_sample():
+def test_q_sample(measure):
     x_0, noise = images(0)
     got = gaussian.q_sample(LINEAR, *single(x_0), jnp.array(TIMES), *single(noise))
     expected = column(np.sqrt(ABAR[TIMES])) * x_0 + column(np.sqrt(1 - ABAR[TIMES])) * noise
-    np.testing.assert_allclose(got, expected, atol=6e-7)
+    measure("`q_sample`", "DDPM, eq. 4, float64", np.abs(got - expected).max(), 6e-7)
 
 
-def test_q_posterior_is_bayes_rule():
+def test_q_posterior_is_bayes_rule(measure):
     """The product of N(x_s; sqrt(abar_s) x_0, 1 - abar_s) and N(x_t; sqrt(alpha) x_s, beta) as functions of x_s."""
     t = TIMES[1:]
     x_0, x_t = images(1, len(t))
@@ -85,9 +97,12 @@ def test_q_posterior_is_bayes_rule():
     weighted = weighted + column(np.sqrt(1 - BETAS[t]) / BETAS[t]) * x_t
     mean, variance, log_variance = gaussian.q_posterior(LINEAR, *single(x_0, x_t), jnp.array(t))
     assert variance.shape == log_variance.shape == (len(t), 1, 1, 1)
-    np.testing.assert_allclose(mean, weighted / column(precision), atol=6e-7)
-    np.testing.assert_allclose(variance, column(1 / precision), rtol=2e-7)
-    np.testing.assert_allclose(log_variance, column(-np.log(precision)), rtol=2e-7)
+    against = "Bayes' rule for two Gaussians, float64"
+    measure("`q_posterior`: mean", against, np.abs(mean - weighted / column(precision)).max(), 6e-7)
+    errors = np.abs(variance * column(precision) - 1)
+    measure("`q_posterior`: variance", against, errors.max(), 2e-7, "relative")
+    errors = np.abs(log_variance / column(-np.log(precision)) - 1)
+    measure("`q_posterior`: log-variance", against, errors.max(), 2e-7, "relative")
 
 
 def test_q_posterior_of_the_first_step_is_x_0():
@@ -108,7 +123,7 @@ def meanings(seed):
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(["eps", "x_0", "v"], repeat=2)))
-def test_conversions(source, target):
+def test_conversions(measure, source, target):
     """A step of float32 is amplified by 1 / a on the way from eps, by 1 / s on the way to eps or v."""
     x_t, values, a, s = meanings(4)
     got = gaussian.convert_prediction(LINEAR, *single(values[source], x_t), jnp.array(TIMES), source, target)
@@ -116,7 +131,12 @@ def test_conversions(source, target):
     if source != target:
         amplification = (1 / a if source == "eps" else 1) * (1 / s if target != "x_0" else 1)
     error = np.abs(np.asarray(got, np.float64) - values[target]) / amplification
-    assert error.max() < 2e-6
+    measure(
+        "conversions between eps, x_0 and v, times a and s where they divide",
+        "x_t = a x_0 + s eps, v = a eps - s x_0, float64",
+        error.max(),
+        2e-6,
+    )
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(["eps", "x_0", "v"], 2)))
@@ -143,18 +163,22 @@ def test_to_x_0_and_from_x_0_at_given_factors(prediction):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_fixed_variances(variance):
+def test_fixed_variances(measure, variance):
     """At t = 0 the small variance is 0 and the large beta_0, yet the logarithm of both that of the posterior at 1."""
     x_0, x_t = single(*images(6))
     p = gaussian.p_mean_variance(LINEAR, x_0, x_t, jnp.array(TIMES), prediction="x_0", variance=variance)
     expected = {"fixed_small": POSTERIOR_VARIANCE, "fixed_large": BETAS}[variance][TIMES]
     log_expected = np.log(np.where(TIMES == 0, POSTERIOR_VARIANCE[1], expected))
-    np.testing.assert_allclose(p.variance, column(expected), rtol=1e-7)
-    np.testing.assert_allclose(p.log_variance, column(log_expected), rtol=1e-7)
+    assert p.variance[0].item() == np.float32(expected[0])
+    errors = [np.abs(p.variance[1:] / column(expected[1:]) - 1), np.abs(p.log_variance / column(log_expected) - 1)]
+    worst = max(error.max() for error in errors)
+    measure(
+        "fixed variances, small and large, and their logarithms", "DDPM, section 3.2, float64", worst, 1e-7, "relative"
+    )
 
 
 @pytest.mark.parametrize("interpolation", [-1.0, -0.3, 0.0, 0.5, 1.0, 1.7])
-def test_learned_variance(interpolation):
+def test_learned_variance(measure, interpolation):
     """-1 is the posterior's variance, 1 is beta, and in between (or beyond) a geometric mean."""
     x_0, x_t = single(*images(7))
     output = jnp.concatenate([x_0, jnp.full_like(x_0, interpolation)], axis=-1)
@@ -163,7 +187,9 @@ def test_learned_variance(interpolation):
     f = (interpolation + 1) / 2
     expected = np.broadcast_to(column(BETAS[TIMES] ** f * small ** (1 - f)), x_0.shape)
     np.testing.assert_allclose(p.log_variance, np.log(expected), rtol=3e-7)
-    np.testing.assert_allclose(p.variance, expected, rtol=3e-6)
+    measure(
+        "learned variance", "Improved DDPM, eq. 15, float64", np.abs(p.variance / expected - 1).max(), 3e-6, "relative"
+    )
     fixed = gaussian.p_mean_variance(LINEAR, x_0, x_t, jnp.array(TIMES), prediction="x_0")
     np.testing.assert_array_equal(p.mean, fixed.mean)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax.diffusion.gaussian import p_sample
-from ddpm_jax.diffusion.samplers import SAMPLERS, ddpm_table, sample, spaced_timesteps
+from ddpm_jax.diffusion.samplers import plan, sample
 from ddpm_jax.diffusion.schedules import extract, make_betas, make_schedule
+from ddpm_jax.diffusion.tables import SAMPLERS, make_table, spaced_timesteps, with_resampling
 
 T = 1000
 LINEAR = make_schedule("linear", T)
@@ -28,75 +29,6 @@ def coefficients(betas, timesteps):
         beta * (1 - previous) / (1 - abar),
         beta,
     )
-
-
-def test_spaced_timesteps():
-    np.testing.assert_array_equal(spaced_timesteps(1000), np.arange(1000)[::-1])
-    np.testing.assert_array_equal(spaced_timesteps(1000, 5), [999, 749, 500, 250, 0])
-    np.testing.assert_array_equal(spaced_timesteps(1000, 4, 300), [300, 200, 100, 0])
-    np.testing.assert_array_equal(spaced_timesteps(1000, None, 3), [3, 2, 1, 0])
-    np.testing.assert_array_equal(spaced_timesteps(1000, 1), [999])
-    np.testing.assert_array_equal(spaced_timesteps(1000, 1, 0), [0])
-
-
-def test_spaced_timesteps_never_repeat():
-    for num_steps in range(2, 61):
-        timesteps = spaced_timesteps(60, num_steps)
-        assert timesteps.dtype == np.int32
-        assert len(timesteps) == num_steps
-        assert timesteps[0] == 59
-        assert timesteps[-1] == 0
-        assert np.all(np.diff(timesteps) < 0)
-        assert np.ptp(np.diff(timesteps)) <= 1
-
-
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
-@pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
-def test_table_of_every_timestep_is_the_schedule(name, variance):
-    schedule = make_schedule(name, T)
-    table = ddpm_table(schedule, spaced_timesteps(T), variance)
-    backwards = lambda array: np.asarray(array, np.float64)[::-1]  # noqa: E731
-    small, large = backwards(schedule.posterior_log_variance_clipped), backwards(schedule.log_betas)
-    np.testing.assert_array_equal(table.t, np.arange(T)[::-1])
-    for got, expected in [
-        (table.a, schedule.sqrt_alphas_cumprod),
-        (table.s, schedule.sqrt_one_minus_alphas_cumprod),
-        (table.x_0_coef, schedule.posterior_mean_coef1),
-        (table.x_coef, schedule.posterior_mean_coef2),
-    ]:
-        # The table starts from float32 betas; what that costs 1 - beta at the cosine's last, 0.999, shows there.
-        np.testing.assert_allclose(got, backwards(expected), rtol=2e-5 if name == "cosine" else 1e-6, atol=1e-12)
-    minimum = large if variance == "fixed_large" else small
-    maximum = small if variance == "fixed_small" else large
-    np.testing.assert_allclose(table.log_variance_min, minimum, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(table.log_variance_max, maximum, rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(table.noise, np.arange(T)[::-1] > 0)
-
-
-@pytest.mark.parametrize("timesteps", [[999, 500, 250, 10, 0], list(range(999, -1, -37)), [700, 3], [999], [0]])
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_table_of_a_sub_sequence(name, timesteps):
-    table = ddpm_table(make_schedule(name, T), timesteps, "learned")
-    a, s, x_0_coef, x_coef, small, beta = coefficients(make_betas(name, T), timesteps)
-    small[-1] = small[-2] if len(small) > 1 else beta[-1]
-    np.testing.assert_array_equal(table.t, timesteps)
-    for got, expected in [
-        (table.a, a),
-        (table.s, s),
-        (table.x_0_coef, x_0_coef),
-        (table.x_coef, x_coef),
-        (np.exp(table.log_variance_min), small),
-        (np.exp(table.log_variance_max), beta),
-    ]:
-        # The schedule's float32 betas: 6e-8 of each, of the last cosine's 1 - beta = 0.001 that is 6e-5.
-        np.testing.assert_allclose(got, expected, rtol=1e-6 if name == "linear" else 1e-4, atol=1e-15)
-    np.testing.assert_array_equal(table.noise, [1.0] * (len(timesteps) - 1) + [0.0])
-
-
-@pytest.mark.parametrize("timesteps", [[999, 500, 250, 10, 0], [999], [42, 7]])
-def test_last_step_gives_x_0_itself(timesteps):
-    table = ddpm_table(LINEAR, timesteps, "fixed_large")
-    assert (table.x_0_coef[-1], table.x_coef[-1], table.noise[-1]) == (1, 0, 0)
 
 
 @jax.jit
@@ -148,6 +80,52 @@ def with_interpolation(x, t):
 SHAPE = (3, 4, 4, 2)
 
 
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.7, "spacing": "quadratic"},
+        {"sampler": "dpmpp_2m", "spacing": "logsnr"},
+        {"sampler": "dpmpp_2m_sde"},
+        {"sampler": "heun", "timesteps": (29, 20, 12, 7, 2), "clip": False},
+        {"sampler": "unipc", "order": 3, "clip": False},
+        {"sampler": "unipc", "t_end": 4},
+        {"sampler": "ddpm", "t_end": 4},
+        {"sampler": "ddim", "eta": 1.0, "resampling": (3, 2)},
+    ],
+)
+def test_sample_runs_the_table(measure, options, variance):
+    """Every sampler in a NumPy loop over its table, with the same network and noise."""
+    schedule, key = make_schedule("linear", 30, 1e-3, 0.2), jax.random.key(7)
+    options = {"num_steps": None if "timesteps" in options or "t_end" in options else 12, **options}
+    model = with_interpolation if variance == "learned" else toy_model
+    got = sample(schedule, model, key, SHAPE, variance=variance, **options)
+    levels = plan(schedule, **{name: options[name] for name in PLANNED if name in options})
+    table = make_table(
+        options["sampler"], levels, variance=variance, eta=options.get("eta"), order=options.get("order")
+    )
+    table = with_resampling(table, levels, *options["resampling"]) if "resampling" in options else table
+    noise = np.asarray(draws(key), np.float64)
+    x, kept, past = noise[0], np.zeros(SHAPE), [np.zeros(SHAPE)] * 3
+    for i, t in enumerate(table.t):
+        output = np.asarray(model(jnp.asarray(x, jnp.float32), jnp.full(len(x), t)), np.float64)
+        output, v = output[..., : SHAPE[-1]], output[..., SHAPE[-1] :]
+        x_0 = (x - table.s[i] * output) / table.a[i]
+        x_0 = np.clip(x_0, -1, 1) if options.get("clip", True) else x_0
+        log_variance = table.log_variance_min[i]
+        if v.size:
+            log_variance = (v + 1) / 2 * table.log_variance_max[i] + (1 - v) / 2 * table.log_variance_min[i]
+        images = [x, kept, x_0, *past]
+        x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
+        x = x + np.sqrt(table.noise_scale[i] * np.exp(log_variance) + table.noise_variance[i]) * noise[i + 1]
+        past = [x_0, *past[:2]]
+    measure(f"`sample`, {options['sampler']}: 12 steps", "its table in a float64 loop", np.abs(got - x).max(), 1e-5)
+
+
+PLANNED = ("num_steps", "spacing", "timesteps", "t_end")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -160,14 +138,14 @@ SHAPE = (3, 4, 4, 2)
         {"variance": "learned", "prediction": "v", "clip": False, "num_steps": 12},
     ],
 )
-def test_sample_is_the_algorithm_in_a_python_loop(options):
+def test_sample_is_the_algorithm_in_a_python_loop(measure, options):
     steps = 30
     schedule, betas = make_schedule("linear", steps, 1e-3, 0.2), make_betas("linear", steps, 1e-3, 0.2)
     key = jax.random.key(7)
     options = {"variance": "fixed_large", "prediction": "eps", "clip": True, **options}
     model = with_interpolation if options["variance"] == "learned" else toy_model
     got = sample(schedule, model, key, SHAPE, **options)
-    timesteps = spaced_timesteps(steps, options.get("num_steps"))
+    timesteps = spaced_timesteps(schedule, options.get("num_steps"))
     expected = replay(
         betas,
         timesteps,
@@ -179,7 +157,8 @@ def test_sample_is_the_algorithm_in_a_python_loop(options):
         options["clip"],
         options.get("dynamic_threshold"),
     )[-1]
-    np.testing.assert_allclose(got, expected, atol=1.5e-6)
+    what = "30 and 12 steps; eps, x_0, v; all variances; clipping and dynamic thresholding"
+    measure(f"`sample`, ddpm: {what}", "DDPM, algorithm 2, in a float64 loop", np.abs(got - expected).max(), 1.5e-6)
 
 
 def test_sample_is_p_sample_repeated():
@@ -202,21 +181,22 @@ def test_sample_is_p_sample_repeated():
     ("variance", "num_steps", "discretisation"),
     [("fixed_large", None, 0.01), ("fixed_small", None, -0.03), ("fixed_large", 50, 0.2)],
 )
-def test_gaussian_data(gaussian_model, variance, num_steps, discretisation):
+def test_gaussian_data(measure, gaussian_model, variance, num_steps, discretisation):
     """With the exact eps every step is linear: mean and variance follow a recursion, which all pixels obey within five
     standard errors, and which ends near the data's own: above it with the large variance, below with the small."""
     m, v, n = 0.2, 0.09, 256 * 256
     model = gaussian_model(LINEAR, m, v)
     x = sample(LINEAR, model, jax.random.key(3), (1, 256, 256, 1), variance=variance, num_steps=num_steps, clip=False)
-    timesteps = spaced_timesteps(T, num_steps)
+    timesteps = spaced_timesteps(LINEAR, num_steps)
     mean, var = 0.0, 1.0
     for a, s, x_0_coef, x_coef, small, beta in zip(*coefficients(BETAS, timesteps), strict=True):
         gain = a * v / (a**2 * v + s**2)  # x_0_hat = m + gain (x - a m)
         noise = 0.0 if small == 0 else {"fixed_small": small, "fixed_large": beta}[variance]
         mean = x_0_coef * (m + gain * (mean - a * m)) + x_coef * mean
         var = (x_0_coef * gain + x_coef) ** 2 * var + noise
-    assert abs(x.mean() - mean) < 5 * np.sqrt(var / n)
-    assert abs(x.var() / var - 1) < 5 * np.sqrt(2 / n)
+    what, against = "Gaussian data, exact network, 1000 and 50 steps", "closed form of the result"
+    measure(f"{what}: mean", against, abs(x.mean() - mean) / np.sqrt(var / n), 5, "standard errors")
+    measure(f"{what}: variance", against, abs(x.var() / var - 1) / np.sqrt(2 / n), 5, "standard errors")
     assert abs(mean - m) < 1e-3
     assert 0 < (var / v - 1) / discretisation < 1
 
@@ -226,7 +206,7 @@ def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_st
     """For Gaussian data q(x_s | x_t) is Gaussian, of variance posterior + c^2 Var[x_0 | x_t]. A network that says so
     carries the exact marginal of x_t to the exact marginal of E[x_0 | x at t = 0]."""
     m, v, n = -0.1, 0.25, 256 * 256
-    timesteps = spaced_timesteps(T, num_steps)
+    timesteps = spaced_timesteps(LINEAR, num_steps)
     a, s, x_0_coef, _, small, beta = coefficients(BETAS, timesteps)
     exact = small + x_0_coef**2 * v * s**2 / (a**2 * v + s**2)
     interpolation = np.zeros(T)
@@ -250,7 +230,7 @@ def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_st
     assert abs(x.var() / var - 1) < 5 * np.sqrt(2 / n)
 
 
-def test_mixture_of_two():
+def test_mixture_of_two(measure):
     """Mean, variance and the weights of both modes, from the exact score of a mixture."""
     weights, means, v, n = np.array([0.3, 0.7]), np.array([-0.6, 0.4]), 0.02, 96 * 96
     log_weights, centres = jnp.log(jnp.asarray(weights, jnp.float32)), jnp.asarray(means, jnp.float32)
@@ -268,9 +248,10 @@ def test_mixture_of_two():
     mean = weights @ means
     var = v + weights @ (means - mean) ** 2
     fourth = weights @ ((means - mean) ** 4 + 6 * v * (means - mean) ** 2 + 3 * v**2)
-    assert abs(right.mean() - 0.7) < 5 * np.sqrt(0.21 / n)
-    assert abs(x.mean() - mean) < 5 * np.sqrt(var / n)
-    assert abs(x.var() - var) < 5 * np.sqrt((fourth - var**2) / n)
+    what, against = "mixture of two Gaussians, exact network, 1000 steps", "the mixture"
+    measure(f"{what}: share of a mode", against, abs(right.mean() - 0.7) / np.sqrt(0.21 / n), 5, "standard errors")
+    measure(f"{what}: mean", against, abs(x.mean() - mean) / np.sqrt(var / n), 5, "standard errors")
+    measure(f"{what}: variance", against, abs(x.var() - var) / np.sqrt((fourth - var**2) / n), 5, "standard errors")
     for mode, centre in ((~right, -0.6), (right, 0.4)):
         assert abs(x[mode].mean() - centre) < 5 * np.sqrt(v / mode.sum())
         # The discretisation of time leaves 1 to 2 in 100.
@@ -288,7 +269,7 @@ def test_start_from_an_image():
     x_t = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
     for t_start, num_steps in ((11, None), (30, 4), (0, None)):
         got = sample(schedule, toy_model, key, SHAPE, x_t=jnp.asarray(x_t), t_start=t_start, num_steps=num_steps)
-        timesteps = spaced_timesteps(steps, num_steps, t_start)
+        timesteps = spaced_timesteps(schedule, num_steps, last=t_start)
         assert timesteps[0] == t_start
         path = replay(betas, timesteps, "fixed_large", "eps", toy_model, key, x_t.astype(np.float64), True)
         np.testing.assert_allclose(got, path[-1], atol=1.5e-6)
@@ -314,7 +295,7 @@ def test_snapshots(num_snapshots):
     np.testing.assert_allclose(x, sample(schedule, toy_model, key, SHAPE), atol=1e-6)
     assert snapshots.shape == (num_snapshots, *SHAPE)
     np.testing.assert_array_equal(snapshots[-1], x)
-    path = replay(betas, spaced_timesteps(steps), "fixed_large", "eps", toy_model, key, None, True)
+    path = replay(betas, spaced_timesteps(schedule), "fixed_large", "eps", toy_model, key, None, True)
     wanted = [int(np.floor(i * steps / (num_snapshots - 1))) for i in range(num_snapshots)]
     np.testing.assert_allclose(snapshots, np.stack(path)[wanted], atol=1.5e-6)
 
@@ -389,8 +370,3 @@ def test_one_timestep():
 def test_refused_options(options, message):
     with pytest.raises(ValueError, match=message):
         sample(LINEAR, lambda x, t: x, jax.random.key(0), (2, 4, 4, 3), **options)
-
-
-def test_table_refuses_an_unknown_variance():
-    with pytest.raises(ValueError, match="variance is 'small'; accepted"):
-        ddpm_table(LINEAR, [1, 0], "small")

@@ -1,7 +1,9 @@
 """Against diffusers and PyTorch: the network, each sampling step, whole trajectories, and training."""
 
+import importlib
 from functools import partial
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ddpm_jax import parallel
-from ddpm_jax.diffusion import gaussian, samplers
+from ddpm_jax.diffusion import gaussian, samplers, tables
 from ddpm_jax.diffusion.losses import training_loss
-from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.diffusion.schedules import make_betas, make_schedule, rescale_to_zero_terminal_snr
+from ddpm_jax.diffusion.tables import Levels
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import workdirs
 from ddpm_jax.run import load
@@ -101,7 +104,7 @@ def import_pipeline(net, folder, **scheduler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_gradients_and_round_trip(name, tmp_path):
+def test_network_gradients_and_round_trip(measure, name, tmp_path):
     config, count = NETWORKS[name]
     theirs = their_network(config)
     run = import_pipeline(theirs, tmp_path)
@@ -121,19 +124,22 @@ def test_network_gradients_and_round_trip(name, tmp_path):
     their_x = to_torch(x).requires_grad_()
     their_y = theirs(their_x, torch.tensor(t)).sample
     their_y.backward(to_torch(weights))
-    assert relative(y, to_numpy(their_y)) < 1e-5
-    assert relative(x_gradient, to_numpy(their_x.grad)) < 1e-5
+    against = "diffusers' `UNet2DModel`, PyTorch"
+    measure(f"output, {name} network", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
+    error = relative(x_gradient, to_numpy(their_x.grad))
+    measure(f"gradient by x, {name} network", against, error, 1e-5, "relative")
     gradients = interop.to_tensors(params_gradient, len(config["block_out_channels"]))
     for parameter_name, parameter in theirs.named_parameters():
         # A key's bias moves every logit of a row alike: its gradient is rounding.
         if not parameter_name.endswith("to_k.bias"):
-            assert relative(gradients[parameter_name], parameter.grad.numpy()) < 1e-4, parameter_name
+            error = relative(gradients[parameter_name], parameter.grad.numpy())
+            measure(f"gradient by each parameter, {name} network", against, error, 1e-4, "relative")
 
     again = workdirs.export_weights(run, tmp_path / "again")
     before, after = (load_file(folder / "unet" / interop.WEIGHTS[0]) for folder in (tmp_path / "theirs", again))
     assert before.keys() == after.keys()
-    for tensor_name, value in before.items():
-        assert value.tobytes() == after[tensor_name].tobytes(), tensor_name
+    different = [tensor for tensor, value in before.items() if value.tobytes() != after[tensor].tobytes()]
+    measure(f"tensors that differ after import and export, {name} network", "their bytes", len(different), 0)
     opened = diffusers.DDPMPipeline.from_pretrained(again)
     with torch.no_grad():
         torch.testing.assert_close(opened.unet.eval()(to_torch(x), torch.tensor(t)).sample, their_y, rtol=0, atol=0)
@@ -151,6 +157,7 @@ def test_pickled_weights_of_a_whole_network(tmp_path):
 
 # Sampling.
 
+LINEAR = make_schedule("linear", 1000)
 SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 VARIANCES = {
@@ -162,84 +169,237 @@ VARIANCES = {
 
 
 @pytest.mark.parametrize("beta_schedule", SCHEDULES)
-def test_schedules(beta_schedule):
+def test_schedules(measure, beta_schedule):
     theirs = diffusers.DDPMScheduler(beta_schedule=beta_schedule)
     ours = make_schedule(SCHEDULES[beta_schedule], 1000)
     # Theirs is computed in float32, a product of a thousand factors among it.
-    np.testing.assert_allclose(ours.betas, theirs.betas, rtol=3e-5)
-    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4)
+    errors = np.abs(ours.betas / theirs.betas.numpy() - 1)
+    measure("betas: linear, quadratic, cosine", "diffusers' float32 arrays", errors.max(), 3e-5, "relative")
+    errors = np.abs(ours.alphas_cumprod / theirs.alphas_cumprod.numpy() - 1)
+    measure("abar: linear, quadratic, cosine", "diffusers' float32 arrays", errors.max(), 2e-4, "relative")
+
+
+def test_zero_terminal_snr(measure):
+    theirs = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    ours = make_schedule(rescale_to_zero_terminal_snr(make_betas("linear", 1000)))
+    errors = np.abs(ours.alphas_cumprod - theirs.alphas_cumprod.numpy())
+    measure("abar, rescaled to a zero terminal SNR", "diffusers' float32 arrays", errors.max(), 1e-5)
+
+
+def in_float64(scheduler):
+    """Rounding of their float32 schedule is not what is compared."""
+    scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
+    scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+class Inputs:
+    """The same x, network output and noise for both, at up to 40 steps all over a sub-sequence."""
+
+    def __init__(self, timesteps, seed, channels=3):
+        self.chosen = np.unique(np.linspace(0, len(timesteps) - 1, 40).astype(int))
+        rng = np.random.default_rng(seed)
+        self.x = rng.standard_normal((len(self.chosen), 4, 4, 3)).astype(np.float32)
+        self.output = rng.standard_normal((len(self.chosen), 4, 4, channels)).astype(np.float32)
+        self.output[..., 3:] = np.tanh(self.output[..., 3:])
+        self.noise = rng.standard_normal((4, 4, 3)).astype(np.float32)
+
+    def ours(self, i, table, row, prediction):
+        """The next x from the i-th input, by a row that uses x and D alone."""
+        raw, v, x = self.output[i, ..., :3], self.output[i, ..., 3:], self.x[i]
+        x_0 = gaussian.to_x_0(prediction, *map(jnp.float32, (raw, x, table.a[row], table.s[row])))
+        largest, smallest = table.log_variance_max[row], table.log_variance_min[row]
+        log_variance = (v + 1) / 2 * largest + (1 - v) / 2 * smallest if v.size else largest
+        std = np.sqrt(table.noise_scale[row] * np.exp(log_variance) + table.noise_variance[row])
+        return table.next[row, tables.D] * np.clip(x_0, -1, 1) + table.next[row, tables.X] * x + std * self.noise
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("num_steps", [1000, 50, 7])
 @pytest.mark.parametrize("variance_type", VARIANCES)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_steps_of_the_ddpm_scheduler(monkeypatch, prediction_type, variance_type, num_steps, spacing):
-    """Steps all over a sub-sequence, from the same x, network output and noise."""
+def test_steps_of_the_ddpm_scheduler(measure, monkeypatch, prediction_type, variance_type, num_steps, spacing):
     scheduler = diffusers.DDPMScheduler(
         variance_type=variance_type, prediction_type=prediction_type, timestep_spacing=spacing
     )
-    # Rounding of their float32 schedule is not what is compared.
-    scheduler.alphas = 1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    scheduler.alphas_cumprod, scheduler.one = torch.cumprod(scheduler.alphas, 0), torch.tensor(1.0, dtype=torch.float64)
-    scheduler.set_timesteps(num_steps)
+    in_float64(scheduler).set_timesteps(num_steps)
     timesteps = scheduler.timesteps.numpy()
-    chosen = np.unique(np.linspace(0, len(timesteps) - 1, 40).astype(int))
-    channels = 6 if variance_type == "learned_range" else 3
-    rng = np.random.default_rng(num_steps)
-    x = rng.standard_normal((len(chosen), 4, 4, 3)).astype(np.float32)
-    output = rng.standard_normal((len(chosen), 4, 4, channels)).astype(np.float32)
-    output[..., 3:] = np.tanh(output[..., 3:])
-    noise = rng.standard_normal((1, 4, 4, 3)).astype(np.float32)
+    inputs = Inputs(timesteps, num_steps, channels=6 if variance_type == "learned_range" else 3)
     drawn = []
     monkeypatch.setattr(their_ddpm, "randn_tensor", lambda *_, **__: to_torch(drawn[-1]))
-
-    table = samplers.ddpm_table(make_schedule("linear", 1000), timesteps, VARIANCES[variance_type])
-    raw, interpolation = output[..., :3], output[..., 3:]
-    row = {name: np.asarray(getattr(table, name))[chosen].reshape(-1, 1, 1, 1) for name in table.__dataclass_fields__}
-    x_0 = gaussian.to_x_0(PREDICTIONS[prediction_type], *map(jnp.float32, (raw, x, row["a"], row["s"])))
-    mean = row["x_0_coef"] * np.clip(x_0, -1, 1) + row["x_coef"] * x
-    log_variance = row["log_variance_max"]
-    if variance_type == "learned_range":
-        fraction = (interpolation + 1) / 2
-        log_variance = fraction * row["log_variance_max"] + (1 - fraction) * row["log_variance_min"]
-    for i, index in enumerate(chosen):
-        t = int(timesteps[index])
+    table = tables.ddpm(Levels.of(LINEAR, timesteps), VARIANCES[variance_type])
+    for i, row in enumerate(inputs.chosen):
         # The paper's last step adds no noise; theirs does where "trailing" ends above t = 0.
-        drawn.append(noise * (index < len(timesteps) - 1))
-        expected = scheduler.step(to_torch(output[i : i + 1]), t, to_torch(x[i : i + 1])).prev_sample
-        std = np.exp(0.5 * np.broadcast_to(log_variance, x.shape)[i])
-        ours = mean[i] + row["noise"][i] * std * noise[0]
-        np.testing.assert_allclose(ours, to_numpy(expected)[0], atol=1e-5, err_msg=f"t = {t}")
+        drawn.append(inputs.noise[None] * (row < len(timesteps) - 1))
+        output, x = to_torch(inputs.output[i : i + 1]), to_torch(inputs.x[i : i + 1])
+        expected = scheduler.step(output, int(timesteps[row]), x).prev_sample
+        error = np.abs(inputs.ours(i, table, row, PREDICTIONS[prediction_type]) - to_numpy(expected)[0])
+        what = "a step of ddpm; eps, x_0, v; all variances and spacings; 1000, 50, 7 steps"
+        measure(what, "diffusers' `DDPMScheduler`", error.max(), 1e-5)
 
 
-def test_trajectory_of_an_imported_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_steps", [1000, 50, 7])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_steps_of_the_ddim_scheduler(measure, prediction_type, eta, num_steps, spacing):
+    scheduler = in_float64(diffusers.DDIMScheduler(prediction_type=prediction_type, timestep_spacing=spacing))
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.numpy()
+    inputs = Inputs(timesteps, num_steps)
+    for i, row in enumerate(inputs.chosen):
+        t = int(timesteps[row])
+        # Theirs goes down by T / steps, not to the next of its timesteps, which "linspace" and a remainder tell apart.
+        following = t - 1000 // num_steps
+        table = tables.ddim(Levels.of(LINEAR, [t], following if following >= 0 else None), eta)
+        output, x, noise = (to_torch(v[None]) for v in (inputs.output[i], inputs.x[i], inputs.noise))
+        options = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise}
+        expected = scheduler.step(output, t, x, **options).prev_sample
+        error = np.abs(inputs.ours(i, table, 0, PREDICTIONS[prediction_type]) - to_numpy(expected)[0])
+        what = "a step of ddim; eta 0, 0.5, 1; eps, x_0, v; all spacings; 1000, 50, 7 steps"
+        measure(what, "diffusers' `DDIMScheduler`", error.max(), 1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_steps", [1000, 50, 10, 3])
+def test_spacings(spacing, num_steps):
+    scheduler = diffusers.DDPMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(num_steps)
+    np.testing.assert_array_equal(tables.spaced_timesteps(LINEAR, num_steps, spacing), scheduler.timesteps)
+
+
+def replay(table, x, network, noise=None):
+    """A table in a NumPy loop, for a network of eps."""
+    kept, past = np.zeros_like(x), [np.zeros_like(x)] * 3
+    for i, t in enumerate(table.t):
+        x_0 = (x - table.s[i] * network(x, t)) / table.a[i]
+        images = [x, kept, x_0, *past]
+        x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
+        if noise is not None:
+            x = x + np.sqrt(table.noise_variance[i]) * noise[i]
+        past = [x_0, *past[:2]]
+    return x
+
+
+def smooth_network(x, t):
+    return np.tanh(x * (0.3 + t / 2000)) + 0.1
+
+
+MULTISTEP = {
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "unipc of order 1": ("UniPCMultistepScheduler", {"solver_order": 1}, {"order": 1}),
+    "unipc of order 2": ("UniPCMultistepScheduler", {"solver_order": 2}, {"order": 2}),
+    "unipc of order 3": ("UniPCMultistepScheduler", {"solver_order": 3}, {"order": 3}),
+}
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_multistep_schedulers(measure, monkeypatch, name, num_steps):
+    """A whole trajectory with the same network, a function of x and t, and the same noise."""
+    kind, theirs, ours = MULTISTEP[name]
+    scheduler = getattr(diffusers, kind)(timestep_spacing="linspace", final_sigmas_type="zero", **theirs)
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.numpy()
+    rng = np.random.default_rng(num_steps)
+    x, noise = rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((num_steps, 2, 3, 4, 4))
+    drawn = iter(noise)
+    module = importlib.import_module(type(scheduler).__module__)
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(next(drawn)), raising=False)
+    expected = torch.tensor(x)
+    for t in timesteps:
+        output = torch.tensor(smooth_network(expected.numpy(), int(t)))
+        expected = scheduler.step(output, int(t), expected).prev_sample
+    table = tables.make_table(name.split(" ")[0], Levels.of(LINEAR, timesteps), **ours)
+    error = relative(replay(table, x, smooth_network, noise), expected.numpy())
+    # Their noise levels are float32.
+    measure(f"{name}, 5 and 20 steps", f"diffusers' `{kind}`", error, 1e-5, "relative")
+
+
+def test_heun_scheduler(measure):
+    scheduler = diffusers.HeunDiscreteScheduler(
+        beta_schedule="linear", timestep_spacing="linspace", beta_start=1e-4, beta_end=0.02
+    )
+    scheduler.set_timesteps(12)
+    # Theirs are fractional timesteps, of which only the noise level counts here.
+    log_abar = np.append(-np.log1p(scheduler.sigmas[:-1:2].numpy().astype(np.float64) ** 2), 0.0)
+    table = tables.heun(Levels(np.append(scheduler.timesteps[::2].numpy().astype(np.int32), -1), log_abar))
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 4))
+    expected = torch.tensor(x / table.a[0])  # theirs is x / a
+    for i, t in enumerate(scheduler.timesteps):
+        output = smooth_network(table.a[i] * expected.numpy(), table.t[i])
+        expected = scheduler.step(torch.tensor(output), t, expected).prev_sample
+    error = relative(replay(table, x, smooth_network), expected.numpy())
+    measure("heun, 12 steps", "diffusers' `HeunDiscreteScheduler`", error, 1e-5, "relative")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_trajectory_of_an_imported_network(measure, tmp_path, monkeypatch, sampler):
     """50 steps with the same noise, ours in the scan of `sample`, theirs in a loop around the scheduler."""
     theirs = their_network(SMALL)
     run = import_pipeline(theirs, tmp_path)
     shape, key = (2, 8, 8, 3), jax.random.key(0)
-    ours = samplers.sample(run.schedule, run.model_fn, key, shape, num_steps=50, variance="fixed_large")
+    timesteps = tables.spaced_timesteps(LINEAR, 50, "leading")
+    ours = samplers.sample(
+        run.schedule, run.model_fn, key, shape, sampler=sampler, timesteps=timesteps, variance="fixed_large"
+    )
 
     @jax.jit
     def noise(index):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), index))(jnp.arange(shape[0]))
         return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
 
-    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
-    scheduler.set_timesteps(timesteps=samplers.spaced_timesteps(1000, 50).tolist())
     x, drawn = to_torch(noise(0)), []
     monkeypatch.setattr(their_ddpm, "randn_tensor", lambda *_, **__: to_torch(drawn[-1]))
+    if sampler == "ddpm":
+        scheduler, options = diffusers.DDPMScheduler(variance_type="fixed_large"), {}
+    else:
+        scheduler, options = diffusers.DDIMScheduler(set_alpha_to_one=True), {"use_clipped_model_output": True}
+    scheduler.set_timesteps(50)
+    np.testing.assert_array_equal(scheduler.timesteps, timesteps)
     for index, t in enumerate(scheduler.timesteps):
         drawn.append(noise(index + 1))
         with torch.no_grad():
-            x = scheduler.step(theirs(x, t).sample, int(t), x).prev_sample
-    assert relative(ours, to_numpy(x)) < 1e-3
+            x = scheduler.step(theirs(x, t).sample, int(t), x, **options).prev_sample
+    what, against = f"{sampler}, 50 steps of an imported network", "PyTorch with diffusers' scheduler"
+    measure(what, against, relative(ours, to_numpy(x)), 1e-3, "relative")
+
+
+# The golden numbers.
+
+
+def numbers_of_pytorch():
+    """What golden.json holds of PyTorch's."""
+    numbers = {}
+    for name, config, size in (("cifar10", CIFAR10, 32), ("small", SMALL, 8)):
+        net = diffusers.UNet2DModel(**config).eval()
+        values = golden.tensors({key: tuple(value.shape) for key, value in net.state_dict().items()})
+        net.load_state_dict({key: torch.tensor(value) for key, value in values.items()})
+        x, t = golden.inputs(size)
+        with torch.no_grad():
+            numbers[f"{name} network"] = golden.summary(to_numpy(net(to_torch(x), torch.tensor(t)).sample))
+    scheduler = in_float64(diffusers.DDIMScheduler(set_alpha_to_one=True))
+    scheduler.set_timesteps(20)
+    x = to_torch(x)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            x = scheduler.step(net(x, t).sample, int(t), x, use_clipped_model_output=True).prev_sample
+    return numbers | {"ddim trajectory": golden.summary(to_numpy(x))}
+
+
+def test_golden_numbers(measure):
+    for name, numbers in numbers_of_pytorch().items():
+        errors = np.abs(np.array(numbers) - golden.NUMBERS[name])
+        measure(f"golden numbers of the {name}", "PyTorch's today", errors.max(), 1e-5)
 
 
 # Training.
 
 
-def test_twenty_steps_of_training(tmp_path):
+def test_twenty_steps_of_training(measure, tmp_path):
     """The same x_0, t, eps and weights: the loss and gradients of one step, then twenty of clipping, Adam and EMA."""
     theirs = their_network(SMALL)
     run = import_pipeline(theirs, tmp_path)
@@ -273,21 +433,24 @@ def test_twenty_steps_of_training(tmp_path):
         adam.zero_grad()
         loss.backward()
         if i == 0:
-            assert abs(float(value) / loss.item() - 1) < 1e-6
+            error = abs(float(value) / loss.item() - 1)
+            measure("loss of a step, same x_0, t, eps, weights", "PyTorch", error, 1e-6, "relative")
             found = interop.to_tensors(gradients, 2)
             for name, parameter in theirs.named_parameters():
                 if not name.endswith("to_k.bias"):
-                    assert relative(found[name], parameter.grad.numpy()) < 1e-4, name
+                    error = relative(found[name], parameter.grad.numpy())
+                    measure("gradient of that loss by each parameter", "PyTorch", error, 1e-4, "relative")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         with torch.no_grad():
             for mean, parameter in zip(average, parameters, strict=True):
                 mean.copy_(parameter if i == 0 else 0.9 * mean + 0.1 * parameter)
-        assert abs(float(value) / loss.item() - 1) < 1e-3, f"step {i}"
+        error = abs(float(value) / loss.item() - 1)
+        measure("loss over 20 steps of clipping, Adam and EMA", "PyTorch", error, 1e-3, "relative")
     found = interop.to_tensors(ema, 2)
     names = [name for name, _ in theirs.named_parameters()]
     ours, expected = (
         np.concatenate([np.ravel(value) for value in values])
         for values in ([found[name] for name in names], [mean.numpy() for mean in average])
     )
-    assert relative(ours, expected) < 1e-3
+    measure("averaged weights after these 20 steps", "PyTorch", relative(ours, expected), 1e-3, "relative")

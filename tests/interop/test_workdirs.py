@@ -150,7 +150,7 @@ SCHEDULER = {
     "trained_betas": ([0.1, 0.2], "trained_betas has 2 values"),
     "variance_type": ("fixed_large_log", "variance_type is 'fixed_large_log'"),
     "prediction_type": ("flow", "prediction_type is 'flow'"),
-    "rescale_betas_zero_snr": (True, "rescale_betas_zero_snr is True"),
+    "rescale_betas_zero_snr": (True, "'eps' says nothing at the last timestep"),
     "clip_sample_range": (2.0, "clip_sample_range is 2.0"),
     "thresholding": (True, None),
 }

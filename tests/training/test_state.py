@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,26 +8,25 @@ import pytest
 
 from ddpm_jax import parallel
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.training.state import create_state, update_ema
+from ddpm_jax.training.state import create_state, init_params, update_ema
 
 NET = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4)
 
 
-def create(optimizer, **options):
+@cache
+def params(seed):
     """Quickly compiled."""
-    create = jax.jit(
-        lambda: create_state(NET, optimizer, (8, 8, 1), **options), compiler_options=parallel.run_once_options()
-    )
-    return create()
+    init = jax.jit(lambda: init_params(NET, (8, 8, 1), seed), compiler_options=parallel.run_once_options())
+    return init()
 
 
 @pytest.mark.slow
 def test_state_starts_with_copies_of_the_parameters():
-    state = create(optax.adam(1e-3), seed=3, ema_decays=(0.9, 0.999), num_timesteps=50)
+    state = jax.jit(lambda p: create_state(p, optax.adam(1e-3), (0.9, 0.999), num_timesteps=50, step=7))(params(0))
     assert list(state.ema) == ["0.9", "0.999"]
-    for average in state.ema.values():
-        jax.tree.map(np.testing.assert_array_equal, average, state.params)
-    assert int(state.step) == 0
+    for tree in (state.params, *state.ema.values()):
+        jax.tree.map(np.testing.assert_array_equal, tree, params(0))
+    assert int(state.step) == 7
     assert state.history is not None
     assert state.history.losses.shape == (50, 10)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state.params))
@@ -33,9 +34,10 @@ def test_state_starts_with_copies_of_the_parameters():
 
 @pytest.mark.slow
 def test_initial_parameters_follow_from_the_seed():
-    first, again, other = (create(optax.sgd(1.0), seed=seed, ema_decays=(0.9,)).params for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    again = params.__wrapped__(0)
+    jax.tree.map(np.testing.assert_array_equal, params(0), again)
+    other = params(1)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(other), strict=True))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])

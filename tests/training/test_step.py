@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ddpm_jax import parallel
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.training.state import create_state
+from ddpm_jax.training.state import create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step, random_flip
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
@@ -29,7 +29,7 @@ def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None,
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     def create():
-        return create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,), **(state_options or {})), Metrics.zero()
+        return create_state(init_params(net, SHAPE, 0), optimizer, (0.9,), **(state_options or {})), Metrics.zero()
 
     state, metrics = jax.jit(
         create, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options()
@@ -110,7 +110,7 @@ def test_further_steps_compile_nothing_anew():
     optimizer = optax.adam(1e-3)
     step = make_train_step(net, make_schedule("linear", 10), optimizer, mesh, seed=0)
     create = jax.jit(
-        lambda: (create_state(net, optimizer, SHAPE, seed=0, ema_decays=(0.9,)), Metrics.zero()),
+        lambda: (create_state(init_params(net, SHAPE, 0), optimizer, (0.9,)), Metrics.zero()),
         out_shardings=parallel.replicated(mesh),
         compiler_options=parallel.run_once_options(),
     )

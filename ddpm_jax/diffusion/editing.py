@@ -1,0 +1,192 @@
+"""What a diffusion model does with pictures that exist: mix, vary, denoise and repair them.
+
+Each function is a few lines around `sample` and hands its further options on to it. Pictures are [B, H, W, C] in
+[-1, 1]; a key is one typed key or [B] of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ddpm_jax.diffusion.gaussian import Array, ModelFn, normal, q_sample
+from ddpm_jax.diffusion.samplers import plan, run_table, sample
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.tables import ddim_inverse
+
+
+def _check_t(schedule: Schedule, t: int) -> None:
+    if not 0 <= t < schedule.num_timesteps:
+        raise ValueError(f"t is {t}; accepted: 0 to {schedule.num_timesteps - 1}")
+
+
+def diffuse(schedule: Schedule, key: Array, x_0: Array, t: int) -> Array:
+    """x_t ~ q(x_t | x_0), the same t for all."""
+    _check_t(schedule, t)
+    # Of another stream than sampling's noise with the same key.
+    fold = lambda k: jax.random.fold_in(k, 2**31)  # noqa: E731
+    keys = jax.vmap(fold)(key) if key.ndim else fold(key)
+    return q_sample(schedule, x_0, jnp.full(x_0.shape[:1], t), normal(keys, x_0.shape))
+
+
+def vary(schedule: Schedule, model_fn: ModelFn, key: Array, x_0: Array, t: int, **options: Any) -> Array:
+    """Other pictures like these: diffused to t and denoised again. The larger t, the less is kept."""
+    return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), t_start=t, **options)
+
+
+def interpolate(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    other: Array,
+    weights: ArrayLike | Sequence[float],
+    t: int,
+    **options: Any,
+) -> Array:
+    """Between two pictures: both diffused to t, mixed, and denoised (DDPM, section 4.3).
+
+    Args:
+      schedule, model_fn: of the network.
+      key: one typed key. All mixtures share its noise, so that they differ by their weight alone.
+      x_0, other: [H, W, C].
+      weights: [N] of `other`, lambda in the paper; 0 gives a variation of x_0.
+      t: how far both are diffused.
+      options: of `sample`.
+
+    Returns:
+      [N, H, W, C].
+    """
+    weights = jnp.asarray(weights, jnp.float32)
+    ends = diffuse(schedule, jax.random.split(key), jnp.stack([x_0, other]), t)
+    mix = weights.reshape(-1, 1, 1, 1)
+    x_t = (1 - mix) * ends[0] + mix * ends[1]
+    keys = jnp.repeat(key[None], len(weights), axis=0)
+    return sample(schedule, model_fn, keys, x_t.shape, x_t=x_t, t_start=t, **options)
+
+
+def slerp(a: Array, b: Array, weights: ArrayLike | Sequence[float]) -> Array:
+    """[N, ...] between a and b along the great circle through both, the norm changing evenly (DDIM, appendix D.5)."""
+    norm_a, norm_b = jnp.linalg.norm(a), jnp.linalg.norm(b)
+    angle = jnp.arccos(jnp.clip(jnp.vdot(a, b) / (norm_a * norm_b), -1.0, 1.0))
+    weights = jnp.asarray(weights, jnp.float32).reshape(-1, *(1,) * a.ndim)
+    small = jnp.sin(angle) < 1e-6
+    sine = jnp.where(small, 1.0, jnp.sin(angle))
+    share_a = jnp.where(small, 1 - weights, jnp.sin((1 - weights) * angle) / sine)
+    share_b = jnp.where(small, weights, jnp.sin(weights * angle) / sine)
+    norm = (1 - weights) * norm_a + weights * norm_b
+    return norm * (share_a * a / norm_a + share_b * b / norm_b)
+
+
+def encode(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    x_0: ArrayLike,
+    *,
+    num_steps: int | None = None,
+    spacing: str = "linspace",
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+) -> Array:
+    """The noise x_T that deterministic DDIM turns into these pictures (Song et al. 2021, section 5.4).
+
+    `sample(..., sampler="ddim", x_t=that, clip=False)` with the same steps gives them back, but for the error of the
+    steps, which falls with their number.
+
+    Args:
+      schedule, model_fn: of the network.
+      x_0: [B, H, W, C].
+      num_steps, spacing: see `spaced_timesteps`; of the way back too.
+      prediction, variance: what the network's output means.
+    """
+    x_0 = jnp.asarray(x_0)
+    table = ddim_inverse(plan(schedule, num_steps=num_steps, spacing=spacing))
+    # The method draws no noise, so any key will do.
+    return run_table(
+        table, model_fn, jax.random.key(0), x_0.shape, x_t=x_0, prediction=prediction, variance=variance, clip=False
+    )
+
+
+def nearest_timestep(schedule: Schedule, sigma: float) -> int:
+    """The t whose noise, measured beside an image of its full contrast, has the standard deviation sigma: s / a."""
+    log_sigma = -0.5 * np.asarray(schedule.log_snr, np.float64)
+    return int(np.argmin(np.abs(log_sigma - np.log(sigma)))) if sigma > 0 else 0
+
+
+def estimate_sigma(x: ArrayLike) -> float:
+    """Standard deviation of the white noise in pictures [B, H, W, C], in their units.
+
+    From the median of the finest diagonal wavelet coefficients (Donoho & Johnstone 1994), which smooth pictures leave
+    to the noise. Fine detail counts as noise: on pictures of a few pixels it is a rough guess.
+    """
+    x = np.asarray(x, np.float64)
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    detail = (x[:, ::2, ::2] - x[:, 1::2, ::2] - x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 2
+    return float(np.median(np.abs(detail)) / 0.6744897501960817)
+
+
+def denoise(schedule: Schedule, model_fn: ModelFn, key: Array, x: Array, t: int, **options: Any) -> Array:
+    """Clean pictures from pictures with white noise of standard deviation s / a at t, see `nearest_timestep`.
+
+    x is scaled to what the diffusion has at t. Draws one of the possible clean pictures.
+    """
+    _check_t(schedule, t)
+    x_t = schedule.sqrt_alphas_cumprod[t] * x
+    return sample(schedule, model_fn, key, x.shape, x_t=x_t, t_start=t, **options)
+
+
+def inpaint(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    mask: Array,
+    *,
+    jump: int = 10,
+    times: int = 1,
+    **options: Any,
+) -> Array:
+    """Paints anew where the mask is true, fitting the rest, which stays as it is.
+
+    Args:
+      schedule, model_fn: of the network.
+      key: one typed key, or [B] of them.
+      x_0: [B, H, W, C]; what it holds under the mask does not count.
+      mask: bool, to broadcast to x_0.
+      jump, times: RePaint's resampling (Lugmayr et al. 2022): every `jump` steps are run `times` times, so that both
+        parts come to fit. times = 1 only puts the known pixels in place before every step, which is quicker and fits
+        less well.
+      options: of `sample`.
+    """
+    known = (x_0, jnp.logical_not(mask))
+    resampling = (jump, times) if times > 1 else None
+    return sample(schedule, model_fn, key, x_0.shape, known=known, resampling=resampling, **options)
+
+
+def coarse_to_fine(
+    schedule: Schedule, model_fn: ModelFn, key: Array, shape: tuple[int, ...], t: int, **options: Any
+) -> Array:
+    """Images that share their x_t and part from there: a large t leaves the coarse features in common, a small one all
+    but the details (DDPM, section 4.3 and figure 7).
+
+    Args:
+      schedule, model_fn: of the network.
+      key: one typed key.
+      shape: (B, H, W, C).
+      t: the timestep of the shared x_t.
+      options: of `sample`; num_steps is of the way from T - 1 to 0.
+    """
+    _check_t(schedule, t)
+    last, num_steps = schedule.num_timesteps - 1, options.pop("num_steps", None)
+
+    def steps(first: int, end: int) -> int | None:
+        return None if num_steps is None else max(1, round(num_steps * (first - end) / (last + 1)))
+
+    shared = sample(
+        schedule, model_fn, key, (1, *shape[1:]), t_end=t, num_steps=steps(last, t), **options
+    ) if t < last else normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), (1, *shape[1:]))  # fmt: skip
+    x_t = jnp.broadcast_to(shared, shape)
+    return sample(schedule, model_fn, key, shape, x_t=x_t, t_start=t, num_steps=steps(t, -1), **options)

@@ -1,0 +1,70 @@
+"""Many images in files of a fixed number each, so that making them can stop, go on, and be shared."""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import atomic_path
+
+_NAME = re.compile(r"images_(\d{9})-(\d{9})\.npz")
+
+
+def _path(folder: Path, first: int, last: int) -> Path:
+    return folder / f"images_{first:09d}-{last:09d}.npz"
+
+
+def missing(
+    folder: Path, first: int, last: int, size: int, settings: Mapping[str, Any]
+) -> tuple[list[tuple[int, int]], int]:
+    """The shards of images first..last that are not there yet, as (first, last), and how many are.
+
+    A file that cannot be read counts as missing.
+
+    Raises:
+      UserError: a range that is none, or files made with other settings or of another size.
+    """
+    if not 0 <= first <= last < 10**9:
+        raise UserError(f"--images is {first}-{last}; accepted: FIRST-LAST from 0, such as 0-49999")
+    if size < 1:
+        raise UserError(f"--shard_size is {size}; at least 1 is needed")
+    # Shards start at multiples of the size, whatever the range, so that ranges that overlap share them.
+    wanted = [(max(low, first), min(low + size - 1, last)) for low in range(first // size * size, last + 1, size)]
+    there = set()
+    for path in sorted(folder.glob("images_*.npz")):
+        match = _NAME.fullmatch(path.name)
+        if not match:
+            continue
+        try:
+            with np.load(path) as file:
+                old = json.loads(str(file["settings"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logging.warning("%s cannot be read (%s) and is made again", path, type(error).__name__)
+            continue
+        changed = [
+            f"{name}: {old.get(name)!r} -> {value!r}" for name, value in settings.items() if old.get(name) != value
+        ]
+        if changed:
+            raise UserError(f"{str(folder)!r} holds images made otherwise ({'; '.join(changed)}); choose another --out")
+        span = (int(match[1]), int(match[2]))
+        if span not in wanted and any(low <= span[1] and span[0] <= high for low, high in wanted):
+            raise UserError(f"{str(folder)!r} has {path.name}, a shard of another size; use that size or another --out")
+        there.add(span)
+    return [span for span in wanted if span not in there], len(there.intersection(wanted))
+
+
+def write(
+    folder: Path, first: int, last: int, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
+) -> Path:
+    """Writes one shard, whole or not at all."""
+    path = _path(folder, first, last)
+    index = np.arange(first, last + 1)
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, image=images, label=labels, index=index, settings=json.dumps(dict(settings)))
+    return path

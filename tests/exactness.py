@@ -1,0 +1,108 @@
+"""The fixture `measure`, and the page "How exact is it" that its measurements make.
+
+    python -m pytest --exactness=docs/exactness.md
+
+runs every test that measures, and nothing else, and writes the page anew from what they measured.
+"""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
+SECTIONS = {
+    "tests/diffusion/test_schedules.py": "Schedules",
+    "tests/diffusion/test_gaussian.py": "Forward process, posterior, variances",
+    "tests/diffusion/test_losses.py": "Losses and bits/dim",
+    "tests/diffusion/test_tables.py": "Samplers' coefficients",
+    "tests/diffusion/test_samplers.py": "Sampling",
+    "tests/models/test_blocks.py": "Layers and their initialisation",
+    "tests/models/test_unet.py": "The network",
+    "tests/test_golden.py": "Golden numbers",
+    "tests/interop/test_peers.py": "Against diffusers and PyTorch",
+}
+HEAD = """# How exact is it
+
+Every comparison that the tests make with something that is not this project: formulas evaluated in float64 or extended
+precision, laws that must hold, SciPy, diffusers and PyTorch. An error is the largest over all cases of the test,
+relative where the tolerance says so. "Standard errors" are those of a Monte Carlo estimate, of which 5 are allowed.
+
+This page is written by the tests themselves, from the errors that they measured:
+
+    pip install -e '.[test,peers]' && python -m pytest --exactness=docs/exactness.md
+
+Measured on {machine}, with {versions}. A row's test is run by `python -m pytest` and the name in its last column.
+"""
+RECORDS = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exactness", metavar="PAGE", help="run the tests that measure, and write the page from them")
+
+
+def pytest_configure(config):
+    config.stash[RECORDS] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--exactness"):
+        measuring = [item for item in items if "measure" in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in measuring])
+        items[:] = measuring
+
+
+@pytest.fixture
+def measure(request):
+    """measure(what, against, error, tolerance, unit=""): fails above the tolerance, and takes the error down.
+
+    The page must have the row, so that no comparison is left out of it.
+    """
+    writing = request.config.getoption("--exactness")
+    page = "" if writing else PAGE.read_text()
+
+    def measure(what, against, error, tolerance, unit=""):
+        error = float(error)
+        assert error <= tolerance, f"{what}, against {against}: {error:g} > {tolerance:g} {unit}"
+        assert writing or f"| {what} | {against} |" in page, f"{PAGE} has no row {what!r}: write it anew, --exactness"
+        test = request.node.nodeid.partition("[")[0]
+        key = (what, against, unit, test)
+        records = request.config.stash[RECORDS]
+        worst, _ = records.get(key, (0.0, 0.0))
+        records[key] = (max(worst, error), tolerance)
+
+    return measure
+
+
+def pytest_sessionfinish(session, exitstatus):
+    target = session.config.getoption("--exactness")
+    if not target:
+        return
+    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped")
+    if exitstatus or skipped or not session.config.stash[RECORDS]:
+        session.config.get_terminal_writer().line(f"\n{target} is not written: not every test ran and passed")
+        session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+        return
+    lines = [HEAD.format(machine=_machine(), versions=_versions())]
+    for path, title in SECTIONS.items():
+        rows = [(key, value) for key, value in session.config.stash[RECORDS].items() if key[-1].startswith(path)]
+        if not rows:
+            continue
+        lines += [f"## {title}\n", "| What | Against | Tolerance | Measured | Test |", "|-|-|-|-|-|"]
+        for (what, against, unit, test), (error, tolerance) in rows:
+            number = lambda value: f"{value:.2g} {unit}".strip()  # noqa: B023, E731
+            lines.append(f"| {what} | {against} | {number(tolerance)} | {number(error)} | `{test}` |")
+        lines.append("")
+    Path(target).write_text("\n".join(lines))
+
+
+def _machine():
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def _versions():
+    packages = ("jax", "flax", "numpy", "scipy", "torch", "diffusers")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
