@@ -61,6 +61,8 @@ _OPTIONS = {
     "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
     "spacing": flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras."),
     "eta": flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1."),
+    "clip": flags.DEFINE_bool("clip", None, "The predicted x_0 to [-1, 1]."),
+    "dynamic_threshold": flags.DEFINE_float("dynamic_threshold", None, "A quantile for dynamic thresholding."),
     "order": flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3."),
     "guidance_scale": flags.DEFINE_float("guidance_scale", None, "Of classes: 1 is none, more exaggerates them."),
     "guidance_rescale": flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast."),

@@ -34,20 +34,26 @@ def _setup(network):
     return config, net, variables, shape
 
 
-def sampling(network, num_steps):
+def sampling(network, num_steps, progress=None):
     import jax
 
     from ddpm_jax import config as config_lib
     from ddpm_jax.diffusion.samplers import sample
 
     config, net, variables, shape = _setup(network)
-    schedule, options = config_lib.make_schedule_from(config), config_lib.sampling_options(config)
+    schedule = config_lib.make_schedule_from(config)
+    options = config_lib.sampling_options(config) | {"num_steps": num_steps}
     model_fn = jax.tree_util.Partial(net.apply, variables)
 
     def run():
-        jax.block_until_ready(sample(schedule, model_fn, jax.random.key(0), shape, num_steps=num_steps, **options))
+        result = sample(schedule, model_fn, jax.random.key(0), shape, **options, progress=progress)
+        jax.block_until_ready(result)
 
     return run
+
+
+def ignore(done, calls):
+    pass
 
 
 def forward(network, num_steps):
@@ -74,6 +80,7 @@ if __name__ == "__main__":
     num_steps = options.num_steps or {"digits": 50, "cifar10": 4}[options.network]
     candidates = {
         "scan sampling": partial(sampling, options.network, num_steps),
+        "with progress": partial(sampling, options.network, num_steps, ignore),
         "bare forward": partial(forward, options.network, num_steps),
     }
     seconds = {name: [s / num_steps for s in values] for name, values in alternate(candidates, options.rounds).items()}

@@ -419,7 +419,7 @@ def loss_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def sampling_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `generate` that the config fixes."""
+    """The keyword arguments of `sample` that the config fixes."""
     diffusion, sample = config.diffusion, config.sample
     return {
         "sampler": sample.sampler,
@@ -427,11 +427,13 @@ def sampling_options(config: ConfigDict) -> dict[str, Any]:
         "spacing": sample.spacing,
         "eta": sample.eta or None,
         "order": sample.order or None,
-        "guidance_scale": sample.guidance_scale,
-        "guidance_rescale": sample.guidance_rescale,
-        "guidance_interval": sample.guidance_interval,
         "prediction": diffusion.prediction,
         "variance": diffusion.variance,
         "clip": diffusion.clip,
         "dynamic_threshold": diffusion.dynamic_threshold or None,
     }
+
+
+def guidance_options(config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `make_model_fn` that the config fixes."""
+    return {f"guidance_{name}": config.sample[f"guidance_{name}"] for name in ("scale", "rescale", "interval")}

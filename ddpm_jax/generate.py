@@ -80,7 +80,7 @@ def generate(
         turn.
       guidance_scale, guidance_rescale, guidance_interval: see `guided`.
       num_snapshots: how many stages of the denoising to return of the first batch; see `sample`.
-      progress: told (network calls done, calls in all).
+      progress: told (network calls done, calls in all); of several processes (batches done, batches in all).
       sampling_options: of `sample`.
 
     Returns:
@@ -118,6 +118,8 @@ def generate(
             result, stages = result
             snapshots = images.to_uint8(to_host(stages))
         done.append(images.to_uint8(to_host(result)))
+        if progress and jax.process_count() > 1:
+            progress(batch + 1, batches)
     return np.concatenate(done)[: len(numbers)], snapshots
 
 

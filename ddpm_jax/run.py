@@ -254,7 +254,7 @@ class Run:
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The config's sampling options and those given instead, None standing for the config's."""
-        options = config_lib.sampling_options(self.config)
+        options = config_lib.sampling_options(self.config) | config_lib.guidance_options(self.config)
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("sampler", options["sampler"]) != options["sampler"]:
             options |= {"eta": None, "order": None}  # of the other sampler

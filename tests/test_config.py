@@ -283,7 +283,6 @@ def test_options_of_loss_and_sampler():
         "vlb_weight": 0.5,
     }
     options = {"sampler": "ddpm", "prediction": "eps", "variance": "fixed_large", "clip": False}
-    options |= {"guidance_scale": 1.0, "guidance_rescale": 0.0, "guidance_interval": ()}
     options |= {"num_steps": None, "spacing": "linspace", "eta": None, "order": None}
     assert config_lib.sampling_options(config) == options | {"dynamic_threshold": None}
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
@@ -291,6 +290,9 @@ def test_options_of_loss_and_sampler():
     config = small(sample__sampler="ddim", sample__eta=0.3, sample__num_steps=7)
     found = config_lib.sampling_options(config)
     assert (found["sampler"], found["eta"], found["num_steps"]) == ("ddim", 0.3, 7)
+    guidance = {"guidance_scale": 2.5, "guidance_rescale": 0.7, "guidance_interval": (3, 5)}
+    changes = {f"sample__{name}": value for name, value in guidance.items()}
+    assert config_lib.guidance_options(small(**changes)) == guidance
 
 
 # The learning rate and the optimiser.

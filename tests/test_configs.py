@@ -26,7 +26,7 @@ def parameter_shapes(name):
 
 
 def test_all_are_covered():
-    assert set(NAMES) == {*SMALL, *LARGE, "digits", "folder"}
+    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder"}
 
 
 @pytest.mark.parametrize("name", NAMES)

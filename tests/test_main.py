@@ -47,15 +47,23 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start(data_dir):
+def start(data_dir, tmp_path_factory):
     """Starts main.py with a tiny run's flags; returns the process."""
+    # The same few programs again and again.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
 
     def start(*flags, devices=1, config=TINY, **environment):
         flags = [*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags
         return subprocess.Popen(
             [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py", *map(str, flags)],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **environment},
+            env={
+                **os.environ,
+                **cache,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                **environment,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,6 +91,19 @@ def trained(call, tmp_path_factory):
     status, output = call(f"--workdir={workdir}")
     assert status == 0, output
     return workdir, output
+
+
+def in_two_processes(start, *flags, **options):
+    """What each of them printed; two devices each, joined over loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = (*flags, f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    gloo = {"devices": 2, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    processes = [start(*job, f"--process_id={index}", **gloo, **options) for index in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
 
 
 def metrics(workdir):
@@ -201,22 +222,7 @@ class TestTraining:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
 
     def test_two_processes(self, trained, start, tmp_path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        processes = [
-            start(
-                f"--workdir={tmp_path}",
-                f"--coordinator=127.0.0.1:{port}",
-                "--num_processes=2",
-                f"--process_id={index}",
-                devices=2,
-                JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo",
-            )
-            for index in range(2)
-        ]
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
+        outputs = in_two_processes(start, f"--workdir={tmp_path}")
         assert "4 cpu device(s), 2 process(es)" in outputs[0]
         assert "step 12" not in outputs[1]
         losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
@@ -251,6 +257,57 @@ class TestSampling:
         few = run.sample(3, seed=1, num_steps=10)
         assert np.max(np.abs(many[:3].astype(int) - few)) <= 1
         assert np.any(run.sample(3, seed=2, num_steps=10) != few)
+
+    def test_shards_go_on_where_they_stopped(self, trained, call, tmp_path):
+        """Killed on the way, then started again: what was there stays, and the images are those of one run."""
+        flags = (f"--workdir={trained[0]}", "--images=0-39", "--shard_size=4", "--sampler=ddim", "--num_steps=9")
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        status, text = call("--mode=sample", *flags, f"--out={whole}", config=None)
+        assert status == 0, text
+        process = subprocess.Popen(
+            [sys.executable, "main.py", "--mode=sample", *flags, f"--out={parts}"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 240
+        while not list(parts.glob("*.npz")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        first = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+        assert first
+        status, text = call("--mode=sample", *flags, f"--out={parts}", config=None)
+        assert status == 0, text
+        names = [path.name for path in sorted(whole.iterdir())]
+        assert [path.name for path in sorted(parts.glob("images*"))] == names
+        assert all((parts / name).stat().st_mtime_ns == time for name, time in first.items())
+        for name in names:
+            a, b = np.load(whole / name), np.load(parts / name)
+            np.testing.assert_array_equal(a["image"], b["image"])
+            assert str(a["settings"]) == str(b["settings"])
+
+    def test_two_processes_make_the_images_of_one(self, trained, start, tmp_path):
+        out = tmp_path / "a.npz"
+        flags = ("--mode=sample", f"--workdir={trained[0]}", "--num_images=6", "--num_steps=5", "--output=npz")
+        outputs = in_two_processes(start, *flags, f"--out={out}", config=None)
+        assert str(out) in outputs[0]
+        assert str(out) not in outputs[1]
+        expected = ddpm_jax.load(trained[0]).sample(6, num_steps=5)
+        assert np.max(np.abs(np.load(out)["image"].astype(int) - expected)) <= 1
+
+    def test_edits_training_images(self, trained, call, data_dir, tmp_path):
+        """As a command, from pictures of the data set."""
+        out = tmp_path / "a.png"
+        flags = (f"--workdir={trained[0]}", "--input=data:0,data:9", "--t=20", "--weights=0,1", "--num_steps=5")
+        status, text = call("--mode=interpolate", *flags, f"--out={out}", config=None)
+        assert status == 0, text
+        tiles = np.asarray(Image.open(out))[2:, 2:].reshape(66, 4, 66).swapaxes(0, 1)[:, :64:8, :64:8]
+        digits = load_digits().images * 255 / 16
+        assert all(min(np.abs(tile - digit).max() for digit in digits) <= 1 for tile in (tiles[0], tiles[3]))
+        status, text = call("--mode=interpolate", f"--workdir={trained[0]}", "--input=data:0", config=None)
+        assert (status, text) == (1, "error: --input has 1 values; accepted: 2\n")
 
     def test_step_and_weights_can_be_chosen(self, trained):
         newest, older, raw = (ddpm_jax.load(trained[0], **options) for options in ({}, {"step": 12}, {"raw": True}))
@@ -289,7 +346,7 @@ BAD = [
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.train.batch_size=many"], "config.train.batch_size=many"),
     (["--workdri=x"], "Did you mean: workdir"),
-    (["--mode=smaple"], "<train|sample|import|export>"),
+    (["--mode=smaple"], "<train|sample|interpolate|"),
     (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
     (["--config.data.height=9", "--config.model.channel_multipliers=(1, 2)"], "9x8 cannot be halved"),
     (["--config.train.batch_size=15"], "must be divisible by the 2 devices"),
@@ -318,17 +375,15 @@ class TestInterchange:
         for i, digit in enumerate(load_digits().images[:40]):
             Image.fromarray((255 - digit * 15).astype(np.uint8)).save(pictures / f"{i:02d}.png")
         flags = (f"--workdir={tuned}", "--config.data.source=folder", f"--config.data.path={pictures}")
-        flags = (*flags, "--config.optimizer.warmup_steps=1", "--config.train.num_steps=1", f"--init_from={again}")
-        status, output = call(*flags)
+        flags = (*flags, "--config.optimizer.warmup_steps=1", "--config.train.num_steps=4", "--config.checkpoint.keep=9")
+        status, output = call(*flags, "--config.checkpoint.every_steps=1", f"--init_from={again}")
         assert status == 0, output
         assert f"starting from the weights of {again}, step 0" in output
         assert "40 images of 8x8x1" in output
-        # The warm-up's first step has a learning rate of 0, the second one has not.
-        jax.tree.map(np.testing.assert_array_equal, ddpm_jax.load(tuned).params, ddpm_jax.load(again).params)
-        status, output = call(*flags, "--config.train.num_steps=6")
-        assert status == 0, output
-        before, after = ddpm_jax.load(again).params, ddpm_jax.load(tuned).params
-        assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+        # The warm-up's first step has a learning rate of 0, the others have not.
+        before, first, last = (ddpm_jax.load(*place).params for place in ((again,), (tuned, 1), (tuned, 4)))
+        jax.tree.map(np.testing.assert_array_equal, first, before)
+        assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(last), strict=True))
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -335,7 +335,7 @@ class _Training:
             indices=range(num_images),
             seed=self.config.seed,
             batch_size=self.config.sample.batch_size,
-            **{**config_lib.sampling_options(self.config), **options},
+            **{**config_lib.sampling_options(self.config), **config_lib.guidance_options(self.config), **options},
         )
 
     def _say(self, text: str) -> None:

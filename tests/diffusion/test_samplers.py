@@ -300,12 +300,62 @@ def test_snapshots(num_snapshots):
     np.testing.assert_allclose(snapshots, np.stack(path)[wanted], atol=1.5e-6)
 
 
-def test_more_snapshots_than_steps():
-    try:
-        _, snapshots = sample(LINEAR, toy_model, jax.random.key(0), SHAPE, num_steps=2, num_snapshots=5)
-    except ValueError:
-        return
-    assert np.all(np.abs(snapshots).max((1, 2, 3, 4)) > 0)
+@pytest.mark.parametrize("num_snapshots", [2, 3, 7])
+def test_snapshots_of_x_0(num_snapshots):
+    """What the network took the image for: at the first call (of seven), evenly, and at the last."""
+    options = {"num_steps": 7, "sampler": "ddim", "snapshots_of": "x_0"}
+    x, snapshots = sample(LINEAR, toy_model, jax.random.key(1), SHAPE, num_snapshots=num_snapshots, **options)
+    _, every = sample(LINEAR, toy_model, jax.random.key(1), SHAPE, num_snapshots=7, **options)
+    np.testing.assert_allclose(every[-1], x, atol=1e-6)
+    calls = [int(np.floor((i + 1) * 7 / num_snapshots)) - 1 for i in range(num_snapshots)]
+    np.testing.assert_allclose(snapshots, every[np.array(calls)], atol=1e-6)
+    assert np.abs(every).max() <= 1
+
+
+def test_stopping_on_the_way_and_going_on():
+    """From T - 1 to 300 and from there: the same timesteps, and without noise of its own the same image."""
+    options = {"sampler": "ddim", "clip": False}
+    whole = sample(LINEAR, toy_model, jax.random.key(2), SHAPE, timesteps=[999, 700, 500, 300, 100, 0], **options)
+    half = sample(LINEAR, toy_model, jax.random.key(2), SHAPE, timesteps=[999, 700, 500], t_end=300, **options)
+    rest = sample(LINEAR, toy_model, jax.random.key(2), SHAPE, x_t=half, timesteps=[300, 100, 0], **options)
+    np.testing.assert_allclose(rest, whole, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(half, whole, atol=1e-2)
+
+
+def test_plan():
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=3).t, [999, 500, 0, -1])
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399).t, [999, 799, 599, 399])
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=5, spacing="leading", t_end=399).t, [800, 600, 400, 399])
+    np.testing.assert_array_equal(plan(LINEAR, timesteps=[7, 3]).t, [7, 3, -1])
+
+
+def test_known_pixels_are_put_in_place():
+    """The network sees q(x_t | known) there, and the result holds them as they are."""
+    seen = []
+    known, mask = jnp.full((1, 64, 64, 1), 0.3), jnp.arange(64)[None, :, None, None] < 32
+
+    def model(x, t):
+        jax.debug.callback(lambda x, t: seen.append((np.asarray(x), int(t[0]))), x, t, ordered=True)
+        return 0 * x
+
+    x = sample(LINEAR, model, jax.random.key(3), known.shape, num_steps=5, known=(known, mask))
+    jax.effects_barrier()
+    assert [t for _, t in seen] == [999, 749, 500, 250, 0]
+    n = 32 * 64
+    for x_t, t in seen:
+        a, s = float(LINEAR.sqrt_alphas_cumprod[t]), float(LINEAR.sqrt_one_minus_alphas_cumprod[t])
+        part = x_t[:, :32]
+        assert abs(part.mean() - a * 0.3) < 5 * s / np.sqrt(n)
+        assert abs(part.std() / s - 1) < 5 / np.sqrt(2 * n)
+    np.testing.assert_array_equal(x[:, :32], known[:, :32])
+
+
+def test_progress_comes_from_inside_the_scan():
+    told = []
+    options = {"num_steps": 250, "progress": lambda *position: told.append(position)}
+    first = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, **options)
+    assert sorted(told) == [(done, 250) for done in [*range(3, 250, 3), 250]]
+    np.testing.assert_array_equal(first, sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_steps=250))
 
 
 def test_clip_bounds_the_result():
@@ -321,9 +371,12 @@ def test_clip_bounds_the_result():
         {"weight": 0.6},
         {"t_start": 100},
         {"schedule": make_schedule("cosine", T)},
-        pytest.param(
-            {"variance": "fixed_small"},
-        ),
+        {"variance": "fixed_small"},
+        {"spacing": "quadratic"},
+        {"timesteps": [999, 600, 500, 20, 3], "num_steps": None},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.7},
+        {"sampler": "unipc", "order": 3},
     ],
 )
 def test_what_does_not_retrace(change):
@@ -365,6 +418,14 @@ def test_one_timestep():
         ({"x_t": np.zeros((2, 4, 4, 1))}, r"x_t has shape \(2, 4, 4, 1\); shape says \(2, 4, 4, 3\)"),
         ({"t_start": 500}, "t_start is 500, but there is no x_t"),
         ({"num_snapshots": 1}, "num_snapshots is 1; accepted: 0, or 2 to 1001"),
+        ({"num_snapshots": 5, "num_steps": 2}, "num_snapshots is 5; accepted: 0, or 2 to 3"),
+        ({"num_snapshots": 3, "num_steps": 2, "snapshots_of": "x_0"}, "num_snapshots is 3; accepted: 0, or 2 to 2"),
+        ({"snapshots_of": "eps"}, "snapshots_of is 'eps'; accepted: x, x_0"),
+        ({"timesteps": [5, 3], "num_steps": 3}, "timesteps take the place of num_steps and t_start"),
+        ({"t_end": 999}, "t_end is 999; accepted: 0 to 998"),
+        ({"t_end": 900, "num_steps": 100}, "num_steps is 100; accepted: 1 to 99"),
+        ({"eta": 0.5}, "sampler 'ddpm' takes no eta"),
+        ({"sampler": "heun", "resampling": (2, 2)}, "a sampler without memory"),
     ],
 )
 def test_refused_options(options, message):

@@ -104,6 +104,15 @@ def test_labels_reach_the_network():
 
 
 @pytest.mark.slow
+def test_dropped_labels_train_the_null_class():
+    options = {"class_conditional": True, "net_options": {"num_classes": 3}, "labels": np.ones(BATCH, np.int32)}
+    before = run(1, steps=0, **options)[0].params["label"]["embedding"]
+    for share, changed in ((0.5, [False, True, False, True]), (1.0, [False, False, False, True])):
+        after = run(1, steps=2, label_dropout=share, **options)[0].params["label"]["embedding"]
+        assert np.any(after != before, axis=1).tolist() == changed
+
+
+@pytest.mark.slow
 def test_further_steps_compile_nothing_anew():
     mesh = parallel.make_mesh()
     net = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)

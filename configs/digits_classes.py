@@ -1,0 +1,14 @@
+"""The embedded digits by class, with labels dropped for classifier-free guidance; otherwise configs/digits.py.
+
+python main.py --config=configs/digits_classes.py --workdir=runs/classes
+python main.py --mode=sample --workdir=runs/classes --classes=0,1,2,3,4,5,6,7,8,9 --guidance_scale=2
+"""
+
+from configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.model.class_conditional = True
+    config.train.label_dropout = 0.15
+    return config
