@@ -40,6 +40,7 @@ _MODES = {
     "progressive": "the way from noise to image",
     "coarse_to_fine": "images that share the beginning of that way",
     "neighbours": "samples and the training images nearest to them",
+    "evaluate": "samples, or given images, judged against real ones",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
 }
@@ -54,7 +55,9 @@ _SOURCE = flags.DEFINE_string(
 _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
 _EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Which moving average; by default the config's first.")
 _RAW = flags.DEFINE_bool("raw", False, "The weights as trained instead of a moving average.")
-_SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed, i and the settings alone.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; by default the config's.", lower_bound=1)
 _OPTIONS = {
     "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc."),
@@ -72,7 +75,9 @@ _GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHES
 _CLASSES = flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; a grid has a row for each.")
 
 # What to make, and where to write it.
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many images; by default the config's, or 8 a row.")
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "How many images; by default the config's, or 8 a row.", lower_bound=1
+)
 _IMAGES = flags.DEFINE_string("images", None, "sample: numbers FIRST-LAST, in .npz shards; goes on where it stopped.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 1000, "sample with --images: images a shard.")
 _PART = flags.DEFINE_string("part", "0/1", "sample with --images: I/N, the I-th of N processes that share the shards.")
@@ -90,9 +95,19 @@ _WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second p
 _LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
 _JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps that RePaint runs again at a time.", lower_bound=1)
 _TIMES = flags.DEFINE_integer("times", 1, "inpaint: how often RePaint runs them; 1: not again.", lower_bound=1)
-_NUM_STAGES = flags.DEFINE_integer("num_stages", 10, "progressive: pictures on the way.", lower_bound=2)
+_NUM_STAGES = flags.DEFINE_integer("num_stages", None, "progressive: pictures on the way, 10 or so.", lower_bound=2)
 _OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: what the network sees in the noise, or the noise.")
 _NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: a sample.", lower_bound=1)
+
+_FEATURES = flags.DEFINE_string(
+    "features",
+    "digits",
+    "evaluate: digits, a classifier of the embedded digits, or the file of FID's Inception weights.",
+)
+_AGAINST = flags.DEFINE_string("against", "data", "evaluate: real images: data (the run's), a folder, .npz or .npy.")
+_GENERATED = flags.DEFINE_string(
+    "generated", None, "evaluate: images to judge instead of samples: a folder, .npz or shards."
+)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several hosts: how many processes.")
@@ -117,10 +132,47 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+# Which flags mean something in which mode; any other is refused.
+_WEIGHT_FLAGS = {"step", "ema_decay", "raw"}
+_SAMPLING_FLAGS = _WEIGHT_FLAGS | {"seed", "out", "classes", "guidance_interval", *_OPTIONS}
+_LATENTS_FLAGS = _WEIGHT_FLAGS | {"out", "input", "weights", "latents", "num_steps", "spacing"}
+_SHARD_FLAGS = {"images", "shard_size", "part"}
+_FLAGS_OF = {
+    "train": {"config", "init_from"},
+    "sample": _SAMPLING_FLAGS | {"timesteps", "num_images", "batch_size", "output"},
+    "interpolate": _SAMPLING_FLAGS | {"input", "t", "weights"},
+    "vary": _SAMPLING_FLAGS | {"input", "t", "num_images", "batch_size"},
+    "denoise": _SAMPLING_FLAGS | {"input", "t", "batch_size"},
+    "inpaint": _SAMPLING_FLAGS | {"input", "mask", "jump", "times", "num_images", "batch_size"},
+    "progressive": _SAMPLING_FLAGS | {"timesteps", "num_images", "num_stages", "of"},
+    "coarse_to_fine": _SAMPLING_FLAGS | {"t", "num_images"},
+    "neighbours": _SAMPLING_FLAGS | {"timesteps", "num_images", "num_neighbours"},
+    "evaluate": (_SAMPLING_FLAGS - {"out"})
+    | {"timesteps", "num_images", "batch_size", "features", "against", "generated"},
+    "import": {"source"},
+    "export": _WEIGHT_FLAGS | {"out"},
+}
+
+
+def check_flags(mode: str) -> None:
+    """UserError for a flag that would do nothing."""
+    from ddpm_jax.errors import UserError
+
+    accepted, said = _FLAGS_OF[mode], f"--mode={mode}"
+    if mode == "interpolate" and _LATENTS.value:
+        accepted, said = _LATENTS_FLAGS, f"{said} --latents"
+    elif mode == "sample" and _IMAGES.value is not None:
+        accepted, said = (accepted | _SHARD_FLAGS) - {"num_images", "output"}, f"{said} --images"
+    for name in set().union(*_FLAGS_OF.values(), _SHARD_FLAGS, _LATENTS_FLAGS) - accepted:
+        if FLAGS[name].present:
+            raise UserError(f"--{name} does nothing with {said}")
+
+
 def run_mode(mode: str) -> None:
     from ddpm_jax import command_line
     from ddpm_jax.run import load
 
+    check_flags(mode)
     path, numbers = _WORKDIR.value, command_line.parse_numbers
     if mode == "train":
         train()
@@ -137,6 +189,8 @@ def run_mode(mode: str) -> None:
         options["timesteps"] = numbers("timesteps", _TIMESTEPS.value)
     if _GUIDANCE_INTERVAL.value is not None:
         options["guidance_interval"] = numbers("guidance_interval", _GUIDANCE_INTERVAL.value)
+    if _CLASSES.value and mode != "sample":
+        options["labels"] = numbers("classes", _CLASSES.value)
     common: dict[str, Any] = {"seed": _SEED.value, "out": _OUT.value, "options": options}
     many: dict[str, Any] = {"batch_size": _BATCH_SIZE.value, "classes": _CLASSES.value}
     count: dict[str, Any] = {"num_images": _NUM_IMAGES.value}
@@ -151,13 +205,29 @@ def run_mode(mode: str) -> None:
     arguments = {
         "sample": {**count, **many, "output": _OUTPUT.value},
         "interpolate": {**edit, "ts": _T.value, "weights": _WEIGHTS.value, "latents": _LATENTS.value},
-        "vary": {**edit, **count, "ts": _T.value},
-        "denoise": {**edit, "ts": _T.value},
-        "inpaint": {**edit, **count, "mask": _MASK.value, "jump": _JUMP.value, "times": _TIMES.value},
-        "progressive": {**count, "classes": _CLASSES.value, "num_stages": _NUM_STAGES.value, "of": _OF.value},
+        "vary": {**edit, **count, "ts": _T.value, "batch_size": _BATCH_SIZE.value},
+        "denoise": {**edit, "ts": _T.value, "batch_size": _BATCH_SIZE.value},
+        "inpaint": {
+            **edit,
+            **count,
+            "mask": _MASK.value,
+            "jump": _JUMP.value,
+            "times": _TIMES.value,
+            "batch_size": _BATCH_SIZE.value,
+        },
+        "progressive": {**count, "num_stages": _NUM_STAGES.value, "of": _OF.value},
         "coarse_to_fine": {**count, "ts": _T.value},
+        "evaluate": {
+            **count,
+            "features": _FEATURES.value,
+            "against": _AGAINST.value,
+            "generated": _GENERATED.value,
+            "batch_size": _BATCH_SIZE.value,
+        },
         "neighbours": {**count, "num_neighbours": _NUM_NEIGHBOURS.value},
     }
+    if mode == "evaluate":
+        del common["out"]
     getattr(command_line, mode)(run, path, **arguments[mode], **common)
 
 

@@ -1,25 +1,26 @@
 """What the command line's modes do with a run: library calls that end in files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from ddpm_jax import images, shards, workdir
 from ddpm_jax.data import neighbours as neighbours_lib
-from ddpm_jax.data.sources import Fit, Source
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import atomic_path
+from ddpm_jax.data.sources import Fit, Source, open_picture, open_source
+from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation.features import load_inception, train_digits_classifier
+from ddpm_jax.files import atomic_path, new_folder
 from ddpm_jax.interop import workdirs
 from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
 from ddpm_jax.training.loop import open_images
 
 Options = Mapping[str, Any]
-_IMAGES_A_CLASS = 8
+_IMAGES_A_CLASS, _STAGES = 8, 10
 
 
 def parse_numbers(flag: str, values: Sequence[str], kind: Callable[[str], Any] = int) -> list[Any]:
@@ -44,13 +45,25 @@ def _bar(description: str) -> ProgressBar:
 class _Target:
     """Where a mode's pictures go: `out`, or a name in the workdir's samples/ that says what they are."""
 
-    def __init__(self, run: Run, path: str | Path, what: str, seed: int, out: str | None, suffixes: Sequence[str]):
+    def __init__(
+        self,
+        run: Run,
+        path: str | Path,
+        what: str,
+        seed: int,
+        out: str | None,
+        suffix: str,
+        options: Options,
+    ):
         self.run = run
-        name = f"{what}step_{run.step:08d}_seed_{seed}{suffixes[0]}"
+        chosen = "".join(f"_{options[name]}" for name in ("sampler", "num_steps") if name in options)
+        name = f"{what}step_{run.step:08d}_seed_{seed}{chosen}{suffix}"
         self.path = Path(out).expanduser() if out else Path(path).expanduser() / "samples" / name
-        if self.path.suffix not in suffixes and suffixes[0]:
-            raise UserError(f"--out is {str(self.path)!r}; it must end in {' or '.join(suffixes)}")
-        workdir.check_writable(self.path.parent if suffixes[0] else self.path)
+        if suffix and self.path.suffix != suffix:
+            raise UserError(f"--out is {str(self.path)!r}; it must end in {suffix}")
+        if suffix and self.path.is_dir():
+            raise UserError(f"--out is {str(self.path)!r}, which is a folder")
+        workdir.check_writable(self.path.parent, "the folder of --out" if out else "--workdir")
 
     def done(self, write: Callable[[Path], Any], *others: Path) -> Path:
         """Writes by process 0, and says what was written."""
@@ -88,7 +101,10 @@ def sample(
       Where the images are.
     """
     labels = parse_numbers("classes", classes)
-    target = _Target(run, path, "", seed, out, [{"grid": ".png", "png": "", "npz": ".npz"}[output]])
+    suffix = {"grid": ".png", "png": "", "npz": ".npz"}[output]
+    target = _Target(run, path, "", seed, out, suffix, options)
+    if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
+        raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
     if num_images is None:
         num_images = _IMAGES_A_CLASS * len(labels) if labels else run.config.sample.num_images
     with _bar("sampling") as bar:
@@ -96,17 +112,24 @@ def sample(
 
     def write(path: Path) -> None:
         if output == "grid":
-            rows = len(labels)
-            ordered = np.concatenate([pictures[row::rows] for row in range(rows)]) if rows else pictures
-            images.save(path, images.grid(ordered, columns=-(-num_images // rows) if rows else None))
+            images.save(path, _grid_by_class(pictures, len(labels)) if labels else images.grid(pictures))
         elif output == "png":
-            for index, picture in enumerate(pictures):
-                images.save(path / f"{index:06d}.png", picture)
+            with new_folder(path, "--out") as temporary:
+                for index, picture in enumerate(pictures):
+                    images.save(temporary / f"{index:06d}.png", picture)
         else:
             with atomic_path(path) as temporary:
                 np.savez_compressed(temporary, image=pictures, label=run.labels_of(range(num_images), labels))
 
     return target.done(write)
+
+
+def _grid_by_class(pictures: np.ndarray, classes: int) -> np.ndarray:
+    """A row for each class, whose images come in turn; a row that lacks one ends in white."""
+    columns = -(-len(pictures) // classes)
+    padded = np.full((columns * classes, *pictures.shape[1:]), 255, np.uint8)
+    padded[: len(pictures)] = pictures
+    return images.grid(np.concatenate([padded[row::classes] for row in range(classes)]), columns=columns)
 
 
 def sample_shards(
@@ -136,7 +159,7 @@ def sample_shards(
       The folder. Each file has `image` uint8 [N, H, W, C], `label` int32 [N], `index` int64 [N] and `settings`, JSON.
     """
     labels = parse_numbers("classes", classes)
-    target = _Target(run, path, "", seed, out, [""])
+    target = _Target(run, path, "shards_", seed, out, "", options)
     settings = run.settings(seed=seed, labels=labels, batch_size=batch_size, **options)
     if not 0 <= part[0] < part[1]:
         raise UserError(f"--part is {part[0]}/{part[1]}; accepted: 0/N to N-1/N")
@@ -170,29 +193,35 @@ def read_pictures(run: Run, names: Sequence[str]) -> np.ndarray:
     for name in names:
         kind, _, number = name.partition(":")
         if kind == "data":
-            source = source or _training_images(run)
             (index,) = parse_numbers("input", [number])
+            source = source or _training_images(run)
             if not 0 <= index < len(source):
                 raise UserError(f"--input has {name!r}; the data set has the images 0 to {len(source) - 1}")
             pictures.append(source[index]["image"])
             continue
-        try:
-            with Image.open(Path(name).expanduser()) as image:
-                pictures.append(fit(image))
-        except OSError as error:
-            raise UserError(f"--input {name!r} cannot be read as a picture: {error}") from None
+        pictures.append(_open("input", name, fit))
     return np.stack(pictures)
 
 
+def _open(flag: str, name: str, fit: Fit) -> np.ndarray:
+    try:
+        return open_picture(Path(name).expanduser(), fit)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"--{flag} {name!r} cannot be read as a picture: {first_line(error)}") from None
+
+
 def _training_images(run: Run) -> Source:
-    if run.dataset["source"] == "import":
+    if "imported" in run.dataset:
         raise UserError("this run was imported, so the images that it learned from are not known")
-    return open_images(run.config, run.dataset)
+    source = open_images(run.config, run.dataset)
+    if source.describe()["fingerprint"] != run.dataset["fingerprint"]:
+        raise UserError("the images that this run learned from have changed: their names, sizes or contents differ")
+    return source
 
 
 def _need(flag: str, values: Sequence[str], least: int, most: int | None = None) -> Sequence[str]:
     if len(values) < least or (most is not None and len(values) > most):
-        count = f"{least}" if most == least else f"{least} or more"
+        count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         raise UserError(f"--{flag} has {len(values)} values; accepted: {count}")
     return values
 
@@ -212,12 +241,11 @@ def interpolate(
     """Between two pictures: one row a t and one column a weight, or with `latents` one row along DDIM's arc."""
     first, second = read_pictures(run, _need("input", inputs, 2, 2))
     lambdas = parse_numbers("weights", weights, float) or np.linspace(0, 1, 11).tolist()
-    target = _Target(run, path, "interpolate_", seed, out, [".png"])
+    target = _Target(run, path, "interpolate_", seed, out, ".png", options)
     T = run.schedule.num_timesteps
     with _bar("interpolating") as bar:
         if latents:
-            known = {name: options[name] for name in options if name in ("num_steps", "spacing")}
-            rows = [run.interpolate_latents(first, second, lambdas, progress=bar.update, **known)]
+            rows = [run.interpolate_latents(first, second, lambdas, progress=bar.update, **options)]
         else:
             chosen = parse_numbers("t", ts) or [T * eighths // 8 for eighths in range(1, 8)]
             rows = [
@@ -247,6 +275,7 @@ def vary(
     inputs: Sequence[str],
     ts: Sequence[str],
     num_images: int | None,
+    batch_size: int | None = None,
     seed: int,
     out: str | None,
     options: Options,
@@ -254,13 +283,13 @@ def vary(
     """Variations of each picture: one row a picture and t, the picture first."""
     pictures = read_pictures(run, _need("input", inputs, 1))
     chosen = parse_numbers("t", ts) or [run.schedule.num_timesteps // 2]
-    target = _Target(run, path, "vary_", seed, out, [".png"])
+    target = _Target(run, path, "vary_", seed, out, ".png", options)
     count = num_images or _IMAGES_A_CLASS
     rows = []
     with _bar("varying") as bar:
         for t in chosen:
             repeated = pictures.repeat(count, axis=0)
-            varied = run.vary(repeated, t, seed, progress=bar.update, **_fitting(options, t))
+            varied = run.vary(repeated, t, seed, batch_size=batch_size, progress=bar.update, **_fitting(options, t))
             rows += _rows(pictures, varied)
     return target.done(lambda path: images.save(path, images.grid(np.concatenate(rows), columns=count + 1)))
 
@@ -271,19 +300,20 @@ def denoise(
     *,
     inputs: Sequence[str],
     ts: Sequence[str],
+    batch_size: int | None = None,
     seed: int,
     out: str | None,
     options: Options,
 ) -> Path:
     """Clean pictures of noisy ones: one row a picture, before and after."""
     pictures = read_pictures(run, _need("input", inputs, 1))
-    target = _Target(run, path, "denoise_", seed, out, [".png"])
+    target = _Target(run, path, "denoise_", seed, out, ".png", options)
     given = parse_numbers("t", _need("t", ts, 0, 1))
     t = given[0] if given else run.estimate_t(pictures)
     if not given and jax.process_index() == 0:
         print(f"the noise is estimated to be that of t = {t}")
     with _bar("denoising") as bar:
-        clean = run.denoise(pictures, t, seed, progress=bar.update, **_fitting(options, t))
+        clean = run.denoise(pictures, t, seed, batch_size=batch_size, progress=bar.update, **_fitting(options, t))
     pairs = np.stack([pictures, clean], axis=1).reshape(-1, *run.shape)
     return target.done(lambda path: images.save(path, images.grid(pairs, columns=2)))
 
@@ -297,6 +327,7 @@ def inpaint(
     jump: int,
     times: int,
     num_images: int | None,
+    batch_size: int | None = None,
     seed: int,
     out: str | None,
     options: Options,
@@ -306,16 +337,14 @@ def inpaint(
     if not mask:
         raise UserError("--mode=inpaint needs --mask: a picture that is white where it shall be painted anew")
     height, width, _ = run.shape
-    try:
-        with Image.open(Path(mask).expanduser()) as image:
-            where = Fit(height, width, 1)(image)[..., 0] >= 128
-    except OSError as error:
-        raise UserError(f"--mask {mask!r} cannot be read as a picture: {error}") from None
-    target = _Target(run, path, "inpaint_", seed, out, [".png"])
+    where = _open("mask", mask, Fit(height, width, 1, background="black"))[..., 0] >= 128
+    target = _Target(run, path, "inpaint_", seed, out, ".png", options)
     count = num_images or _IMAGES_A_CLASS
     with _bar("inpainting") as bar:
         repeated = pictures.repeat(count, axis=0)
-        painted = run.inpaint(repeated, where, seed, jump=jump, times=times, progress=bar.update, **options)
+        painted = run.inpaint(
+            repeated, where, seed, jump=jump, times=times, batch_size=batch_size, progress=bar.update, **options
+        )
     masked = np.where(where[..., None], np.uint8(127), pictures)
     table = np.concatenate(_rows(masked, painted))
     return target.done(lambda path: images.save(path, images.grid(table, columns=count + 1)))
@@ -329,23 +358,25 @@ def progressive(
     path: str | Path,
     *,
     num_images: int | None,
-    num_stages: int,
+    num_stages: int | None,
     of: str,
-    classes: Sequence[str],
     seed: int,
     out: str | None,
     options: Options,
 ) -> Path:
     """The way from noise to image: a strip, one row an image, and beside it the same as an animated GIF."""
-    target = _Target(run, path, "progressive_", seed, out, [".png"])
-    labels = parse_numbers("classes", classes)
+    target = _Target(run, path, "progressive_", seed, out, ".png", options)
+    calls = run.calls(**options)
+    if num_stages is not None and num_stages > calls:
+        raise UserError(f"--num_stages is {num_stages}; accepted: 2 to {calls}, the calls of the network")
+    stages_wanted = min(_STAGES, calls) if num_stages is None else num_stages
     with _bar("sampling") as bar:
-        count, options = num_images or _IMAGES_A_CLASS, {**options, "num_stages": num_stages, "of": of}
-        stages = run.progressive(count, seed, labels=labels, progress=bar.update, **options)
+        count = num_images or _IMAGES_A_CLASS
+        stages = run.progressive(count, seed, num_stages=stages_wanted, of=of, progress=bar.update, **options)
     animation = target.path.with_suffix(".gif")
 
     def write(path: Path) -> None:
-        images.save(path, images.grid(stages.swapaxes(0, 1).reshape(-1, *run.shape), columns=num_stages))
+        images.save(path, images.grid(stages.swapaxes(0, 1).reshape(-1, *run.shape), columns=stages_wanted))
         images.save_animation(animation, np.stack([images.grid(stage) for stage in stages]))
 
     return target.done(write, animation)
@@ -364,7 +395,7 @@ def coarse_to_fine(
     """Images that share their x_t: one row a t."""
     T = run.schedule.num_timesteps
     chosen = parse_numbers("t", ts) or [T - 1, T * 3 // 4, T // 2, T // 4]
-    target = _Target(run, path, "coarse_to_fine_", seed, out, [".png"])
+    target = _Target(run, path, "coarse_to_fine_", seed, out, ".png", options)
     count = num_images or _IMAGES_A_CLASS
     with _bar("sampling") as bar:
         rows = [run.coarse_to_fine(count, t, seed, progress=bar.update, **options) for t in chosen]
@@ -383,7 +414,7 @@ def neighbours(
 ) -> Path:
     """Samples and the training images nearest to them, to see memorising: one row a sample, the sample first."""
     source = _training_images(run)
-    target = _Target(run, path, "neighbours_", seed, out, [".png"])
+    target = _Target(run, path, "neighbours_", seed, out, ".png", options)
     count = num_images or _IMAGES_A_CLASS
     with _bar("sampling") as bar:
         pictures = run.sample(count, seed, progress=bar.update, **options)
@@ -394,7 +425,78 @@ def neighbours(
     if jax.process_index() == 0:
         closest = distances[:, 0]
         print(f"root mean square distance to the nearest: {closest.min():.1f} to {closest.max():.1f} of 255")
-    return target.done(lambda path: images.save(path, images.grid(np.concatenate(rows), columns=num_neighbours + 1)))
+    return target.done(lambda path: images.save(path, images.grid(np.concatenate(rows), columns=found.shape[1] + 1)))
+
+
+# Judging.
+
+
+def evaluate(
+    run: Run,
+    path: str | Path,
+    *,
+    num_images: int | None,
+    features: str,
+    against: str,
+    generated: str | None,
+    batch_size: int | None,
+    seed: int,
+    options: Options,
+) -> dict[str, Any]:
+    """Judges samples against real images, and adds the result to evaluation.json and evaluation.md in the workdir.
+
+    Args:
+      run, path, seed, batch_size, options: as in `sample`.
+      num_images: how many to sample; None: 1,000.
+      features: "digits", or the file of FID's Inception.
+      against: "data", the images that the run learned from, or a folder, a .npz or a .npy file of images.
+      generated: such a folder or file, or a folder of shards, in the place of samples.
+
+    Returns:
+      The numbers by name.
+    """
+    judge = train_digits_classifier() if features == "digits" else load_inception(features)
+    folder = workdir.check_writable(path)
+    size = batch_size or run.config.sample.batch_size
+    real = _image_batches(run, "against", against)
+    rest = {name: value for name, value in options.items() if name != "labels"}
+    told: dict[str, Any] = {"against": against if against != "data" else f"{run.dataset['source']}, training images"}
+    if generated is not None:
+        fake = _image_batches(run, "generated", generated)
+        told |= {"generated": generated}
+    else:
+        with _bar("sampling") as bar:
+            pictures = run.sample(num_images or 1000, seed, batch_size=size, progress=bar.update, **options)
+        fake = iter([pictures])
+        told |= run.settings(seed=seed, labels=options.get("labels", ()), batch_size=size, **rest)
+    result = evaluate_lib.compare(judge, real, fake, run.mesh, batch_size=size, seed=seed) | told
+    if jax.process_index() == 0:
+        evaluate_lib.record(folder, result)
+        for name, value in result.items():
+            if name in told:
+                continue
+            print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
+        print(f"{run.weights}: {folder / evaluate_lib.TABLE}")
+    return result
+
+
+def _image_batches(run: Run, flag: str, name: str) -> Iterator[np.ndarray]:
+    """uint8 [n, H, W, C] portions of the training images ("data"), of shards, of a folder, or of an array's file."""
+    path = Path(name).expanduser()
+    shard_files = sorted(path.glob("images_*.npz")) if path.is_dir() else []
+    if shard_files:
+        return (np.load(file)["image"] for file in shard_files)
+    if name == "data":
+        source = _training_images(run)
+    else:
+        height, width, channels = run.shape
+        kind = "folder" if path.is_dir() else "array"
+        try:
+            source = open_source(kind, path=str(path), height=height, width=width, channels=channels)
+        except UserError as error:
+            raise UserError(f"--{flag}: {error}") from None
+    firsts = range(0, len(source), 256)
+    return (np.stack([source[i]["image"] for i in range(f, min(f + 256, len(source)))]) for f in firsts)
 
 
 # Weights of others.

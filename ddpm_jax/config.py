@@ -6,7 +6,7 @@ arguments.
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,7 +111,7 @@ def default_config() -> ConfigDict:
     config.sample = sample = ConfigDict()
     sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
     sample.num_steps = 0  # timesteps to call the network at; 0: every one
-    sample.spacing = "linspace"  # leading, trailing, quadratic, logsnr or karras: how those are spread
+    sample.spacing = ""  # linspace, leading, trailing, quadratic, logsnr or karras; "": as suits the sampler
     sample.eta = 0.0  # of ddim: 0, deterministic, to 1
     sample.order = 0  # of unipc: 1, 2 or 3; 0: 2
     sample.guidance_scale = 1.0  # of a class-conditional run: 1 is the class alone, more exaggerates it
@@ -222,7 +222,7 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
         ("optimizer.decay", optimizer.decay, LEARNING_RATES),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
-        ("sample.spacing", config.sample.spacing, tables.SPACINGS),
+        ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
         ("model.dtype", config.model.dtype, DTYPES),
         ("data.source", config.data.source, SOURCES),
     ):
@@ -231,6 +231,7 @@ def _check_values(config: ConfigDict) -> None:
     for name, value, least in (
         ("train.batch_size", train.batch_size, 1),
         ("train.num_steps", train.num_steps, 1),
+        ("seed", config.seed, 0),
         ("data.height", config.data.height, 1),
         ("data.width", config.data.width, 1),
         ("data.channels", config.data.channels, 1),
@@ -259,8 +260,8 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; at least {least} is needed")
     if not 0.0 <= config.model.dropout < 1.0:
         raise UserError(f"config.model.dropout is {config.model.dropout}; accepted: 0 to below 1")
-    if not 0.0 <= diffusion.dynamic_threshold <= 1.0:
-        raise UserError(f"config.diffusion.dynamic_threshold is {diffusion.dynamic_threshold}; accepted: 0 to 1")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed is {config.seed}; accepted: 0 to {2**32 - 1}")
     decays = train.ema_decays
     if not decays or not all(0.0 <= decay < 1.0 for decay in decays):
         raise UserError(f"config.train.ema_decays is {decays}; accepted: one or more values from 0 to below 1")
@@ -270,18 +271,13 @@ def _check_values(config: ConfigDict) -> None:
         )
     for name, share in (
         ("train.label_dropout", train.label_dropout),
-        ("sample.guidance_rescale", config.sample.guidance_rescale),
+        ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
     ):
         if not 0.0 <= share <= 1.0:
             raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
-    if len(config.sample.guidance_interval) not in (0, 2):
-        raise UserError(
-            f"config.sample.guidance_interval is {config.sample.guidance_interval}; accepted: () or two timesteps"
-        )
-    if not config.model.class_conditional and (train.label_dropout or config.sample.guidance_scale != 1.0):
-        raise UserError(
-            "config.train.label_dropout and config.sample.guidance_scale are for config.model.class_conditional=True"
-        )
+    if train.label_dropout and not config.model.class_conditional:
+        raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
+    check_guidance(config, **guidance_options(config))
     for name, steps in (("log.sample_steps", config.log.sample_steps), ("sample.num_steps", config.sample.num_steps)):
         most = len(diffusion.betas) or diffusion.num_timesteps
         if steps > most:
@@ -298,7 +294,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         )
     try:
         schedule = make_schedule_from(config)
-        _check_sampling(config, schedule)
+        _check_pure_noise(config, schedule)
+        sampling_calls(config, schedule)
         optimizer = make_optimizer(config)
         net = make_model(config, num_classes=10)
         shape = (1, config.data.height, config.data.width, config.data.channels)
@@ -315,14 +312,38 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         raise UserError(f"config: {first_line(error)}") from None
 
 
-def _check_sampling(config: ConfigDict, schedule: Schedule) -> None:
-    """ValueError for sampler options that do not go together."""
+def check_guidance(
+    config: ConfigDict, guidance_scale: float, guidance_rescale: float, guidance_interval: Sequence[int]
+) -> None:
+    """UserError for guidance that the run of this config cannot have, or that is none."""
+    if not 0.0 <= guidance_rescale <= 1.0:
+        raise UserError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
+    if len(guidance_interval) not in (0, 2) or list(guidance_interval) != sorted(guidance_interval):
+        raise UserError(
+            f"guidance_interval is {tuple(guidance_interval)}; accepted: the lowest and the highest timestep"
+        )
+    if guidance_scale == 1.0 and (guidance_rescale or len(guidance_interval)):
+        raise UserError("guidance_rescale and guidance_interval need a guidance_scale other than 1")
+    if guidance_scale != 1.0 and not (config.model.class_conditional and config.train.label_dropout):
+        raise UserError(
+            f"guidance_scale is {guidance_scale}; other than 1 it needs a run with model.class_conditional and a "
+            "train.label_dropout above 0"
+        )
+
+
+def sampling_calls(config: ConfigDict, schedule: Schedule) -> int:
+    """How often sampling calls the network; ValueError for sampler options that do not go together."""
     options = sampling_options(config)
-    levels = tables.Levels.of(schedule, tables.spaced_timesteps(schedule, options["num_steps"], options["spacing"]))
-    tables.make_table(
+    spacing = options["spacing"] or tables.DEFAULT_SPACING[options["sampler"]]
+    levels = tables.Levels.of(schedule, tables.spaced_timesteps(schedule, options["num_steps"], spacing))
+    table = tables.make_table(
         options["sampler"], levels, variance=options["variance"], eta=options["eta"], order=options["order"]
     )
-    if options["prediction"] == "eps" and levels.a[0] == 0:
+    return len(table.t)
+
+
+def _check_pure_noise(config: ConfigDict, schedule: Schedule) -> None:
+    if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             "diffusion.prediction 'eps' says nothing at the last timestep, which is pure noise; accepted there: x_0, v"
         )
@@ -424,7 +445,7 @@ def sampling_options(config: ConfigDict) -> dict[str, Any]:
     return {
         "sampler": sample.sampler,
         "num_steps": sample.num_steps or None,
-        "spacing": sample.spacing,
+        "spacing": sample.spacing or None,
         "eta": sample.eta or None,
         "order": sample.order or None,
         "prediction": diffusion.prediction,

@@ -89,10 +89,8 @@ def generate(
     numbers = np.asarray(indices)
     devices = mesh.devices.size
     batch_size = -(-min(batch_size, len(numbers)) // devices) * devices
-    divided = parallel.batch_sharding(mesh)
-    make_keys = jax.jit(jax.vmap(lambda index: named_key(seed, "image", index)), out_shardings=divided)
-    place = jax.jit(lambda values: values, out_shardings=divided)
-    classes = np.array(list(labels) or list(range(net.num_classes or 1)), np.int32)
+    make_keys = divided(mesh, jax.vmap(lambda index: named_key(seed, "image", index)))
+    place = divided(mesh)
     batches = -(-len(numbers) // batch_size)
 
     done, snapshots = [], None
@@ -103,7 +101,7 @@ def generate(
             make_model_fn(
                 net,
                 params,
-                None if net.num_classes is None else place(classes[chosen % len(classes)]),
+                None if net.num_classes is None else place(labels_of(net, chosen, labels)),
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
                 guidance_interval=guidance_interval,
@@ -121,6 +119,17 @@ def generate(
         if progress and jax.process_count() > 1:
             progress(batch + 1, batches)
     return np.concatenate(done)[: len(numbers)], snapshots
+
+
+def labels_of(net: UNet, indices: Sequence[int] | np.ndarray, labels: Sequence[int] = ()) -> np.ndarray:
+    """int32 [N], the classes of the images of these numbers: the labels, or else all classes, in turn."""
+    classes = np.array(list(labels) or list(range(net.num_classes or 1)), np.int32)
+    return classes[np.asarray(indices) % len(classes)]
+
+
+def divided(mesh: Mesh, function: Callable[..., Any] = lambda values: values) -> Callable[..., Any]:
+    """The function, jit-compiled, its result divided over the mesh; works in jobs of several processes too."""
+    return jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
 
 
 def _part(progress: Callable[[int, int], None] | None, batch: int, batches: int) -> Callable[[int, int], None] | None:

@@ -16,14 +16,16 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.samplers import sample
+from ddpm_jax.diffusion.samplers import plan, sample
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING, make_table
 from ddpm_jax.errors import UserError
-from ddpm_jax.generate import generate, make_model_fn, to_host
+from ddpm_jax.generate import divided, generate, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
 
 Progress = Callable[[int, int], None]
+_GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +111,10 @@ class Run:
         """The way from noise to image in `num_stages`, uint8 [num_stages, num_images, H, W, C] (DDPM, figure 6).
 
         Args:
-          num_images, seed, labels, progress, options: as in `sample`.
-          num_stages: evenly spaced over the network's calls, the last the result.
+          num_images, seed, labels, progress: as in `sample`; all images are one batch.
+          num_stages: evenly spaced over the network's calls, the last the result; at most as many as there are calls.
           of: "x_0", what the network takes the image for, or "x", the image with its noise.
+          options: of `ddpm_jax.sample` and guidance, as in `sample`.
         """
         options |= {"num_snapshots": num_stages, "snapshots_of": of}
         stages = self._generate(num_images, seed, None, num_images, labels, progress=progress, **options)[1]
@@ -127,7 +130,7 @@ class Run:
           seed: picture i's noise depends on the seed and i.
           options: labels, batch_size, progress and those of `sample`.
         """
-        return self._edit(functools.partial(editing.vary, t=t), pictures, seed, "vary", **options)
+        return self._edit(functools.partial(editing.vary, t=t), pictures, seed, "vary", t=t, **options)
 
     def denoise(self, pictures: np.ndarray, t: int | None = None, seed: int = 0, **options: Any) -> np.ndarray:
         """Clean pictures of noisy ones, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
@@ -138,7 +141,7 @@ class Run:
           seed, options: as in `vary`.
         """
         t = self.estimate_t(pictures) if t is None else t
-        return self._edit(functools.partial(editing.denoise, t=t), pictures, seed, "denoise", **options)
+        return self._edit(functools.partial(editing.denoise, t=t), pictures, seed, "denoise", t=t, **options)
 
     def estimate_t(self, pictures: np.ndarray) -> int:
         """The timestep whose noise is as strong as that in the pictures, uint8 [N, H, W, C]."""
@@ -186,7 +189,7 @@ class Run:
         mix = functools.partial(
             editing.interpolate, key=named_key(seed, "interpolate"), x_0=ends[0], other=ends[1], weights=weights, t=t
         )
-        return self._call(mix, len(weights), **options)
+        return self._call(mix, len(weights), t=t, **options)
 
     def interpolate_latents(
         self,
@@ -195,7 +198,6 @@ class Run:
         weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
         num_steps: int | None = None,
         spacing: str | None = None,
-        labels: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> np.ndarray:
         """From one picture to another along the arc between the noises that deterministic DDIM makes them of, uint8
@@ -205,19 +207,26 @@ class Run:
           first, second: uint8 [H, W, C].
           weights: of the second, 0 to 1.
           num_steps, spacing: of both ways; None: the config's.
-          labels, progress: as in `sample`.
+          progress: as in `sample`.
         """
         ends = images.to_float(self._check(np.stack([first, second])))
-        options = self._options({"num_steps": num_steps, "spacing": spacing})
-        steps = {name: options[name] for name in ("num_steps", "spacing")}
-        meaning = {name: options[name] for name in ("prediction", "variance")}
+        given: dict[str, Any] = {
+            "sampler": "ddim",
+            "eta": 0.0,
+            "clip": False,
+            "num_steps": num_steps,
+            "spacing": spacing,
+        }
+        options = self._options(given)
+        same = {name: options[name] for name in ("num_steps", "prediction", "variance")}
+        same["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
 
         def mix(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
-            noise = editing.encode(schedule, self.model_fn, ends, **steps, **meaning)
+            noise = editing.encode(schedule, model_fn, ends, **same)
             x_t = editing.slerp(noise[0], noise[1], weights)
             return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
 
-        return self._call(mix, len(weights), labels=labels, progress=progress, sampler="ddim", clip=False, **steps)
+        return self._call(mix, len(weights), progress=progress, **given)
 
     def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
         """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
@@ -233,8 +242,19 @@ class Run:
 
     def labels_of(self, indices: Sequence[int], labels: Sequence[int] = ()) -> np.ndarray:
         """int32 [N], the classes that `sample` gives the images of these numbers; 0 without classes."""
-        classes = np.array(list(labels) or list(range(self.net.num_classes or 1)), np.int32)
-        return classes[np.asarray(indices) % len(classes)]
+        return labels_of(self.net, indices, labels)
+
+    def calls(self, **options: Any) -> int:
+        """How often `sample` calls the network for an image, with these of its options."""
+        options = self._options({name: value for name, value in options.items() if name != "labels"})
+        planned = {name: options.get(name) for name in ("num_steps", "timesteps")}
+        spacing = options["spacing"] or DEFAULT_SPACING.get(options["sampler"], "linspace")
+        try:
+            levels = plan(self.schedule, spacing=spacing, **planned)
+            taken = {name: options[name] for name in ("variance", "eta", "order")}
+            return len(make_table(options["sampler"], levels, **taken).t)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def settings(self, *, seed: int, labels: Sequence[int], batch_size: int | None, **options: Any) -> dict[str, Any]:
         """All that decides what `sample` makes of an image's number, as JSON values."""
@@ -252,19 +272,29 @@ class Run:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
         }
 
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The config's sampling options and those given instead, None standing for the config's."""
+    def _options(self, given: Mapping[str, Any], t: int | None = None) -> dict[str, Any]:
+        """The config's sampling options and those given instead, None standing for the config's.
+
+        Where sampling starts from t, the config's num_steps are at most the timesteps from there.
+        """
         options = config_lib.sampling_options(self.config) | config_lib.guidance_options(self.config)
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("sampler", options["sampler"]) != options["sampler"]:
             options |= {"eta": None, "order": None}  # of the other sampler
         if "timesteps" in given:
             options["num_steps"] = None
-        return options | given
+        if "clip" in given:
+            options["dynamic_threshold"] = None
+        if t is not None and options["num_steps"]:
+            options["num_steps"] = min(options["num_steps"], t + 1)
+        options |= given
+        options |= {name: options[name] or None for name in ("dynamic_threshold", "order")}  # 0: off, as in a config
+        config_lib.check_guidance(self.config, **{name: options[name] for name in _GUIDANCE})
+        return options
 
     def _check_labels(self, labels: Sequence[int]) -> None:
         classes = self.net.num_classes
-        if labels and classes is None:
+        if len(labels) and classes is None:
             raise UserError("this run is not class-conditional, so there are no classes to choose")
         wrong = [label for label in labels if not 0 <= label < (classes or 0)]
         if wrong:
@@ -313,16 +343,23 @@ class Run:
         function: Callable[..., jax.Array],
         num_images: int,
         labels: Sequence[int] = (),
+        t: int | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """uint8 of function(schedule, model_fn, **sampling options), whose batch has num_images."""
+        """uint8 of function(schedule, model_fn, **sampling options), whose batch has num_images; it starts from t."""
         self._check_labels(labels)
-        options = self._options(options)
-        guidance = {name: options.pop(name) for name in list(options) if name.startswith("guidance_")}
-        chosen = np.resize(np.array(labels, np.int32), num_images) if labels else None
+        if self.net.num_classes is not None and not len(labels) and not self.config.train.label_dropout:
+            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+        options = self._options(options, t)
+        guidance = {name: options.pop(name) for name in _GUIDANCE}
+        if not len(labels) and guidance["guidance_scale"] != 1.0:
+            raise UserError("guidance needs the classes that it goes towards; name them")
+        chosen = labels_of(self.net, range(num_images), labels) if len(labels) else None
+        progress = progress if jax.process_count() == 1 else None  # all processes run the same program
         try:
             model_fn = make_model_fn(self.net, self.params, chosen, **guidance)
-            return images.to_uint8(to_host(function(self.schedule, model_fn, **options)))
+            return images.to_uint8(to_host(function(self.schedule, model_fn, progress=progress, **options)))
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -341,13 +378,13 @@ class Run:
         pictures = self._check(pictures)
         devices = self.mesh.devices.size
         size = -(-min(batch_size or self.config.sample.batch_size, len(pictures)) // devices) * devices
-        place = functools.partial(jax.device_put, device=parallel.batch_sharding(self.mesh))
+        make_keys, place = divided(self.mesh, jax.vmap(lambda i: named_key(seed, purpose, i))), divided(self.mesh)
         done = []
         for first in range(0, len(pictures), size):
             chosen = np.resize(np.arange(first, min(first + size, len(pictures))), size)
-            keys = place(jax.vmap(lambda i: named_key(seed, purpose, i))(chosen))
+            keys = make_keys(chosen)
             arrays = [place(images.to_float(pictures[chosen])), *(place(array[chosen]) for array in per_picture)]
-            batch_labels = [labels[i % len(labels)] for i in chosen] if labels else ()
+            batch_labels = labels_of(self.net, chosen, labels).tolist() if len(labels) else ()
 
             def edit(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
                 return function(schedule, model_fn, keys, *arrays, **rest)  # noqa: B023

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ def _path(folder: Path, first: int, last: int) -> Path:
 def missing(
     folder: Path, first: int, last: int, size: int, settings: Mapping[str, Any]
 ) -> tuple[list[tuple[int, int]], int]:
-    """The shards of images first..last that are not there yet, as (first, last), and how many are.
+    """The shards that hold images first..last and are not there yet, as (first, last), and how many are there.
 
-    A file that cannot be read counts as missing.
+    Shards are whole and start at multiples of the size, so that ranges can grow and overlap. A file whose settings
+    cannot be read counts as missing.
 
     Raises:
       UserError: a range that is none, or files made with other settings or of another size.
@@ -34,8 +36,7 @@ def missing(
         raise UserError(f"--images is {first}-{last}; accepted: FIRST-LAST from 0, such as 0-49999")
     if size < 1:
         raise UserError(f"--shard_size is {size}; at least 1 is needed")
-    # Shards start at multiples of the size, whatever the range, so that ranges that overlap share them.
-    wanted = [(max(low, first), min(low + size - 1, last)) for low in range(first // size * size, last + 1, size)]
+    wanted = [(low, low + size - 1) for low in range(first // size * size, last + 1, size)]
     there = set()
     for path in sorted(folder.glob("images_*.npz")):
         match = _NAME.fullmatch(path.name)
@@ -43,8 +44,8 @@ def missing(
             continue
         try:
             with np.load(path) as file:
-                old = json.loads(str(file["settings"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                old = dict(json.loads(str(file["settings"])))
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             logging.warning("%s cannot be read (%s) and is made again", path, type(error).__name__)
             continue
         changed = [
@@ -52,10 +53,10 @@ def missing(
         ]
         if changed:
             raise UserError(f"{str(folder)!r} holds images made otherwise ({'; '.join(changed)}); choose another --out")
-        span = (int(match[1]), int(match[2]))
-        if span not in wanted and any(low <= span[1] and span[0] <= high for low, high in wanted):
+        low, high = int(match[1]), int(match[2])
+        if low % size or high - low + 1 != size:
             raise UserError(f"{str(folder)!r} has {path.name}, a shard of another size; use that size or another --out")
-        there.add(span)
+        there.add((low, high))
     return [span for span in wanted if span not in there], len(there.intersection(wanted))
 
 

@@ -19,8 +19,8 @@ CONFIG, DATASET, ENVIRONMENT = "config.json", "dataset.json", "environment.json"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
-def check_writable(workdir: str | Path) -> Path:
-    """Makes the folder if it is not there; UserError if nothing can be written in it."""
+def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
+    """Makes the folder if it is not there; UserError if nothing can be written in it, calling it `what`."""
     workdir = Path(workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def check_writable(workdir: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--workdir {str(workdir)!r} cannot be written to: {error.strerror}") from None
+        raise UserError(f"{what} {str(workdir)!r} cannot be written to: {error.strerror}") from None
     return workdir
 
 
@@ -68,6 +68,11 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
 def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
     """UserError if the run in the workdir learned from other images."""
     old = read_dataset(workdir)
+    if old and "imported" in old:
+        raise UserError(
+            f"--workdir {str(workdir)!r} holds weights imported from {old['imported']!r}, not the optimiser; "
+            "start another workdir from them with --init_from"
+        )
     if old and old["fingerprint"] != description["fingerprint"]:
         raise UserError(
             f"--workdir {str(workdir)!r} holds a run that learned from other images: "

@@ -22,6 +22,7 @@ SECTIONS = {
     "tests/models/test_unet.py": "The network",
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
+    "tests/evaluation/test_peers.py": "Evaluation",
 }
 HEAD = """# How exact is it
 
@@ -31,9 +32,11 @@ relative where the tolerance says so. "Standard errors" are those of a Monte Car
 
 This page is written by the tests themselves, from the errors that they measured:
 
-    pip install -e '.[test,peers]' && python -m pytest --exactness=docs/exactness.md
+    pip install -e '.[test,peers]' && pip install --no-deps torch-fidelity
+    python -m pytest --exactness=docs/exactness.md
 
-Measured on {machine}, with {versions}. A row's test is run by `python -m pytest` and the name in its last column.
+Measured on {machine}, with {versions}.
+A row's test is run by `python -m pytest` and the name in its last column.
 """
 RECORDS = pytest.StashKey[dict]()
 
@@ -84,11 +87,10 @@ def pytest_sessionfinish(session, exitstatus):
         session.config.get_terminal_writer().line(f"\n{target} is not written: not every test ran and passed")
         session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
         return
+    assert all(key[-1].startswith(tuple(SECTIONS)) for key in session.config.stash[RECORDS])
     lines = [HEAD.format(machine=_machine(), versions=_versions())]
     for path, title in SECTIONS.items():
         rows = [(key, value) for key, value in session.config.stash[RECORDS].items() if key[-1].startswith(path)]
-        if not rows:
-            continue
         lines += [f"## {title}\n", "| What | Against | Tolerance | Measured | Test |", "|-|-|-|-|-|"]
         for (what, against, unit, test), (error, tolerance) in rows:
             number = lambda value: f"{value:.2g} {unit}".strip()  # noqa: B023, E731
@@ -104,5 +106,5 @@ def _machine():
 
 
 def _versions():
-    packages = ("jax", "flax", "numpy", "scipy", "torch", "diffusers")
+    packages = ("jax", "flax", "numpy", "scipy", "torch", "diffusers", "torch-fidelity")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -185,10 +185,16 @@ def test_an_int_is_a_float():
         ({"sample__sampler": "ddim", "sample__eta": 2.0}, "eta is 2.0; accepted: 0 to 1"),
         ({"sample__sampler": "unipc", "sample__order": 4}, "order is 4; accepted: 1, 2, 3"),
         ({"sample__spacing": "karas"}, "Did you mean 'karras'?"),
-        ({"sample__guidance_scale": 2.0}, "are for config.model.class_conditional=True"),
-        ({"train__label_dropout": 0.1}, "are for config.model.class_conditional=True"),
+        ({"sample__guidance_scale": 2.0}, "needs a run with model.class_conditional and a train.label_dropout above 0"),
+        ({"sample__guidance_scale": 2.0, "model__class_conditional": True}, "a train.label_dropout above 0"),
+        ({"train__label_dropout": 0.1}, "label_dropout is for config.model.class_conditional=True"),
+        ({"sample__guidance_rescale": 0.5}, "need a guidance_scale other than 1"),
+        ({"sample__guidance_rescale": 1.5}, "guidance_rescale is 1.5; accepted: 0 to 1"),
+        ({"sample__guidance_interval": (500, 100)}, "accepted: the lowest and the highest timestep"),
+        ({"seed": -1}, "config.seed is -1"),
+        ({"seed": 2**32}, "config.seed is 4294967296; accepted: 0 to 4294967295"),
         ({"train__label_dropout": 1.5}, "config.train.label_dropout is 1.5; accepted: 0 to 1"),
-        ({"sample__guidance_interval": (3,)}, "config.sample.guidance_interval is (3,); accepted: () or two"),
+        ({"sample__guidance_interval": (3,)}, "guidance_interval is (3,); accepted: the lowest and"),
         ({"diffusion__zero_terminal_snr": True}, "'eps' says nothing at the last timestep"),
         ({"diffusion__betas": (0.1, 1.0), "log__sample_steps": 2}, "'eps' says nothing at the last timestep"),
         ({"sample__num_steps": 1001}, "config.sample.num_steps is 1001; accepted: up to the 1000 timesteps"),
@@ -283,7 +289,7 @@ def test_options_of_loss_and_sampler():
         "vlb_weight": 0.5,
     }
     options = {"sampler": "ddpm", "prediction": "eps", "variance": "fixed_large", "clip": False}
-    options |= {"num_steps": None, "spacing": "linspace", "eta": None, "order": None}
+    options |= {"num_steps": None, "spacing": None, "eta": None, "order": None}
     assert config_lib.sampling_options(config) == options | {"dynamic_threshold": None}
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
     assert config_lib.sampling_options(config) == options | {"dynamic_threshold": 0.9}

@@ -113,3 +113,22 @@ def test_atomic_path_leaves_the_old_content_after_an_exception(tmp_path, error, 
     with pytest.raises(error):
         fail()
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == ([("file.txt", "old")] if exists else [])
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_animation(tmp_path, suffix, channels):
+    frames = np.stack([np.full((8, 9, channels), level, np.uint8) for level in (0, 120, 250)])
+    path = images.save_animation(tmp_path / f"a{suffix}", frames, milliseconds=100)
+    with Image.open(path) as animation:
+        assert (animation.n_frames, animation.size) == (3, (9, 8))
+        assert animation.info["loop"] == 0
+        for number, frame in enumerate(frames):
+            animation.seek(number)
+            assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - frame).max() <= 2
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_floats_come_back():
+    np.testing.assert_array_equal(images.to_uint8(images.to_float(LEVELS)), LEVELS)
+    assert images.to_float(LEVELS).dtype == np.float32

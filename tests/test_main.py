@@ -294,8 +294,14 @@ class TestSampling:
         outputs = in_two_processes(start, *flags, f"--out={out}", config=None)
         assert str(out) in outputs[0]
         assert str(out) not in outputs[1]
-        expected = ddpm_jax.load(trained[0]).sample(6, num_steps=5)
+        run = ddpm_jax.load(trained[0])
+        expected = run.sample(6, num_steps=5)
         assert np.max(np.abs(np.load(out)["image"].astype(int) - expected)) <= 1
+        edit = ("--mode=vary", f"--workdir={trained[0]}", "--input=data:3", "--t=20", "--num_images=5", "--num_steps=4")
+        in_two_processes(start, *edit, f"--out={tmp_path / 'vary.png'}", config=None)
+        tiles = np.asarray(Image.open(tmp_path / "vary.png"))[2:, 2:].reshape(66, 6, 66).swapaxes(0, 1)[:, :64:8, :64:8]
+        expected = run.vary(tiles[:1, ..., None].repeat(5, axis=0), 20, num_steps=4)
+        assert np.max(np.abs(tiles[1:, ..., None].astype(int) - expected)) <= 1
 
     def test_edits_training_images(self, trained, call, data_dir, tmp_path):
         """As a command, from pictures of the data set."""
@@ -346,6 +352,8 @@ BAD = [
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.train.batch_size=many"], "config.train.batch_size=many"),
     (["--workdri=x"], "Did you mean: workdir"),
+    (["--mode=sample"], "--config does nothing with --mode=sample"),
+    (["--sampler=ddim"], "--sampler does nothing with --mode=train"),
     (["--mode=smaple"], "<train|sample|interpolate|"),
     (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
     (["--config.data.height=9", "--config.model.channel_multipliers=(1, 2)"], "9x8 cannot be halved"),
@@ -375,7 +383,12 @@ class TestInterchange:
         for i, digit in enumerate(load_digits().images[:40]):
             Image.fromarray((255 - digit * 15).astype(np.uint8)).save(pictures / f"{i:02d}.png")
         flags = (f"--workdir={tuned}", "--config.data.source=folder", f"--config.data.path={pictures}")
-        flags = (*flags, "--config.optimizer.warmup_steps=1", "--config.train.num_steps=4", "--config.checkpoint.keep=9")
+        flags = (
+            *flags,
+            "--config.optimizer.warmup_steps=1",
+            "--config.train.num_steps=4",
+            "--config.checkpoint.keep=9",
+        )
         status, output = call(*flags, "--config.checkpoint.every_steps=1", f"--init_from={again}")
         assert status == 0, output
         assert f"starting from the weights of {again}, step 0" in output

@@ -1,5 +1,7 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -19,11 +21,12 @@ PICTURES = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)
 QUICK = {"num_steps": 4}
 
 
-def make_run(devices=8, class_conditional=False, **sample):
+def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
     config = config_lib.default_config()
     config.data.update(source="digits", height=8, width=8, channels=1, flip=False)
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, middle_attention=False)
     config.model.class_conditional = class_conditional
+    config.train.label_dropout = label_dropout
     config.diffusion.num_timesteps = 40
     config.log.sample_steps = 0
     config.sample.update(batch_size=16, **sample)
@@ -46,7 +49,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def classes():
-    return make_run(class_conditional=True)
+    return make_run(class_conditional=True, label_dropout=0.1)
 
 
 def near(a, b):
@@ -175,11 +178,39 @@ class TestEdits:
             (lambda run: run.vary(PICTURES / 255, 4), "the pictures are float64"),
             (lambda run: run.inpaint(PICTURES, np.ones((4, 8))), r"the mask has shape \(4, 8\)"),
             (lambda run: run.progressive(1, num_stages=41), "num_snapshots is 41; accepted: 0, or 2 to 40"),
+            (
+                lambda run: run.vary(PICTURES, 5, guidance_scale=2.0),
+                "guidance_scale is 2.0; other than 1 it needs a run",
+            ),
+            (lambda run: run.sample(1, guidance_interval=(3,)), r"guidance_interval is \(3,\); accepted: the lowest"),
+            (lambda run: run.sample(1, dynamic_threshold=2.0), "dynamic_threshold is 2.0; accepted: above 0 to 1"),
         ],
     )
     def test_refused(self, run, call, said):
         with pytest.raises(UserError, match=said):
             call(run)
+
+    def test_the_config_s_steps_fit_any_start(self):
+        run = make_run(num_steps=20)
+        assert run.vary(PICTURES, 5).shape == PICTURES.shape
+        assert run.interpolate(PICTURES[0], PICTURES[1], [0.0, 1.0], t=3).shape == (2, 8, 8, 1)
+
+    def test_latents_are_deterministic_whatever_the_config(self):
+        plain, noisy = make_run(), make_run(sampler="ddim", eta=0.7)
+        a, b = (run.interpolate_latents(PICTURES[0], PICTURES[1], [0.0, 0.4], num_steps=8) for run in (plain, noisy))
+        np.testing.assert_array_equal(a, b)
+
+    def test_classes_in_edits(self, classes):
+        for edit in (lambda **o: classes.vary(PICTURES, 30, **o), lambda **o: classes.coarse_to_fine(3, 20, **o)):
+            first = edit(labels=[0], num_steps=4)
+            assert not near(edit(labels=[1], num_steps=4), first)
+            assert not near(edit(labels=[0], guidance_scale=4.0, num_steps=4), first)
+        with pytest.raises(UserError, match="guidance needs the classes"):
+            classes.vary(PICTURES, 5, guidance_scale=2.0)
+        alone = make_run(class_conditional=True)
+        with pytest.raises(UserError, match="knows images by their class alone"):
+            alone.vary(PICTURES, 5)
+        assert alone.vary(PICTURES, 5, labels=np.array([1, 2])).shape == PICTURES.shape
 
     def test_class_that_does_not_exist(self, classes):
         with pytest.raises(UserError, match="class 3 does not exist; this run has classes 0 to 2"):
@@ -204,7 +235,7 @@ class TestCommands:
             ("vary", 3, {"ts": ["2", "20"], "num_images": 4}, (5, 6)),
             ("denoise", 2, {"ts": []}, (2, 2)),
             ("inpaint", 2, {"mask": "mask.png", "jump": 2, "times": 2, "num_images": 3}, (4, 2)),
-            ("progressive", 0, {"num_images": 2, "num_stages": 4, "of": "x_0", "classes": []}, (4, 2)),
+            ("progressive", 0, {"num_images": 2, "num_stages": None, "of": "x_0"}, (4, 2)),
             ("coarse_to_fine", 0, {"num_images": 3, "ts": ["39", "20", "1"]}, (3, 3)),
         ],
     )
@@ -256,9 +287,11 @@ class TestCommands:
         self.shards(run, tmp_path)
         assert second.stat().st_mtime_ns == before
         files = [np.load(path) for path in sorted(tmp_path.iterdir())]
-        assert [len(file["image"]) for file in files] == [10, 10, 5]
-        np.testing.assert_array_equal(np.concatenate([file["index"] for file in files]), np.arange(25))
-        assert near(np.concatenate([file["image"] for file in files]), run.sample(25, seed=1, batch_size=8, **QUICK))
+        assert [len(file["image"]) for file in files] == [10, 10, 10]
+        np.testing.assert_array_equal(np.concatenate([file["index"] for file in files]), np.arange(30))
+        assert near(np.concatenate([file["image"] for file in files]), run.sample(30, seed=1, batch_size=8, **QUICK))
+        self.shards(run, tmp_path, first=15, last=39)
+        assert len(list(tmp_path.iterdir())) == 4
         (tmp_path / "images_000000000-000000009.npz").write_bytes(b"cut off")
         self.shards(run, tmp_path)
         np.testing.assert_array_equal(np.load(tmp_path / "images_000000000-000000009.npz")["image"], files[0]["image"])
@@ -281,6 +314,45 @@ class TestCommands:
             self.shards(run, tmp_path, **changes)
         assert said in str(caught.value)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_row_that_lacks_images_ends_in_white(self, classes, tmp_path):
+        arguments = {"seed": 0, "batch_size": None, "output": "grid", "out": str(tmp_path / "a.png"), "options": QUICK}
+        path = command_line.sample(classes, tmp_path, num_images=5, classes=["2", "0", "1"], **arguments)
+        tiles = np.asarray(Image.open(path))[2:, 2:].reshape(3, 66, 2, 66).swapaxes(1, 2)
+        assert [bool(np.all(tiles[row, 1] == 255)) for row in range(3)] == [False, False, True]
+
+    def test_pictures_go_to_a_new_folder(self, run, tmp_path):
+        arguments = {"seed": 0, "batch_size": None, "output": "png", "out": str(tmp_path / "new"), "options": QUICK}
+        path = command_line.sample(run, tmp_path, num_images=3, classes=[], **arguments)
+        assert [p.name for p in sorted(path.iterdir())] == [f"{i:06d}.png" for i in range(3)]
+        with pytest.raises(UserError, match="is there and not empty"):
+            command_line.sample(run, tmp_path, num_images=2, classes=[], **arguments)
+
+    def test_evaluation_adds_up(self, run, files, tmp_path):
+        """Against given images, with the history kept; samples first, then a folder with itself."""
+        real = tmp_path / "real.npz"
+        np.savez(real, image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
+        arguments = {"features": "digits", "batch_size": 16, "seed": 0, "against": str(real)}
+        first = command_line.evaluate(run, tmp_path, num_images=20, generated=None, options=QUICK, **arguments)
+        again = command_line.evaluate(run, tmp_path, num_images=None, generated=str(real), options={}, **arguments)
+        assert (first["num_real"], first["num_generated"]) == (40, 20)
+        assert (first["step"], first["num_steps"], first["against"]) == (3, 4, str(real))
+        name = "Frechet distance (digits classifier)"
+        assert first[name] > 1
+        assert again[name] == pytest.approx(0, abs=1e-6)
+        assert (again["precision"], again["recall"]) == (1, 1)
+        history = json.loads((tmp_path / "evaluation.json").read_text())
+        assert [entry[name] for entry in history] == [first[name], again[name]]
+        assert "FID" not in (tmp_path / "evaluation.md").read_text()
+        for changes, said in (
+            ({"features": "none.pth"}, "fetch https://"),
+            ({"generated": "none"}, "--generated:"),
+            ({"against": "none"}, "--against:"),
+        ):
+            with pytest.raises(UserError, match=said):
+                command_line.evaluate(
+                    run, tmp_path, **{"num_images": 2, "generated": str(real), "options": QUICK, **arguments, **changes}
+                )
 
     @pytest.mark.parametrize(
         ("inputs", "said"),

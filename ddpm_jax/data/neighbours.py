@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_jax.data.sources import Source
 
-_BLOCK = 4096
+_BLOCK_BYTES = 64 << 20  # of uint8 images compared at a time
 
 
 def nearest(
@@ -33,8 +33,9 @@ def nearest(
     wanted = pictures.reshape(len(pictures), -1).astype(np.float32) - 127.5
     wanted_square = np.square(wanted).sum(1, dtype=np.float64)
     numbers, squares = np.zeros((len(pictures), 0), np.int64), np.zeros((len(pictures), 0))
-    for first in range(0, len(source), _BLOCK):
-        block = np.stack([source[i]["image"] for i in range(first, min(first + _BLOCK, len(source)))])
+    size = max(1, _BLOCK_BYTES // wanted.shape[1])
+    for first in range(0, len(source), size):
+        block = np.stack([source[i]["image"] for i in range(first, min(first + size, len(source)))])
         found = np.full((len(pictures), len(block)), np.inf)
         for images in (block, block[:, :, ::-1]) if mirrored else (block,):
             flat = images.reshape(len(block), -1).astype(np.float32) - 127.5

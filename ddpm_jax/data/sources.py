@@ -36,23 +36,25 @@ class Fit:
     Attributes:
       height, width: in pixels.
       channels: 1 (grey) or 3 (RGB).
+      background: what transparent parts become.
     """
 
     height: int
     width: int
     channels: int
+    background: str = "white"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.height, self.width, self.channels)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """uint8 [H, W, C] of a PIL image. Transparent parts become white."""
+        """uint8 [H, W, C] of a PIL image."""
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.width, self.height):
             scale = max(self.width / image.width, self.height / image.height)
@@ -62,6 +64,16 @@ class Fit:
             left, top = (width - self.width) // 2, (height - self.height) // 2
             image = image.crop((left, top, left + self.width, top + self.height))
         return np.asarray(image, np.uint8).reshape(self.shape)
+
+
+def open_picture(path: str | Path, fit: Fit) -> np.ndarray:
+    """uint8 [H, W, C] of a picture's file, turned as its EXIF data say; whatever Pillow raises if it is broken, and
+    ValueError if it has more pixels than Pillow's limit."""
+    with Image.open(path) as image:
+        limit = Image.MAX_IMAGE_PIXELS or math.inf
+        if image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} is more than Pillow's limit of {limit} pixels")
+        return fit(ImageOps.exif_transpose(image))
 
 
 class Source(Protocol):
@@ -199,11 +211,7 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        with Image.open(self.root / self.paths[index]) as image:
-            limit = Image.MAX_IMAGE_PIXELS or math.inf
-            if image.width * image.height > limit:
-                raise ValueError(f"{image.width}x{image.height} is more than Pillow's limit of {limit} pixels")
-            array = self.fit(ImageOps.exif_transpose(image))
+        array = open_picture(self.root / self.paths[index], self.fit)
         return {"image": array, "label": 0 if self.labels is None else self.labels[index]}
 
     def describe(self) -> dict[str, Any]:

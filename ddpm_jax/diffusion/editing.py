@@ -181,12 +181,16 @@ def coarse_to_fine(
     """
     _check_t(schedule, t)
     last, num_steps = schedule.num_timesteps - 1, options.pop("num_steps", None)
+    together, apart = (jax.random.fold_in(key, 2**31 + i) for i in range(2))  # no noise is drawn twice
 
     def steps(first: int, end: int) -> int | None:
         return None if num_steps is None else max(1, round(num_steps * (first - end) / (last + 1)))
 
-    shared = sample(
-        schedule, model_fn, key, (1, *shape[1:]), t_end=t, num_steps=steps(last, t), **options
-    ) if t < last else normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), (1, *shape[1:]))  # fmt: skip
-    x_t = jnp.broadcast_to(shared, shape)
-    return sample(schedule, model_fn, key, shape, x_t=x_t, t_start=t, num_steps=steps(t, -1), **options)
+    # The shared part too has B rows, all the same, so that a network with one condition an image takes it.
+    keys = jnp.repeat(together[None], shape[0], axis=0)
+    if t < last:
+        shared = sample(schedule, model_fn, keys, shape, t_end=t, num_steps=steps(last, t), **options)
+    else:
+        shared = normal(keys, shape)
+    x_t = jnp.broadcast_to(shared[:1], shape)
+    return sample(schedule, model_fn, apart, shape, x_t=x_t, t_start=t, num_steps=steps(t, -1), **options)

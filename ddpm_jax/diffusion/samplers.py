@@ -22,7 +22,15 @@ from ddpm_jax.diffusion.gaussian import (
     to_x_0,
 )
 from ddpm_jax.diffusion.schedules import Schedule
-from ddpm_jax.diffusion.tables import Levels, SamplerTable, make_table, spaced_timesteps, with_resampling
+from ddpm_jax.diffusion.tables import (
+    DEFAULT_SPACING,
+    SAMPLERS,
+    Levels,
+    SamplerTable,
+    make_table,
+    spaced_timesteps,
+    with_resampling,
+)
 
 SNAPSHOTS = ("x", "x_0")
 _REPORTS = 100  # a run of a table tells its progress at most so many times
@@ -50,22 +58,23 @@ def plan(
       ValueError: timesteps that do not exist, do not descend, or contradict t_start.
     """
     if timesteps is not None:
-        if num_steps not in (None, len(timesteps)) or t_start not in (None, timesteps[0]):
+        if num_steps is not None or t_start is not None:
             raise ValueError("timesteps take the place of num_steps and t_start; give either")
         return Levels.of(schedule, timesteps, t_end)
     if t_end is None:
-        return Levels.of(schedule, spaced_timesteps(schedule, num_steps, spacing, t_start))
+        chosen = spaced_timesteps(schedule, num_steps, spacing, t_start)
+        if t_start is not None:
+            chosen[0] = t_start  # x_t has that noise, whatever the spacing starts from
+        return Levels.of(schedule, chosen)
     t_start = schedule.num_timesteps - 1 if t_start is None else t_start
     if not 0 <= t_end < t_start:
         raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
-    if num_steps is not None and not 1 <= num_steps <= t_start - t_end:
-        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {t_start - t_end}, the timesteps there are")
-    # Those that lead from t_start to 0 in the same way, as far as t_end.
-    if spacing == "linspace":
-        steps = t_start - t_end if num_steps is None else num_steps
-        return Levels.of(schedule, np.round(np.linspace(t_start, t_end, steps + 1)).astype(np.int32)[:-1], t_end)
-    chosen = spaced_timesteps(schedule, num_steps, spacing, t_start)
-    return Levels.of(schedule, chosen[chosen > t_end], t_end)
+    steps = t_start - t_end if num_steps is None else num_steps
+    if not 1 <= steps <= t_start - t_end:
+        raise ValueError(f"num_steps is {steps}; accepted: 1 to {t_start - t_end}, the timesteps there are")
+    # Between two ends, "leading" and "trailing" are the same.
+    spacing = "linspace" if spacing in ("leading", "trailing") else spacing
+    return Levels.of(schedule, spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)[:-1], t_end)
 
 
 def sample(
@@ -76,7 +85,7 @@ def sample(
     *,
     sampler: str = "ddpm",
     num_steps: int | None = None,
-    spacing: str = "linspace",
+    spacing: str | None = None,
     timesteps: Sequence[int] | None = None,
     eta: float | None = None,
     order: int | None = None,
@@ -105,7 +114,8 @@ def sample(
       shape: (B, H, W, C).
       sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun" or "unipc"; see `ddpm_jax.diffusion.tables`.
       num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
-      spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras".
+      spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
+        "linspace" for ddpm and ddim, "logsnr" for the others.
       timesteps: the user's own, descending, in their place.
       eta: of "ddim", 0 (the default) to 1.
       order: of "unipc", 1, 2 (the default) or 3.
@@ -123,12 +133,14 @@ def sample(
 
     Returns:
       x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
-      [num_snapshots, B, H, W, C], evenly spaced, the last the result. Of "x", the first is the start.
+      [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start. The last is what the
+      last call gave, before known pixels are put in their places.
 
     Raises:
       ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
         timestep of pure noise.
     """
+    check_option("sampler", sampler, tuple(SAMPLERS))
     check_option("prediction", prediction, PREDICTIONS)
     check_option("snapshots_of", snapshots_of, SNAPSHOTS)
     shape = tuple(shape)
@@ -136,6 +148,9 @@ def sample(
         raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
+    if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
+        raise ValueError(f"dynamic_threshold is {dynamic_threshold}; accepted: above 0 to 1, or None")
+    spacing = DEFAULT_SPACING[sampler] if spacing is None else spacing
     levels = plan(schedule, num_steps=num_steps, spacing=spacing, timesteps=timesteps, t_start=t_start, t_end=t_end)
     table = make_table(sampler, levels, variance=variance, eta=eta, order=order)
     if resampling is not None:

@@ -68,20 +68,21 @@ def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
 
 
 def spaced_timesteps(
-    schedule: Schedule, num_steps: int | None = None, spacing: str = "linspace", last: int | None = None
+    schedule: Schedule, num_steps: int | None = None, spacing: str = "linspace", last: int | None = None, first: int = 0
 ) -> np.ndarray:
-    """`num_steps` of the timesteps 0..last, descending: the order of sampling.
+    """`num_steps` of the timesteps first..last, descending: the order of sampling.
 
     Args:
       schedule: T timesteps.
-      num_steps: how many; None: every one from `last` down to 0.
-      spacing: "linspace", evenly from last to 0;
-        "leading", multiples of the rounded-down distance, from 0 up;
+      num_steps: how many; None: every one.
+      spacing: "linspace", evenly from last to first;
+        "leading", multiples of the rounded-down distance, from first up;
         "trailing", the rounded distance, from last down;
         "quadratic", evenly in sqrt(t) (DDIM, appendix D.2);
         "logsnr", evenly in log-SNR, or "karras", evenly in (s / a)^(1/7) (Karras et al. 2022, eq. 5): the timesteps
         nearest to those levels, none twice.
       last: the timestep to start from; None: T - 1.
+      first: the lowest.
 
     Raises:
       ValueError: an unknown spacing, more steps than timesteps, or a `last` outside 0..T-1.
@@ -91,24 +92,25 @@ def spaced_timesteps(
     last = T - 1 if last is None else last
     if not 0 <= last < T:
         raise ValueError(f"the timestep to start from is {last}; accepted: 0 to {T - 1}")
-    num_steps = last + 1 if num_steps is None else num_steps
-    if not 1 <= num_steps <= last + 1:
-        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {last + 1}, the timesteps there are")
+    there = last - first + 1
+    num_steps = there if num_steps is None else num_steps
+    if not 1 <= num_steps <= there:
+        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {there}, the timesteps there are")
     if num_steps == 1:
         return np.array([last], np.int32)
     if spacing == "leading":
-        return (np.arange(num_steps) * ((last + 1) // num_steps))[::-1].astype(np.int32)
+        return (first + np.arange(num_steps) * (there // num_steps))[::-1].astype(np.int32)
     if spacing == "trailing":
-        return (np.round(np.arange(num_steps, 0, -1) * ((last + 1) / num_steps)) - 1).astype(np.int32)
+        return (first + np.round(np.arange(num_steps, 0, -1) * (there / num_steps)) - 1).astype(np.int32)
     if spacing == "linspace":
-        return np.round(np.linspace(last, 0, num_steps)).astype(np.int32)
+        return np.round(np.linspace(last, first, num_steps)).astype(np.int32)
     if spacing == "quadratic":
-        wanted = np.linspace(0, math.sqrt(last), num_steps) ** 2
+        wanted = np.linspace(math.sqrt(first), math.sqrt(last), num_steps) ** 2
     else:
         log_abar = log_alphas_cumprod(schedule)[: last + 1]
         finite = log_abar[np.isfinite(log_abar)]
         log_sigma = 0.5 * (np.log(-np.expm1(finite)) - finite)
-        low, high = log_sigma[0], log_sigma[-1]
+        low, high = log_sigma[first], log_sigma[-1]
         levels = np.linspace(low, high, num_steps)
         if spacing == "karras":
             levels = 7 * np.log(np.linspace(np.exp(low / 7), np.exp(high / 7), num_steps))
@@ -116,7 +118,7 @@ def spaced_timesteps(
         wanted[-1] = last
     # Rounded, and moved apart where two meet: first upwards, then down from the last.
     steps = np.arange(num_steps)
-    ascending = np.maximum.accumulate(np.round(wanted) - steps) + steps
+    ascending = np.maximum.accumulate(np.maximum(np.round(wanted), first) - steps) + steps
     ascending = np.minimum(ascending, last - steps[::-1])
     return ascending[::-1].astype(np.int32)
 
@@ -225,7 +227,8 @@ def ddim(levels: Levels, eta: float = 0.0) -> SamplerTable:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; accepted: 0 to 1")
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
-    variance = (eta * s_next / s) ** 2 * -np.expm1(-np.diff(levels.log_abar))
+    share = -np.expm1(-np.diff(levels.log_abar)) if eta else np.zeros(len(s))  # upwards it means nothing
+    variance = (eta * s_next / s) ** 2 * share
     eps = np.sqrt(np.maximum(s_next**2 - variance, 0.0))
     return _table(levels, _factors(len(a), {D: a_next - eps * a / s, X: eps / s}), noise_variance=variance)
 
@@ -337,6 +340,10 @@ def _unipc_step(
     return point
 
 
+# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR.
+DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace"} | dict.fromkeys(
+    ("dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"), "logsnr"
+)
 SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -383,6 +390,8 @@ def ddim_inverse(levels: Levels) -> SamplerTable:
     """DDIM's steps backwards, from the image as the last called level's x to the noise of the first (Song et al. 2021,
     section 5.4): S timesteps are S - 1 calls."""
     called = slice(None, -1) if levels.to_clean else slice(None)
+    if len(levels.t[called]) < 2:
+        raise ValueError("encoding needs 2 timesteps or more")
     upwards = Levels(levels.t[called][::-1], levels.log_abar[called][::-1])
     return ddim(upwards)
 

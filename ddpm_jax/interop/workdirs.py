@@ -42,7 +42,7 @@ def import_weights(source: str, path: str | Path) -> Path:
         config, params = diffusers.read(diffusers.locate(source))
         dataset, step = _description(source, config, params), 0
     with new_folder(path, "--workdir") as temporary:
-        workdir.record(temporary, config, dataset)
+        workdir.record(temporary, config, {**dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
         optimizer, history = config_lib.make_optimizer(config), config_lib.history_timesteps(config)
         params = jax.tree.map(jnp.asarray, params)

@@ -316,12 +316,12 @@ class _Training:
             grid, snapshots = self._generate(
                 state,
                 sample.num_images,
-                num_snapshots=_NUM_SNAPSHOTS,
+                num_snapshots=min(_NUM_SNAPSHOTS, config_lib.sampling_calls(self.config, self.schedule) + 1),
                 progress=bar.update,
             )
         if self.is_main and snapshots is not None:
             images.save(self.folder / "samples" / "final.png", images.grid(grid))
-            stages = snapshots[:, :_STRIP_IMAGES].swapaxes(0, 1)
+            stages = snapshots[:, : min(_STRIP_IMAGES, sample.num_images)].swapaxes(0, 1)
             strip = images.grid(stages.reshape(-1, *stages.shape[2:]), columns=len(snapshots))
             images.save(self.folder / "samples" / "denoising.png", strip)
 

@@ -17,9 +17,9 @@ class Images:
         return {"image": self.images[index], "label": 0}
 
 
-@pytest.mark.parametrize("block", [7, 4096])
+@pytest.mark.parametrize("block", [7 * 60, 1 << 20])
 def test_nearest_by_brute_force(monkeypatch, block):
-    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    monkeypatch.setattr(neighbours, "_BLOCK_BYTES", block)
     rng = np.random.default_rng(0)
     images, pictures = rng.integers(0, 256, (60, 5, 4, 3), np.uint8), rng.integers(0, 256, (6, 5, 4, 3), np.uint8)
     pictures[2] = images[41]

@@ -177,6 +177,14 @@ def test_images_that_part_at_t_have_the_posterior_s_spread(model, t):
     assert spread / V == pytest.approx(1 - kept(t), rel=0.15)
 
 
+def test_no_image_has_the_noise_of_the_shared_start_again(model):
+    """Given x_t, each x_0 is a draw of its own: correlated with x_t by what x_t says of x_0, all alike."""
+    t, shape = 500, (6, 48, 48, 1)
+    x = np.asarray(editing.coarse_to_fine(LINEAR, model, KEY, shape, t, **{**QUICK, "num_steps": 200}), np.float64)
+    together = np.corrcoef(x.reshape(6, -1))[np.triu_indices(6, 1)]
+    assert np.abs(together - kept(t)).max() < 5 / np.sqrt(48 * 48) + 0.03
+
+
 def test_images_that_part_at_once_share_their_start(model):
     x = editing.coarse_to_fine(LINEAR, model, KEY, (4, 32, 32, 1), 999, num_steps=20, sampler="ddim", clip=False)
     np.testing.assert_allclose(x, jnp.broadcast_to(x[:1], x.shape), atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 from ddpm_jax.diffusion.gaussian import p_sample
 from ddpm_jax.diffusion.samplers import plan, sample
 from ddpm_jax.diffusion.schedules import extract, make_betas, make_schedule
-from ddpm_jax.diffusion.tables import SAMPLERS, make_table, spaced_timesteps, with_resampling
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS, make_table, spaced_timesteps, with_resampling
 
 T = 1000
 LINEAR = make_schedule("linear", T)
@@ -101,7 +101,8 @@ def test_sample_runs_the_table(measure, options, variance):
     options = {"num_steps": None if "timesteps" in options or "t_end" in options else 12, **options}
     model = with_interpolation if variance == "learned" else toy_model
     got = sample(schedule, model, key, SHAPE, variance=variance, **options)
-    levels = plan(schedule, **{name: options[name] for name in PLANNED if name in options})
+    planned = {"spacing": DEFAULT_SPACING[options["sampler"]]} | {k: options[k] for k in PLANNED if k in options}
+    levels = plan(schedule, **planned)
     table = make_table(
         options["sampler"], levels, variance=variance, eta=options.get("eta"), order=options.get("order")
     )
@@ -325,8 +326,19 @@ def test_stopping_on_the_way_and_going_on():
 def test_plan():
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3).t, [999, 500, 0, -1])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399).t, [999, 799, 599, 399])
-    np.testing.assert_array_equal(plan(LINEAR, num_steps=5, spacing="leading", t_end=399).t, [800, 600, 400, 399])
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=3, spacing="leading", t_end=399).t, [999, 799, 599, 399])
     np.testing.assert_array_equal(plan(LINEAR, timesteps=[7, 3]).t, [7, 3, -1])
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_plans_start_and_end_where_they_shall(spacing):
+    """At the timestep of x_t, whatever the spacing; and with num_steps calls before t_end."""
+    for t_start in (999, 300, 4):
+        levels = plan(LINEAR, num_steps=4, spacing=spacing, t_start=t_start)
+        assert (levels.t[0], len(levels.t), levels.t[-1]) == (t_start, 5, -1)
+        levels = plan(LINEAR, num_steps=3, spacing=spacing, t_start=t_start, t_end=1)
+        assert (levels.t[0], len(levels.t), levels.t[-1]) == (t_start, 4, 1)
+        assert np.all(np.diff(levels.t) < 0)
 
 
 def test_known_pixels_are_put_in_place():
@@ -355,7 +367,8 @@ def test_progress_comes_from_inside_the_scan():
     options = {"num_steps": 250, "progress": lambda *position: told.append(position)}
     first = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, **options)
     assert sorted(told) == [(done, 250) for done in [*range(3, 250, 3), 250]]
-    np.testing.assert_array_equal(first, sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_steps=250))
+    silent = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_steps=250)
+    np.testing.assert_allclose(first, silent, atol=2e-6)
 
 
 def test_clip_bounds_the_result():
@@ -420,6 +433,8 @@ def test_one_timestep():
         ({"num_snapshots": 1}, "num_snapshots is 1; accepted: 0, or 2 to 1001"),
         ({"num_snapshots": 5, "num_steps": 2}, "num_snapshots is 5; accepted: 0, or 2 to 3"),
         ({"num_snapshots": 3, "num_steps": 2, "snapshots_of": "x_0"}, "num_snapshots is 3; accepted: 0, or 2 to 2"),
+        ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0 to 1, or None"),
+        ({"timesteps": []}, r"the timesteps are \[\]; accepted: descending"),
         ({"snapshots_of": "eps"}, "snapshots_of is 'eps'; accepted: x, x_0"),
         ({"timesteps": [5, 3], "num_steps": 3}, "timesteps take the place of num_steps and t_start"),
         ({"t_end": 999}, "t_end is 999; accepted: 0 to 998"),

@@ -1,5 +1,6 @@
 """The samplers' coefficients, in float64, against their papers' algorithms written as loops, and by their orders."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -348,6 +349,8 @@ def test_pure_noise_at_the_start_gives_finite_tables(sampler):
     table = make_table(sampler, Levels.of(schedule, spaced_timesteps(schedule, 10)))
     for column in (table.next, table.kept, table.a, table.s, table.noise_scale, table.noise_variance):
         assert np.all(np.isfinite(column))
+    for column in dataclasses.astuple(ddim_inverse(Levels.of(schedule, spaced_timesteps(schedule, 10)))):
+        assert np.all(np.isfinite(column))
     rng = np.random.default_rng(0)
     x = replay(table, rng.standard_normal(4000), mixture, lambda i: rng.standard_normal(4000))[-1]
     assert abs(x.mean() - 0.1) < 0.05
@@ -410,6 +413,7 @@ def test_resampling_keeps_the_marginals():
         (lambda: Levels.of(LINEAR, [1000, 3]), "the timesteps are 1000 to 3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, -3]), "the timesteps are 10 to -3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, 5], 7), r"the timesteps are \[10, 5, 7\]; accepted: descending"),
+        (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs 2 timesteps or more"),
         (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("heun", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("ddpm", LEVELS), LEVELS, 0, 2), "jump and times are 0 and 2"),

@@ -1,0 +1,115 @@
+"""The FID network and the metrics against torch-fidelity's own, with the same random weights and the same features."""
+
+import importlib.util
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax.evaluation import inception, metrics
+from ddpm_jax.evaluation.metrics import Moments
+from ddpm_jax.interop import tensors
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install -e '.[peers]')")
+pytestmark = [pytest.mark.peers, pytest.mark.slow]
+
+
+def torch_fidelity(module):
+    """One of its modules."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
+    # Its data sets and further networks, which nothing here uses, want torchvision.
+    names = ("", ".datasets", ".models", ".transforms", ".transforms.functional")
+    with mock.patch.dict(sys.modules, {f"torchvision{name}": mock.MagicMock() for name in names}):
+        return importlib.import_module(f"torch_fidelity.{module}")
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Theirs with random weights that keep activations about 1, and ours with what its file holds."""
+    extractor = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    state = {}
+    empty = extractor.__new__(extractor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: None)
+        patch.setattr(extractor, "load_state_dict", lambda *_: None)
+        empty.__init__("x", ["2048", "logits_unbiased", "768"], feature_extractor_weights_path="none")
+    for name, value in empty.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = value
+        elif value.ndim > 1:
+            state[name] = torch.randn(value.shape) * (2.0 / np.prod(value.shape[1:])) ** 0.5
+        elif name.endswith(("running_var", "bn.weight")):
+            state[name] = torch.rand(value.shape) + 0.5
+        else:
+            state[name] = 0.1 * torch.randn(value.shape)
+    torch.save(state, path)
+    theirs = extractor("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+    return theirs, inception.params_of(path, tensors.read(path))
+
+
+@pytest.mark.parametrize("size", [32, 299, 400])
+def test_inception(measure, networks, size):
+    theirs, params = networks
+    images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), np.uint8)
+    apply = jax.jit(inception.InceptionV3().apply)
+    ours = [apply({"params": params}, images[i : i + 16]) for i in range(0, 64, 16)]
+    found = {name: np.concatenate([part[name] for part in ours]) for name in ours[0]}
+    with torch.no_grad():
+        expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2)))
+    for name, values in zip(("pool", "logits"), expected, strict=True):
+        values = values.numpy()
+        error = np.linalg.norm(found[name] - values) / np.linalg.norm(values - values.mean(0))
+        what = f"Inception's {name}, relative to their spread, 64 images of 32, 299, 400 pixels"
+        measure(what, "torch-fidelity", error, 1e-4, "relative")
+
+
+@pytest.fixture(scope="module")
+def features():
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((48, 48)) / 7
+    sizes = ((900, 0.1), (700, 0.2))
+    return [np.maximum(rng.standard_normal((n, 48)) @ mix + shift, 0).astype(np.float32) for n, shift in sizes]
+
+
+def test_frechet_distance(measure, features):
+    fid = torch_fidelity("metric_fid")
+    statistics = [fid.fid_features_to_statistics(torch.tensor(f)) for f in features]
+    expected = fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    found = metrics.frechet_distance(*map(Moments.of, features))
+    measure("Frechet distance of given features", "torch-fidelity", abs(found / expected - 1), 1e-6, "relative")
+
+
+def test_inception_score(measure, features):
+    isc = torch_fidelity("metric_isc")
+    expected = isc.isc_features_to_metric(torch.tensor(5 * features[0]), splits=7, shuffle=False)
+    found = metrics.inception_score(5 * features[0], splits=7)
+    for value, theirs in zip(found, expected.values(), strict=True):
+        measure("Inception score of given logits", "torch-fidelity", abs(value / theirs - 1), 1e-6, "relative")
+
+
+def test_squared_mmd(measure, features):
+    kid = torch_fidelity("metric_kid")
+    options = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
+    subsets = [f[:500].astype(np.float64) for f in features]
+    expected = kid.kernel_mmd(*subsets, kid_kernel_poly_coef0=1.0, **options)
+    found = metrics.squared_mmd(*subsets)
+    measure("KID of given features", "torch-fidelity", abs(found / expected - 1), 1e-6, "relative")
+
+
+def test_precision_recall(measure, features):
+    prc = torch_fidelity("metric_prc")
+    expected = prc.prc_features_to_metric(
+        *map(torch.tensor, reversed(features)),
+        prc_neighborhood=3,
+        prc_batch_size=1000,
+        save_cpu_ram=False,
+        verbose=False,
+    )
+    found = metrics.precision_recall(*features)
+    for value, name in zip(found, ("precision", "recall"), strict=True):
+        measure("precision and recall of given features", "torch-fidelity", abs(value - expected[name]), 1e-6)
