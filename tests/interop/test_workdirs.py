@@ -11,6 +11,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.interop import diffusers, workdirs
 from ddpm_jax.run import load
+from ddpm_jax.workdir import check_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,9 @@ def test_plain_safetensors_there_and_back(tmp_path, class_conditional):
     run = load(workdirs.import_weights(str(file), tmp_path / "run"))
     assert_same(run.params, params)
     assert run.config == config
-    assert (run.step, run.dataset) == (17, dataset)
+    assert (run.step, run.dataset) == (17, {**dataset, "imported": str(file)})
+    with pytest.raises(UserError, match="start another workdir from them with --init_from"):
+        check_dataset(tmp_path / "run", dataset)
     again = workdirs.export_weights(run, tmp_path / "again.safetensors")
     assert_same(load_file(again), load_file(file))
     with pytest.raises(UserError, match="is there already"):
