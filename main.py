@@ -163,7 +163,7 @@ def check_flags(mode: str) -> None:
         accepted, said = _LATENTS_FLAGS, f"{said} --latents"
     elif mode == "sample" and _IMAGES.value is not None:
         accepted, said = (accepted | _SHARD_FLAGS) - {"num_images", "output"}, f"{said} --images"
-    for name in set().union(*_FLAGS_OF.values(), _SHARD_FLAGS, _LATENTS_FLAGS) - accepted:
+    for name in sorted(set().union(*_FLAGS_OF.values(), _SHARD_FLAGS, _LATENTS_FLAGS) - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with {said}")
 

@@ -202,6 +202,34 @@ def test_gaussian_data(measure, gaussian_model, variance, num_steps, discretisat
     assert 0 < (var / v - 1) / discretisation < 1
 
 
+def test_gaussian_with_a_covariance(measure):
+    """Pairs of pixels of correlation 0.8, by the exact network: along both eigenvectors of the covariance the result's
+    variance follows the recursion of a single pixel."""
+    v, rho, n = 0.2, 0.8, 40_000
+    covariance = jnp.array([[v, rho * v], [rho * v, v]])
+
+    def model(x, t):
+        a, s = LINEAR.sqrt_alphas_cumprod[t[0]], LINEAR.sqrt_one_minus_alphas_cumprod[t[0]]
+        inverse = jnp.linalg.inv(a**2 * covariance + s**2 * jnp.eye(2))
+        return s * jnp.einsum("ij,bhjc->bhic", inverse, x)
+
+    x = np.asarray(sample(LINEAR, model, jax.random.key(6), (1, n, 2, 1), clip=False), np.float64)[0, :, :, 0]
+    along = []
+    for eigenvalue in (v * (1 + rho), v * (1 - rho)):
+        var = 1.0
+        for a, s, x_0_coef, x_coef, small, beta in zip(*coefficients(BETAS, spaced_timesteps(LINEAR)), strict=True):
+            gain = a * eigenvalue / (a**2 * eigenvalue + s**2)
+            var = (x_0_coef * gain + x_coef) ** 2 * var + (beta if small > 0 else 0.0)
+        assert abs(var / eigenvalue - 1) < 0.05
+        along.append(var)
+    expected = np.array([[along[0] + along[1], along[0] - along[1]], [along[0] - along[1], along[0] + along[1]]]) / 2
+    errors = np.sqrt((np.outer(np.diag(expected), np.diag(expected)) + expected**2) / n)
+    what, against = "pairs of correlated pixels, exact network, 1000 steps", "closed form of the result"
+    measure(f"{what}: covariance", against, (np.abs(np.cov(x.T) - expected) / errors).max(), 5, "standard errors")
+    errors = np.sqrt(np.diag(expected) / n)
+    measure(f"{what}: mean", against, (np.abs(x.mean(0)) / errors).max(), 5, "standard errors")
+
+
 @pytest.mark.parametrize("num_steps", [2, 5, 30])
 def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_steps):
     """For Gaussian data q(x_s | x_t) is Gaussian, of variance posterior + c^2 Var[x_0 | x_t]. A network that says so

@@ -19,9 +19,10 @@ def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None,
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     net = UNet(
         channels=8,
-        channel_multipliers=(1, 2),
+        channel_multipliers=(1,),
         num_res_blocks=1,
-        attention_resolutions=(4,),
+        attention_resolutions=(),
+        middle_attention=False,
         num_groups=4,
         dropout=0.2,
         **(net_options or {}),
