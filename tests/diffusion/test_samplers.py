@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import coefficients
 
 from ddpm_jax.diffusion.gaussian import p_sample
 from ddpm_jax.diffusion.samplers import plan, sample
@@ -11,24 +12,6 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS, make_
 T = 1000
 LINEAR = make_schedule("linear", T)
 BETAS = make_betas("linear", T)
-
-
-def coefficients(betas, timesteps):
-    """For a descending sub-sequence of timesteps, in float64: a, s, x_0's factor, x's factor, posterior variance, beta.
-
-    The sub-sequence is a diffusion of its own, with the betas that give it the same abar (Improved DDPM, section 4).
-    """
-    abar = np.cumprod(1 - np.asarray(betas, np.float64))[np.asarray(timesteps)]
-    previous = np.append(abar[1:], 1.0)
-    beta = 1 - abar / previous
-    return (
-        np.sqrt(abar),
-        np.sqrt(1 - abar),
-        beta * np.sqrt(previous) / (1 - abar),
-        (1 - previous) * np.sqrt(1 - beta) / (1 - abar),
-        beta * (1 - previous) / (1 - abar),
-        beta,
-    )
 
 
 @jax.jit

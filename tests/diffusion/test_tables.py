@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from references import coefficients
 
 from ddpm_jax.diffusion import tables
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule
@@ -100,24 +101,6 @@ def test_noise_levels_of_a_schedule_that_ends_in_pure_noise():
 
 
 # Ancestral sampling.
-
-
-def coefficients(betas, timesteps):
-    """For a descending sub-sequence of timesteps, in float64: a, s, x_0's factor, x's factor, posterior variance, beta.
-
-    The sub-sequence is a diffusion of its own, with the betas that give it the same abar (Improved DDPM, section 4).
-    """
-    abar = np.cumprod(1 - np.asarray(betas, np.float64))[np.asarray(timesteps)]
-    previous = np.append(abar[1:], 1.0)
-    beta = 1 - abar / previous
-    return (
-        np.sqrt(abar),
-        np.sqrt(1 - abar),
-        beta * np.sqrt(previous) / (1 - abar),
-        (1 - previous) * np.sqrt(1 - beta) / (1 - abar),
-        beta * (1 - previous) / (1 - abar),
-        beta,
-    )
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
