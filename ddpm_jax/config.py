@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ddpm_jax.data.sources import SOURCES
 from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
+from ddpm_jax.diffusion.samplers import plan_table
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.errors import UserError, first_line, nearest
 from ddpm_jax.models.unet import UNet
@@ -334,12 +335,8 @@ def check_guidance(
 def sampling_calls(config: ConfigDict, schedule: Schedule) -> int:
     """How often sampling calls the network; ValueError for sampler options that do not go together."""
     options = sampling_options(config)
-    spacing = options["spacing"] or tables.DEFAULT_SPACING[options["sampler"]]
-    levels = tables.Levels.of(schedule, tables.spaced_timesteps(schedule, options["num_steps"], spacing))
-    table = tables.make_table(
-        options["sampler"], levels, variance=options["variance"], eta=options["eta"], order=options["order"]
-    )
-    return len(table.t)
+    names = ("sampler", "num_steps", "spacing", "variance", "eta", "order")
+    return len(plan_table(schedule, **{name: options[name] for name in names}).t)
 
 
 def _check_pure_noise(config: ConfigDict, schedule: Schedule) -> None:

@@ -1,6 +1,7 @@
 """Images from trained weights, in batches over all devices: what training, `Run` and the command line share."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ddpm_jax import images, parallel
 from ddpm_jax.diffusion import guidance
-from ddpm_jax.diffusion.samplers import sample
+from ddpm_jax.diffusion.samplers import Progress, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
@@ -64,7 +65,7 @@ def generate(
     guidance_rescale: float = 0.0,
     guidance_interval: Sequence[int] = (),
     num_snapshots: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     **sampling_options: Any,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples images of a seed by their numbers; image i depends on (seed, i) and the settings alone.
@@ -80,7 +81,7 @@ def generate(
         turn.
       guidance_scale, guidance_rescale, guidance_interval: see `guided`.
       num_snapshots: how many stages of the denoising to return of the first batch; see `sample`.
-      progress: told (network calls done, calls in all); of several processes (batches done, batches in all).
+      progress: told (network calls done, calls in all).
       sampling_options: of `sample`.
 
     Returns:
@@ -109,15 +110,13 @@ def generate(
             make_keys(chosen),
             (batch_size, *shape),
             num_snapshots=num_snapshots if batch == 0 else 0,
-            progress=_part(progress, batch, batches),
+            progress=progress and partial(_report, progress, batch, batches),
             **sampling_options,
         )
         if num_snapshots and batch == 0:
             result, stages = result
             snapshots = images.to_uint8(to_host(stages))
         done.append(images.to_uint8(to_host(result)))
-        if progress and jax.process_count() > 1:
-            progress(batch + 1, batches)
     return np.concatenate(done)[: len(numbers)], snapshots
 
 
@@ -132,12 +131,9 @@ def divided(mesh: Mesh, function: Callable[..., Any] = lambda values: values) ->
     return jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
 
 
-def _part(progress: Callable[[int, int], None] | None, batch: int, batches: int) -> Callable[[int, int], None] | None:
+def _report(progress: Progress, batch: int, batches: int, done: int, calls: int) -> None:
     """What one of several equal batches tells of its own calls, told of all."""
-    # One process of several must not run another program than the rest.
-    if progress is None or jax.process_count() > 1:
-        return None
-    return lambda done, calls: progress(batch * calls + done, batches * calls)
+    progress(batch * calls + done, batches * calls)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

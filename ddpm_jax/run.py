@@ -16,15 +16,14 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.samplers import plan, sample
+from ddpm_jax.diffusion.samplers import Progress, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
-from ddpm_jax.diffusion.tables import DEFAULT_SPACING, make_table
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.errors import UserError
 from ddpm_jax.generate import divided, generate, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
 
-Progress = Callable[[int, int], None]
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")
 
 
@@ -247,12 +246,10 @@ class Run:
     def calls(self, **options: Any) -> int:
         """How often `sample` calls the network for an image, with these of its options."""
         options = self._options({name: value for name, value in options.items() if name != "labels"})
-        planned = {name: options.get(name) for name in ("num_steps", "timesteps")}
-        spacing = options["spacing"] or DEFAULT_SPACING.get(options["sampler"], "linspace")
+        names = ("num_steps", "timesteps", "spacing", "variance", "eta", "order")
+        planned = {name: options[name] for name in names if options.get(name) is not None}
         try:
-            levels = plan(self.schedule, spacing=spacing, **planned)
-            taken = {name: options[name] for name in ("variance", "eta", "order")}
-            return len(make_table(options["sampler"], levels, **taken).t)
+            return len(plan_table(self.schedule, options["sampler"], **planned).t)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -356,7 +353,6 @@ class Run:
         if not len(labels) and guidance["guidance_scale"] != 1.0:
             raise UserError("guidance needs the classes that it goes towards; name them")
         chosen = labels_of(self.net, range(num_images), labels) if len(labels) else None
-        progress = progress if jax.process_count() == 1 else None  # all processes run the same program
         try:
             model_fn = make_model_fn(self.net, self.params, chosen, **guidance)
             return images.to_uint8(to_host(function(self.schedule, model_fn, progress=progress, **options)))

@@ -1,7 +1,7 @@
 """Sampling: one `lax.scan` over a table of coefficients; `tables.py` says what a method is."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,10 @@ from ddpm_jax.diffusion.tables import (
     with_resampling,
 )
 
+Progress = Callable[[int, int], None]
+
 SNAPSHOTS = ("x", "x_0")
-_REPORTS = 100  # a run of a table tells its progress at most so many times
+_PORTION = 10  # network calls of one call of the compiled program
 
 
 def plan(
@@ -77,6 +79,35 @@ def plan(
     return Levels.of(schedule, spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)[:-1], t_end)
 
 
+def plan_table(
+    schedule: Schedule,
+    sampler: str,
+    *,
+    spacing: str | None = None,
+    resampling: tuple[int, int] | None = None,
+    variance: str = "fixed_large",
+    eta: float | None = None,
+    order: int | None = None,
+    **steps: Any,
+) -> SamplerTable:
+    """The table of a sampling run, a row a network call.
+
+    Args:
+      schedule: T timesteps.
+      sampler, variance, eta, order: see `make_table`.
+      spacing: None: as suits the sampler.
+      resampling: see `with_resampling`; None: none.
+      steps: num_steps, timesteps, t_start and t_end of `plan`.
+
+    Raises:
+      ValueError: an unknown option, or options that do not go together.
+    """
+    check_option("sampler", sampler, tuple(SAMPLERS))
+    levels = plan(schedule, spacing=DEFAULT_SPACING[sampler] if spacing is None else spacing, **steps)
+    table = make_table(sampler, levels, variance=variance, eta=eta, order=order)
+    return table if resampling is None else with_resampling(table, levels, *resampling)
+
+
 def sample(
     schedule: Schedule,
     model_fn: ModelFn,
@@ -100,12 +131,12 @@ def sample(
     dynamic_threshold: float | None = None,
     num_snapshots: int = 0,
     snapshots_of: str = "x",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Images from noise, or from an image that carries noise, by one jit-compiled `lax.scan`.
 
-    The noise of example i depends on its own key alone, not on the size of the batch. Values of eta, order, spacing,
-    timesteps, t_start, variance and schedule compile nothing anew while the number of calls is the same.
+    The noise of example i depends on its own key alone, not on the size of the batch. Another sampler, eta, order,
+    spacing, number of steps, fixed variance or schedule compiles nothing anew.
 
     Args:
       schedule: T timesteps; its arrays must be concrete, since the steps are planned outside of jit.
@@ -129,7 +160,7 @@ def sample(
         variance, and a learned one is left aside.
       num_snapshots: how many images on the way to return as well.
       snapshots_of: "x", or "x_0" for what the network took it for.
-      progress: told (calls done, calls) about a hundred times, from inside the scan.
+      progress: told (calls done, calls) every ten calls or so.
 
     Returns:
       x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
@@ -140,7 +171,6 @@ def sample(
       ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
         timestep of pure noise.
     """
-    check_option("sampler", sampler, tuple(SAMPLERS))
     check_option("prediction", prediction, PREDICTIONS)
     check_option("snapshots_of", snapshots_of, SNAPSHOTS)
     shape = tuple(shape)
@@ -150,11 +180,19 @@ def sample(
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
     if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
         raise ValueError(f"dynamic_threshold is {dynamic_threshold}; accepted: above 0 to 1, or None")
-    spacing = DEFAULT_SPACING[sampler] if spacing is None else spacing
-    levels = plan(schedule, num_steps=num_steps, spacing=spacing, timesteps=timesteps, t_start=t_start, t_end=t_end)
-    table = make_table(sampler, levels, variance=variance, eta=eta, order=order)
-    if resampling is not None:
-        table = with_resampling(table, levels, *resampling)
+    table = plan_table(
+        schedule,
+        sampler,
+        num_steps=num_steps,
+        spacing=spacing,
+        timesteps=timesteps,
+        t_start=t_start,
+        t_end=t_end,
+        variance=variance,
+        eta=eta,
+        order=order,
+        resampling=resampling,
+    )
     if known is not None and t_end is not None:
         raise ValueError("known pixels need sampling to the clean image; leave t_end out")
     most = len(table.t) + (snapshots_of == "x")
@@ -191,77 +229,114 @@ def run_table(
     dynamic_threshold: float | None = None,
     num_snapshots: int = 0,
     snapshots_of: str = "x",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Any:
-    """Runs any table; the arguments are those of `sample`."""
+    """Runs any table; the arguments are those of `sample`.
+
+    The rows go through the compiled scan in portions of one length, the last one filled up with rows that are skipped:
+    so one program serves every number of steps, and the host learns how far it is without a callback inside of it.
+    Within an outer jit the whole table is one portion.
+    """
     if prediction == "eps" and np.any(table.a == 0):
         raise ValueError("prediction 'eps' says nothing about x_0 at a timestep of pure noise; accepted there: x_0, v")
-    table = jax.tree.map(lambda c: c if c.dtype == np.int32 else np.asarray(c, np.float32), table)
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
-    with _listening(progress, len(table.t)):
-        result = _run_table(
-            as_argument(model_fn),
-            table,
+    model_fn, calls = as_argument(model_fn), len(table.t)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model_fn, key, x_t, known)))
+    length = calls if traced else _PORTION
+    rows = _Rows.of(table, num_snapshots, snapshots_of)
+    carry, before = _start(key, x_t, shape, num_snapshots), None
+    for first in range(0, calls, length):
+        portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
+        carry, done = _scan(
+            model_fn,
+            _filled(portion, length),
             key,
-            x_t,
+            carry,
             known,
-            shape,
-            prediction,
-            variance == "learned",
-            clip,
-            dynamic_threshold,
-            num_snapshots,
-            snapshots_of,
-            progress is not None,
+            prediction=prediction,
+            learned=variance == "learned",
+            clip=clip,
+            dynamic_threshold=dynamic_threshold,
+            snapshots_of=snapshots_of,
         )
-        return jax.block_until_ready(result) if progress else result
+        if progress and not traced:
+            # Of the portion before, so that the device has the next one while this waits.
+            if before is not None:
+                progress(int(before), calls)
+            before = done
+    if progress and before is not None:
+        progress(int(before), calls)
+    x, _, _, snapshots = carry
+    if known is not None:
+        x = jnp.where(known[1], known[0], x)
+    return (x, snapshots) if num_snapshots else x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What the scan runs over: the table as float32, and for every row its number from 1, the snapshot it may be, and
+    whether it is one."""
+
+    table: SamplerTable
+    number: np.ndarray
+    slot: np.ndarray
+    is_row: np.ndarray
+
+    @classmethod
+    def of(cls, table: SamplerTable, num_snapshots: int, snapshots_of: str) -> "_Rows":
+        table = jax.tree.map(lambda c: c if c.dtype == np.int32 else np.asarray(c, np.float32), table)
+        calls = len(table.t)
+        number = np.arange(1, calls + 1, dtype=np.int32)
+        # Each slot is overwritten until its time has passed, so that not every image need be kept.
+        if snapshots_of == "x":
+            slot = -(-number * (num_snapshots - 1) // calls)
+        else:
+            slot = -(-number * num_snapshots // calls) - 1
+        return cls(table, number, slot, np.ones(calls, bool))
+
+
+def _filled(rows: _Rows, length: int) -> _Rows:
+    """The rows with others at the end that are none."""
+
+    def fill(column: np.ndarray) -> np.ndarray:
+        return np.pad(column, [(0, length - len(column))] + [(0, 0)] * (column.ndim - 1))
+
+    return jax.tree.map(fill, rows)
+
+
+def _noise(keys: Array, shape: tuple[int, ...], *purpose: int | Array) -> Array:
+    def fold(key: Array) -> Array:
+        for number in purpose:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    return normal(jax.vmap(fold)(keys), shape)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _start(keys, x_t, shape, num_snapshots):
+    """x, the kept image, the predictions of x_0 before, and the snapshots."""
+    x = _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
+    snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
+    return x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots
 
 
 @partial(
     jax.jit,
-    static_argnames=(
-        "shape",
-        "prediction",
-        "learned",
-        "clip",
-        "dynamic_threshold",
-        "num_snapshots",
-        "snapshots_of",
-        "reports",
-    ),
+    static_argnames=("prediction", "learned", "clip", "dynamic_threshold", "snapshots_of"),
+    donate_argnames="carry",
 )
-def _run_table(
-    model_fn,
-    table,
-    keys,
-    x_t,
-    known,
-    shape,
-    prediction,
-    learned,
-    clip,
-    dynamic_threshold,
-    num_snapshots,
-    snapshots_of,
-    reports,
-):
-    calls = table.t.shape[0]
+def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dynamic_threshold, snapshots_of):
+    shape = carry[0].shape
 
-    def noise(index, *purpose):
-        def draw(key):
-            for number in (index, *purpose):
-                key = jax.random.fold_in(key, number)
-            return key
-
-        return normal(jax.vmap(draw)(keys), shape)
-
-    def row(carry, row_and_index):
+    def call(carry, row):
         x, kept, past, snapshots = carry
-        row, index = row_and_index
+        row, number, slot = row.table, row.number, row.slot
         if known is not None:
             image, mask = known
-            x = jnp.where(mask, row.a * image + row.s * noise(index + 1, 1), x)
+            x = jnp.where(mask, row.a * image + row.s * _noise(keys, shape, number, 1), x)
         t = jnp.full(shape[:1], row.t)
         output, interpolation = split_output(model_fn(x, t), "learned" if learned else "fixed_large")
         x_0 = clip_x_0(to_x_0(prediction, output, x, row.a, row.s), clip, dynamic_threshold)
@@ -270,50 +345,14 @@ def _run_table(
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)
         images = (x, kept, x_0, *past)
         x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
-        # index + 1, since 0 drew the start.
-        x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * noise(index + 1)
-        if num_snapshots:
-            # Each slot is overwritten until its time has passed, so that not every image need be kept.
-            if snapshots_of == "x":
-                slot = ((index + 1) * (num_snapshots - 1) + calls - 1) // calls
-            else:
-                slot = ((index + 1) * num_snapshots + calls - 1) // calls - 1
+        # Numbers are from 1, since 0 drew the start.
+        x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * _noise(keys, shape, number)
+        if snapshots is not None:
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
-        if reports:
-            every = -(-calls // _REPORTS)
-            due = ((index + 1) % every == 0) | (index + 1 == calls)
-            jax.lax.cond(due, lambda: jax.debug.callback(_report, index + 1), lambda: None)
-        return (x, kept, (x_0, *past[:-1]), snapshots), None
+        return x, kept, (x_0, *past[:-1]), snapshots
 
-    x = noise(0) if x_t is None else x_t.astype(jnp.float32)
-    snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
-    zero = jnp.zeros_like(x)
-    start = (x, zero, (zero, zero, zero), snapshots)
-    (x, _, _, snapshots), _ = jax.lax.scan(row, start, (table, jnp.arange(calls)))
-    if known is not None:
-        x = jnp.where(known[1], known[0], x)
-    return (x, snapshots) if num_snapshots else x
+    def step(carry, row):
+        return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None
 
-
-# Who is told how far the running table is. The compiled program calls one function for all, so that it need not be
-# compiled for each listener.
-_listeners: list[Callable[[int], None]] = []
-
-
-def _report(done: Any) -> None:
-    for listener in _listeners:
-        listener(int(done))
-
-
-@contextmanager
-def _listening(progress: Callable[[int, int], None] | None, calls: int) -> Iterator[None]:
-    if progress is None:
-        yield
-        return
-    listener = lambda done: progress(done, calls)  # noqa: E731
-    _listeners.append(listener)
-    try:
-        yield
-        jax.effects_barrier()
-    finally:
-        _listeners.remove(listener)
+    carry, _ = jax.lax.scan(step, carry, rows)
+    return carry, jnp.max(rows.number)
