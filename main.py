@@ -18,12 +18,17 @@ Make a workdir of other people's weights, or a folder for diffusers of a workdir
   python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    from ddpm_jax.commands.job import Job
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
@@ -113,6 +118,11 @@ _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several hosts: how many processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several hosts: which of them this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: learn all that from the TPU pod or from Slurm.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs for the next start; by default one in the user's cache; off: none.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -126,118 +136,90 @@ def main(argv: list[str]) -> None:
 
     try:
         parallel.keep_freed_memory()
+        parallel.keep_compiled_programs(_COMPILATION_CACHE.value)
         parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
         run_mode(_MODE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-# Which flags mean something in which mode; any other is refused.
-_WEIGHT_FLAGS = {"step", "ema_decay", "raw"}
-_SAMPLING_FLAGS = _WEIGHT_FLAGS | {"seed", "out", "classes", "guidance_interval", *_OPTIONS}
-_LATENTS_FLAGS = _WEIGHT_FLAGS | {"out", "input", "weights", "latents", "num_steps", "spacing"}
-_SHARD_FLAGS = {"images", "shard_size", "part"}
-_FLAGS_OF = {
-    "train": {"config", "init_from"},
-    "sample": _SAMPLING_FLAGS | {"timesteps", "num_images", "batch_size", "output"},
-    "interpolate": _SAMPLING_FLAGS | {"input", "t", "weights"},
-    "vary": _SAMPLING_FLAGS | {"input", "t", "num_images", "batch_size"},
-    "denoise": _SAMPLING_FLAGS | {"input", "t", "batch_size"},
-    "inpaint": _SAMPLING_FLAGS | {"input", "mask", "jump", "times", "num_images", "batch_size"},
-    "progressive": _SAMPLING_FLAGS | {"timesteps", "num_images", "num_stages", "of"},
-    "coarse_to_fine": _SAMPLING_FLAGS | {"t", "num_images"},
-    "neighbours": _SAMPLING_FLAGS | {"timesteps", "num_images", "num_neighbours"},
-    "evaluate": (_SAMPLING_FLAGS - {"out"})
-    | {"timesteps", "num_images", "batch_size", "features", "against", "generated"},
-    "import": {"source"},
-    "export": _WEIGHT_FLAGS | {"out"},
+# What a mode's function has no use for among the flags of a job.
+_WITHOUT = {
+    "interpolate": {"timesteps"},
+    "interpolate_latents": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"} - {"num_steps", "spacing"},
+    "vary": {"timesteps"},
+    "denoise": {"timesteps"},
+    "inpaint": {"timesteps"},
+    "coarse_to_fine": {"timesteps"},
+    "evaluate": {"out"},
+    "export_weights": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"},
 }
 
 
-def check_flags(mode: str) -> None:
-    """UserError for a flag that would do nothing."""
+def run_mode(mode: str) -> None:
+    """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
+    from ddpm_jax.commands import editing, evaluation, sampling, weights
     from ddpm_jax.errors import UserError
 
-    accepted, said = _FLAGS_OF[mode], f"--mode={mode}"
-    if mode == "interpolate" and _LATENTS.value:
-        accepted, said = _LATENTS_FLAGS, f"{said} --latents"
-    elif mode == "sample" and _IMAGES.value is not None:
-        accepted, said = (accepted | _SHARD_FLAGS) - {"num_images", "output"}, f"{said} --images"
-    for name in sorted(set().union(*_FLAGS_OF.values(), _SHARD_FLAGS, _LATENTS_FLAGS) - accepted):
+    functions: dict[str, Callable[..., Any]] = {
+        "train": train,
+        "sample": sampling.sample if _IMAGES.value is None else sampling.sample_shards,
+        "interpolate": editing.interpolate_latents if _LATENTS.value else editing.interpolate,
+        "vary": editing.vary,
+        "denoise": editing.denoise,
+        "inpaint": editing.inpaint,
+        "progressive": sampling.progressive,
+        "coarse_to_fine": editing.coarse_to_fine,
+        "neighbours": sampling.neighbours,
+        "evaluate": evaluation.evaluate,
+        "import": weights.import_weights,
+        "export": weights.export_weights,
+    }
+    accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
+    variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
+    every: list[Callable[..., Any]] = [
+        *functions.values(),
+        sampling.sample,
+        sampling.sample_shards,
+        editing.interpolate,
+    ]
+    known = {"latents"}.union(*(_flags_of(function) for function in every))
+    for name in sorted(known - accepted):
         if FLAGS[name].present:
-            raise UserError(f"--{name} does nothing with {said}")
+            raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
+    arguments = {
+        name: make_job() if name == "job" else FLAGS[name].value
+        for name in inspect.signature(functions[mode]).parameters
+    }
+    functions[mode](**arguments)
 
 
-def run_mode(mode: str) -> None:
-    from ddpm_jax import command_line
+def _flags_of(function: Callable[..., Any]) -> set[str]:
+    names = set(inspect.signature(function).parameters)
+    if "job" in names:
+        names |= {"step", "ema_decay", "raw", "seed", "out", "classes", "guidance_interval", "timesteps", *_OPTIONS}
+    return names - {"job", "workdir"} - _WITHOUT.get(function.__name__, set())
+
+
+def make_job() -> "Job":
+    from ddpm_jax.commands.job import Job, parse_numbers
     from ddpm_jax.run import load
 
-    check_flags(mode)
-    path, numbers = _WORKDIR.value, command_line.parse_numbers
-    if mode == "train":
-        train()
-        return
-    if mode == "import":
-        command_line.import_weights(_SOURCE.value, path)
-        return
-    run = load(path, _STEP.value, _EMA_DECAY.value, _RAW.value)
-    if mode == "export":
-        command_line.export_weights(run, _OUT.value)
-        return
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
-    if _TIMESTEPS.value is not None:
-        options["timesteps"] = numbers("timesteps", _TIMESTEPS.value)
-    if _GUIDANCE_INTERVAL.value is not None:
-        options["guidance_interval"] = numbers("guidance_interval", _GUIDANCE_INTERVAL.value)
-    if _CLASSES.value and mode != "sample":
-        options["labels"] = numbers("classes", _CLASSES.value)
-    common: dict[str, Any] = {"seed": _SEED.value, "out": _OUT.value, "options": options}
-    many: dict[str, Any] = {"batch_size": _BATCH_SIZE.value, "classes": _CLASSES.value}
-    count: dict[str, Any] = {"num_images": _NUM_IMAGES.value}
-    edit: dict[str, Any] = {"inputs": _INPUT.value}
-    if mode == "sample" and _IMAGES.value is not None:
-        first, last = command_line.parse_range("images", _IMAGES.value, "-")
-        part = command_line.parse_range("part", _PART.value, "/")
-        command_line.sample_shards(
-            run, path, first=first, last=last, shard_size=_SHARD_SIZE.value, part=part, **many, **common
-        )
-        return
-    arguments = {
-        "sample": {**count, **many, "output": _OUTPUT.value},
-        "interpolate": {**edit, "ts": _T.value, "weights": _WEIGHTS.value, "latents": _LATENTS.value},
-        "vary": {**edit, **count, "ts": _T.value, "batch_size": _BATCH_SIZE.value},
-        "denoise": {**edit, "ts": _T.value, "batch_size": _BATCH_SIZE.value},
-        "inpaint": {
-            **edit,
-            **count,
-            "mask": _MASK.value,
-            "jump": _JUMP.value,
-            "times": _TIMES.value,
-            "batch_size": _BATCH_SIZE.value,
-        },
-        "progressive": {**count, "num_stages": _NUM_STAGES.value, "of": _OF.value},
-        "coarse_to_fine": {**count, "ts": _T.value},
-        "evaluate": {
-            **count,
-            "features": _FEATURES.value,
-            "against": _AGAINST.value,
-            "generated": _GENERATED.value,
-            "batch_size": _BATCH_SIZE.value,
-        },
-        "neighbours": {**count, "num_neighbours": _NUM_NEIGHBOURS.value},
-    }
-    if mode == "evaluate":
-        del common["out"]
-    getattr(command_line, mode)(run, path, **arguments[mode], **common)
+    for name, flag in (("timesteps", _TIMESTEPS), ("guidance_interval", _GUIDANCE_INTERVAL), ("labels", _CLASSES)):
+        if flag.value:
+            options[name] = parse_numbers(flag.name, flag.value)
+    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
+    return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options)
 
 
-def train() -> None:
+def train(config: ConfigDict | None, init_from: str | None) -> None:
     from ddpm_jax import workdir
     from ddpm_jax.training.loop import train
 
-    config = _CONFIG.value if _CONFIG.value is not None else workdir.read_config(_WORKDIR.value)
-    if _INIT_FROM.value is not None:
-        config.train.init_from = _INIT_FROM.value
+    config = config if config is not None else workdir.read_config(_WORKDIR.value)
+    if init_from is not None:
+        config.train.init_from = init_from
     train(config, _WORKDIR.value)
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from ddpm_jax.errors import UserError
 
 
+def user_cache() -> Path:
+    """The folder for what can be made or fetched again: $XDG_CACHE_HOME/ddpm_jax, or ~/.cache/ddpm_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "ddpm_jax"
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` when the block ends without an error."""

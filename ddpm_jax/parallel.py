@@ -1,12 +1,17 @@
 """Devices and processes: the mesh, how arrays lie on it, and starting a job of several hosts."""
 
 import ctypes
+import os
+import platform
 import sys
+import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import files
 from ddpm_jax.errors import UserError
 
 
@@ -48,6 +53,43 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:
+    """Keeps what XLA compiles on disk, so that the next start of the same program need not compile it again.
+
+    Args:
+      folder: where; None: JAX_COMPILATION_CACHE_DIR, or else a folder of ddpm_jax in the user's cache; "off": nowhere.
+
+    Returns:
+      The folder, in which at most the 4 GiB used last stay; None if there is none.
+
+    Raises:
+      UserError: the folder that was chosen cannot be made.
+    """
+    if folder == "off":
+        return None
+    chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    path = Path(chosen or files.user_cache() / f"compiled-{_processor()}").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not chosen:
+            return None
+        raise UserError(f"--compilation_cache {str(path)!r} cannot be written to: {error.strerror}") from None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+    return path
+
+
+def _processor() -> str:
+    """Names this kind of processor: programs for a CPU use its instructions, and a home may be on several machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        flags = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
 
 
 def run_once_options() -> dict[str, Any]:

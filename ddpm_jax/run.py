@@ -253,7 +253,9 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def settings(self, *, seed: int, labels: Sequence[int], batch_size: int | None, **options: Any) -> dict[str, Any]:
+    def settings(
+        self, *, seed: int, labels: Sequence[int] = (), batch_size: int | None = None, **options: Any
+    ) -> dict[str, Any]:
         """All that decides what `sample` makes of an image's number, as JSON values."""
         weights = 0
         for leaf in jax.tree.leaves(self.params):

@@ -17,7 +17,7 @@ BACKENDS = "from jax._src import xla_bridge\nprint(len(xla_bridge._backends))\n"
 
 @pytest.mark.parametrize(
     "module",
-    ["ddpm_jax.run", "ddpm_jax.training.loop", "ddpm_jax.config", "ddpm_jax.command_line", "configs.cifar10"],
+    ["ddpm_jax.run", "ddpm_jax.training.loop", "ddpm_jax.config", "ddpm_jax.commands.evaluation", "configs.cifar10"],
 )
 def test_import_touches_no_device_and_no_tensorflow(python, module):
     assert python(f"import {module}\n{BACKENDS}").split() == ["0"]

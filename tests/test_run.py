@@ -1,45 +1,12 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
-from PIL import Image
+from tiny import PICTURES, QUICK, RNG, make_run, near
 
-from ddpm_jax import command_line, parallel
-from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
-from ddpm_jax.run import Run
-from ddpm_jax.training.state import init_params
 
 pytestmark = pytest.mark.slow
-
-RNG = np.random.default_rng(0)
-PICTURES = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)
-QUICK = {"num_steps": 4}
-
-
-def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
-    config = config_lib.default_config()
-    config.data.update(source="digits", height=8, width=8, channels=1, flip=False)
-    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, middle_attention=False)
-    config.model.class_conditional = class_conditional
-    config.train.label_dropout = label_dropout
-    config.diffusion.num_timesteps = 40
-    config.log.sample_steps = 0
-    config.sample.update(batch_size=16, **sample)
-    config_lib.validate(config)
-    names = [str(i) for i in range(3)]
-    dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
-    net = config_lib.make_model(config, 3)
-    init = jax.jit(lambda: init_params(net, (8, 8, 1), 0), compiler_options=parallel.run_once_options())
-    # Its last layer starts at zero: without this the network would say nothing.
-    params = jax.tree.map(lambda p: p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape), init())
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    params = jax.device_put(params, parallel.replicated(mesh))
-    return Run(config, dataset, 3, 0.99, net, config_lib.make_schedule_from(config), params, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +17,6 @@ def run():
 @pytest.fixture(scope="module")
 def classes():
     return make_run(class_conditional=True, label_dropout=0.1)
-
-
-def near(a, b):
-    """To one grey level."""
-    return a.shape == b.shape and np.max(np.abs(a.astype(int) - b)) <= 1
 
 
 class TestImages:
@@ -208,170 +170,3 @@ class TestEdits:
     def test_class_that_does_not_exist(self, classes):
         with pytest.raises(UserError, match="class 3 does not exist; this run has classes 0 to 2"):
             classes.sample(1, labels=[0, 3])
-
-
-class TestCommands:
-    @pytest.fixture
-    def files(self, tmp_path):
-        for i, picture in enumerate(PICTURES):
-            Image.fromarray(picture[..., 0]).save(tmp_path / f"{i}.png")
-        mask = np.zeros((8, 8), np.uint8)
-        mask[4:] = 255
-        Image.fromarray(mask).save(tmp_path / "mask.png")
-        return [str(tmp_path / f"{i}.png") for i in range(3)]
-
-    @pytest.mark.parametrize(
-        ("mode", "inputs", "arguments", "tiles"),
-        [
-            ("interpolate", 2, {"ts": ["5", "20"], "weights": [], "latents": False}, (13, 2)),
-            ("interpolate", 2, {"ts": [], "weights": ["0", "0.5", "1"], "latents": True}, (5, 1)),
-            ("vary", 3, {"ts": ["2", "20"], "num_images": 4}, (5, 6)),
-            ("denoise", 2, {"ts": []}, (2, 2)),
-            ("inpaint", 2, {"mask": "mask.png", "jump": 2, "times": 2, "num_images": 3}, (4, 2)),
-            ("progressive", 0, {"num_images": 2, "num_stages": None, "of": "x_0"}, (4, 2)),
-            ("coarse_to_fine", 0, {"num_images": 3, "ts": ["39", "20", "1"]}, (3, 3)),
-        ],
-    )
-    def test_modes_end_in_a_picture(self, run, files, tmp_path, mode, inputs, arguments, tiles, capsys):
-        if inputs:
-            arguments = {"inputs": files[:inputs], **arguments}
-        if "mask" in arguments:
-            arguments["mask"] = str(tmp_path / "mask.png")
-        found = getattr(command_line, mode)(run, tmp_path, seed=1, out=None, options={"num_steps": 4}, **arguments)
-        assert found.parent == tmp_path / "samples"
-        assert Image.open(found).size == tuple(66 * count + 2 for count in tiles)
-        assert str(found) in capsys.readouterr().out
-        if mode == "progressive":
-            assert Image.open(found.with_suffix(".gif")).n_frames == 4
-
-    def test_a_grid_has_a_row_a_class(self, classes, tmp_path):
-        path = command_line.sample(
-            classes,
-            tmp_path,
-            num_images=None,
-            seed=0,
-            batch_size=None,
-            classes=["2", "0"],
-            output="grid",
-            out=str(tmp_path / "grid.png"),
-            options=QUICK,
-        )
-        tiles = np.asarray(Image.open(path))[2:, 2:].reshape(2, 66, 8, 66).swapaxes(1, 2)[:, :, :64:8, :64:8]
-        assert near(tiles[1, :, :, :, None], classes.sample(16, labels=[2, 0], **QUICK)[1::2])
-
-    def shards(self, run, folder, **changes):
-        arguments = {
-            "first": 0,
-            "last": 24,
-            "seed": 1,
-            "shard_size": 10,
-            "part": (0, 1),
-            "batch_size": 8,
-            "classes": [],
-        }
-        arguments |= {"options": QUICK, "out": str(folder)} | changes
-        return command_line.sample_shards(run, folder, **arguments)
-
-    def test_shards_are_made_once_and_shared(self, run, tmp_path):
-        self.shards(run, tmp_path, part=(1, 2))
-        (second,) = sorted(tmp_path.iterdir())
-        assert second.name == "images_000000010-000000019.npz"
-        before = second.stat().st_mtime_ns
-        self.shards(run, tmp_path)
-        assert second.stat().st_mtime_ns == before
-        files = [np.load(path) for path in sorted(tmp_path.iterdir())]
-        assert [len(file["image"]) for file in files] == [10, 10, 10]
-        np.testing.assert_array_equal(np.concatenate([file["index"] for file in files]), np.arange(30))
-        assert near(np.concatenate([file["image"] for file in files]), run.sample(30, seed=1, batch_size=8, **QUICK))
-        self.shards(run, tmp_path, first=15, last=39)
-        assert len(list(tmp_path.iterdir())) == 4
-        (tmp_path / "images_000000000-000000009.npz").write_bytes(b"cut off")
-        self.shards(run, tmp_path)
-        np.testing.assert_array_equal(np.load(tmp_path / "images_000000000-000000009.npz")["image"], files[0]["image"])
-
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"seed": 2}, "made otherwise (seed: 1 -> 2); choose another --out"),
-            ({"options": {"num_steps": 5}}, "(num_steps: 4 -> 5)"),
-            ({"shard_size": 7}, "a shard of another size"),
-            ({"first": 5, "last": 3}, "--images is 5-3; accepted: FIRST-LAST"),
-            ({"shard_size": 0}, "--shard_size is 0; at least 1"),
-            ({"part": (2, 2)}, "--part is 2/2; accepted: 0/N to N-1/N"),
-        ],
-    )
-    def test_refused_shards(self, run, tmp_path, changes, said):
-        self.shards(run, tmp_path, last=9)
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-        with pytest.raises(UserError) as caught:
-            self.shards(run, tmp_path, **changes)
-        assert said in str(caught.value)
-        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    def test_a_row_that_lacks_images_ends_in_white(self, classes, tmp_path):
-        arguments = {"seed": 0, "batch_size": None, "output": "grid", "out": str(tmp_path / "a.png"), "options": QUICK}
-        path = command_line.sample(classes, tmp_path, num_images=5, classes=["2", "0", "1"], **arguments)
-        tiles = np.asarray(Image.open(path))[2:, 2:].reshape(3, 66, 2, 66).swapaxes(1, 2)
-        assert [bool(np.all(tiles[row, 1] == 255)) for row in range(3)] == [False, False, True]
-
-    def test_pictures_go_to_a_new_folder(self, run, tmp_path):
-        arguments = {"seed": 0, "batch_size": None, "output": "png", "out": str(tmp_path / "new"), "options": QUICK}
-        path = command_line.sample(run, tmp_path, num_images=3, classes=[], **arguments)
-        assert [p.name for p in sorted(path.iterdir())] == [f"{i:06d}.png" for i in range(3)]
-        with pytest.raises(UserError, match="is there and not empty"):
-            command_line.sample(run, tmp_path, num_images=2, classes=[], **arguments)
-
-    def test_evaluation_adds_up(self, run, files, tmp_path):
-        """Against given images, with the history kept; samples first, then a folder with itself."""
-        real = tmp_path / "real.npz"
-        np.savez(real, image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
-        arguments = {"features": "digits", "batch_size": 16, "seed": 0, "against": str(real)}
-        first = command_line.evaluate(run, tmp_path, num_images=20, generated=None, options=QUICK, **arguments)
-        again = command_line.evaluate(run, tmp_path, num_images=None, generated=str(real), options={}, **arguments)
-        assert (first["num_real"], first["num_generated"]) == (40, 20)
-        assert (first["step"], first["num_steps"], first["against"]) == (3, 4, str(real))
-        name = "Frechet distance (digits classifier)"
-        assert first[name] > 1
-        assert again[name] == pytest.approx(0, abs=1e-6)
-        assert (again["precision"], again["recall"]) == (1, 1)
-        history = json.loads((tmp_path / "evaluation.json").read_text())
-        assert [entry[name] for entry in history] == [first[name], again[name]]
-        assert "FID" not in (tmp_path / "evaluation.md").read_text()
-        for changes, said in (
-            ({"features": "none.pth"}, "fetch https://"),
-            ({"generated": "none"}, "--generated:"),
-            ({"against": "none"}, "--against:"),
-        ):
-            with pytest.raises(UserError, match=said):
-                command_line.evaluate(
-                    run, tmp_path, **{"num_images": 2, "generated": str(real), "options": QUICK, **arguments, **changes}
-                )
-
-    @pytest.mark.parametrize(
-        ("inputs", "said"),
-        [
-            (["none.png"], "--input 'none.png' cannot be read as a picture"),
-            (["data:x"], "--input is 'x'; accepted: numbers"),
-            ([], "--input has 0 values; accepted: 1 or more"),
-        ],
-    )
-    def test_refused_inputs(self, run, tmp_path, inputs, said):
-        with pytest.raises(UserError) as caught:
-            command_line.vary(run, tmp_path, inputs=inputs, ts=[], num_images=1, seed=0, out=None, options=QUICK)
-        assert said in str(caught.value)
-
-    @pytest.mark.parametrize(
-        ("call", "said"),
-        [
-            (
-                lambda: command_line.parse_range("images", "5", "-"),
-                "--images is '5'; accepted: two numbers such as 0-4",
-            ),
-            (lambda: command_line.parse_range("part", "-1/4", "/"), "--part is '-1/4'"),
-            (lambda: command_line.parse_numbers("t", ["5", "x"]), "--t is '5,x'; accepted: numbers"),
-        ],
-    )
-    def test_refused_flags(self, call, said):
-        with pytest.raises(UserError) as caught:
-            call()
-        assert said in str(caught.value)

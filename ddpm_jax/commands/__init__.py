@@ -1,0 +1,1 @@
+"""What the command line's modes do: library calls that end in files."""

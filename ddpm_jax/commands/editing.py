@@ -1,0 +1,121 @@
+"""Pictures made of pictures: each mode ends in a table of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ddpm_jax import images
+from ddpm_jax.commands.job import IMAGES_A_ROW, Job, Target, calls_bar, check_count, open_flag, parse_numbers
+from ddpm_jax.data.sources import Fit
+from ddpm_jax.errors import UserError
+
+
+def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Sequence[str]) -> Path:
+    """Between two pictures: one row a t and one column a weight."""
+    first, second = job.pictures(input, 2, 2)
+    lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
+    T = job.run.schedule.num_timesteps
+    chosen = parse_numbers("t", t) or [T * eighths // 8 for eighths in range(1, 8)]
+    with calls_bar("interpolating") as bar:
+        rows = [
+            job.run.interpolate(first, second, lambdas, t, job.seed, progress=bar.update, **job.options_from(t))
+            for t in chosen
+        ]
+    return _between(target, first, second, rows)
+
+
+def interpolate_latents(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
+    """Between two pictures along the arc between DDIM's noises of both: one row."""
+    first, second = job.pictures(input, 2, 2)
+    lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
+    with calls_bar("interpolating") as bar:
+        row = job.run.interpolate_latents(first, second, lambdas, progress=bar.update, **job.options)
+    return _between(target, first, second, [row])
+
+
+def _lambdas(weights: Sequence[str]) -> list[float]:
+    return parse_numbers("weights", weights, float) or np.linspace(0, 1, 11).tolist()
+
+
+def _between(target: Target, first: np.ndarray, second: np.ndarray, rows: Sequence[np.ndarray]) -> Path:
+    """The pictures themselves stand at both ends of each row."""
+    return _save(target, [np.concatenate([first[None], row, second[None]]) for row in rows])
+
+
+def _save(target: Target, rows: Sequence[np.ndarray]) -> Path:
+    """Each row is uint8 [columns, H, W, C]."""
+    grid = images.grid(np.concatenate(rows), columns=len(rows[0]))
+    return target.done(lambda path: images.save(path, grid))
+
+
+def _rows(first: np.ndarray, rest: np.ndarray) -> list[np.ndarray]:
+    """A row for each of the first pictures: it, then its equal share of the rest."""
+    return [np.concatenate([f[None], r]) for f, r in zip(first, np.split(rest, len(first)), strict=True)]
+
+
+def vary(
+    job: Job, *, input: Sequence[str], t: Sequence[str], num_images: int | None, batch_size: int | None = None
+) -> Path:
+    """Variations of each picture: one row a picture and t, the picture first."""
+    pictures, target = job.pictures(input), job.target("vary_", ".png")
+    repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
+    rows = []
+    with calls_bar("varying") as bar:
+        for t_ in parse_numbers("t", t) or [job.run.schedule.num_timesteps // 2]:
+            varied = job.run.vary(
+                repeated, t_, job.seed, batch_size=batch_size, progress=bar.update, **job.options_from(t_)
+            )
+            rows += _rows(pictures, varied)
+    return _save(target, rows)
+
+
+def denoise(job: Job, *, input: Sequence[str], t: Sequence[str], batch_size: int | None = None) -> Path:
+    """Clean pictures of noisy ones: one row a picture, before and after."""
+    pictures, target = job.pictures(input), job.target("denoise_", ".png")
+    given = parse_numbers("t", check_count("t", t, 0, 1))
+    start = given[0] if given else job.run.estimate_t(pictures)
+    if not given and jax.process_index() == 0:
+        print(f"the noise is estimated to be that of t = {start}")
+    with calls_bar("denoising") as bar:
+        clean = job.run.denoise(
+            pictures, start, job.seed, batch_size=batch_size, progress=bar.update, **job.options_from(start)
+        )
+    return _save(target, _rows(pictures, clean))
+
+
+def inpaint(
+    job: Job,
+    *,
+    input: Sequence[str],
+    mask: str | None,
+    jump: int,
+    times: int,
+    num_images: int | None,
+    batch_size: int | None = None,
+) -> Path:
+    """Paints anew where the mask is white: one row a picture, the picture without that part first."""
+    pictures = job.pictures(input)
+    if not mask:
+        raise UserError("--mode=inpaint needs --mask: a picture that is white where it shall be painted anew")
+    height, width, _ = job.run.shape
+    where = open_flag("mask", mask, Fit(height, width, 1, background="black"))[..., 0] >= 128
+    target = job.target("inpaint_", ".png")
+    repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
+    with calls_bar("inpainting") as bar:
+        painted = job.run.inpaint(
+            repeated, where, job.seed, jump=jump, times=times, batch_size=batch_size, progress=bar.update, **job.options
+        )
+    masked = np.where(where[..., None], np.uint8(127), pictures)
+    return _save(target, _rows(masked, painted))
+
+
+def coarse_to_fine(job: Job, *, num_images: int | None, t: Sequence[str]) -> Path:
+    """Images that share their x_t: one row a t."""
+    T, target = job.run.schedule.num_timesteps, job.target("coarse_to_fine_", ".png")
+    chosen = parse_numbers("t", t) or [T - 1, T * 3 // 4, T // 2, T // 4]
+    count = num_images or IMAGES_A_ROW
+    with calls_bar("sampling") as bar:
+        rows = [job.run.coarse_to_fine(count, t, job.seed, progress=bar.update, **job.options) for t in chosen]
+    return _save(target, rows)

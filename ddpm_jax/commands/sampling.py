@@ -1,0 +1,144 @@
+"""Images from noise, and a closer look at how they come about."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ddpm_jax import images, shards
+from ddpm_jax.commands.job import IMAGES_A_ROW, Job, calls_bar, parse_range, training_images
+from ddpm_jax.data import neighbours as neighbours_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import atomic_path, new_folder
+from ddpm_jax.progress import ProgressBar
+
+_STAGES = 10
+
+
+def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: str) -> Path:
+    """Samples from a run and writes the images.
+
+    Args:
+      job: the run and how it samples. In a grid each class that is chosen has a row.
+      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a class where classes are chosen.
+      output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] and `label` int32 [N],
+        0 without classes).
+
+    Returns:
+      Where the images are.
+    """
+    run, labels = job.run, job.options.get("labels", ())
+    target = job.target("", {"grid": ".png", "png": "", "npz": ".npz"}[output])
+    if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
+        raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
+    if num_images is None:
+        num_images = IMAGES_A_ROW * len(labels) if labels else run.config.sample.num_images
+    with calls_bar("sampling") as bar:
+        pictures = run.sample(num_images, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
+
+    def write(path: Path) -> None:
+        if output == "grid":
+            images.save(path, _grid_by_class(pictures, len(labels)) if labels else images.grid(pictures))
+        elif output == "png":
+            with new_folder(path, "--out") as temporary:
+                for index, picture in enumerate(pictures):
+                    images.save(temporary / f"{index:06d}.png", picture)
+        else:
+            with atomic_path(path) as temporary:
+                np.savez_compressed(temporary, image=pictures, label=run.labels_of(range(num_images), labels))
+
+    return target.done(write)
+
+
+def _grid_by_class(pictures: np.ndarray, classes: int) -> np.ndarray:
+    """A row for each class, whose images come in turn; a row that lacks one ends in white."""
+    columns = -(-len(pictures) // classes)
+    padded = np.full((columns * classes, *pictures.shape[1:]), 255, np.uint8)
+    padded[: len(pictures)] = pictures
+    return images.grid(np.concatenate([padded[row::classes] for row in range(classes)]), columns=columns)
+
+
+def sample_shards(job: Job, *, images: str, shard_size: int, part: str, batch_size: int | None) -> Path:
+    """Images of a seed as .npz files of shard_size; those that are there already are left as they are.
+
+    Args:
+      job: the run and how it samples.
+      images: "FIRST-LAST", numbers of the first and the last image.
+      shard_size: images a file.
+      part: "I/N": this process makes every N-th shard from the I-th on, so that N of them share the work.
+      batch_size: images at a time; None: the config's.
+
+    Returns:
+      The folder. Each file has `image` uint8 [N, H, W, C], `label` int32 [N], `index` int64 [N] and `settings`, JSON.
+    """
+    first, last = parse_range("images", images, "-")
+    target = job.target("shards_", "")
+    make_shards(job, target.path, first, last, shard_size, parse_range("part", part, "/"), batch_size)
+    return target.done(lambda path: None)
+
+
+def make_shards(
+    job: Job, folder: Path, first: int, last: int, shard_size: int, part: tuple[int, int], batch_size: int | None
+) -> None:
+    """Makes the shards of images first..last that are not in the folder; see `sample_shards`."""
+    run, labels = job.run, job.options.get("labels", ())
+    settings = run.settings(seed=job.seed, batch_size=batch_size, **job.options)
+    if not 0 <= part[0] < part[1]:
+        raise UserError(f"--part is {part[0]}/{part[1]}; accepted: 0/N to N-1/N")
+    todo, there = shards.missing(folder, first, last, shard_size, settings)
+    mine = [span for span in todo if span[0] // shard_size % part[1] == part[0]]
+    if there and jax.process_index() == 0:
+        print(f"{there} shards are there already")
+    with calls_bar("sampling") as bar:
+        for done, (low, high) in enumerate(mine):
+
+            def progress(calls: int, of: int, done: int = done) -> None:
+                bar.update(done * of + calls, len(mine) * of)
+
+            indices = range(low, high + 1)
+            pictures = run.sample(
+                seed=job.seed, indices=indices, batch_size=batch_size, progress=progress, **job.options
+            )
+            if jax.process_index() == 0:
+                shards.write(folder, low, high, pictures, run.labels_of(indices, labels), settings)
+
+
+# Looking closer.
+
+
+def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of: str) -> Path:
+    """The way from noise to image: a strip, one row an image, and beside it the same as an animated GIF."""
+    target = job.target("progressive_", ".png")
+    calls = job.run.calls(**job.options)
+    if num_stages is not None and num_stages > calls:
+        raise UserError(f"--num_stages is {num_stages}; accepted: 2 to {calls}, the calls of the network")
+    stages_wanted = min(_STAGES, calls) if num_stages is None else num_stages
+    with calls_bar("sampling") as bar:
+        count = num_images or IMAGES_A_ROW
+        stages = job.run.progressive(
+            count, job.seed, num_stages=stages_wanted, of=of, progress=bar.update, **job.options
+        )
+    animation = target.path.with_suffix(".gif")
+
+    def write(path: Path) -> None:
+        images.save(path, images.grid(stages.swapaxes(0, 1).reshape(-1, *job.run.shape), columns=stages_wanted))
+        images.save_animation(animation, np.stack([images.grid(stage) for stage in stages]))
+
+    return target.done(write, animation)
+
+
+def neighbours(job: Job, *, num_images: int | None, num_neighbours: int) -> Path:
+    """Samples and the training images nearest to them, to see memorising: one row a sample, the sample first."""
+    run = job.run
+    source = training_images(run)
+    target = job.target("neighbours_", ".png")
+    with calls_bar("sampling") as bar:
+        pictures = run.sample(num_images or IMAGES_A_ROW, job.seed, progress=bar.update, **job.options)
+    with ProgressBar("comparing", len(source), enabled=jax.process_index() == 0) as bar:
+        mirrored = run.config.data.flip
+        found, distances = neighbours_lib.nearest(pictures, source, num_neighbours, bar.update, mirrored=mirrored)
+    rows = [np.stack([p, *(source[int(i)]["image"] for i in row)]) for p, row in zip(pictures, found, strict=True)]
+    if jax.process_index() == 0:
+        closest = distances[:, 0]
+        print(f"root mean square distance to the nearest: {closest.min():.1f} to {closest.max():.1f} of 255")
+    return target.done(lambda path: images.save(path, images.grid(np.concatenate(rows), columns=found.shape[1] + 1)))

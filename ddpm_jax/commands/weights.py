@@ -1,0 +1,25 @@
+"""Weights of others, and weights for others."""
+
+from pathlib import Path
+
+from ddpm_jax.commands.job import Job
+from ddpm_jax.errors import UserError
+from ddpm_jax.interop import workdirs
+
+
+def import_weights(source: str | None, workdir: str | Path) -> Path:
+    """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
+    if not source:
+        raise UserError("--mode=import needs --source: a diffusers folder, a hub name or an exported .safetensors file")
+    target = workdirs.import_weights(source, workdir)
+    print(f"{source}: {target}")
+    return target
+
+
+def export_weights(job: Job) -> Path:
+    """Writes a run's weights for others; see `ddpm_jax.interop.workdirs.export_weights`."""
+    if not job.out:
+        raise UserError("--mode=export needs --out: a folder for diffusers, or a .safetensors file")
+    target = workdirs.export_weights(job.run, job.out)
+    print(f"{job.run.weights}: {target}")
+    return target
