@@ -1,9 +1,8 @@
 """The FID network and the metrics against torch-fidelity's own, with the same random weights and the same features."""
 
 import importlib.util
-import sys
-from unittest import mock
 
+import fidelity
 import jax
 import numpy as np
 import pytest
@@ -20,36 +19,15 @@ def torch_fidelity(module):
     """One of its modules."""
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
-    # Its data sets and further networks, which nothing here uses, want torchvision.
-    names = ("", ".datasets", ".models", ".transforms", ".transforms.functional")
-    with mock.patch.dict(sys.modules, {f"torchvision{name}": mock.MagicMock() for name in names}):
-        return importlib.import_module(f"torch_fidelity.{module}")
+    return fidelity.module(module)
 
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """Theirs with random weights that keep activations about 1, and ours with what its file holds."""
-    extractor = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    """Theirs with random weights, and ours with what its file holds."""
+    torch_fidelity("feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    state = {}
-    empty = extractor.__new__(extractor)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *_, **__: None)
-        patch.setattr(extractor, "load_state_dict", lambda *_: None)
-        empty.__init__("x", ["2048", "logits_unbiased", "768"], feature_extractor_weights_path="none")
-    for name, value in empty.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = value
-        elif value.ndim > 1:
-            state[name] = torch.randn(value.shape) * (2.0 / np.prod(value.shape[1:])) ** 0.5
-        elif name.endswith(("running_var", "bn.weight")):
-            state[name] = torch.rand(value.shape) + 0.5
-        else:
-            state[name] = 0.1 * torch.randn(value.shape)
-    torch.save(state, path)
-    theirs = extractor("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
-    return theirs, inception.params_of(path, tensors.read(path))
+    return fidelity.inception(path), inception.params_of(path, tensors.read(path))
 
 
 @pytest.mark.parametrize("size", [32, 299, 400])
