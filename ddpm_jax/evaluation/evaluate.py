@@ -120,7 +120,9 @@ def _infinity(name: str) -> str:
 
 
 def _floor(real: Summary, fake: Summary, seed: int) -> float | None:
-    count, rows = fake.count or 0, real.rows.get("pool")
+    count, rows = fake.count, real.rows.get("pool")
+    if count is None:
+        return None
     if rows is not None and len(rows) >= _FEWEST:
         return metrics.frechet_floor(rows, count, seed=seed)
     halves = halves_of(real)
@@ -157,8 +159,8 @@ def _wanted(features: Features, fake: Summary) -> list[str]:
 
 def _notes(features: Features, real: Summary, fake: Summary, result: Mapping[str, Any]) -> list[str]:
     notes, name = [], features.frechet
-    count = fake.count or 0
-    if count < _ENOUGH:
+    count = fake.count
+    if count is not None and count < _ENOUGH:
         bias = result.get(f"{name}, bias")
         much = "" if bias is None else f", here by about {bias:.2g}"
         notes.append(
@@ -166,7 +168,7 @@ def _notes(features: Features, real: Summary, fake: Summary, result: Mapping[str
             "it can only be compared with one of as many."
         )
     dims = len(fake.moments["pool"].mean)
-    if min(count, real.count or count) <= dims:
+    if min((n for n in (count, real.count) if n is not None), default=dims + 1) <= dims:
         notes.append(f"There are no more images than the features' {dims:,} dimensions, so {name} is mostly bias.")
     if "pool" not in real.rows:
         notes.append("The reference holds moments alone, so that what needs the real images themselves is left out.")

@@ -1,12 +1,12 @@
 """Networks whose features images are judged by: FID's Inception, a classifier of the embedded digits, any other."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Features:
     shape: tuple[int, int, int] | None
     apply: Callable[[jax.Array], Output]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """12 hex digits that are others for another network: of the name and, of a `Partial`, the weights."""
         digest = hashlib.sha256(json.dumps([self.name, self.frechet, self.shape]).encode())
@@ -79,7 +79,7 @@ class Features:
         devices = mesh.devices.size
         size = -(-batch_size // devices) * devices
         apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
-        apply = jax.tree.map(partial(_place, sharding=parallel.replicated(mesh)), apply)
+        apply = jax.tree.map(functools.partial(_place, sharding=parallel.replicated(mesh)), apply)
         waiting: tuple[Output, int] | None = None
         done = 0
         for portion in _regroup(map(self._checked, images), size):
@@ -126,7 +126,7 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-@partial(jax.jit, static_argnames="mesh")
+@functools.partial(jax.jit, static_argnames="mesh")
 def _run(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
     output = {name: value.astype(jnp.float32) for name, value in apply(images).items()}
     return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))

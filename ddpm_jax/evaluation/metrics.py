@@ -68,7 +68,7 @@ class Moments:
 
 
 class Accumulator:
-    """Adds rows up to their `Moments`, holding a block of them and two [D, D] arrays at most."""
+    """Adds rows up to their `Moments`, holding a block of them and a few [D, D] arrays at most."""
 
     def __init__(self) -> None:
         self._waiting: list[np.ndarray] = []

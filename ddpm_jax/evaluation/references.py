@@ -20,7 +20,7 @@ from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import Shape, open_images, shard_files
 from ddpm_jax.evaluation.metrics import Moments, split_distance
-from ddpm_jax.evaluation.summaries import Summary, shard_features, shard_summary, summarize
+from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
 from ddpm_jax.files import atomic_path
 
 _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -102,7 +102,7 @@ def open_summary(
     """The summary of whatever lies at a path: a reference file, shards, a folder of pictures, or an array of images.
 
     No model is needed: two folders are compared by `compare` of their summaries. Features of shards are kept beside
-    them, see `shard_features`. Of a file with images and moments, Frechet distances take the moments, everything else
+    them, see `share_features`. Of a file with images and moments, Frechet distances take the moments, everything else
     the images, as guided-diffusion's evaluation does.
 
     Args:
@@ -117,7 +117,7 @@ def open_summary(
     """
     path = Path(path).expanduser()
     if path.is_dir() and shard_files(path):
-        shard_features(path, features, mesh, batch_size=batch_size, progress=progress)
+        share_features(path, features, mesh, batch_size=batch_size, progress=progress)
         return shard_summary(path, features, count=count, keep=keep)
     names = _names_in(path)
     reference = read_reference(path) if {"mu", "sigma"} <= names else None

@@ -214,6 +214,16 @@ def shard_features(
         progress(len(mine), len(mine))
 
 
+def share_features(folder: str | Path, features: Features, mesh: Mesh, **options: Any) -> None:
+    """`shard_features` of all shards, shared among the processes of this job, which see the same folder; all must call
+    it, and it returns when all are done."""
+    if jax.process_count() == 1:
+        shard_features(folder, features, mesh, **options)
+        return
+    shard_features(folder, features, local_mesh(), part=(jax.process_index(), jax.process_count()), **options)
+    multihost_utils.sync_global_devices("features of shards")
+
+
 def _shards_of(folder: str | Path) -> list[Path]:
     found = shard_files(folder)
     if not found:

@@ -104,6 +104,12 @@ class TestCompare:
         found = compare(JUDGE, *moments, MESH)
         assert {name for name in found if isinstance(found[name], float)} == {NAME, "sFID"}
 
+    def test_of_a_file_of_moments_as_the_generated_ones(self, real, tmp_path):
+        np.savez(tmp_path / "x.npz", mu=np.ones(8), sigma=np.eye(8))
+        found = compare(JUDGE, real, read_reference(tmp_path / "x.npz"), MESH)
+        assert found[NAME] > 0
+        assert (found["num_generated"], f"{NAME}, floor" in found, "note" in found) == (None, False, False)
+
     def test_folder_against_folder(self, tmp_path):
         for name, seed in (("a", 0), ("b", 1)):
             (tmp_path / name).mkdir()

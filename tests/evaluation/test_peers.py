@@ -3,13 +3,13 @@
 import importlib.util
 
 import fidelity
-import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.evaluation import inception, metrics
+from ddpm_jax import parallel
+from ddpm_jax.evaluation import metrics
+from ddpm_jax.evaluation.features import load_inception
 from ddpm_jax.evaluation.metrics import Moments
-from ddpm_jax.interop import tensors
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install -e '.[peers]')")
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
@@ -27,23 +27,29 @@ def networks(tmp_path_factory):
     """Theirs with random weights, and ours with what its file holds."""
     torch_fidelity("feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    return fidelity.inception(path), inception.params_of(path, tensors.read(path))
+    return fidelity.inception(path), load_inception(path)
 
 
 @pytest.mark.parametrize("size", [32, 299, 400])
 def test_inception(measure, networks, size):
-    theirs, params = networks
+    theirs, ours = networks
     images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), np.uint8)
-    apply = jax.jit(inception.InceptionV3().apply)
-    ours = [apply({"params": params}, images[i : i + 16]) for i in range(0, 64, 16)]
-    found = {name: np.concatenate([part[name] for part in ours]) for name in ours[0]}
+    found = ours.of([images], parallel.make_mesh(), 16)
+    spatial = []
+    hook = theirs.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, _, output: spatial.append(output))
     with torch.no_grad():
         expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2)))
+    hook.remove()
     for name, values in zip(("pool", "logits"), expected, strict=True):
-        values = values.numpy()
-        error = np.linalg.norm(found[name] - values) / np.linalg.norm(values - values.mean(0))
+        error = relative_error(found[name], values.numpy())
         what = f"Inception's {name}, relative to their spread, 64 images of 32, 299, 400 pixels"
         measure(what, "torch-fidelity", error, 1e-4, "relative")
+    first = spatial[0][:, :7].numpy().transpose(0, 2, 3, 1).reshape(64, -1)
+    assert relative_error(found["spatial"], first) < 1e-4
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected - expected.mean(0))
 
 
 @pytest.fixture(scope="module")

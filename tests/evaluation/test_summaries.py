@@ -165,13 +165,15 @@ port, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from ddpm_jax import parallel
 from ddpm_jax.evaluation.features import custom_features
+from ddpm_jax.evaluation.references import open_summary
 from ddpm_jax.evaluation.summaries import gathered, local_mesh, summarize
 
 images = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 3), np.uint8)
 judge = custom_features("pixels", lambda x: x.reshape(len(x), -1)[:, :12] / 255.0)
 own = gathered(summarize(judge, [np.split(images, [30])[index]], local_mesh(), batch_size=16))
 together = summarize(judge, [images], parallel.make_mesh(), batch_size=16)
-for found in (own, together):
+shared = open_summary(sys.argv[3], judge, parallel.make_mesh(), batch_size=16)
+for found in (own, together, shared):
     moments = found.moments["pool"]
     told = [moments.mean.tolist(), moments.covariance.tolist(), found.rows["pool"].tolist()]
     print("RESULT" + json.dumps([jax.device_count(), found.count, *told]))
@@ -179,8 +181,10 @@ for found in (own, together):
 
 
 @pytest.mark.slow
-def test_two_processes():
-    """Each with images of its own, and both with the same ones on all devices."""
+def test_two_processes(tmp_path):
+    """Each with images of its own, both with the same ones on all devices, and sharing a folder's shards."""
+    for first in range(0, 90, 30):
+        shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], np.zeros(30), {})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -189,13 +193,26 @@ def test_two_processes():
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    start = lambda index: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", TWO_PROCESSES, port, str(index)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    outputs = [process.communicate(timeout=200)[0] for process in [start(0), start(1)]]
+    # Their output goes to files: each waits for the other to end, and a full pipe would stop one of them.
+    outputs = [tmp_path / f"output{index}" for index in range(2)]
+    processes = []
+    for index, output in enumerate(outputs):
+        with output.open("w") as file:
+            command = [sys.executable, "-c", TWO_PROCESSES, port, str(index), str(tmp_path)]
+            processes.append(subprocess.Popen(command, stdout=file, env=environment))
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     rows = (IMAGES.reshape(90, -1)[:, :12] / np.float32(255)).astype(np.float64)
-    found = [json.loads(line[6:]) for text in outputs for line in text.splitlines() if line.startswith("RESULT")]
-    assert len(found) == 4
+    found = [
+        json.loads(line[6:])
+        for output in outputs
+        for line in output.read_text().splitlines()
+        if line.startswith("RESULT")
+    ]
+    assert len(found) == 6
     for devices, count, mean, covariance, kept in found:
         assert (devices, count) == (4, 90)
         np.testing.assert_allclose(kept, rows, rtol=1e-6)
