@@ -324,18 +324,21 @@ def _squared_radii(features: np.ndarray, centre: np.ndarray, *ks: int) -> np.nda
     for k in ks:
         if not 1 <= k < len(features):
             raise ValueError(f"k is {k}; accepted: 1 to {len(features) - 1}, one less than the images")
-    radii = []
+    nearest = np.full((len(features), max(ks)), np.inf, np.float32)
+
+    def merge(rows: slice, distances: jax.Array) -> None:
+        nearest[rows] = _smallest(jnp.concatenate([nearest[rows], distances], axis=1), max(ks))
+
     for rows in _blocks(len(features)):
         x = _about(centre, features, rows)
-        nearest = jnp.zeros((len(x), 0), jnp.float32)
+        own = _squared_distances(x, x)
+        merge(rows, jnp.where(jnp.eye(len(own), dtype=bool), jnp.inf, own))
         for columns in _blocks(len(features)):
-            distances = _squared_distances(x, _about(centre, features, columns))
-            if rows == columns:
-                distances = distances + jnp.where(jnp.eye(len(distances), dtype=bool), jnp.inf, 0.0)
-            joined = jnp.concatenate([nearest, distances], axis=1)
-            nearest = _smallest(joined, min(max(ks), joined.shape[1]))
-        radii.append(np.asarray(nearest).T[[k - 1 for k in ks]])
-    return np.concatenate(radii, axis=1)
+            if columns.start > rows.start:  # the other half of all pairs is the same
+                distances = _squared_distances(x, _about(centre, features, columns))
+                merge(rows, distances)
+                merge(columns, distances.T)
+    return nearest.T[[k - 1 for k in ks]]
 
 
 class Manifolds(NamedTuple):
