@@ -70,19 +70,30 @@ def memory(count, dims):
         for first in range(0, count, size):
             yield rng.standard_normal((min(size, count - first), dims), np.float32)
 
-    facts, before, began = {}, peak(), time.perf_counter()
+    told = {}
+
+    def tell(name, before, began):
+        size, seconds = (peak() - before) / 2**20, time.perf_counter() - began
+        print(f"{name}: {size:.0f} MiB more than before, {seconds:.0f} s", flush=True)
+        told[name] = {"MiB": round(size), "seconds": round(seconds, 1)}
+
+    before, began = peak(), time.perf_counter()
     moments = [metrics.Moments.over(batches()) for _ in range(2)]
     metrics.frechet_distance(*moments)
-    facts["moments"] = (peak() - before, time.perf_counter() - began)
+    tell("moments and their distance", before, began)
+
     real, fake = (rng.standard_normal((count, dims), np.float32) for _ in range(2))
     jnp.zeros(1).block_until_ready()  # JAX itself takes some
     before, began = peak(), time.perf_counter()
+    root = metrics.covariance_root(moments[0])
+    metrics.frechet_influence(fake, moments[1], moments[0], root=root)
+    metrics.frechet_infinity(fake, moments[0], root=root)
+    metrics.frechet_floor(real, count)
+    tell("interval, extrapolation and floor", before, began)
+    before, began = peak(), time.perf_counter()
     metrics.manifolds(real, fake)
-    metrics.kid(real, fake, subsets=10)
-    facts["manifolds and KID"] = (peak() - before, time.perf_counter() - began)
-    for name, (size, seconds) in facts.items():
-        print(f"{name}: {size / 2**20:.0f} MiB more than before, {seconds:.0f} s")
-    told = {name: {"MiB": round(size / 2**20), "seconds": round(seconds, 1)} for name, (size, seconds) in facts.items()}
+    metrics.kid(real, fake)
+    tell("precision, recall, density, coverage, KID", before, began)
     print(json.dumps({"benchmark": "evaluation memory", "images": count, "dims": dims, **told}))
 
 

@@ -3,10 +3,11 @@
 import importlib.util
 
 import fidelity
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
-from ddpm_jax import parallel
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import load_inception
 from ddpm_jax.evaluation.metrics import Moments
@@ -34,7 +35,7 @@ def networks(tmp_path_factory):
 def test_inception(measure, networks, size):
     theirs, ours = networks
     images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), np.uint8)
-    found = ours.of([images], parallel.make_mesh(), 16)
+    found = ours.of([images], Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,)), 16)
     spatial = []
     hook = theirs.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, _, output: spatial.append(output))
     with torch.no_grad():
