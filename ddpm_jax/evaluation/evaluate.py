@@ -1,4 +1,4 @@
-"""Samples judged against real images: features of both, all metrics, and what a reader must know beside the numbers."""
+"""Samples judged against real images: all metrics, and what a reader must know beside the numbers."""
 
 import datetime
 import json
@@ -12,87 +12,178 @@ from jax.sharding import Mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.metrics import Moments
+from ddpm_jax.evaluation.image_sets import ImageSet
+from ddpm_jax.evaluation.references import halves_of
+from ddpm_jax.evaluation.summaries import Summary, summarize
 from ddpm_jax.files import write_text
 
 RESULTS, TABLE = "evaluation.json", "evaluation.md"
+INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name
 _ENOUGH = 50_000  # images that FID is reported with
 _KID_SUBSET, _SPLITS = 1000, 10
+_FEWEST = 10  # images of each kind for all but the distance itself
+
+Images = Summary | ImageSet | Iterable[np.ndarray]
 
 
 def compare(
     features: Features,
-    real: Iterable[np.ndarray],
-    fake: Iterable[np.ndarray],
+    real: Images,
+    fake: Images,
     mesh: Mesh,
     *,
     batch_size: int = 64,
-    bootstrap: int = 20,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every metric of generated images against real ones.
 
     Args:
       features: what judges.
-      real, fake: uint8 [N, H, W, C] in any portions.
-      mesh, batch_size: where features are computed, and how many images at a time.
-      bootstrap: resamplings of the generated images for the interval of the Frechet distance; 0: none.
-      seed: of KID's subsets and of the resampling.
+      real, fake: summaries (`summarize`, `open_summary`); or images, uint8 [N, H, W, C] in any portions.
+      mesh, batch_size: where features of images are computed, and how many at a time.
+      seed: of random subsets, splits and resamplings.
 
     Returns:
-      Numbers by name; what a small set does not allow is left out.
+      By name: what was judged by what ("features", "images", "reference", "generated", "num_real", "num_generated");
+      the metrics; beside the Frechet distance its 95 % bootstrap interval for other generated images of the same model,
+      its floor, which is what as many real images would get (`metrics.frechet_floor`), and its extrapolation to
+      endlessly many generated images; "not computed", what the sets do not allow; and "note", sentences to be read
+      with the numbers.
+
+    Raises:
+      UserError: fewer than 2 images, or sets of other features.
     """
-    ours, theirs = features.of(fake, mesh, batch_size), features.of(real, mesh, batch_size)
+    theirs = _summary(features, real, mesh, batch_size)
+    ours = _summary(features, fake, mesh, batch_size)
+    _check(features, theirs, ours)
     result: dict[str, Any] = {
         "features": features.name,
-        "num_real": len(theirs["pool"]),
-        "num_generated": len(ours["pool"]),
+        "images": "8-bit",
+        "reference": describe(theirs.source),
+        "generated": describe(ours.source),
+        "num_real": theirs.count,
+        "num_generated": ours.count,
     }
-    least = min(result["num_real"], result["num_generated"])
-    if least < 2:
-        raise UserError(f"an evaluation needs 2 images or more of each kind, not {least}")
-    rng = np.random.default_rng(seed)
-    reference = Moments.of(theirs["pool"])
-    result[features.frechet] = metrics.frechet_distance(Moments.of(ours["pool"]), reference)
-    if bootstrap:
-        again = [
-            metrics.frechet_distance(
-                Moments.of(ours["pool"][rng.integers(0, len(ours["pool"]), len(ours["pool"]))]), reference
+    result |= _distances(features, theirs, ours, seed) | _others(features, theirs, ours, seed)
+    absent = [name for name in _wanted(features, ours) if name not in result]
+    if absent:
+        result["not computed"] = ", ".join(absent)
+    note = " ".join(_notes(features, theirs, ours, result))
+    return result | ({"note": note} if note else {})
+
+
+def _summary(features: Features, images: Images, mesh: Mesh, batch_size: int) -> Summary:
+    if isinstance(images, Summary):
+        return images
+    source = images.source if isinstance(images, ImageSet) else {}
+    return summarize(features, images, mesh, batch_size=batch_size, source=source)
+
+
+def _check(features: Features, real: Summary, fake: Summary) -> None:
+    for summary in (real, fake):
+        if summary.features not in ("", features.name):
+            raise UserError(f"{describe(summary.source)} was judged by {summary.features!r}, not by {features.name!r}")
+        if summary.count is not None and summary.count < 2:
+            raise UserError(f"an evaluation needs 2 images or more of each kind, not {summary.count}")
+    for name in real.moments.keys() & fake.moments.keys():
+        dims = [len(summary.moments[name].mean) for summary in (real, fake)]
+        if dims[0] != dims[1]:
+            raise UserError(
+                f"the reference {describe(real.source)} is of {dims[0]} dimensions, and {features.name} gives "
+                f"{dims[1]} ({name})"
             )
-            for _ in range(bootstrap)
-        ]
-        result[f"{features.frechet}, standard error"] = float(np.std(again, ddof=1))
-    if "spatial" in ours:
-        spatial = (Moments.of(part["spatial"]) for part in (ours, theirs))
-        result["sFID"] = metrics.frechet_distance(*spatial)
-    result["KID"], result["KID, deviation of subsets"] = metrics.kid(
-        theirs["pool"], ours["pool"], subset_size=min(_KID_SUBSET, least), seed=seed
-    )
-    if result["num_generated"] >= _SPLITS:
-        score = "IS" if features.frechet == "FID" else f"Inception Score ({features.name})"
-        result[score], result[f"{score}, deviation of splits"] = metrics.inception_score(ours["logits"], _SPLITS)
-    if least > 5:
-        result["precision"], result["recall"] = metrics.precision_recall(theirs["pool"], ours["pool"])
-        result["density"], result["coverage"] = metrics.density_coverage(theirs["pool"], ours["pool"])
-    if least < _ENOUGH:
-        result["note"] = (
-            f"of {least:,} images: a Frechet distance of fewer than {_ENOUGH:,} is too high by about "
-            f"{frechet_bias(ours['pool'], reference, rng):.2g}, which falls as 1 / N"
+
+
+def _distances(features: Features, real: Summary, fake: Summary, seed: int) -> dict[str, Any]:
+    reference, moments, name = real.moments["pool"], fake.moments["pool"], features.frechet
+    root = metrics.covariance_root(reference)
+    value = metrics.frechet_distance(moments, reference, root=root)
+    result: dict[str, Any] = {name: value}
+    rows = fake.rows.get("pool")
+    if rows is not None and len(rows) >= _FEWEST:
+        influence = metrics.frechet_influence(rows, moments, reference, root=root)
+        result[name + INTERVAL] = list(metrics.bootstrap_interval(value, influence, seed=seed))
+    floor = _floor(real, fake, seed)
+    if floor is not None:
+        result[name + FLOOR] = floor
+    if rows is not None and len(rows) >= _FEWEST:
+        result[_infinity(name)], result[f"{name}, bias"] = metrics.frechet_infinity(
+            rows, reference, root=root, seed=seed
         )
+    if "spatial" in real.moments and "spatial" in fake.moments:
+        result["sFID"] = metrics.frechet_distance(fake.moments["spatial"], real.moments["spatial"])
     return result
 
 
-def frechet_bias(features: np.ndarray, reference: Moments, rng: np.random.Generator) -> float:
-    """What the Frechet distance of N images is too high by: the slope over 1 / N, times 1 / N.
+def _infinity(name: str) -> str:
+    return "FID-infinity" if name == "FID" else f"{name}, extrapolated"
 
-    From the distances of halves and of the whole, as FID-infinity extrapolates (Chong & Forsyth 2020).
-    """
-    whole = metrics.frechet_distance(Moments.of(features), reference)
-    halves = []
-    for _ in range(4):
-        order = rng.permutation(len(features))
-        halves += [metrics.frechet_distance(Moments.of(features[part]), reference) for part in np.array_split(order, 2)]
-    return float(np.mean(halves) - whole)
+
+def _floor(real: Summary, fake: Summary, seed: int) -> float | None:
+    count, rows = fake.count, real.rows.get("pool")
+    if count is None:
+        return None
+    if rows is not None and len(rows) >= _FEWEST:
+        return metrics.frechet_floor(rows, count, seed=seed)
+    halves = halves_of(real)
+    if halves is None or real.count is None:
+        return None
+    parts = (real.count // 2, real.count - real.count // 2)
+    return metrics.scaled_floor(halves, parts, count, real.count)
+
+
+def _others(features: Features, real: Summary, fake: Summary, seed: int) -> dict[str, Any]:
+    """All that needs the features of single images."""
+    result: dict[str, Any] = {}
+    rows, reference = fake.rows.get("pool"), real.rows.get("pool")
+    if rows is not None and reference is not None and min(len(rows), len(reference)) >= _FEWEST:
+        size = min(_KID_SUBSET, len(rows) // 2, len(reference) // 2)
+        result["KID"], result["KID, deviation of subsets"] = metrics.kid(reference, rows, subset_size=size, seed=seed)
+        result |= metrics.manifolds(reference, rows)._asdict()
+    logits = fake.rows.get("logits")
+    if logits is not None and len(logits) >= _SPLITS:
+        score = _score(features)
+        result[score], result[f"{score}, deviation of splits"] = metrics.inception_score(logits, _SPLITS)
+    return result
+
+
+def _score(features: Features) -> str:
+    return "IS" if features.frechet == "FID" else f"Inception Score ({features.name})"
+
+
+def _wanted(features: Features, fake: Summary) -> list[str]:
+    spatial = ["sFID"] if "spatial" in fake.moments else []
+    score = [_score(features)] if features.frechet == "FID" else []
+    return [features.frechet + FLOOR, _infinity(features.frechet), *spatial, "KID", *metrics.Manifolds._fields, *score]
+
+
+def _notes(features: Features, real: Summary, fake: Summary, result: Mapping[str, Any]) -> list[str]:
+    notes, name = [], features.frechet
+    count = fake.count
+    if count is not None and count < _ENOUGH:
+        bias = result.get(f"{name}, bias")
+        much = "" if bias is None else f", here by about {bias:.2g}"
+        notes.append(
+            f"{name} is of {count:,} generated images, and of fewer than {_ENOUGH:,} it is too high{much}; "
+            "it can only be compared with one of as many."
+        )
+    dims = len(fake.moments["pool"].mean)
+    if min((n for n in (count, real.count) if n is not None), default=dims + 1) <= dims:
+        notes.append(f"There are no more images than the features' {dims:,} dimensions, so {name} is mostly bias.")
+    if "pool" not in real.rows:
+        notes.append("The reference holds moments alone, so that what needs the real images themselves is left out.")
+    if not real.features:
+        notes.append("The reference's file does not say which network, or which resizing of images, it was made with.")
+    return notes
+
+
+def describe(source: Mapping[str, Any]) -> str:
+    """A summary's source in a few words; what has no source is called that."""
+    if not source:
+        return "images"
+    kind = source.get("source", "images")
+    what = source.get("path", source.get("name", ""))
+    return " ".join(str(part) for part in (kind, what, source.get("split", "")) if part)
 
 
 def record(folder: Path, result: Mapping[str, Any]) -> None:
@@ -108,11 +199,27 @@ def record(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def _table(history: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for entry in history for name in entry if name != "note"))
+    """One line an evaluation: a metric's interval or deviation behind its value, its floor in the next column."""
+    joined = {name for entry in history for name in entry if name.endswith(INTERVAL) or ", deviation of " in name}
+    hidden = joined | {"note", "not computed"}
+    columns = list(dict.fromkeys(name for entry in history for name in entry if name not in hidden))
     lines = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
     for entry in history:
-        values = (entry.get(name, "") for name in columns)
-        cells = (f"{value:.5g}" if isinstance(value, float) else str(value) for value in values)
+        cells = []
+        for name in columns:
+            parts = [_cell(entry.get(name, ""))]
+            parts += [f"({_cell(entry[more])})" for more in joined if more in entry and more.startswith(f"{name}, ")]
+            cells.append(" ".join(parts))
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- {entry['time']}: {entry['note']}" for entry in history if "note" in entry]
-    return "\n".join([*lines, "", *notes, ""])
+    notes += [
+        f"- {entry['time']}: not computed: {entry['not computed']}." for entry in history if "not computed" in entry
+    ]
+    key = "In brackets: a bootstrap interval of 95 %, as a to b, or a standard deviation over subsets or splits."
+    return "\n".join([*lines, "", key, "", *notes, ""])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, float) for x in value):
+        return f"{value[0]:.5g} to {value[1]:.5g}"
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,9 +1,12 @@
-"""Networks whose features images are judged by: FID's Inception, and a small classifier of the embedded digits."""
+"""Networks whose features images are judged by: FID's Inception, a classifier of the embedded digits, any other."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterable
-from functools import partial
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +15,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import Partial
+from safetensors import safe_open
 
 from ddpm_jax import parallel
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation import inception
+from ddpm_jax.files import atomic_path
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.progress import ProgressBar
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+_CONVERTED = "pt_inception-2015-12-05.safetensors"
+# As torch.hub has it: the name ends in the first digits of the file's SHA-256.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
 
 Output = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A network that turns images into features.
+    """A network that turns images into features. `custom_features` makes one of any function.
 
     Attributes:
       name: what results say they were judged by.
       frechet: what the Frechet distance of these features is called; "FID" is Inception's alone.
       shape: (H, W, C) that images must have; None: any size of three channels.
-      apply: (uint8 [B, H, W, C]) -> {"pool": float32 [B, D], "logits": float32 [B, K]} and more of float32 [B, ...].
+      apply: (uint8 [B, H, W, C]) -> {"pool": float32 [B, D]} and, where there are such, "logits" [B, K] for the
+        Inception Score and "spatial" [B, E] for sFID. The weights of a `jax.tree_util.Partial` are kept on the devices.
     """
 
     name: str
@@ -41,61 +53,218 @@ class Features:
     shape: tuple[int, int, int] | None
     apply: Callable[[jax.Array], Output]
 
-    def of(self, batches: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
-        """All features of images that come in any portions, in batches of one size divided over the mesh.
+    @functools.cached_property
+    def digest(self) -> str:
+        """12 hex digits that are others for another network: of the name and, of a `Partial`, the weights."""
+        digest = hashlib.sha256(json.dumps([self.name, self.frechet, self.shape]).encode())
+        for leaf in jax.tree.leaves(self.apply if isinstance(self.apply, Partial) else ()):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:12]
+
+    def batches(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Features of images that come in any portions, in batches of one size divided over the mesh.
 
         Args:
-          batches: uint8 [N, H, W, C] each.
-          mesh: of `parallel.make_mesh`.
+          images: uint8 [N, H, W, C] each.
+          mesh: of `parallel.make_mesh`, all processes giving the same images; or this process's alone.
           batch_size: images at a time, rounded up to a multiple of the devices.
 
-        Returns:
-          What `apply` gives, of all images, as float32 [N, ...].
+        Yields:
+          What `apply` gives, float32 [n, ...], of all images in their order.
+
+        Raises:
+          UserError: no images; such as are not 8-bit or not of a size that the network takes; features that are not
+            finite.
         """
         devices = mesh.devices.size
         size = -(-batch_size // devices) * devices
-        run = jax.jit(self.apply, in_shardings=parallel.batch_sharding(mesh), out_shardings=parallel.replicated(mesh))
-        done: list[dict[str, np.ndarray]] = []
-        for images in _regroup(batches, size):
-            padded = np.resize(images, (size, *images.shape[1:])) if len(images) < size else images
-            done.append({name: np.asarray(value)[: len(images)] for name, value in run(self._fit(padded)).items()})
+        apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
+        apply = jax.tree.map(functools.partial(_place, sharding=parallel.replicated(mesh)), apply)
+        waiting: tuple[Output, int] | None = None
+        done = 0
+        for portion in _regroup(map(self._checked, images), size):
+            padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
+            # The devices work on this batch while the one before it is fetched and used.
+            started = _run(apply, _place(padded, parallel.batch_sharding(mesh)), mesh)
+            if waiting:
+                yield self._fetched(*waiting, done)
+                done += waiting[1]
+            waiting = started, len(portion)
+        if not waiting:
+            raise UserError(f"there are no images for {self.name} to judge")
+        yield self._fetched(*waiting, done)
+
+    def of(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
+        """All of `batches` together, float32 [N, ...]."""
+        done = list(self.batches(images, mesh, batch_size))
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
-    def _fit(self, images: np.ndarray) -> np.ndarray:
-        if self.shape is None:
-            return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
-        if images.shape[1:] != self.shape:
-            raise UserError(f"{self.name} judges images of {self.shape}, not of {images.shape[1:]}")
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise UserError(
+                f"the images to judge are {images.dtype} of shape {images.shape}; accepted: uint8 [N, H, W, C], "
+                "from 0 to 255 as they are saved"
+            )
+        if self.shape is None and images.shape[-1] == 1:
+            return images.repeat(3, axis=-1)
+        if images.shape[1:] != self.shape and (self.shape or images.shape[-1] != 3):
+            raise UserError(f"{self.name} judges images of {self.shape or '3 channels'}, not of {images.shape[1:]}")
         return images
 
+    def _fetched(self, output: Output, count: int, first: int) -> dict[str, np.ndarray]:
+        found = {name: np.asarray(value)[:count] for name, value in output.items()}
+        for name, value in found.items():
+            finite = np.isfinite(value).reshape(count, -1).all(1)
+            if not finite.all():
+                raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
+        return found
 
-def _regroup(batches: Iterable[np.ndarray], size: int) -> Iterable[np.ndarray]:
+
+def _place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """A value that every process has, on the devices."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _run(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
+    output = {name: value.astype(jnp.float32) for name, value in apply(images).items()}
+    return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))
+
+
+def _regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The same images in portions of `size`, the last one smaller."""
     left: list[np.ndarray] = []
     for batch in batches:
-        left.append(batch)
-        while sum(map(len, left)) >= size:
-            joined = np.concatenate(left)
-            yield joined[:size]
-            left = [joined[size:]]
-    joined = np.concatenate(left) if left else np.zeros(0)
-    if len(joined):
-        yield joined
+        while sum(map(len, left)) + len(batch) >= size:
+            taken = size - sum(map(len, left))
+            yield np.concatenate([*left, batch[:taken]])
+            left, batch = [], batch[taken:]
+        if len(batch):
+            left.append(batch)
+    if left:
+        yield np.concatenate(left)
 
 
-def load_inception(path: str | Path) -> Features:
-    """FID's Inception with the weights of the PyTorch port's file.
+def custom_features(
+    name: str, apply: Callable[[jax.Array], jax.Array | Output], shape: tuple[int, int, int] | None = None
+) -> Features:
+    """Features of any network, whose Frechet distance is called after it.
+
+    Args:
+      name: of the network, in results.
+      apply: (uint8 [B, H, W, C]) -> features [B, D], or a dict of them as in `Features`; it is jit-compiled.
+      shape: (H, W, C) that images must have; None: any size of three channels.
+    """
+    function = apply if isinstance(apply, Partial) else Partial(apply)
+    return Features(name, _frechet_of(name), shape, Partial(_named, function))
+
+
+def _named(apply: Partial, images: jax.Array) -> Output:
+    output = apply(images)
+    return output if isinstance(output, dict) else {"pool": output}
+
+
+def _frechet_of(name: str) -> str:
+    return f"Frechet distance ({name})"
+
+
+# FID's Inception.
+
+
+def cache_folder() -> Path:
+    """Where fetched weights are kept: ddpm_jax in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddpm_jax"
+
+
+def load_inception(path: str | Path | None = None) -> Features:
+    """FID's Inception, the same network whatever file its weights come in.
+
+    Args:
+      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `cache_folder()`, fetched from
+        INCEPTION_URL the first time, and kept there as .safetensors.
 
     Raises:
-      UserError: no such file, with a word where to get it; or one that does not hold these weights.
+      UserError: no such file, and what to fetch and where to put it; a file that is cut off, is not the one that the
+        hash in its name says, or does not hold these weights.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} is not there; fetch {INCEPTION_URL} and put it there")
-    params = inception.params_of(path, tensors_lib.read(path))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    apply: Any = partial(inception.InceptionV3().apply, {"params": params})
-    return Features(f"Inception v3 of {path.name} ({digest})", "FID", None, apply)
+    if path is None:
+        path, tensors, digest = _cached_inception()
+    else:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise UserError(f"{str(path)!r} is not there; fetch {INCEPTION_URL} and put it there")
+        tensors, digest = _read_checked(path)
+    return _inception(path, tensors, digest)
+
+
+def _inception(path: Path, tensors: tensors_lib.Tensors, digest: str) -> Features:
+    params = inception.params_of(path, tensors)
+    apply = Partial(inception.InceptionV3().apply, {"params": params})
+    return Features(f"Inception v3 ({digest[:8]})", "FID", None, apply)
+
+
+def _read_checked(path: Path) -> tuple[tensors_lib.Tensors, str]:
+    """Tensors of a file and the SHA-256 of the file that was published: of a converted one, what it was made of."""
+    digest = _check_hash(path, path.name)
+    tensors = tensors_lib.read(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            digest = (file.metadata() or {}).get("sha256", digest)
+    return tensors, digest
+
+
+def _cached_inception() -> tuple[Path, tensors_lib.Tensors, str]:
+    converted, original = cache_folder() / _CONVERTED, cache_folder() / INCEPTION_FILE
+    if converted.is_file():
+        try:
+            return (converted, *_read_checked(converted))
+        except UserError as error:
+            logging.warning("%s; it is made again", error)
+    if not original.is_file():
+        _fetch(INCEPTION_URL, original)
+    tensors, digest = _read_checked(original)
+    try:
+        tensors_lib.write(converted, tensors, {"sha256": digest, "source": INCEPTION_URL})
+    except UserError as error:  # a cache that cannot be written must not be in the way
+        logging.warning("%s", error)
+    return original, tensors, digest
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Downloads a file, whole or not at all."""
+    import requests
+
+    try:
+        with requests.get(url, stream=True, timeout=30) as response, atomic_path(path) as temporary:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length", 0))
+            with ProgressBar(f"fetching {path.name}", total) as bar, temporary.open("wb") as file:
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+                    bar.update(file.tell())
+            _check_hash(temporary, path.name)
+    except (requests.RequestException, OSError) as error:
+        raise UserError(
+            f"{str(path)!r} is not there and {url} cannot be fetched ({first_line(error)[:200]}); fetch it on a "
+            "machine with network and put it there"
+        ) from None
+
+
+def _check_hash(path: Path, name: str) -> str:
+    """SHA-256 of a file, which must begin as its name says, if that says so."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    named = _HASH_IN_NAME.search(name)
+    if named and not digest.startswith(named[1]):
+        raise UserError(
+            f"{name!r} is damaged or something else: its SHA-256 begins with {digest[:8]}, not with the {named[1]} of "
+            "its name"
+        )
+    return digest
+
+
+# The embedded digits' classifier.
 
 
 class _Classifier(nn.Module):
@@ -140,5 +309,5 @@ def train_digits_classifier(steps: int = 400) -> Features:
         )
         return params
 
-    apply: Any = partial(net.apply, {"params": train()})
-    return Features("digits classifier", "Frechet distance (digits classifier)", (8, 8, 1), apply)
+    name = "digits classifier"
+    return Features(name, _frechet_of(name), (8, 8, 1), Partial(net.apply, {"params": train()}))

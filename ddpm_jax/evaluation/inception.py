@@ -1,11 +1,14 @@
 """The Inception v3 that FID is defined by: the graph of 2015-12-05, as its PyTorch port has it.
 
 It differs from the usual Inception v3 in its pooling: averages leave out the padding, the last block takes a maximum.
-Images are brought to 299x299 bilinearly without anti-aliasing, as TensorFlow 1 did. Names are those of the port's file,
-so that its weights find their places.
+Images are brought to 299x299 bilinearly without anti-aliasing, as TensorFlow 1 did.
+
+The same sums are laid out for speed: batch norms, whose statistics are fixed, are folded into the convolutions when the
+weights are read; the 1x1 convolutions that share an input are one matrix product; pooling is sums and maxima of shifted
+maps. `benchmarks/evaluation.py` says what that gives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from ddpm_jax.interop import tensors as tensors_lib
 SIZE = 299
 NUM_FEATURES, NUM_LOGITS = 2048, 1008
 _SPATIAL_CHANNELS = 7  # of sFID (Nash et al. 2021): the first of one layer's, on 17x17 pixels
+_SPATIAL_LAYER = ("Mixed_6d", "branch1x1")
+_EPSILON = 1e-3  # of the batch norms
+_EXACT = jax.lax.Precision.HIGHEST  # float32 products, also where the hardware's default is coarser
 
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
@@ -36,50 +42,79 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
         return matrix
 
     rows, columns = weights(images.shape[1]), weights(images.shape[2])
-    exact = jax.lax.Precision.HIGHEST
-    x = jnp.einsum("ih,bhwc->biwc", rows, images.astype(jnp.float32), precision=exact)
-    return jnp.einsum("jw,biwc->bijc", columns, x, precision=exact)
+    x = jnp.einsum("ih,bhwc->biwc", rows, images.astype(jnp.float32), precision=_EXACT)
+    return jnp.einsum("jw,biwc->bijc", columns, x, precision=_EXACT)
 
 
-class _Conv(nn.Module):
-    """Convolution without bias, batch norm with fixed statistics, ReLU."""
+class _Weights(nn.Module):
+    """Kernel [*size, C, features] and bias [features] of a convolution with its batch norm."""
 
     features: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    padding: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.kernel, x.shape[-1], self.features))
-        scale = self.param("scale", nn.initializers.ones, (self.features,))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        mean = self.param("mean", nn.initializers.zeros, (self.features,))
-        variance = self.param("variance", nn.initializers.ones, (self.features,))
-        x = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            [(self.padding[0],) * 2, (self.padding[1],) * 2],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return nn.relu((x - mean) * (scale / jnp.sqrt(variance + 1e-3)) + bias)
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.size, channels, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
-def _average(x: jax.Array) -> jax.Array:
-    return nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), count_include_pad=False)
+def _conv(
+    x: jax.Array,
+    name: str,
+    features: int,
+    size: tuple[int, int] = (3, 3),
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+) -> jax.Array:
+    """Convolution and ReLU."""
+    kernel, bias = _Weights(features, size, name=name)(x.shape[-1])
+    pads = [(padding[0],) * 2, (padding[1],) * 2]
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=numbers, precision=_EXACT)
+    return nn.relu(x + bias)
+
+
+def _heads(
+    x: jax.Array, features: Mapping[str, int], pool: Callable[[jax.Array], jax.Array] | None = None
+) -> list[jax.Array]:
+    """1x1 convolutions of one input and ReLU: one matrix product, cut into its parts.
+
+    Args:
+      x: [B, H, W, C].
+      features: how many, by name.
+      pool: done to the last one before its ReLU. An average comes to the same there as before its convolution, and has
+        fewer channels to pool.
+    """
+    kernels, biases = zip(*(_Weights(n, name=name)(x.shape[-1]) for name, n in features.items()), strict=True)
+    product = jnp.matmul(x, jnp.concatenate(kernels, axis=-1)[0, 0], precision=_EXACT) + jnp.concatenate(biases)
+    parts = jnp.split(product, np.cumsum(list(features.values()))[:-1], axis=-1)
+    if pool:
+        parts[-1] = pool(parts[-1])
+    return [nn.relu(part) for part in parts]
+
+
+def _shifts(x: jax.Array, axis: int, stride: int = 1) -> list[jax.Array]:
+    """The three values under a window of 3 at each of its places."""
+    last = x.shape[axis] - 3
+    return [jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)]
 
 
 def _maximum(x: jax.Array, stride: int = 2) -> jax.Array:
-    padding = ((1, 1), (1, 1)) if stride == 1 else "VALID"
-    return nn.max_pool(x, (3, 3), (stride, stride), padding)
-
-
-def _chain(x: jax.Array, *layers: _Conv) -> jax.Array:
-    for layer in layers:
-        x = layer(x)
+    if stride == 1:
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    for axis in (1, 2):
+        a, b, c = _shifts(x, axis, stride)
+        x = jnp.maximum(jnp.maximum(a, b), c)
     return x
+
+
+def _average(x: jax.Array) -> jax.Array:
+    """Of 3x3 pixels at stride 1, of as many as there are at the border."""
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for axis in (1, 2):
+        x = sum(_shifts(x, axis)[1:], _shifts(x, axis)[0])
+    counts = [np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3]]
+    return x * jnp.asarray(1 / np.outer(*counts), x.dtype)[:, :, None]
 
 
 def _join(*branches: jax.Array) -> jax.Array:
@@ -91,79 +126,50 @@ class _A(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _join(
-            _Conv(64, name="branch1x1")(x),
-            _chain(x, _Conv(48, name="branch5x5_1"), _Conv(64, (5, 5), 1, (2, 2), name="branch5x5_2")),
-            _chain(
-                x,
-                _Conv(64, name="branch3x3dbl_1"),
-                _Conv(96, (3, 3), 1, (1, 1), name="branch3x3dbl_2"),
-                _Conv(96, (3, 3), 1, (1, 1), name="branch3x3dbl_3"),
-            ),
-            _Conv(self.pool_features, name="branch_pool")(_average(x)),
-        )
+        heads = {"branch1x1": 64, "branch5x5_1": 48, "branch3x3dbl_1": 64, "branch_pool": self.pool_features}
+        a, b, c, d = _heads(x, heads, _average)
+        b = _conv(b, "branch5x5_2", 64, (5, 5), 1, (2, 2))
+        c = _conv(c, "branch3x3dbl_2", 96, padding=(1, 1))
+        c = _conv(c, "branch3x3dbl_3", 96, padding=(1, 1))
+        return _join(a, b, c, d)
 
 
 class _B(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _join(
-            _Conv(384, (3, 3), 2, name="branch3x3")(x),
-            _chain(
-                x,
-                _Conv(64, name="branch3x3dbl_1"),
-                _Conv(96, (3, 3), 1, (1, 1), name="branch3x3dbl_2"),
-                _Conv(96, (3, 3), 2, name="branch3x3dbl_3"),
-            ),
-            _maximum(x),
-        )
+        a = _conv(x, "branch3x3", 384, stride=2)
+        (b,) = _heads(x, {"branch3x3dbl_1": 64})
+        b = _conv(b, "branch3x3dbl_2", 96, padding=(1, 1))
+        b = _conv(b, "branch3x3dbl_3", 96, stride=2)
+        return _join(a, b, _maximum(x))
 
 
 class _C(nn.Module):
-    """Also gives sFID's features: the first channels of branch1x1's convolution, before its norm."""
-
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        c, wide, high = self.width, ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
-        first = _Conv(192, name="branch1x1")(x)
-        kernel = self.variables["params"]["branch1x1"]["kernel"][0, 0, :, :_SPATIAL_CHANNELS]
-        joined = _join(
-            first,
-            _chain(
-                x,
-                _Conv(c, name="branch7x7_1"),
-                _Conv(c, *wide, name="branch7x7_2"),
-                _Conv(192, *high, name="branch7x7_3"),
-            ),
-            _chain(
-                x,
-                _Conv(c, name="branch7x7dbl_1"),
-                _Conv(c, *high, name="branch7x7dbl_2"),
-                _Conv(c, *wide, name="branch7x7dbl_3"),
-                _Conv(c, *high, name="branch7x7dbl_4"),
-                _Conv(192, *wide, name="branch7x7dbl_5"),
-            ),
-            _Conv(192, name="branch_pool")(_average(x)),
-        )
-        return joined, jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, wide, high = self.width, ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+        heads = {"branch1x1": 192, "branch7x7_1": n, "branch7x7dbl_1": n, "branch_pool": 192}
+        a, b, c, d = _heads(x, heads, _average)
+        b = _conv(b, "branch7x7_2", n, *wide)
+        b = _conv(b, "branch7x7_3", 192, *high)
+        c = _conv(c, "branch7x7dbl_2", n, *high)
+        c = _conv(c, "branch7x7dbl_3", n, *wide)
+        c = _conv(c, "branch7x7dbl_4", n, *high)
+        c = _conv(c, "branch7x7dbl_5", 192, *wide)
+        return _join(a, b, c, d)
 
 
 class _D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _join(
-            _chain(x, _Conv(192, name="branch3x3_1"), _Conv(320, (3, 3), 2, name="branch3x3_2")),
-            _chain(
-                x,
-                _Conv(192, name="branch7x7x3_1"),
-                _Conv(192, (1, 7), 1, (0, 3), name="branch7x7x3_2"),
-                _Conv(192, (7, 1), 1, (3, 0), name="branch7x7x3_3"),
-                _Conv(192, (3, 3), 2, name="branch7x7x3_4"),
-            ),
-            _maximum(x),
-        )
+        a, b = _heads(x, {"branch3x3_1": 192, "branch7x7x3_1": 192})
+        a = _conv(a, "branch3x3_2", 320, stride=2)
+        b = _conv(b, "branch7x7x3_2", 192, (1, 7), 1, (0, 3))
+        b = _conv(b, "branch7x7x3_3", 192, (7, 1), 1, (3, 0))
+        b = _conv(b, "branch7x7x3_4", 192, stride=2)
+        return _join(a, b, _maximum(x))
 
 
 class _E(nn.Module):
@@ -172,15 +178,20 @@ class _E(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide, high = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
-        y = _Conv(384, name="branch3x3_1")(x)
-        z = _chain(x, _Conv(448, name="branch3x3dbl_1"), _Conv(384, (3, 3), 1, (1, 1), name="branch3x3dbl_2"))
+        heads = {"branch1x1": 320, "branch3x3_1": 384, "branch3x3dbl_1": 448}
+        if self.pool == "average":
+            a, b, c, d = _heads(x, heads | {"branch_pool": 192}, _average)
+        else:
+            a, b, c = _heads(x, heads)
+            (d,) = _heads(_maximum(x, 1), {"branch_pool": 192})
+        c = _conv(c, "branch3x3dbl_2", 384, padding=(1, 1))
         return _join(
-            _Conv(320, name="branch1x1")(x),
-            _Conv(384, *wide, name="branch3x3_2a")(y),
-            _Conv(384, *high, name="branch3x3_2b")(y),
-            _Conv(384, *wide, name="branch3x3dbl_3a")(z),
-            _Conv(384, *high, name="branch3x3dbl_3b")(z),
-            _Conv(192, name="branch_pool")(_average(x) if self.pool == "average" else _maximum(x, 1)),
+            a,
+            _conv(b, "branch3x3_2a", 384, *wide),
+            _conv(b, "branch3x3_2b", 384, *high),
+            _conv(c, "branch3x3dbl_3a", 384, *wide),
+            _conv(c, "branch3x3dbl_3b", 384, *high),
+            d,
         )
 
 
@@ -196,62 +207,58 @@ class InceptionV3(nn.Module):
 
         Returns:
           "pool" [B, 2048], the last average pooling; "logits" [B, 1008], without the bias, as the Inception Score takes
-          them; "spatial" [B, 2023], of sFID.
+          them; "spatial" [B, 2023], of sFID: the first channels of one convolution, without its batch norm.
         """
         x = (resize(images) - 128.0) / 128.0
-        x = _Conv(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
-        x = _Conv(32, (3, 3), name="Conv2d_2a_3x3")(x)
-        x = _Conv(64, (3, 3), 1, (1, 1), name="Conv2d_2b_3x3")(x)
-        x = _maximum(x)
-        x = _Conv(80, name="Conv2d_3b_1x1")(x)
-        x = _Conv(192, (3, 3), name="Conv2d_4a_3x3")(x)
-        x = _maximum(x)
+        x = _conv(x, "Conv2d_1a_3x3", 32, stride=2)
+        x = _conv(x, "Conv2d_2a_3x3", 32)
+        x = _maximum(_conv(x, "Conv2d_2b_3x3", 64, padding=(1, 1)))
+        (x,) = _heads(x, {"Conv2d_3b_1x1": 80})
+        x = _maximum(_conv(x, "Conv2d_4a_3x3", 192))
         for name, width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = _A(width, name=name)(x)
         x = _B(name="Mixed_6a")(x)
         spatial = x
         for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            x, first = _C(width, name=name)(x)
-            spatial = first if name == "Mixed_6d" else spatial
+            if name == _SPATIAL_LAYER[0]:
+                kernel = self.param("spatial", nn.initializers.lecun_normal(), (x.shape[-1], _SPATIAL_CHANNELS))
+                spatial = jnp.matmul(x, kernel, precision=_EXACT)
+            x = _C(width, name=name)(x)
         x = _D(name="Mixed_7a")(x)
         x = _E("average", name="Mixed_7b")(x)
         x = _E("maximum", name="Mixed_7c")(x)
         pool = x.mean((1, 2))
-        logits = nn.Dense(NUM_LOGITS, precision=jax.lax.Precision.HIGHEST, name="fc")(pool)
-        logits -= self.variables["params"]["fc"]["bias"]
+        logits = nn.Dense(NUM_LOGITS, use_bias=False, precision=_EXACT, name="fc")(pool)
         return {"pool": pool, "logits": logits, "spatial": spatial.reshape(len(x), -1)}
 
 
 def params_of(path: str | Path, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The parameters from the tensors of the PyTorch port's file.
+    """The parameters from the tensors of the PyTorch port's file, batch norms folded into the convolutions in float64.
 
     Raises:
       UserError: a tensor that is missing, too many, or of another shape.
     """
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     shapes = flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])
-    wanted, places = {}, {}
-    for place, leaf in shapes.items():
-        *module, kind = place
-        name = ".".join([*module, kind if kind == "bias" and module == ["fc"] else _KINDS[kind]])
-        name = name.replace("fc.conv.", "fc.")
-        shape = leaf.shape
-        wanted[name] = {4: lambda s: (s[3], s[2], s[0], s[1]), 2: lambda s: s[::-1]}.get(len(shape), lambda s: s)(shape)
-        places[name] = place
+    layers = [place[:-1] for place in shapes if place[-1] == "kernel" and place != ("fc", "kernel")]
+    wanted: dict[str, tuple[int, ...]] = {"fc.weight": (NUM_LOGITS, NUM_FEATURES), "fc.bias": (NUM_LOGITS,)}
+    for layer in layers:
+        height, width, channels, features = shapes[(*layer, "kernel")].shape
+        wanted[".".join((*layer, "conv.weight"))] = (features, channels, height, width)
+        wanted |= {".".join((*layer, "bn", kind)): (features,) for kind in _NORM}
     counted = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
     tensors_lib.check(path, counted, wanted)
-    found = {}
-    for name, place in places.items():
-        value = counted[name]
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T if value.ndim == 2 else value
-        found[place] = np.ascontiguousarray(value)
+
+    found: dict[tuple[str, ...], np.ndarray] = {("fc", "kernel"): np.ascontiguousarray(counted["fc.weight"].T)}
+    for layer in layers:
+        kernel = counted[".".join((*layer, "conv.weight"))].transpose(2, 3, 1, 0)
+        scale, bias, mean, variance = (counted[".".join((*layer, "bn", kind))].astype(np.float64) for kind in _NORM)
+        scale = scale / np.sqrt(variance + _EPSILON)
+        found[(*layer, "kernel")] = np.ascontiguousarray(kernel * scale, np.float32)
+        found[(*layer, "bias")] = (bias - mean * scale).astype(np.float32)
+        if layer == _SPATIAL_LAYER:
+            found[("spatial",)] = np.ascontiguousarray(kernel[0, 0, :, :_SPATIAL_CHANNELS])
     return unflatten_dict(found)
 
 
-_KINDS = {
-    "kernel": "conv.weight",
-    "scale": "bn.weight",
-    "bias": "bn.bias",
-    "mean": "bn.running_mean",
-    "variance": "bn.running_var",
-}
+_NORM = ("weight", "bias", "running_mean", "running_var")

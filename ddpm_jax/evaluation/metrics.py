@@ -1,19 +1,21 @@
 """What images are judged by, from their features: the metrics of the field as functions of arrays.
 
 Features are [N, D], one row an image, of any network. Everything is float64 but distances between many rows, which are
-computed block by block on the devices in float32. Real and generated images are told apart by the arguments' names
-where it matters.
+computed block by block on the devices in float32. No function holds a copy of all features in another precision, or
+all pairs of rows. Real and generated images are told apart by the arguments' names where it matters.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK = 2048
+_BLOCK = 2048  # rows at a time
+_FITTED = 5  # numbers of images that an extrapolation is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        features = np.asarray(features, np.float64)
-        mean = features.mean(0)
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        return cls.over([features])
+
+    @classmethod
+    def over(cls, batches: Iterable[np.ndarray]) -> "Moments":
+        """Those of all rows of the batches, [N, D] each, which are read once."""
+        total = Accumulator()
+        for batch in batches:
+            total.add(batch)
+        return total.moments()
 
     @classmethod
     def from_covariance(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> "Moments":
@@ -44,6 +51,8 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         """Those of both sets together (Chan, Golub & LeVeque 1979)."""
+        if not self.count or not other.count:
+            return self if self.count else other
         count = self.count + other.count
         difference = other.mean - self.mean
         mean = self.mean + difference * (other.count / count)
@@ -58,19 +67,172 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+class Accumulator:
+    """Adds rows up to their `Moments`, holding a block of them and a few [D, D] arrays at most."""
+
+    def __init__(self) -> None:
+        self._waiting: list[np.ndarray] = []
+        self._count = 0
+        # Sums about the first block's mean lose nothing to cancellation, however far from 0 the features lie.
+        self._shift = self._sum = self._products = np.zeros(0)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Rows [N, D], N from 0."""
+        rows = np.asarray(rows)
+        for part in _blocks(len(rows)):
+            self._waiting.append(rows[part])
+            if sum(map(len, self._waiting)) >= _BLOCK:
+                self._flush()
+
+    def _flush(self) -> None:
+        block = np.concatenate(self._waiting).astype(np.float64)
+        self._waiting = []
+        if not self._count:
+            self._shift = block.mean(0)
+            self._sum, self._products = np.zeros_like(self._shift), np.zeros((block.shape[1],) * 2)
+        block -= self._shift
+        self._count += len(block)
+        self._sum += block.sum(0)
+        self._products += block.T @ block
+
+    def moments(self) -> Moments:
+        """Of the rows so far; more may be added."""
+        if self._waiting:
+            self._flush()
+        mean = self._sum / max(self._count, 1)
+        return Moments(self._count, self._shift + mean, self._products - np.outer(mean, self._sum))
+
+
+def covariance_root(moments: Moments) -> np.ndarray:
+    """R, float64 [D, rank], with R R^T the covariance."""
+    values, vectors = np.linalg.eigh(moments.covariance)
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_distance(first: Moments, second: Moments, *, root: np.ndarray | None = None) -> float:
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), of the Gaussians with these moments (Heusel et al. 2017, eq. 6).
 
-    The trace of the root comes from the eigenvalues of C1^(1/2) C2 C1^(1/2), which are real and not negative, so that
-    singular covariances, of fewer images than features, need no special case.
+    The trace of the root comes from the eigenvalues of R2^T C1 R2 with R2 R2^T = C2, which are real and not negative,
+    so that singular covariances, of fewer images than features, need no special case.
+
+    Args:
+      first, second: of the same features.
+      root: `covariance_root(second)`, where many are compared with one.
     """
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
-    product = root.T @ second.covariance @ root
+    root = covariance_root(second) if root is None else root
+    product = root.T @ first.covariance @ root
     trace_of_root = np.sum(np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0.0)))
     distance = np.sum((first.mean - second.mean) ** 2)
     distance += np.trace(first.covariance) + np.trace(second.covariance) - 2 * trace_of_root
     return float(max(distance, 0.0))
+
+
+def frechet_influence(
+    features: np.ndarray, moments: Moments, reference: Moments, *, root: np.ndarray | None = None
+) -> np.ndarray:
+    """[N], how the Frechet distance changes with the weight of each row: the derivative of the distance to a reference
+    at the rows' moments, in the direction of the row; its mean is 0.
+
+    With d = x - m1 it is 2 (m1 - m2).d + d^T (1 - T) d less its mean, T = R2 (R2^T C1 R2)^(-1/2) R2^T, because the
+    derivative of Tr (C1 C2)^(1/2) by C1 is T / 2. To first order the distance of other draws of images differs from
+    this one as the mean of resampled influences differs from 0 (the infinitesimal jackknife, Efron 1982). A plain
+    bootstrap is dearer, and worse: repeated rows raise the distance by about its bias once more.
+
+    Args:
+      features: [N, D].
+      moments: `Moments.of(features)`.
+      reference, root: as `second` in `frechet_distance`.
+    """
+    root = covariance_root(reference) if root is None else root
+    values, vectors = np.linalg.eigh(root.T @ moments.covariance @ root)
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    # |d^T transport|^2 is d^T T d.
+    transport = root @ (vectors[:, kept] * values[kept] ** -0.25)
+    influence = np.empty(len(features))
+    for rows in _blocks(len(features)):
+        d = features[rows] - moments.mean
+        influence[rows] = 2 * d @ (moments.mean - reference.mean) + np.sum(d**2, 1) - np.sum((d @ transport) ** 2, 1)
+    return influence - influence.mean()
+
+
+def bootstrap_interval(
+    value: float, influence: np.ndarray, *, level: float = 0.95, resamplings: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """A bootstrap interval of a statistic of N rows from its value and the rows' influences, [N]: the statistic's
+    linear approximation, resampled."""
+    rng, count = np.random.default_rng(seed), len(influence)
+    means = [influence[rng.integers(0, count, count)].mean() for _ in range(resamplings)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(max(value + low, 0.0)), float(max(value + high, 0.0))
+
+
+class Extrapolation(NamedTuple):
+    """A Frechet distance without end to the number of generated images, and what that of N is too high by."""
+
+    infinity: float
+    bias: float
+
+
+def frechet_infinity(
+    features: np.ndarray, reference: Moments, *, root: np.ndarray | None = None, seed: int = 0
+) -> Extrapolation:
+    """The Frechet distance extrapolated to endlessly many generated images (FID-infinity, Chong & Forsyth 2020).
+
+    A line over 1 / N fitted to the distances of N, N / 2, ... N / 5 images, each the mean over disjoint random parts.
+    The bias that comes from the reference's own number of images stays. The law holds once N is some times D.
+
+    Args:
+      features: [N, D], N at least 10.
+      reference, root: as `second` in `frechet_distance`.
+      seed: of the parts.
+    """
+    root = covariance_root(reference) if root is None else root
+    count = len(features)
+    if count < 2 * _FITTED:
+        raise ValueError(f"an extrapolation needs {2 * _FITTED} rows or more, not {count}")
+    order = np.random.default_rng(seed).permutation(count)
+    distances = [
+        np.mean([_distance_of_part(features, part, reference, root) for part in np.array_split(order, parts)])
+        for parts in range(1, _FITTED + 1)
+    ]
+    slope, infinity = np.polyfit(np.arange(1, _FITTED + 1) / count, distances, 1)
+    return Extrapolation(float(infinity), float(slope / count))
+
+
+def _distance_of_part(features: np.ndarray, part: np.ndarray, reference: Moments, root: np.ndarray) -> float:
+    moments = Moments.over(features[part[rows]] for rows in _blocks(len(part)))
+    return frechet_distance(moments, reference, root=root)
+
+
+def split_distance(features: np.ndarray, count: int, *, seed: int = 0) -> float:
+    """The Frechet distance between `count` random rows, 2 to N - 2 of them, and the others."""
+    if not 2 <= count <= len(features) - 2:
+        raise ValueError(f"count is {count}; accepted: 2 to {len(features) - 2}, two less than the rows")
+    parts = np.split(np.random.default_rng(seed).permutation(len(features)), [count])
+    return frechet_distance(*(Moments.over(features[part[rows]] for rows in _blocks(len(part))) for part in parts))
+
+
+def scaled_floor(distance: float, parts: tuple[int, int], count: int, num_real: int) -> float:
+    """The Frechet distance that `count` generated images would have to `num_real` real ones if they were real too.
+
+    Of a distance between parts of the real images: that of n images to m of the same distribution is about in
+    proportion to 1 / n + 1 / m.
+    """
+    return distance * (1 / count + 1 / num_real) / (1 / parts[0] + 1 / parts[1])
+
+
+def frechet_floor(real: np.ndarray, count: int, *, seed: int = 0) -> float:
+    """`scaled_floor` of `count` of the real images, or half of them if there are no more, to the others.
+
+    Args:
+      real: [N, D], N at least 4.
+      count: of the generated images.
+      seed: of the split.
+    """
+    taken = max(min(count, len(real) // 2), 2)
+    distance = split_distance(real, taken, seed=seed)
+    return scaled_floor(distance, (taken, len(real) - taken), count, len(real))
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -79,17 +241,17 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     Raises:
       ValueError: fewer images than splits.
     """
-    logits = np.asarray(logits, np.float64)
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"splits is {splits}; accepted: 1 to {len(logits)}, the number of images")
-    logits = logits - logits.max(1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    count = len(logits)
+    if not 1 <= splits <= count:
+        raise ValueError(f"splits is {splits}; accepted: 1 to {count}, the number of images")
     scores = []
     for i in range(splits):
-        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
-        p = np.exp(part)
+        part = np.asarray(logits[i * count // splits : (i + 1) * count // splits], np.float64)
+        part = part - part.max(1, keepdims=True)
+        log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
+        p = np.exp(log_p)
         marginal = np.log(np.maximum(p.mean(0), 1e-300))
-        scores.append(np.exp(np.mean(np.sum(p * (part - marginal), axis=1))))
+        scores.append(np.exp(np.mean(np.sum(p * (log_p - marginal), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -145,60 +307,87 @@ def _smallest(values: jax.Array, k: int) -> jax.Array:
     return -jax.lax.top_k(-values, k)[0]
 
 
-def _prepare(*sets: np.ndarray) -> list[np.ndarray]:
-    """float32 about a common centre, which costs the differences the least precision."""
-    centre = np.mean(np.concatenate([features.mean(0, keepdims=True) for features in sets]), axis=0)
-    return [np.asarray(features - centre, np.float32) for features in sets]
+def _centre(*sets: np.ndarray) -> np.ndarray:
+    """About which float32 costs the differences of rows the least precision."""
+    means = [
+        np.mean([features[rows].mean(0, dtype=np.float64) for rows in _blocks(len(features))], 0) for features in sets
+    ]
+    return np.mean(means, axis=0)
 
 
-def _squared_radii(features: np.ndarray, k: int) -> np.ndarray:
-    """[N], the squared distance of each row to its k-th nearest other row."""
-    if not 1 <= k < len(features):
-        raise ValueError(f"k is {k}; accepted: 1 to {len(features) - 1}, one less than the images")
-    radii = []
+def _about(centre: np.ndarray, features: np.ndarray, rows: slice) -> jax.Array:
+    return jnp.asarray(features[rows] - centre, jnp.float32)
+
+
+def _squared_radii(features: np.ndarray, centre: np.ndarray, *ks: int) -> np.ndarray:
+    """[len(ks), N], the squared distance of each row to its k-th nearest other row."""
+    for k in ks:
+        if not 1 <= k < len(features):
+            raise ValueError(f"k is {k}; accepted: 1 to {len(features) - 1}, one less than the images")
+    nearest = np.full((len(features), max(ks)), np.inf, np.float32)
+
+    def merge(rows: slice, distances: jax.Array) -> None:
+        nearest[rows] = _smallest(jnp.concatenate([nearest[rows], distances], axis=1), max(ks))
+
     for rows in _blocks(len(features)):
-        nearest = np.full((rows.stop - rows.start, 0), 0.0, np.float32)
+        x = _about(centre, features, rows)
+        own = _squared_distances(x, x)
+        merge(rows, jnp.where(jnp.eye(len(own), dtype=bool), jnp.inf, own))
         for columns in _blocks(len(features)):
-            distances = _squared_distances(features[rows], features[columns])
-            if rows == columns:
-                distances = distances + jnp.where(jnp.eye(len(distances), dtype=bool), jnp.inf, 0.0)
-            joined = jnp.concatenate([nearest, distances], axis=1)
-            nearest = np.asarray(_smallest(joined, min(k, joined.shape[1])))
-        radii.append(nearest[:, k - 1])
-    return np.concatenate(radii)
+            if columns.start > rows.start:  # the other half of all pairs is the same
+                distances = _squared_distances(x, _about(centre, features, columns))
+                merge(rows, distances)
+                merge(columns, distances.T)
+    return nearest.T[[k - 1 for k in ks]]
 
 
-def _balls(centres: np.ndarray, squared_radii: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each point, in how many balls it lies; for each ball, whether a point lies in it."""
-    inside, occupied = np.zeros(len(points), np.int64), np.zeros(len(centres), bool)
-    for rows in _blocks(len(points)):
-        for columns in _blocks(len(centres)):
-            hit = np.asarray(_squared_distances(points[rows], centres[columns])) <= squared_radii[columns]
-            inside[rows] += hit.sum(1)
-            occupied[columns] |= hit.any(0)
-    return inside, occupied
+class Manifolds(NamedTuple):
+    """How two sets of images cover one another."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): the share of generated images within the real ones'
-    manifold, and the other way round.
+def manifolds(real: np.ndarray, fake: np.ndarray, *, k: int = 3, density_k: int = 5) -> Manifolds:
+    """Improved precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020, eqs. 3, 4).
+
+    Precision is the share of generated images within the real ones' manifold, recall the other way round; density in
+    how many real balls a generated image lies, over k; coverage the share of real balls with a generated image in them.
+
+    Args:
+      real, fake: [N, D] of any N each.
+      k: of precision and recall.
+      density_k: of density and coverage.
 
     Raises:
       ValueError: a k that is not below both numbers of images.
     """
-    real, fake = _prepare(real, fake)
-    precision = np.mean(_balls(real, _squared_radii(real, k), fake)[0] > 0)
-    recall = np.mean(_balls(fake, _squared_radii(fake, k), real)[0] > 0)
-    return float(precision), float(recall)
+    centre = _centre(real, fake)
+    ball, density_ball = _squared_radii(real, centre, k, density_k)
+    (fake_ball,) = _squared_radii(fake, centre, k)
+    inside, balls = np.zeros(len(fake), bool), np.zeros(len(fake), np.int64)
+    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for rows in _blocks(len(fake)):
+        x = _about(centre, fake, rows)
+        for columns in _blocks(len(real)):
+            distances = np.asarray(_squared_distances(x, _about(centre, real, columns)))
+            inside[rows] |= np.any(distances <= ball[columns], axis=1)
+            recalled[columns] |= np.any(distances <= fake_ball[rows, None], axis=0)
+            hit = distances <= density_ball[columns]
+            balls[rows] += hit.sum(1)
+            covered[columns] |= hit.any(0)
+    return Manifolds(*(float(x) for x in (inside.mean(), recalled.mean(), balls.mean() / density_k, covered.mean())))
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """The first two of `manifolds`."""
+    found = manifolds(real, fake, k=k, density_k=k)
+    return found.precision, found.recall
 
 
 def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, eqs. 3 and 4): how many real balls a generated image lies in, over k;
-    and the share of real balls with a generated image in them.
-
-    Raises:
-      ValueError: a k that is not below the number of real images.
-    """
-    real, fake = _prepare(real, fake)
-    inside, occupied = _balls(real, _squared_radii(real, k), fake)
-    return float(inside.mean() / k), float(occupied.mean())
+    """The last two of `manifolds`."""
+    found = manifolds(real, fake, k=k, density_k=k)
+    return found.density, found.coverage

@@ -1,5 +1,6 @@
 """Files of named tensors: safetensors, and PyTorch's older pickled files read without running what is in them."""
 
+import dataclasses
 import io
 import math
 import pickle
@@ -7,7 +8,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -25,10 +26,12 @@ _STORAGES = {
     "LongStorage": np.int64,
     "IntStorage": np.int32,
 }
+# How files of PyTorch before 1.6 begin.
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read(path: str | Path) -> Tensors:
-    """The tensors of a .safetensors file, or of a .bin, .pt or .pth file of PyTorch 1.6 or later.
+    """The tensors of a .safetensors file, or of a .bin, .pt or .pth file of PyTorch.
 
     Raises:
       UserError: the file is not there, cut off, of another format, or holds Python objects other than tensors.
@@ -77,16 +80,16 @@ class _StorageType:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows how tensors are put together from the archive's raw data, and nothing else."""
+    """Knows how tensors are put together from raw data, and nothing else."""
 
-    def __init__(self, file: io.BytesIO, read_storage: Callable[[str], bytes]):
+    def __init__(self, file: IO[bytes], find_storage: Callable[[Any], "_Storage"] | None = None):
         super().__init__(file)
-        self._read_storage = read_storage
+        self._find_storage = find_storage
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "collections" and name == "OrderedDict":
             return OrderedDict
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return _rebuild_tensor
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda tensor, requires_grad, hooks: tensor
@@ -95,38 +98,114 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor, and it is not run")
 
     def persistent_load(self, pid: Any) -> "_Storage":
-        _, kind, key, _, count = pid
-        return _Storage(np.frombuffer(self._read_storage(key), kind.dtype, count))
+        if self._find_storage is None:
+            raise pickle.UnpicklingError("it names data where there is none")
+        return self._find_storage(pid)
 
 
+@dataclasses.dataclass
 class _Storage:
-    """What a tensor may be cut from: data of the archive, and not another tensor."""
+    """What a tensor may be cut from: data of the file, which may lie behind what names it, and not another tensor."""
 
-    def __init__(self, data: np.ndarray):
-        self.data = data
+    dtype: np.dtype
+    count: int
+    data: np.ndarray | None = None
+
+    def fill(self, data: bytes) -> None:
+        if not 0 <= self.count * self.dtype.itemsize <= len(data):
+            raise ValueError("a tensor's data are cut off")
+        self.data = np.frombuffer(data, self.dtype, self.count)
 
 
-def _rebuild_tensor(source: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be cut from a storage when its data are there."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        data = self.storage.data
+        if data is None:
+            raise ValueError("a tensor's data are not there")
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        too_far = 0 not in self.size and last >= len(data)
+        if min((self.offset, *self.size, *self.stride)) < 0 or too_far or math.prod(self.size) > len(data):
+            raise ValueError("a tensor is larger than its data")
+        strides = [step * data.itemsize for step in self.stride]
+        return np.lib.stride_tricks.as_strided(data[self.offset :], self.size, strides).copy()
+
+
+def _rebuild_tensor(source: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> _Tensor:
     if not isinstance(source, _Storage):
         raise ValueError("a tensor is made of something other than data")
-    storage = source.data
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)) or math.prod(size) > len(storage):
-        raise ValueError("a tensor is larger than its data")
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+    return _Tensor(source, offset, tuple(size), tuple(stride))
 
 
 def _read_pickled(path: Path) -> Tensors:
+    tensors = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in tensors.items()
+    ):
+        raise ValueError("it holds something other than named tensors")
+    return {name: tensor.array() for name, tensor in tensors.items()}
+
+
+def _read_zip(path: Path) -> Any:
+    """PyTorch 1.6 and later: an archive with one pickle and one file of data a storage."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, which PyTorch's files are not")
         (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = index.removesuffix("data.pkl")
-        unpickler = _Unpickler(io.BytesIO(archive.read(index)), lambda key: archive.read(f"{folder}data/{key}"))
-        tensors = unpickler.load()
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, np.ndarray) for name, tensor in tensors.items()
-    ):
-        raise ValueError("it holds something other than named tensors")
-    return dict(tensors)
+        storages: dict[str, _Storage] = {}
+
+        def find(pid: Any) -> _Storage:
+            _, kind, key, _, count = pid
+            if key not in storages:
+                storages[key] = _Storage(kind.dtype, count)
+                storages[key].fill(archive.read(f"{folder}data/{key}"))
+            return storages[key]
+
+        return _Unpickler(io.BytesIO(archive.read(index)), find).load()
+
+
+def _read_legacy(path: Path) -> Any:
+    """PyTorch before 1.6: pickles one behind the other, then the data of the storages that they name."""
+    with path.open("rb") as file:
+        try:
+            known = _Unpickler(file).load() == _MAGIC and _Unpickler(file).load() == _VERSION
+        except Exception:  # anything else than pickles
+            known = False
+        if not known:
+            raise ValueError("it is no file of PyTorch's, or it is cut off")
+        if not _Unpickler(file).load()["little_endian"]:
+            raise ValueError("its numbers are big-endian")
+        storages: dict[Any, _Storage] = {}
+        views: list[tuple[_Storage, _Storage, int]] = []
+
+        def find(pid: Any) -> _Storage:
+            name, kind, key, _, count, view = pid
+            if name != "storage":
+                raise pickle.UnpicklingError(f"it holds a {name}, which is no tensor, and it is not run")
+            whole = storages.setdefault(key, _Storage(kind.dtype, count))
+            if view is None:
+                return whole
+            _, offset, length = view
+            views.append((_Storage(kind.dtype, length), whole, offset))
+            return views[-1][0]
+
+        tensors = _Unpickler(file, find).load()
+        for key in _Unpickler(file).load():
+            storage = storages[key]
+            count = int.from_bytes(file.read(8), "little", signed=True)
+            if count != storage.count:
+                raise ValueError("a tensor's data are of another length than it says, or cut off")
+            storage.fill(file.read(count * storage.dtype.itemsize))
+        for part, whole, offset in views:
+            if whole.data is None or not 0 <= offset <= offset + part.count <= whole.count:
+                raise ValueError("a tensor is larger than its data")
+            part.data = whole.data[offset : offset + part.count]
+    return tensors

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from ddpm_jax.evaluation import metrics
-from ddpm_jax.evaluation.metrics import Moments
+from ddpm_jax.evaluation.metrics import Accumulator, Moments
 
 RNG = np.random.default_rng(0)
 
@@ -31,6 +31,30 @@ class TestMoments:
         assert first.count == 50
         np.testing.assert_allclose(first.mean, features.mean(0), rtol=1e-13)
         np.testing.assert_allclose(first.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("offset", [0, 1e4])
+    def test_streaming_is_the_batch_computation(self, offset):
+        """To 1e-8 relative, rows sorted and in portions of any size, far from 0 too."""
+        features = np.sort(np.random.default_rng(1).standard_normal((6000, 12)).astype(np.float32), axis=0) + offset
+        expected = np.cov(features.astype(np.float64), rowvar=False)
+        for cuts in ([], [1, 5, 2100], list(range(64, 6000, 64))):
+            moments = Moments.over(np.split(features, cuts))
+            assert moments.count == 6000
+            np.testing.assert_allclose(moments.mean, features.mean(0, dtype=np.float64), rtol=1e-8, atol=1e-12)
+            np.testing.assert_allclose(moments.covariance, expected, rtol=1e-8)
+
+    def test_more_may_follow(self):
+        total, features = Accumulator(), RNG.standard_normal((9, 3))
+        assert total.moments().count == 0
+        for count in (4, 9):
+            total.add(features[total.moments().count : count])
+            np.testing.assert_allclose(total.moments().scatter, Moments.of(features[:count]).scatter, rtol=1e-12)
+
+    def test_nothing_added(self):
+        moments = Moments.of(RNG.standard_normal((9, 3)))
+        nothing = Moments.of(np.zeros((0, 3)))
+        assert (moments + nothing) is moments
+        assert (nothing + moments) is moments
 
     def test_of_one_row(self):
         with pytest.raises(ValueError, match="2 rows or more, not 1"):
@@ -71,6 +95,112 @@ class TestFrechetDistance:
         real = Moments.of(RNG.standard_normal((100_000, 16)))
         biases = [metrics.frechet_distance(Moments.of(RNG.standard_normal((n, 16))), real) for n in (200, 2000)]
         assert 5 < biases[0] / biases[1] < 20
+
+
+def skewed(rng, count, dims, shift=0.0):
+    """Rows like a network's features: correlated, not negative, of falling spread."""
+    mix = np.random.default_rng(7).standard_normal((dims, dims)) / np.sqrt(dims) * np.linspace(1.5, 0.1, dims)
+    return np.maximum(rng.standard_normal((count, dims)) @ mix + shift, 0)
+
+
+class TestFrechetInfluence:
+    def test_is_the_derivative_by_a_row_s_weight(self):
+        """By finite differences of the distance with one row's weight raised; singular covariances too."""
+        rng = np.random.default_rng(0)
+        for count, dims in ((40, 5), (12, 20)):
+            rows, reference = skewed(rng, count, dims, 0.3), Moments.of(skewed(rng, 300, dims))
+            found = metrics.frechet_influence(rows, Moments.of(rows), reference)
+            assert found.mean() == pytest.approx(0, abs=1e-9)
+
+            def distance(weights, rows=rows, reference=reference):
+                weights = weights / weights.sum()
+                mean = weights @ rows
+                # The covariance of `Moments` is that of equal weights times N / (N - 1).
+                covariance = (rows - mean).T @ ((rows - mean) * weights[:, None]) * len(rows) / (len(rows) - 1)
+                return metrics.frechet_distance(Moments.from_covariance(mean, covariance, 9), reference)
+
+            step = 1e-4
+            for row in (0, 7):
+                change = step * np.eye(count)[row]
+                slope = (distance(np.ones(count) + change) - distance(np.ones(count) - change)) / (2 * step)
+                assert found[row] / count == pytest.approx(slope, rel=0.03 if dims < count else 0.2, abs=2e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("shift", "lowest", "highest"), [(0.3, 0.75, 1.3), (0.0, 0.9, 2.0)])
+    def test_standard_error(self, shift, lowest, highest):
+        """Against the spread over newly drawn sets, and against the true bootstrap; of the same distribution, where the
+        first order vanishes, it is too wide rather than too narrow."""
+        rng, dims, count = np.random.default_rng(1), 24, 400
+        reference = Moments.of(skewed(rng, 20_000, dims))
+        root = metrics.covariance_root(reference)
+        distances, errors = [], []
+        for _ in range(150):
+            rows = skewed(rng, count, dims, shift)
+            moments = Moments.of(rows)
+            distances.append(metrics.frechet_distance(moments, reference, root=root))
+            errors.append(np.std(metrics.frechet_influence(rows, moments, reference, root=root)) / np.sqrt(count))
+        assert lowest < np.mean(errors) / np.std(distances) < highest
+        again = [
+            metrics.frechet_distance(Moments.of(rows[rng.integers(0, count, count)]), reference, root=root)
+            for _ in range(150)
+        ]
+        assert 0.6 < errors[-1] / np.std(again) < 1.3
+        # And what makes the plain bootstrap unfit: its distances have the bias twice.
+        assert np.mean(again) - distances[-1] > np.std(again)
+
+    def test_interval(self):
+        influence = np.random.default_rng(0).standard_normal(10_000)
+        influence = (influence - influence.mean()) / influence.std()
+        low, high = metrics.bootstrap_interval(1.0, influence)
+        assert (low, high) == pytest.approx((1 - 0.0196, 1 + 0.0196), abs=0.002)
+        assert metrics.bootstrap_interval(1.0, influence) == (low, high)
+        assert metrics.bootstrap_interval(0.001, influence)[0] == 0
+
+    def test_of_images_that_are_all_the_same(self):
+        same = Moments.of(np.ones((20, 3)))
+        assert metrics.frechet_distance(same, same) == 0
+        np.testing.assert_array_equal(metrics.frechet_influence(np.ones((20, 3)), same, same), 0)
+
+
+class TestFrechetInfinity:
+    def test_of_the_same_distribution_is_nearly_0(self):
+        """And the bias nearly all of the distance, in the mean of some draws."""
+        rng = np.random.default_rng(2)
+        reference = Moments.of(skewed(rng, 100_000, 16))
+        wholes, infinities, biases = [], [], []
+        for _ in range(10):
+            rows = skewed(rng, 1000, 16)
+            wholes.append(metrics.frechet_distance(Moments.of(rows), reference))
+            infinity, bias = metrics.frechet_infinity(rows, reference)
+            infinities.append(infinity)
+            biases.append(bias)
+        assert abs(np.mean(infinities)) < 0.3 * np.mean(wholes)
+        assert np.mean(biases) == pytest.approx(np.mean(wholes), rel=0.3)
+        with pytest.raises(ValueError, match="needs 10 rows or more, not 9"):
+            metrics.frechet_infinity(rows[:9], reference)
+
+    def test_is_the_distance_of_many(self):
+        rng = np.random.default_rng(3)
+        reference = Moments.of(skewed(rng, 100_000, 16))
+        many = metrics.frechet_distance(Moments.of(skewed(rng, 100_000, 16, 0.1)), reference)
+        rows = skewed(rng, 1500, 16, 0.1)
+        few = metrics.frechet_distance(Moments.of(rows), reference)
+        assert abs(metrics.frechet_infinity(rows, reference).infinity - many) < 0.6 * (few - many)
+
+
+class TestFloor:
+    @pytest.mark.parametrize("count", [300, 1500, 6000])
+    def test_is_the_distance_of_real_images(self, count):
+        """Of fewer than half of the reference's images, of more, and of more than all."""
+        rng = np.random.default_rng(4)
+        real = skewed(rng, 2000, 16)
+        reference = Moments.of(real)
+        drawn = [metrics.frechet_distance(Moments.of(skewed(rng, count, 16)), reference) for _ in range(20)]
+        assert metrics.frechet_floor(real, count) == pytest.approx(np.mean(drawn), rel=0.35)
+
+    def test_refuses_too_few(self):
+        with pytest.raises(ValueError, match="accepted: 2 to 1, two less"):
+            metrics.frechet_floor(np.zeros((3, 2)), 10)
 
 
 class TestInceptionScore:

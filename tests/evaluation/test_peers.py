@@ -1,16 +1,16 @@
 """The FID network and the metrics against torch-fidelity's own, with the same random weights and the same features."""
 
 import importlib.util
-import sys
-from unittest import mock
 
+import fidelity
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
-from ddpm_jax.evaluation import inception, metrics
+from ddpm_jax.evaluation import metrics
+from ddpm_jax.evaluation.features import load_inception
 from ddpm_jax.evaluation.metrics import Moments
-from ddpm_jax.interop import tensors
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install -e '.[peers]')")
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
@@ -20,52 +20,37 @@ def torch_fidelity(module):
     """One of its modules."""
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
-    # Its data sets and further networks, which nothing here uses, want torchvision.
-    names = ("", ".datasets", ".models", ".transforms", ".transforms.functional")
-    with mock.patch.dict(sys.modules, {f"torchvision{name}": mock.MagicMock() for name in names}):
-        return importlib.import_module(f"torch_fidelity.{module}")
+    return fidelity.module(module)
 
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """Theirs with random weights that keep activations about 1, and ours with what its file holds."""
-    extractor = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    """Theirs with random weights, and ours with what its file holds."""
+    torch_fidelity("feature_extractor_inceptionv3")
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    state = {}
-    empty = extractor.__new__(extractor)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *_, **__: None)
-        patch.setattr(extractor, "load_state_dict", lambda *_: None)
-        empty.__init__("x", ["2048", "logits_unbiased", "768"], feature_extractor_weights_path="none")
-    for name, value in empty.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = value
-        elif value.ndim > 1:
-            state[name] = torch.randn(value.shape) * (2.0 / np.prod(value.shape[1:])) ** 0.5
-        elif name.endswith(("running_var", "bn.weight")):
-            state[name] = torch.rand(value.shape) + 0.5
-        else:
-            state[name] = 0.1 * torch.randn(value.shape)
-    torch.save(state, path)
-    theirs = extractor("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
-    return theirs, inception.params_of(path, tensors.read(path))
+    return fidelity.inception(path), load_inception(path)
 
 
 @pytest.mark.parametrize("size", [32, 299, 400])
 def test_inception(measure, networks, size):
-    theirs, params = networks
+    theirs, ours = networks
     images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), np.uint8)
-    apply = jax.jit(inception.InceptionV3().apply)
-    ours = [apply({"params": params}, images[i : i + 16]) for i in range(0, 64, 16)]
-    found = {name: np.concatenate([part[name] for part in ours]) for name in ours[0]}
+    found = ours.of([images], Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,)), 16)
+    spatial = []
+    hook = theirs.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, _, output: spatial.append(output))
     with torch.no_grad():
         expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2)))
+    hook.remove()
     for name, values in zip(("pool", "logits"), expected, strict=True):
-        values = values.numpy()
-        error = np.linalg.norm(found[name] - values) / np.linalg.norm(values - values.mean(0))
+        error = relative_error(found[name], values.numpy())
         what = f"Inception's {name}, relative to their spread, 64 images of 32, 299, 400 pixels"
         measure(what, "torch-fidelity", error, 1e-4, "relative")
+    first = spatial[0][:, :7].numpy().transpose(0, 2, 3, 1).reshape(64, -1)
+    assert relative_error(found["spatial"], first) < 1e-4
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected - expected.mean(0))
 
 
 @pytest.fixture(scope="module")

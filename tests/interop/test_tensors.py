@@ -71,7 +71,8 @@ def test_pickle_of_something_else(tmp_path, content):
 
 
 @pytest.mark.peers
-def test_pickles_of_pytorch(tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_of_pytorch(tmp_path, legacy):
     """Views, shared storages and parameters, as PyTorch itself reads them."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install -e '.[peers]')")
     base = torch.arange(24.0).reshape(4, 6)
@@ -85,7 +86,7 @@ def test_pickles_of_pytorch(tmp_path):
         "half": torch.arange(3.0).half(),
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
-    torch.save(saved, tmp_path / "x.bin")
+    torch.save(saved, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
     found = tensors_lib.read(tmp_path / "x.bin")
     assert found.keys() == saved.keys()
     for name, value in saved.items():
@@ -154,3 +155,55 @@ def test_check(change, said):
         tensors_lib.check("file", tensors, WANTED)
     else:
         assert said in refusal(tensors_lib.check, "file", tensors, WANTED)
+
+
+# Files of PyTorch before 1.6.
+
+
+def legacy(value, *, magic=0x1950A86A20F9469CFC6C, version=1001, little=True, keys=("0",), count=4, size=4):
+    """{"a": value} and behind it the storages' data, four numbers each."""
+    head = b"".join(pickle.dumps(part, 2) for part in (magic, version, {"little_endian": little}))
+    data = [count.to_bytes(8, "little", signed=True) + np.arange(size, dtype=np.float32).tobytes() for _ in keys]
+    return head + b"(dVa\n" + value + b"s." + pickle.dumps(list(keys), 2) + b"".join(data)
+
+
+def legacy_storage(key="0", count=4, view=None, name="storage"):
+    told = b"N" if view is None else b"(V%s\nI%d\nI%d\nt" % (view[0].encode(), view[1], view[2])
+    return b"(V%s\nctorch\nFloatStorage\nV%s\nVcpu\nI%d\n%btQ" % (name.encode(), key.encode(), count, told)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (tensor(legacy_storage(), 1, (3,), (1,)), [1, 2, 3]),
+        (tensor(legacy_storage(), 0, (2, 2), (1, 2)), [[0, 2], [1, 3]]),
+        (tensor(legacy_storage(view=("v", 1, 2)), 0, (2,), (1,)), [1, 2]),
+    ],
+)
+def test_legacy_file(tmp_path, value, expected):
+    (tmp_path / "x.pth").write_bytes(legacy(value))
+    np.testing.assert_array_equal(tensors_lib.read(tmp_path / "x.pth")["a"], expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-1], "a tensor's data are cut off"),
+        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-24], "of another length than it says, or cut off"),
+        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:60], ""),
+        (legacy(tensor(legacy_storage(), 2, (3,), (1,))), "a tensor is larger than its data"),
+        (legacy(tensor(legacy_storage(view=("v", 3, 2)), 0, (2,), (1,))), "a tensor is larger than its data"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), count=-1), "of another length"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), keys=()), "a tensor's data are not there"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), magic=1), "it is no file of PyTorch's"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), version=1), "it is no file of PyTorch's"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), little=False), "big-endian"),
+        (legacy(legacy_storage(name="module")), "it holds a module, which is no tensor"),
+        (legacy(legacy_storage()), "something other than named tensors"),
+        (legacy(b"cbuiltins\nopen\n"), "builtins.open, which is no tensor"),
+        (b"PK\3\4 and no more", "it is no file of PyTorch's, or it is cut off"),
+    ],
+)
+def test_refused_legacy_file(tmp_path, content, said):
+    (tmp_path / "x.pth").write_bytes(content)
+    assert said in refusal(tensors_lib.read, tmp_path / "x.pth")
