@@ -347,38 +347,31 @@ def term_proposal(weights: ArrayLike, uniform: float = 0.1) -> np.ndarray:
     return uniform * flat + (1.0 - uniform) * (weights / weights.sum() if weights.any() else flat)
 
 
-def learn_proposal(
-    schedule: Schedule,
-    model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
-    *,
-    num_calls: int = 32,
-    uniform: float = 0.1,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool = False,
-) -> np.ndarray:
-    """A proposal for `sampled_bound` from the terms of a few images at a few timesteps.
+def pilot_timesteps(schedule: Schedule, num_calls: int = 32) -> np.ndarray:
+    """int [n], n at most num_calls, of 1..T-1: half of them evenly in t, half in log t; what a pilot calls."""
+    last, half = schedule.num_timesteps - 1, max(num_calls // 2, 2)
+    if last < 1:
+        raise ValueError("the bound of a single timestep is L_T and L_0, with no term to draw")
+    return np.unique(np.round(np.concatenate([np.geomspace(1, last, half), np.linspace(1, last, half)])).astype(int))
+
+
+def pilot_proposal(schedule: Schedule, terms: ArrayLike, num_calls: int = 32, uniform: float = 0.1) -> np.ndarray:
+    """A proposal for `sampled_bound` from the terms of a few images, 16 say, at a few timesteps.
+
+    Between the timesteps the logarithm of the terms' root mean square is interpolated over log t.
 
     Args:
-      schedule, model_fn, key, x_0, prediction, variance, clip: as in `bound_terms`; 16 images are enough.
-      num_calls: timesteps at most, half of them evenly in t and half in log t; between them the logarithm of the
-        terms' root mean square is interpolated over log t.
+      schedule: T timesteps.
+      terms: [n, B], of `bound_terms` at `pilot_timesteps(schedule, num_calls)`.
+      num_calls: as given there.
       uniform: see `term_proposal`.
 
     Returns:
       float64 [T].
     """
-    T = schedule.num_timesteps
-    if T < 3:
-        return term_proposal(np.ones(T), uniform)
-    half = max(num_calls // 2, 2)
-    timesteps = np.unique(np.round(np.concatenate([np.geomspace(1, T - 1, half), np.linspace(1, T - 1, half)])))
-    found = bound_terms(schedule, model_fn, key, x_0, timesteps, prediction=prediction, variance=variance, clip=clip)
-    rms = np.sqrt(np.mean(np.square(np.asarray(found["terms"], np.float64)), axis=1))
-    t = np.arange(1, T)
-    curve = np.interp(np.log(t), np.log(timesteps), np.log(np.maximum(rms, 1e-12)))
+    rms = np.sqrt(np.mean(np.square(np.asarray(terms, np.float64)), axis=1))
+    t = np.log(np.arange(1, schedule.num_timesteps))
+    curve = np.interp(t, np.log(pilot_timesteps(schedule, num_calls)), np.log(np.maximum(rms, 1e-12)))
     return term_proposal(np.append(0.0, np.exp(curve)), uniform)
 
 
@@ -402,7 +395,7 @@ def sampled_bound(
 
     Args:
       schedule, model_fn, key, x_0, prediction, variance, clip: as in `bound_terms`.
-      proposal: [T], the probabilities of t, above 0 but for entry 0; see `term_proposal` and `learn_proposal`.
+      proposal: [T], the probabilities of t, above 0 but for entry 0; see `term_proposal` and `pilot_proposal`.
       num_terms: KL terms drawn for each image, an even number.
 
     Returns:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ddpm_jax import parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception
+from ddpm_jax.evaluation.batches import regroup
 from ddpm_jax.interop import tensors as tensors_lib
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -56,7 +57,7 @@ class Features:
         size = -(-batch_size // devices) * devices
         run = jax.jit(self.apply, in_shardings=parallel.batch_sharding(mesh), out_shardings=parallel.replicated(mesh))
         done: list[dict[str, np.ndarray]] = []
-        for images in _regroup(batches, size):
+        for images in regroup(batches, size):
             padded = np.resize(images, (size, *images.shape[1:])) if len(images) < size else images
             done.append({name: np.asarray(value)[: len(images)] for name, value in run(self._fit(padded)).items()})
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
@@ -67,20 +68,6 @@ class Features:
         if images.shape[1:] != self.shape:
             raise UserError(f"{self.name} judges images of {self.shape}, not of {images.shape[1:]}")
         return images
-
-
-def _regroup(batches: Iterable[np.ndarray], size: int) -> Iterable[np.ndarray]:
-    """The same images in portions of `size`, the last one smaller."""
-    left: list[np.ndarray] = []
-    for batch in batches:
-        left.append(batch)
-        while sum(map(len, left)) >= size:
-            joined = np.concatenate(left)
-            yield joined[:size]
-            left = [joined[size:]]
-    joined = np.concatenate(left) if left else np.zeros(0)
-    if len(joined):
-        yield joined
 
 
 def load_inception(path: str | Path) -> Features:
