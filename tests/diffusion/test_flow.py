@@ -164,16 +164,19 @@ def test_the_bound_of_single_pixels(gaussian_model):
         assert mean >= exact
 
 
-def test_segments_tell_progress_and_change_nothing():
-    x, told = draw_pairs(2), []
-    options = {"num_steps": 13, "method": "rk4"}
-    whole = flow.flow_log_density(LINEAR, correlated(LINEAR), jax.random.key(0), x, **options)
-    parts = flow.flow_log_density(
-        LINEAR, correlated(LINEAR), jax.random.key(0), x, progress=lambda *n: told.append(n), **options
-    )
-    np.testing.assert_allclose(parts["log_density"], whole["log_density"], rtol=2e-6)
-    np.testing.assert_allclose(parts["x"], whole["x"], rtol=1e-6)
-    assert told == [(18, 52), (36, 52), (52, 52)]
+@pytest.mark.parametrize(("at_once", "told"), [(1, 52), (25, 3)])
+def test_a_scan_of_calls_is_the_same_as_single_ones(monkeypatch, at_once, told):
+    """And progress is told in between."""
+    x, seen = draw_pairs(2), []
+    monkeypatch.setattr(flow, "_calls_at_once", lambda: 52)
+    arguments = (LINEAR, correlated(LINEAR), jax.random.key(0), x)
+    whole = flow.flow_log_density(*arguments, num_steps=13)
+    monkeypatch.setattr(flow, "_calls_at_once", lambda: at_once)
+    parts = flow.flow_log_density(*arguments, num_steps=13, progress=lambda *n: seen.append(n))
+    np.testing.assert_allclose(parts["log_density"], whole["log_density"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(parts["x"], whole["x"], rtol=1e-5, atol=1e-6)
+    assert seen[-1] == (52, 52)
+    assert len(seen) == told
 
 
 def test_table():
