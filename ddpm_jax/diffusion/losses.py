@@ -11,18 +11,23 @@ t counted from 0, entry t of an array of terms is L_0 for t = 0 and the KL betwe
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr
+from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
+    VARIANCES,
     Array,
     ModelFn,
     as_argument,
     check_option,
+    clip_x_0,
     convert_prediction,
     normal,
     p_mean_variance,
@@ -208,20 +213,91 @@ def training_loss(
     return value
 
 
-@partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
-def _variational_bound(schedule, model_fn, key, x_0, prediction, variance, clip):
-    def term(_, t):
-        noise = normal(jax.random.fold_in(key, t), x_0.shape)
-        batch_t = jnp.full(x_0.shape[:1], t)
-        x_t = q_sample(schedule, x_0, batch_t, noise)
-        output = model_fn(x_t, batch_t)
-        bound = vb_term_bpd(schedule, output, x_0, x_t, batch_t, prediction=prediction, variance=variance, clip=clip)
-        x_0_predicted = convert_prediction(schedule, split_output(output, variance)[0], x_t, batch_t, prediction, "x_0")
-        return None, (bound, mean_flat((x_0_predicted - x_0) ** 2))
+# The bound of given images: every term, or a few drawn.
 
-    _, (terms, mse) = jax.lax.scan(term, None, jnp.arange(schedule.num_timesteps))
-    prior = prior_bpd(schedule, x_0)
-    return {"total": terms.sum(0) + prior, "prior": prior, "terms": terms, "x_0_mse": mse}
+
+def fold_in(key: Array, number: Array | int) -> Array:
+    """`jax.random.fold_in` of one key, or of each of [B]."""
+    fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
+    return jax.vmap(fold)(key) if key.ndim else fold(key)
+
+
+def _term(schedule, model_fn, x_0, t, noise, **options):
+    """(the bound's term of each example's t, the x_0 predicted there), by one network call."""
+    x_t = q_sample(schedule, x_0, t, noise)
+    output = model_fn(x_t, t)
+    bound = vb_term_bpd(schedule, output, x_0, x_t, t, **options)
+    output = split_output(output, options["variance"])[0]
+    return bound, convert_prediction(schedule, output, x_t, t, options["prediction"], "x_0")
+
+
+@partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
+def _bound_terms(schedule, model_fn, key, x_0, timesteps, **options):
+    def term(_, t):
+        noise = normal(fold_in(key, t), x_0.shape)
+        bound, predicted = _term(schedule, model_fn, x_0, jnp.full(x_0.shape[:1], t), noise, **options)
+        mse, clipped_mse = (mean_flat((x - x_0) ** 2) for x in (predicted, clip_x_0(predicted)))
+        return None, {"terms": bound, "x_0_mse": mse, "clipped_x_0_mse": clipped_mse}
+
+    return jax.lax.scan(term, None, timesteps)[1]
+
+
+def bound_terms(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    timesteps: ArrayLike | None = None,
+    *,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Array]:
+    """The bound's terms at the given timesteps, by one network call each, jit-compiled.
+
+    Args:
+      schedule: T timesteps.
+      model_fn: (x_t, t) -> output; see `p_sample`.
+      key: one typed key, or [B] of them, one an image. The noise at t is drawn from fold_in(key, t).
+      x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
+      timesteps: int [n]; None: all T.
+      prediction, variance, clip: as in `p_mean_variance`.
+      progress: told (calls done, calls), between segments of the scan.
+
+    Returns:
+      "terms" [n, B] in bits/dim, L_0 where t = 0; and of the x_0 predicted there the squared error, as it is,
+      "x_0_mse" [n, B], and clipped to [-1, 1], "clipped_x_0_mse" [n, B].
+
+    Raises:
+      ValueError: an unknown option.
+    """
+    check_option("prediction", prediction, PREDICTIONS)
+    check_option("variance", variance, VARIANCES)
+    timesteps = np.arange(schedule.num_timesteps) if timesteps is None else np.asarray(timesteps)
+    timesteps = timesteps.astype(np.int32)
+    if not progress:
+        return _bound_terms(
+            schedule, as_argument(model_fn), key, x_0, timesteps, prediction=prediction, variance=variance, clip=clip
+        )
+    calls = len(timesteps)
+    parts = []
+    for first, rows in segments(calls):
+        options = {"prediction": prediction, "variance": variance, "clip": clip}
+        parts.append(_bound_terms(schedule, as_argument(model_fn), key, x_0, timesteps[rows], **options))
+        jax.block_until_ready(parts[-1])
+        progress(min(first + len(rows), calls), calls)
+    return {name: jnp.concatenate([part[name] for part in parts])[:calls] for name in parts[0]}
+
+
+def segments(rows: int, most: int = 25) -> list[tuple[int, np.ndarray]]:
+    """Cuts a scan of so many rows into segments of one length, so that one program serves all: (first, its rows).
+
+    Where the rows do not divide evenly, the last segment repeats the last row.
+    """
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return [(first, np.minimum(np.arange(first, first + size), rows - 1)) for first in range(0, rows, size)]
 
 
 def variational_bound(
@@ -233,22 +309,156 @@ def variational_bound(
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Array]:
-    """Every term of the bound on -log p(x_0), by one network call a timestep, jit-compiled.
+    """The bound on -log p(x_0), by one network call a timestep, jit-compiled.
+
+    Args:
+      schedule, model_fn, key, x_0, prediction, variance, clip, progress: as in `bound_terms`.
+
+    Returns:
+      What `bound_terms` gives of all T timesteps, L_0 first, and in bits/dim "prior" L_T [B] and "total" [B].
+    """
+    found = bound_terms(
+        schedule, model_fn, key, x_0, prediction=prediction, variance=variance, clip=clip, progress=progress
+    )
+    prior = prior_bpd(schedule, x_0)
+    return {"total": found["terms"].sum(0) + prior, "prior": prior, **found}
+
+
+def term_proposal(weights: ArrayLike, uniform: float = 0.1) -> np.ndarray:
+    """float64 [T], the probabilities that `sampled_bound` draws the KL terms' t with.
+
+    Args:
+      weights: [T], how large the terms are: the variance is least for sqrt(E[L_t^2]). A curve of the bound's terms or
+        `LossHistory.probabilities` will do; entry 0, L_0, is left aside.
+      uniform: the share of the uniform distribution over 1..T-1, which bounds the weights of what is drawn.
+
+    Raises:
+      ValueError: weights that are not finite or negative, or a share outside of (0, 1].
+    """
+    weights = np.array(weights, np.float64)
+    if weights.ndim != 1 or not np.all(np.isfinite(weights) & (weights >= 0)):
+        raise ValueError(f"the weights of the bound's terms must be finite, at least 0 and [T], not {weights.shape}")
+    if not 0 < uniform <= 1:
+        raise ValueError(f"uniform is {uniform}; accepted: above 0 to 1")
+    weights[:1] = 0.0
+    flat = np.append(0.0, np.ones(len(weights) - 1)) / max(len(weights) - 1, 1)
+    return uniform * flat + (1.0 - uniform) * (weights / weights.sum() if weights.any() else flat)
+
+
+def pilot_timesteps(schedule: Schedule, num_calls: int = 32) -> np.ndarray:
+    """int [n], n at most num_calls, of 1..T-1: half of them evenly in t, half in log t; what a pilot calls."""
+    last, half = schedule.num_timesteps - 1, max(num_calls // 2, 2)
+    if last < 1:
+        raise ValueError("the bound of a single timestep is L_T and L_0, with no term to draw")
+    return np.unique(np.round(np.concatenate([np.geomspace(1, last, half), np.linspace(1, last, half)])).astype(int))
+
+
+def pilot_proposal(schedule: Schedule, terms: ArrayLike, num_calls: int = 32, uniform: float = 0.1) -> np.ndarray:
+    """A proposal for `sampled_bound` from the terms of a few images, 16 say, at a few timesteps.
+
+    Between the timesteps the logarithm of the terms' root mean square is interpolated over log t.
 
     Args:
       schedule: T timesteps.
-      model_fn: (x_t, t) -> output; see `p_sample`.
-      key: one typed key.
-      x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
-      prediction, variance, clip: as in `p_mean_variance`.
+      terms: [n, B], of `bound_terms` at `pilot_timesteps(schedule, num_calls)`.
+      num_calls: as given there.
+      uniform: see `term_proposal`.
 
     Returns:
-      In bits/dim: "total" [B], "prior" L_T [B], "terms" [T, B] (L_0 first); and "x_0_mse" [T, B], the squared error
-      of the x_0 predicted at each t.
+      float64 [T].
+    """
+    rms = np.sqrt(np.mean(np.square(np.asarray(terms, np.float64)), axis=1))
+    t = np.log(np.arange(1, schedule.num_timesteps))
+    curve = np.interp(t, np.log(pilot_timesteps(schedule, num_calls)), np.log(np.maximum(rms, 1e-12)))
+    return term_proposal(np.append(0.0, np.exp(curve)), uniform)
+
+
+def sampled_bound(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Array,
+    x_0: Array,
+    *,
+    proposal: ArrayLike,
+    num_terms: int = 8,
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+) -> dict[str, Array]:
+    """An unbiased estimate of the bound on -log p(x_0) by num_terms + 1 network calls, jit-compiled.
+
+    L_T and L_0 are computed as in `variational_bound`. For the sum of the T - 1 KL terms, t is drawn by importance:
+    the proposal's distribution function is cut into num_terms / 2 strata of equal probability, and each image draws
+    two t of each, so that their difference tells the variance. New weights or another proposal compile nothing anew.
+
+    Args:
+      schedule, model_fn, key, x_0, prediction, variance, clip: as in `bound_terms`.
+      proposal: [T], the probabilities of t, above 0 but for entry 0; see `term_proposal` and `pilot_proposal`.
+      num_terms: KL terms drawn for each image, an even number.
+
+    Returns:
+      In bits/dim, [B]: "total", "prior" L_T, "decoder" L_0, "kl", the estimate of the sum of the rest, and
+      "kl_variance", an unbiased estimate of the variance that the draws of t and of the noise there give "kl".
+
+    Raises:
+      ValueError: an unknown option, an odd number of terms, or a proposal that leaves out a t.
     """
     check_option("prediction", prediction, PREDICTIONS)
-    return _variational_bound(schedule, as_argument(model_fn), key, x_0, prediction, variance, clip)
+    check_option("variance", variance, VARIANCES)
+    if num_terms < 2 or num_terms % 2:
+        raise ValueError(f"num_terms is {num_terms}; accepted: even numbers of 2 or more")
+    p = np.asarray(proposal, np.float64)
+    T = schedule.num_timesteps
+    if T < 2:
+        raise ValueError("the bound of a single timestep is L_T and L_0, with no term to draw")
+    if p.shape != (T,) or not np.all(p[1:] > 0) or not np.isfinite(p.sum()):
+        raise ValueError(f"the proposal has shape {p.shape}; accepted: ({T},), above 0 from entry 1 on")
+    # What float32 draws with is the difference of the rounded sums: their own probabilities keep it unbiased.
+    cumulative = np.cumsum(p[1:] / p[1:].sum()).astype(np.float32)
+    return _sampled_bound(
+        schedule,
+        as_argument(model_fn),
+        key,
+        x_0,
+        cumulative,
+        num_terms=num_terms,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+    )
+
+
+@partial(jax.jit, static_argnames=("num_terms", "prediction", "variance", "clip"))
+def _sampled_bound(schedule, model_fn, key, x_0, cumulative, num_terms, **options):
+    size, strata = x_0.shape[0], num_terms // 2
+    cumulative = cumulative.at[-1].set(1.0)
+    p = jnp.diff(cumulative, prepend=0.0)
+    # Another stream than the noise, which is drawn at the numbers of the calls.
+    t_key = fold_in(key, 2**31)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (strata, 2)))(t_key if key.ndim else jax.random.split(t_key, size))
+    u = ((jnp.arange(strata)[:, None] + u) / strata).reshape(size, num_terms).T
+    drawn = jnp.minimum(jnp.searchsorted(cumulative, u, side="right"), len(p) - 1).astype(jnp.int32)
+    t = jnp.concatenate([jnp.zeros((1, size), jnp.int32), drawn + 1])
+
+    def call(_, t_and_index):
+        t, index = t_and_index
+        return None, _term(schedule, model_fn, x_0, t, normal(fold_in(key, index), x_0.shape), **options)[0]
+
+    _, terms = jax.lax.scan(call, None, (t, jnp.arange(num_terms + 1)))
+    decoder, prior = terms[0], prior_bpd(schedule, x_0)
+    # [strata, 2, B]: each an estimate of its stratum's share of the sum.
+    values = (terms[1:] / p[drawn]).reshape(strata, 2, size) / strata
+    kl = values.mean(1).sum(0)
+    kl_variance = jnp.sum((values[:, 0] - values[:, 1]) ** 2, axis=0) / 4
+    return {
+        "total": prior + decoder + kl,
+        "prior": prior,
+        "decoder": decoder,
+        "kl": kl,
+        "kl_variance": kl_variance,
+    }
 
 
 # How t is drawn.

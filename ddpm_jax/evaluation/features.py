@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ from safetensors import safe_open
 from ddpm_jax import parallel
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation import inception
-from ddpm_jax.files import atomic_path
+from ddpm_jax.evaluation.batches import regroup
+from ddpm_jax.files import atomic_path, user_cache
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.progress import ProgressBar
 
@@ -82,7 +82,7 @@ class Features:
         apply = jax.tree.map(functools.partial(_place, sharding=parallel.replicated(mesh)), apply)
         waiting: tuple[Output, int] | None = None
         done = 0
-        for portion in _regroup(map(self._checked, images), size):
+        for portion in regroup(map(self._checked, images), size):
             padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
             # The devices work on this batch while the one before it is fetched and used.
             started = _run(apply, _place(padded, parallel.batch_sharding(mesh)), mesh)
@@ -132,20 +132,6 @@ def _run(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
     return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))
 
 
-def _regroup(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same images in portions of `size`, the last one smaller."""
-    left: list[np.ndarray] = []
-    for batch in batches:
-        while sum(map(len, left)) + len(batch) >= size:
-            taken = size - sum(map(len, left))
-            yield np.concatenate([*left, batch[:taken]])
-            left, batch = [], batch[taken:]
-        if len(batch):
-            left.append(batch)
-    if left:
-        yield np.concatenate(left)
-
-
 def custom_features(
     name: str, apply: Callable[[jax.Array], jax.Array | Output], shape: tuple[int, int, int] | None = None
 ) -> Features:
@@ -172,16 +158,11 @@ def _frechet_of(name: str) -> str:
 # FID's Inception.
 
 
-def cache_folder() -> Path:
-    """Where fetched weights are kept: ddpm_jax in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddpm_jax"
-
-
 def load_inception(path: str | Path | None = None) -> Features:
     """FID's Inception, the same network whatever file its weights come in.
 
     Args:
-      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `cache_folder()`, fetched from
+      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `files.user_cache()`, fetched from
         INCEPTION_URL the first time, and kept there as .safetensors.
 
     Raises:
@@ -215,7 +196,7 @@ def _read_checked(path: Path) -> tuple[tensors_lib.Tensors, str]:
 
 
 def _cached_inception() -> tuple[Path, tensors_lib.Tensors, str]:
-    converted, original = cache_folder() / _CONVERTED, cache_folder() / INCEPTION_FILE
+    converted, original = user_cache() / _CONVERTED, user_cache() / INCEPTION_FILE
     if converted.is_file():
         try:
             return (converted, *_read_checked(converted))

@@ -8,7 +8,7 @@ from scipy import stats
 
 from ddpm_jax.diffusion import losses
 from ddpm_jax.diffusion.gaussian import convert_prediction, q_sample
-from ddpm_jax.diffusion.schedules import make_betas, make_schedule
+from ddpm_jax.diffusion.schedules import extract, make_betas, make_schedule
 
 T = 1000
 LINEAR = make_schedule("linear", T)
@@ -226,6 +226,150 @@ def test_bound_is_made_of_vb_terms():
         np.testing.assert_allclose(got["terms"][step], term, rtol=2e-5)
         predicted = convert_prediction(schedule, model(x_t, t)[..., :3], x_t, t, "v", "x_0")
         np.testing.assert_allclose(got["x_0_mse"][step], ((predicted - x_0) ** 2).mean((1, 2, 3)), rtol=2e-5)
+
+
+def test_bound_with_a_key_an_image_and_in_segments():
+    """An image's terms do not depend on the others; chosen timesteps, and the progress between segments."""
+    schedule, told = make_schedule("cosine", 30), []
+    x_0, keys = single(batch(3)[0])[0], jax.random.split(jax.random.key(5), len(TIMES))
+    model = lambda x, t: jnp.sin(x) + t[:, None, None, None] / 10  # noqa: E731
+    whole = losses.variational_bound(schedule, model, keys, x_0, progress=lambda *n: told.append(n))
+    assert told == [(15, 30), (30, 30)]
+    alone = losses.variational_bound(schedule, model, keys[2:3], x_0[2:3])
+    for name, value in alone.items():
+        np.testing.assert_allclose(value[..., 0], whole[name][..., 2], rtol=2e-5)
+    some = losses.bound_terms(schedule, model, keys, x_0, [29, 4])
+    np.testing.assert_allclose(some["terms"], whole["terms"][np.array([29, 4])], rtol=2e-5)
+    assert np.all(whole["clipped_x_0_mse"] <= whole["x_0_mse"] * (1 + 1e-6))
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 25), (25, 25), (26, 25), (101, 25), (7, 1)])
+def test_segments_are_of_one_length(rows, most):
+    parts = losses.segments(rows, most)
+    assert len({len(chosen) for _, chosen in parts}) == 1
+    assert len(parts[0][1]) <= most
+    joined = np.concatenate([chosen for _, chosen in parts])
+    np.testing.assert_array_equal(joined[:rows], np.arange(rows))
+    assert np.all(joined[rows:] == rows - 1)
+    assert [first for first, _ in parts] == [i * len(parts[0][1]) for i in range(len(parts))]
+
+
+# A few terms instead of all.
+
+FEW = make_schedule("linear", 100, 1e-3, 0.15)
+
+
+@jax.tree_util.Partial
+def slightly_wrong(x, t):
+    """The exact eps of N(0.1, 0.04), but for a hundredth."""
+    a, s = (extract(array, t, x.ndim) for array in (FEW.sqrt_alphas_cumprod, FEW.sqrt_one_minus_alphas_cumprod))
+    return 1.01 * s * (x - a * 0.1) / (a**2 * 0.04 + s**2)
+
+
+@pytest.fixture(scope="module")
+def all_terms():
+    """float64 [T, 1000], of one picture under `slightly_wrong`, and its L_T."""
+    every = losses.variational_bound(FEW, slightly_wrong, jax.random.key(1), copies(1000), variance="fixed_small")
+    return np.asarray(every["terms"], np.float64), every["prior"][0]
+
+
+def copies(n):
+    """[n, 2, 2, 1], all the same picture."""
+    levels = np.array([120, 140, 155, 190]).reshape(1, 2, 2, 1)
+    return jnp.asarray(np.repeat(levels / 127.5 - 1, n, axis=0), jnp.float32)
+
+
+@pytest.mark.parametrize(("way", "num_terms"), [("uniform", 8), ("pilot", 2), ("own curve", 8)])
+def test_sampled_bound_is_unbiased_and_knows_its_variance(all_terms, way, num_terms):
+    """Of one picture, over the draws of t and noise, against all terms averaged over the noise."""
+    n, (terms, prior) = 16_000, all_terms
+    if way == "uniform":
+        proposal = losses.term_proposal(np.ones(100))
+    elif way == "pilot":
+        x_0, timesteps = copies(16), losses.pilot_timesteps(FEW, 16)
+        pilot = losses.bound_terms(FEW, slightly_wrong, jax.random.key(2), x_0, timesteps, variance="fixed_small")
+        proposal = losses.pilot_proposal(FEW, pilot["terms"], 16)
+    else:
+        proposal = losses.term_proposal(np.sqrt((terms**2).mean(1)))
+    found = losses.sampled_bound(
+        FEW,
+        slightly_wrong,
+        jax.random.key(3),
+        copies(n),
+        proposal=proposal,
+        num_terms=num_terms,
+        variance="fixed_small",
+    )
+    found = {name: np.asarray(value, np.float64) for name, value in found.items()}
+    for name, exact in (("kl", terms[1:].sum(0)), ("decoder", terms[0])):
+        error = np.sqrt(found[name].var() / n + exact.var() / exact.size)
+        assert abs(found[name].mean() - exact.mean()) < 5 * error
+    np.testing.assert_allclose(found["prior"], prior, rtol=1e-6)
+    np.testing.assert_allclose(found["total"], found["prior"] + found["decoder"] + found["kl"], rtol=1e-6)
+    spread = found["kl_variance"].std() / np.sqrt(n) + found["kl"].var() * np.sqrt(8 / n)
+    assert abs(found["kl_variance"].mean() - found["kl"].var()) < 5 * spread
+
+
+def test_importance_lowers_the_variance(gaussian_model):
+    """By far, with the linear schedule's steep curve; one learnt by 16 calls is nearly as good as the whole."""
+    model, variances = gaussian_model(LINEAR, 0.1, 0.04), {}
+    every = losses.bound_terms(LINEAR, model, jax.random.key(1), copies(64))
+    pilot = losses.bound_terms(LINEAR, model, jax.random.key(2), copies(16), losses.pilot_timesteps(LINEAR, 16))
+    proposals = {
+        "uniform": losses.term_proposal(np.ones(T)),
+        "curve": losses.term_proposal(np.sqrt((np.asarray(every["terms"], np.float64) ** 2).mean(1))),
+        "pilot": losses.pilot_proposal(LINEAR, pilot["terms"], 16),
+    }
+    for name, proposal in proposals.items():
+        found = losses.sampled_bound(LINEAR, model, jax.random.key(3), copies(4000), proposal=proposal)
+        variances[name] = np.asarray(found["kl"], np.float64).var()
+    assert variances["curve"] < 0.2 * variances["uniform"]
+    assert variances["pilot"] < 1.3 * variances["curve"]
+
+
+def test_sampled_bound_of_an_image_is_its_own():
+    keys = jax.random.split(jax.random.key(4), 6)
+    proposal = losses.term_proposal(np.ones(100))
+    whole = losses.sampled_bound(FEW, slightly_wrong, keys, copies(6), proposal=proposal)
+    alone = losses.sampled_bound(FEW, slightly_wrong, keys[3:4], copies(1), proposal=proposal)
+    for name, value in alone.items():
+        np.testing.assert_allclose(value[0], whole[name][3], rtol=1e-5)
+
+
+def test_term_proposal():
+    np.testing.assert_allclose(losses.term_proposal([9.0, 3.0, 1.0], 0.2), [0, 0.7, 0.3])
+    np.testing.assert_allclose(losses.term_proposal([9.0, 0.0, 0.0]), [0, 0.5, 0.5])
+    probabilities = losses.term_proposal(warm_history(12).probabilities())
+    assert probabilities.sum() == pytest.approx(1)
+    assert np.all(probabilities[1:] > 0.1 / 12)
+    for T, calls in ((2, 8), (12, 8), (1000, 32)):
+        timesteps = losses.pilot_timesteps(make_schedule("linear", T), calls)
+        assert len(timesteps) <= calls
+        assert timesteps[0] == 1
+        assert timesteps[-1] == T - 1
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: losses.term_proposal([1.0, np.nan]), "must be finite, at least 0"),
+        (lambda: losses.term_proposal([1.0, -1.0]), "must be finite, at least 0"),
+        (lambda: losses.term_proposal(np.ones(3), 0.0), "uniform is 0.0; accepted: above 0 to 1"),
+        (lambda: sampled(num_terms=3), "num_terms is 3; accepted: even numbers of 2 or more"),
+        (lambda: sampled(proposal=np.ones(7)), r"the proposal has shape \(7,\); accepted: \(100,\)"),
+        (lambda: sampled(proposal=np.eye(100)[1]), "above 0 from entry 1 on"),
+        (lambda: sampled(variance="fixed"), "variance is 'fixed'"),
+        (lambda: losses.pilot_timesteps(make_schedule("constant", 1)), "no term to draw"),
+    ],
+)
+def test_refused_draws_of_terms(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def sampled(**options):
+    options = {"proposal": losses.term_proposal(np.ones(100)), **options}
+    return losses.sampled_bound(FEW, lambda x, t: x, jax.random.key(0), copies(2), **options)
 
 
 # The training loss.

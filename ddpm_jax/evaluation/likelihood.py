@@ -1,0 +1,475 @@
+"""The likelihood of a set of images in bits/dim: the variational bound, its estimate from a few terms, and the bound of
+the probability flow.
+
+Each goes over the images in batches divided over a mesh. Image i's noise is a function of (seed, purpose, i), so that
+neither the batch size nor the number of devices changes a number beyond rounding, and parts of a set, computed apart
+with their numbers, add up: `part + part`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from ddpm_jax import images as images_lib
+from ddpm_jax.diffusion import flow, losses
+from ddpm_jax.diffusion.gaussian import ModelFn
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.batches import regroup
+from ddpm_jax.generate import divided, to_host
+from ddpm_jax.rng import named_key
+
+Progress = Callable[[int, int], None]
+Images = np.ndarray | Iterable[np.ndarray]
+
+_PILOT = 16  # images that a proposal is learnt from
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Mean and spread of a number, or of an array of numbers, that each image has.
+
+    Attributes:
+      count: images.
+      mean: float64, over the images.
+      scatter: float64 like mean, the sum of squared distances from the mean.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> "Statistics":
+        """Of values [N, ...], one an image."""
+        values = np.asarray(values, np.float64)
+        mean = values.mean(0)
+        return cls(len(values), mean, np.sum((values - mean) ** 2, axis=0))
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Those of both sets together (Chan, Golub & LeVeque 1979)."""
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        return Statistics(
+            count, mean, self.scatter + other.scatter + difference**2 * (self.count * other.count / count)
+        )
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """Of the mean; NaN for one image, which tells nothing of it."""
+        if self.count < 2:
+            return np.full_like(self.mean, np.nan)
+        return np.sqrt(self.scatter / (self.count - 1) / self.count)
+
+    @property
+    def rms(self) -> np.ndarray:
+        """The root of the mean square."""
+        return np.sqrt(self.mean**2 + self.scatter / self.count)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"mean", "standard_error"}, the latter None for one image."""
+        error = self.standard_error.tolist() if self.count > 1 else None
+        return {"mean": self.mean.tolist(), "standard_error": error}
+
+
+class _Sums:
+    """A dataclass all of whose fields can be added: the results of two sets of images make that of both."""
+
+    def __add__(self, other: Any) -> Any:
+        if type(self) is not type(other):
+            return NotImplemented
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound(_Sums):
+    """The variational bound of a set of images, in bits/dim (DDPM, eq. 5), over the images.
+
+    Attributes:
+      total: the bound.
+      prior: L_T.
+      kl: L_{T-1} + ... + L_1. With the prior it is the rate of a lossy code, and L_0 its distortion (section 4.3).
+      terms: [T], L_0 and each KL term, by t.
+      mse: [T], the squared error of the x_0 predicted at each t, clipped to [-1, 1].
+    """
+
+    total: Statistics
+    prior: Statistics
+    kl: Statistics
+    terms: Statistics
+    mse: Statistics
+
+    @property
+    def num_images(self) -> int:
+        return self.total.count
+
+    @property
+    def decoder(self) -> Statistics:
+        """L_0."""
+        return Statistics(self.terms.count, self.terms.mean[0], self.terms.scatter[0])
+
+    @property
+    def rate(self) -> np.ndarray:
+        """[T] bits/dim spent before x_t is known: L_T and the KL terms above t (DDPM, section 4.3 and figure 5)."""
+        above = np.append(np.cumsum(self.terms.mean[:0:-1])[::-1], 0.0)
+        return self.prior.mean + above
+
+    @property
+    def distortion(self) -> np.ndarray:
+        """[T], root mean squared error, on the scale of 0 to 255, of the x_0 predicted from x_t."""
+        return 127.5 * np.sqrt(self.mse.mean)
+
+    def proposal(self, uniform: float = 0.1) -> np.ndarray:
+        """[T], the best probabilities of t for `estimate_bound` of such images."""
+        return losses.term_proposal(self.terms.rms, uniform)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        parts = ("total", "prior", "kl", "decoder", "terms")
+        return {
+            "num_images": self.num_images,
+            **{name: getattr(self, name).to_json() for name in parts},
+            "rate": self.rate.tolist(),
+            "distortion": self.distortion.tolist(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundEstimate(_Sums):
+    """An unbiased estimate of the variational bound, in bits/dim, over the images.
+
+    Attributes:
+      total: the bound. Its standard error is that of the images and of the terms drawn together.
+      prior, decoder: L_T and L_0, of which nothing is left out.
+      kl: the sum of the other terms.
+      kl_variance: of each image's kl, what the draws of t and of the noise there add to its variance.
+    """
+
+    total: Statistics
+    prior: Statistics
+    decoder: Statistics
+    kl: Statistics
+    kl_variance: Statistics
+
+    @property
+    def num_images(self) -> int:
+        return self.total.count
+
+    @property
+    def draw_error(self) -> float:
+        """The standard error of drawing alone: how far the total is from that of all terms of the same images."""
+        return float(np.sqrt(self.kl_variance.mean / self.num_images))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        parts = ("total", "prior", "kl", "decoder")
+        return {
+            "num_images": self.num_images,
+            **{name: getattr(self, name).to_json() for name in parts},
+            "draw_error": self.draw_error,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowBound(_Sums):
+    """The bound on -log P of 8-bit images by the probability-flow ODE, in bits/dim, over the images.
+
+    Attributes:
+      total: the bound.
+      decoder: -log P(x_0 | x_{t=0}), which is L_0.
+      flow: log q(x_{t=0} | x_0) - log p_ODE(x_{t=0}).
+    """
+
+    total: Statistics
+    decoder: Statistics
+    flow: Statistics
+
+    @property
+    def num_images(self) -> int:
+        return self.total.count
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "num_images": self.num_images,
+            **{name: getattr(self, name).to_json() for name in ("total", "decoder", "flow")},
+        }
+
+
+def evaluate_bound(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    images: Images,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    first: int = 0,
+    num_images: int | None = None,
+    labels: Sequence[int] = (),
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+    progress: Progress | None = None,
+) -> Bound:
+    """The variational bound, every term of it: T network calls an image.
+
+    Args:
+      schedule: T timesteps.
+      model_fn: (x_t, t) -> output; see `ddpm_jax.generate.make_model_fn`, without labels.
+      images: uint8 [N, H, W, C], or an iterable of such portions, each of any N.
+      mesh: the devices to divide each batch over.
+      seed: of the noise.
+      batch_size: images at a time, rounded up to a multiple of the devices.
+      first: the number of the first image.
+      num_images: how many there are; only for the progress over an iterable.
+      labels: int [N], the classes of the images, for a class-conditional network; none: no class.
+      prediction, variance, clip: as in `p_mean_variance`. The original does not clip here.
+      progress: told (network calls done, calls in all), about every 25 calls.
+
+    Raises:
+      UserError: no images, images that are not uint8 [N, H, W, C], another number of labels than of images, a bound
+        that is not finite, or an unknown option.
+    """
+    measured = partial(losses.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
+    parts = (
+        Bound(
+            Statistics.of(found["total"]),
+            Statistics.of(found["prior"]),
+            Statistics.of(found["terms"][:, 1:].astype(np.float64).sum(1)),
+            Statistics.of(found["terms"]),
+            Statistics.of(found["clipped_x_0_mse"]),
+        )
+        for found in _over_batches(
+            measured, "bound", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
+        )
+    )
+    return _total(parts)
+
+
+def estimate_bound(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    images: Images,
+    mesh: Mesh,
+    *,
+    num_terms: int = 8,
+    proposal: ArrayLike | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    first: int = 0,
+    num_images: int | None = None,
+    labels: Sequence[int] = (),
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+    progress: Progress | None = None,
+) -> BoundEstimate:
+    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `losses.sampled_bound`.
+
+    Args:
+      num_terms: KL terms drawn for each image, an even number.
+      proposal: [T], the probabilities of t, from `Bound.proposal` or `losses.term_proposal`; None: learnt from the
+        first 16 images by at most 32 calls.
+      progress: told (network calls done, calls in all) after every batch.
+      schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, clip: as in
+        `evaluate_bound`.
+
+    Raises:
+      UserError: what `evaluate_bound` refuses, an odd number of terms, or a proposal that does not fit.
+    """
+    options: dict[str, Any] = {"prediction": prediction, "variance": variance, "clip": clip}
+    if proposal is None:
+        images, chosen = _first_images(images, _PILOT)
+
+        def pilot(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Any) -> dict[str, jax.Array]:
+            return losses.bound_terms(schedule, model_fn, keys, x_0, losses.pilot_timesteps(schedule), **options)
+
+        pilot_labels = labels[: len(chosen)]
+        (found,) = _over_batches(
+            pilot, "pilot", model_fn, chosen, mesh, seed, len(chosen), first, None, pilot_labels, None
+        )
+        proposal = losses.pilot_proposal(schedule, found["terms"].T)
+
+    def measured(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Progress | None) -> dict[str, jax.Array]:
+        result = losses.sampled_bound(schedule, model_fn, keys, x_0, proposal=proposal, num_terms=num_terms, **options)
+        if progress:
+            jax.block_until_ready(result)
+            progress(num_terms + 1, num_terms + 1)
+        return result
+
+    names = [field.name for field in dataclasses.fields(BoundEstimate)]
+    parts = (
+        BoundEstimate(**{name: Statistics.of(found[name]) for name in names})
+        for found in _over_batches(
+            measured, "estimate", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
+        )
+    )
+    return _total(parts)
+
+
+def evaluate_flow(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    images: Images,
+    mesh: Mesh,
+    *,
+    num_steps: int = 50,
+    method: str = "rk4",
+    divergence: str = "hutchinson",
+    seed: int = 0,
+    batch_size: int = 64,
+    first: int = 0,
+    num_images: int | None = None,
+    labels: Sequence[int] = (),
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: bool = False,
+    progress: Progress | None = None,
+) -> FlowBound:
+    """The bound by the probability-flow ODE; see `ddpm_jax.diffusion.flow`.
+
+    Args:
+      num_steps, method, divergence: see `flow_log_density`. The bound is exact for the flow as the steps grow; half of
+        them tell how far it is from that.
+      clip: of the decoder alone; the flow is not clipped.
+      schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, progress: as
+        in `evaluate_bound`.
+
+    Raises:
+      UserError: what `evaluate_bound` and `flow_log_density` refuse.
+    """
+    measured = partial(
+        flow.flow_bound,
+        schedule,
+        num_steps=num_steps,
+        method=method,
+        divergence=divergence,
+        prediction=prediction,
+        variance=variance,
+        clip=clip,
+    )
+    parts = (
+        FlowBound(**{name: Statistics.of(found[name]) for name in ("total", "decoder", "flow")})
+        for found in _over_batches(
+            measured, "flow", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
+        )
+    )
+    return _total(parts)
+
+
+def _total(parts: Iterator[Any]) -> Any:
+    try:
+        result = next(parts, None)
+        if result is None:
+            raise UserError("a likelihood needs 1 image or more")
+        for part in parts:
+            result = result + part
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return result
+
+
+def _over_batches(
+    function: Callable[..., dict[str, jax.Array]],
+    purpose: str,
+    model_fn: ModelFn,
+    images: Images,
+    mesh: Mesh,
+    seed: int,
+    batch_size: int,
+    first: int,
+    num_images: int | None,
+    labels: Sequence[int],
+    progress: Progress | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """function(model_fn, keys, x_0, progress=...) of every batch; its arrays [..., B] come back as [B, ...]."""
+    if isinstance(images, np.ndarray):
+        images, num_images = [images], len(images)
+    if progress and num_images is None:
+        raise ValueError("progress over an iterable of images needs num_images")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
+    devices = mesh.devices.size
+    most = min(batch_size, num_images) if num_images else batch_size
+    size = -(-most // devices) * devices
+    make_keys, place = divided(mesh, jax.vmap(lambda i: named_key(seed, purpose, i))), divided(mesh)
+    batches, done = -(-(num_images or 0) // size), 0
+    for batch, pictures in enumerate(regroup(_checked(images), size)):
+        chosen = np.resize(np.arange(len(pictures)), size)
+        model = model_fn
+        if len(labels):
+            if done + len(pictures) > len(labels):
+                raise UserError(f"there are {len(labels)} labels, fewer than images")
+            of_batch = np.asarray(labels[done : done + len(pictures)], np.int32)[chosen]
+            model = _with_labels(model_fn, place(of_batch))
+        found = function(
+            model,
+            make_keys(first + done + chosen),
+            place(images_lib.to_float(pictures[chosen])),
+            progress=_part(progress, batch, batches),
+        )
+        values = {name: np.moveaxis(to_host(value), -1, 0)[: len(pictures)] for name, value in found.items()}
+        for name, value in values.items():
+            _check_finite(name, value, first + done)
+        done += len(pictures)
+        yield values
+    if len(labels) > done:
+        raise UserError(f"there are {len(labels)} labels, more than the {done} images")
+
+
+def _checked(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    shape = None
+    for portion in portions:
+        portion = np.asarray(portion)
+        shape = portion.shape[1:] if shape is None else shape
+        if portion.dtype != np.uint8 or portion.ndim != 4 or portion.shape[1:] != shape:
+            wanted = "uint8 of shape (N, H, W, C), all of one size"
+            raise UserError(f"the images are {portion.dtype} of shape {portion.shape}; accepted: {wanted}")
+        yield portion
+
+
+def _check_finite(name: str, values: np.ndarray, first: int) -> None:
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        image, *t = wrong[0]
+        where = f" at t = {t[0]}" if t else ""
+        raise UserError(
+            f"the likelihood of image {first + image} is not finite ({name!r}{where}): the network's output is not, or "
+            "its prediction is another than it was trained for"
+        )
+
+
+def _first_images(images: Images, count: int) -> tuple[Images, np.ndarray]:
+    """(the images as they were, the first of them)."""
+    if isinstance(images, np.ndarray):
+        return images, images[:count]
+    portions, taken = iter(images), []
+    for portion in _checked(portions):
+        taken.append(portion)
+        if sum(map(len, taken)) >= count:
+            break
+    if not taken:
+        raise UserError("a likelihood needs 1 image or more")
+    return chain(taken, portions), np.concatenate(taken)[:count]
+
+
+def _with_labels(model_fn: Any, labels: jax.Array) -> jax.tree_util.Partial:
+    """The model function called with cond={"label": labels}."""
+    if isinstance(model_fn, jax.tree_util.Partial):
+        return jax.tree_util.Partial(model_fn.func, *model_fn.args, **model_fn.keywords, cond={"label": labels})
+    return jax.tree_util.Partial(model_fn, cond={"label": labels})
+
+
+def _part(progress: Progress | None, batch: int, batches: int) -> Progress | None:
+    """What one of several equal batches tells of its own calls, told of all."""
+    return progress and (lambda done, calls: progress(batch * calls + done, batches * calls))
