@@ -10,10 +10,10 @@ from PIL import Image
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate
-from ddpm_jax.evaluation.evaluate import compare, describe, record
+from ddpm_jax.evaluation.evaluate import compare, compare_paths, describe, record
 from ddpm_jax.evaluation.features import Features, custom_features
 from ddpm_jax.evaluation.image_sets import open_images
-from ddpm_jax.evaluation.references import open_summary, read_reference, write_reference
+from ddpm_jax.evaluation.references import read_reference, write_reference
 from ddpm_jax.evaluation.summaries import summarize
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
@@ -115,8 +115,10 @@ class TestCompare:
             (tmp_path / name).mkdir()
             for index, image in enumerate(pictures(seed, 20)):
                 Image.fromarray(image).save(tmp_path / name / f"{index}.png")
-        first, second = (open_summary(tmp_path / name, JUDGE, MESH) for name in "ab")
-        found = compare(JUDGE, first, second, MESH)
+        told = []
+        progress = lambda *done: told.append(done)  # noqa: E731
+        found = compare_paths(JUDGE, tmp_path / "a", tmp_path / "b", MESH, batch_size=20, progress=progress)
+        assert told == [("real", 20, 20), ("generated", 20, 20)]
         assert found["reference"] == f"folder {tmp_path / 'a'}"
         again = compare(JUDGE, open_images(tmp_path / "a"), open_images(tmp_path / "b"), MESH)
         assert again == found
