@@ -106,13 +106,22 @@ _NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: a sampl
 
 _FEATURES = flags.DEFINE_string(
     "features",
-    "digits",
-    "evaluate: digits, a classifier of the embedded digits, or the file of FID's Inception weights.",
+    None,
+    "evaluate: digits, a classifier of the embedded digits; inception, FID's, fetched once; or its weights' file.",
 )
-_AGAINST = flags.DEFINE_string("against", "data", "evaluate: real images: data (the run's), a folder, .npz or .npy.")
+_AGAINST = flags.DEFINE_string(
+    "against", "data", "evaluate: real images: data (the run's), a folder, a .npz or .npy, or a reference file."
+)
 _GENERATED = flags.DEFINE_string(
     "generated", None, "evaluate: images to judge instead of samples: a folder, .npz or shards."
 )
+_LIKELIHOOD = flags.DEFINE_string(
+    "likelihood", "estimate", "evaluate: bits/dim by an estimate of the bound, the whole bound, the flow, or none."
+)
+_LIKELIHOOD_IMAGES = flags.DEFINE_integer(
+    "likelihood_images", 256, "evaluate: of how many training images.", lower_bound=2
+)
+_SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several hosts: how many processes.")
@@ -171,7 +180,7 @@ def run_mode(mode: str) -> None:
         "progressive": sampling.progressive,
         "coarse_to_fine": editing.coarse_to_fine,
         "neighbours": sampling.neighbours,
-        "evaluate": evaluation.evaluate,
+        "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
         "import": weights.import_weights,
         "export": weights.export_weights,
     }
@@ -192,6 +201,12 @@ def run_mode(mode: str) -> None:
         for name in inspect.signature(functions[mode]).parameters
     }
     functions[mode](**arguments)
+
+
+def _compares_paths() -> bool:
+    """Whether --mode=evaluate is told of two sets of images and of no run."""
+    given = FLAGS["against"].present and FLAGS["generated"].present
+    return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
 
 
 def _flags_of(function: Callable[..., Any]) -> set[str]:

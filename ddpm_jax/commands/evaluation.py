@@ -1,76 +1,203 @@
-"""Images judged against real ones."""
+"""Images judged against real ones, and how well a run explains real ones."""
 
-from collections.abc import Iterator
+import json
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from ddpm_jax import workdir
-from ddpm_jax.commands.job import Job, calls_bar, training_images
-from ddpm_jax.data.sources import open_source
+from ddpm_jax import parallel
+from ddpm_jax.commands.job import Job, training_images
+from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.features import load_inception, train_digits_classifier
+from ddpm_jax.evaluation import image_sets, likelihood, plots
+from ddpm_jax.evaluation.features import Features, load_inception, train_digits_classifier
+from ddpm_jax.evaluation.references import open_summary, write_reference
+from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
+from ddpm_jax.files import write_text
+from ddpm_jax.generate import make_model_fn
+from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
+from ddpm_jax.workdir import check_writable
+
+LIKELIHOODS = ("estimate", "bound", "flow", "none")
+_NUM_IMAGES = 1000
+_TERMS, _CURVE, _BOUND = "evaluation_terms.png", "evaluation_rate_distortion.png", "evaluation_bound.json"
 
 
 def evaluate(
-    job: Job, *, num_images: int | None, features: str, against: str, generated: str | None, batch_size: int | None
+    job: Job,
+    *,
+    num_images: int | None,
+    features: str | None,
+    against: str,
+    generated: str | None,
+    batch_size: int | None,
+    shard_size: int,
+    likelihood: str,
+    likelihood_images: int,
+    save_reference: str | None,
 ) -> dict[str, Any]:
-    """Judges samples against real images, and adds the result to evaluation.json and evaluation.md in the workdir.
+    """Judges samples against real images, and the run by the likelihood of real images; adds the result to
+    evaluation.json and evaluation.md in the workdir.
+
+    Samples go to shards in the workdir's samples/, their features beside them: an evaluation that was stopped goes on
+    where it was, and a second one of the same samples makes none.
 
     Args:
       job: the run and how it samples.
       num_images: how many to sample; None: 1,000.
-      features: "digits", or the file of FID's Inception.
-      against: "data", the images that the run learned from, or a folder, a .npz or a .npy file of images.
+      features: "digits"; "inception", FID's, fetched once; or the file of its weights. None: as the images' size asks.
+      against: "data", the images that the run learned from; or a folder, a .npz or .npy file of images, or a reference
+        file, such as pytorch-fid and guided-diffusion have.
       generated: such a folder or file, or a folder of shards, in the place of samples.
       batch_size: images at a time; None: the config's.
+      shard_size: samples a shard.
+      likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
+        the probability "flow", or "none".
+      likelihood_images: of how many training images.
+      save_reference: a .npz to write the moments of the real images to, for others to compare with.
 
     Returns:
       The numbers by name.
     """
-    run, seed = job.run, job.seed
-    judge = train_digits_classifier() if features == "digits" else load_inception(features)
-    folder = workdir.check_writable(job.folder)
+    run = job.run
+    if likelihood not in LIKELIHOODS:
+        raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}")
+    judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
-    real = _image_batches(run, "against", against)
-    told: dict[str, Any] = {"against": against if against != "data" else f"{run.dataset['source']}, training images"}
+    told: dict[str, Any] = {}
     if generated is not None:
-        fake = _image_batches(run, "generated", generated)
-        told |= {"generated": generated}
+        fake = _open("generated", generated, judge, run, size)
     else:
-        with calls_bar("sampling") as bar:
-            pictures = run.sample(num_images or 1000, seed, batch_size=size, progress=bar.update, **job.options)
-        fake = iter([pictures])
-        told |= run.settings(seed=seed, batch_size=size, **job.options)
-    result = evaluate_lib.compare(judge, real, fake, run.mesh, batch_size=size, seed=seed) | told
-    if jax.process_index() == 0:
-        evaluate_lib.record(folder, result)
-        for name, value in result.items():
-            if name in told:
-                continue
-            print(f"{name}: {value:.5g}" if isinstance(value, float) else f"{name}: {value}")
-        print(f"{run.weights}: {folder / evaluate_lib.TABLE}")
+        told |= run.settings(seed=job.seed, batch_size=size, **job.options)
+        fake = _samples(job, told, num_images or _NUM_IMAGES, judge, size, shard_size)
+    real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
+    result = evaluate_lib.compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
+    if likelihood != "none":
+        result |= _likelihood(job, likelihood, likelihood_images, size, folder)
+    _finish(folder, result, told, real, save_reference)
+    return result | told
+
+
+def compare_paths(
+    workdir: str | Path,
+    *,
+    features: str | None,
+    against: str,
+    generated: str,
+    batch_size: int | None,
+    seed: int = 0,
+    save_reference: str | None,
+) -> dict[str, Any]:
+    """As `evaluate`, for two sets of images and no run; the results go to the folder `workdir`."""
+    judge, folder, mesh = open_features(features), check_writable(workdir), parallel.make_mesh()
+    size = batch_size or 64
+    real, fake = (
+        _open(flag, path, judge, None, size) for flag, path in (("against", against), ("generated", generated))
+    )
+    result = evaluate_lib.compare(judge, real, fake, mesh, batch_size=size, seed=seed)
+    _finish(folder, result, {}, real, save_reference)
     return result
 
 
-def _image_batches(run: Run, flag: str, name: str) -> Iterator[np.ndarray]:
-    """uint8 [n, H, W, C] portions of the training images ("data"), of shards, of a folder, or of an array's file."""
-    path = Path(name).expanduser()
-    shard_files = sorted(path.glob("images_*.npz")) if path.is_dir() else []
-    if shard_files:
-        return (np.load(file)["image"] for file in shard_files)
-    if name == "data":
-        source = training_images(run)
-    else:
-        height, width, channels = run.shape
-        kind = "folder" if path.is_dir() else "array"
-        try:
-            source = open_source(kind, path=str(path), height=height, width=width, channels=channels)
-        except UserError as error:
-            raise UserError(f"--{flag}: {error}") from None
-    firsts = range(0, len(source), 256)
-    return (np.stack([source[i]["image"] for i in range(f, min(f + 256, len(source)))]) for f in firsts)
+def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
+    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask."""
+    if name == "digits" or (name is None and shape == (8, 8, 1)):
+        return train_digits_classifier()
+    return load_inception(None if name in (None, "inception") else name)
+
+
+def _bar(description: str, of: str = "images") -> ProgressBar:
+    return ProgressBar(f"{description}, {of}", 0, enabled=jax.process_index() == 0)
+
+
+def _open(flag: str, path: str, judge: Features, run: Run | None, batch_size: int) -> Summary:
+    shape = judge.shape or (run.shape if run else None)
+    mesh = run.mesh if run else parallel.make_mesh()
+    try:
+        with _bar(f"judging --{flag}") as bar:
+            return open_summary(path, judge, mesh, shape=shape, batch_size=batch_size, progress=bar.update)
+    except UserError as error:
+        raise UserError(f"--{flag}: {error}") from None
+
+
+def _training_summary(run: Run, judge: Features, batch_size: int) -> Summary:
+    images = image_sets.of_source(training_images(run))
+    with _bar("judging real images") as bar:
+        tell: Callable[[int], None] = lambda done: bar.update(done, images.count)  # noqa: E731
+        return summarize(judge, images, run.mesh, batch_size=batch_size, source=images.source, progress=tell)
+
+
+def _samples(
+    job: Job, settings: Mapping[str, Any], count: int, judge: Features, batch_size: int, shard_size: int
+) -> Summary:
+    """The first `count` samples' summary; shards and features that are there are not made again."""
+    shard_size = min(shard_size, count)
+    digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # what is made otherwise has its own folder
+    folder = job.target(f"evaluation_{digest:08x}_", "").path
+    make_shards(job, folder, 0, count - 1, shard_size, (0, 1), batch_size)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("samples to judge")
+    with _bar("judging samples", "shards") as bar:
+        share_features(folder, judge, job.run.mesh, batch_size=batch_size, progress=bar.update)
+    return shard_summary(folder, judge, count=count)
+
+
+def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
+    """Bits/dim of training images by the run."""
+    run, source = job.run, training_images(job.run)
+    count = min(count, len(source))
+    examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round()]
+    images, labels = (np.stack([example[name] for example in examples]) for name in ("image", "label"))
+    measure: Any = {
+        "estimate": likelihood.estimate_bound,
+        "bound": likelihood.evaluate_bound,
+        "flow": likelihood.evaluate_flow,
+    }[kind]
+    with _bar("likelihood", "calls") as bar:
+        found = measure(
+            run.schedule,
+            make_model_fn(run.net, run.params),
+            images,
+            run.mesh,
+            seed=job.seed,
+            batch_size=batch_size,
+            labels=labels if run.net.num_classes else (),
+            prediction=run.config.diffusion.prediction,
+            variance=run.config.diffusion.variance,
+            progress=bar.update,
+        )
+    if kind == "bound" and jax.process_index() == 0:
+        plots.save_terms(folder / _TERMS, found)
+        plots.save_rate_distortion(folder / _CURVE, found)
+        write_text(folder / _BOUND, json.dumps(found.to_json()) + "\n")
+    name = {
+        "estimate": "bits/dim of training images, estimated bound",
+        "bound": "bits/dim of training images, bound",
+        "flow": "bits/dim of training images, bound by the probability flow",
+    }[kind]
+    return {
+        name: float(found.total.mean),
+        f"{name}, standard error": float(found.total.standard_error),
+        f"{name}, images": count,
+    }
+
+
+def _finish(
+    folder: Path, result: Mapping[str, Any], told: Mapping[str, Any], real: Summary, save_reference: str | None
+) -> None:
+    """Process 0 writes and prints."""
+    if jax.process_index() != 0:
+        return
+    evaluate_lib.record(folder, {**result, **told})
+    if save_reference:
+        write_reference(save_reference, real)
+    for line in evaluate_lib.lines(result):
+        print(line)
+    print(f"all results: {folder / evaluate_lib.TABLE}")

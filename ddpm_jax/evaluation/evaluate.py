@@ -228,25 +228,47 @@ def record(folder: Path, result: Mapping[str, Any]) -> None:
     write_text(folder / TABLE, _table(history))
 
 
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """A result as text: a line a metric, its interval or deviation behind it and then its floor; notes at the end."""
+    rows = []
+    for name in result:
+        if _is_beside(name) or name.endswith(FLOOR) or name in _REMARKS:
+            continue
+        floor = f"floor {_cell(result[name + FLOOR])}" if name + FLOOR in result else ""
+        rows.append((name, _with_spread(result, name), floor))
+    width = max(len(name) for name, _, _ in rows)
+    text = [f"{name:{width}}  {value}{'  ' * bool(floor)}{floor}" for name, value, floor in rows]
+    remarks = [result.get("note", ""), f"Not computed: {result['not computed']}." if "not computed" in result else ""]
+    return text + [remark for remark in remarks if remark]
+
+
+_REMARKS = ("note", "not computed")
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a number stands in brackets behind another."""
+    return name.endswith((INTERVAL, ", standard error")) or ", deviation of " in name
+
+
+def _with_spread(entry: Mapping[str, Any], name: str) -> str:
+    spread = [more for more in entry if _is_beside(more) and more.startswith(f"{name}, ")]
+    return " ".join([_cell(entry.get(name, "")), *(f"({_cell(entry[more])})" for more in spread)])
+
+
 def _table(history: list[dict[str, Any]]) -> str:
     """One line an evaluation: a metric's interval or deviation behind its value, its floor in the next column."""
-    joined = {name for entry in history for name in entry if name.endswith(INTERVAL) or ", deviation of " in name}
-    hidden = joined | {"note", "not computed"}
-    columns = list(dict.fromkeys(name for entry in history for name in entry if name not in hidden))
-    lines = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
-    for entry in history:
-        cells = []
-        for name in columns:
-            parts = [_cell(entry.get(name, ""))]
-            parts += [f"({_cell(entry[more])})" for more in joined if more in entry and more.startswith(f"{name}, ")]
-            cells.append(" ".join(parts))
-        lines.append(f"| {' | '.join(cells)} |")
+    names = dict.fromkeys(name for entry in history for name in entry)
+    columns = [name for name in names if not _is_beside(name) and name not in _REMARKS]
+    text = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
+    text += [f"| {' | '.join(_with_spread(entry, name) for name in columns)} |" for entry in history]
     notes = [f"- {entry['time']}: {entry['note']}" for entry in history if "note" in entry]
     notes += [
         f"- {entry['time']}: not computed: {entry['not computed']}." for entry in history if "not computed" in entry
     ]
-    key = "In brackets: a bootstrap interval of 95 %, as a to b, or a standard deviation over subsets or splits."
-    return "\n".join([*lines, "", key, "", *notes, ""])
+    key = (
+        "In brackets: a bootstrap interval of 95 %, as a to b, a standard error, or a deviation over subsets or splits."
+    )
+    return "\n".join([*text, "", key, "", *notes, ""])
 
 
 def _cell(value: Any) -> str:

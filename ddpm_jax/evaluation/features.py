@@ -162,8 +162,8 @@ def load_inception(path: str | Path | None = None) -> Features:
     """FID's Inception, the same network whatever file its weights come in.
 
     Args:
-      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `files.user_cache()`, fetched from
-        INCEPTION_URL the first time, and kept there as .safetensors.
+      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `files.user_cache()`,
+        fetched from INCEPTION_URL the first time, and kept there as .safetensors.
 
     Raises:
       UserError: no such file, and what to fetch and where to put it; a file that is cut off, is not the one that the

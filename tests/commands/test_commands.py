@@ -1,6 +1,7 @@
 """The modes on a tiny run: files, tables of pictures, shards, refusals."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -120,30 +121,44 @@ class TestCommands:
         with pytest.raises(UserError, match="is there and not empty"):
             sampling.sample(job, num_images=2, batch_size=None, output="png")
 
-    def test_evaluation_adds_up(self, run, files, tmp_path):
-        """Against given images, with the history kept; samples first, then a folder with itself."""
-        real = tmp_path / "real.npz"
+    def test_evaluation_adds_up(self, run, tmp_path, capsys):
+        """Against given images, with the history kept: samples, the same again, a file with itself, and a reference."""
+        real, reference = tmp_path / "real.npz", tmp_path / "reference.npz"
         np.savez(real, image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
-        arguments = {"features": "digits", "batch_size": 16, "against": str(real)}
         job = Job(run, tmp_path, options=QUICK)
-        first = evaluation.evaluate(job, num_images=20, generated=None, **arguments)
-        again = evaluation.evaluate(job, num_images=None, generated=str(real), **arguments)
-        assert (first["num_real"], first["num_generated"]) == (40, 20)
-        assert (first["step"], first["num_steps"], first["against"]) == (3, 4, str(real))
+
+        def evaluate(**changes):
+            arguments = {"num_images": 20, "features": None, "against": str(real), "generated": None, "batch_size": 16}
+            arguments |= {"shard_size": 8, "likelihood": "none", "likelihood_images": 2, "save_reference": None}
+            return evaluation.evaluate(job, **arguments | changes)
+
         name = "Frechet distance (digits classifier)"
+        first = evaluate(save_reference=str(reference))
+        assert (first["num_real"], first["num_generated"], first["step"], first["num_steps"]) == (40, 20, 3, 4)
         assert first[name] > 1
-        assert again[name] == pytest.approx(0, abs=1e-6)
-        assert (again["precision"], again["recall"]) == (1, 1)
+        (folder,) = (tmp_path / "samples").iterdir()
+        times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+        assert len(times) == 6  # three shards and their features
+        assert evaluate()[name] == first[name]
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == times
+        itself = evaluate(generated=str(real))
+        assert itself[name] == pytest.approx(0, abs=1e-6)
+        assert (itself["precision"], itself["recall"]) == (1, 1)
+        moments = evaluate(against=str(reference))
+        assert moments[name] == pytest.approx(first[name], rel=1e-9)
+        assert "precision" in moments["not computed"]
         history = json.loads((tmp_path / "evaluation.json").read_text())
-        assert [entry[name] for entry in history] == [first[name], again[name]]
+        assert [entry[name] for entry in history] == [first[name], first[name], itself[name], moments[name]]
         assert "FID" not in (tmp_path / "evaluation.md").read_text()
+        assert re.search(rf"{re.escape(name)} +[\d.]+ \([\d.]+ to [\d.]+\)  floor [\d.]+\n", capsys.readouterr().out)
         for changes, said in (
             ({"features": "none.pth"}, "fetch https://"),
             ({"generated": "none"}, "--generated:"),
             ({"against": "none"}, "--against:"),
+            ({"likelihood": "exact"}, "--likelihood is 'exact'; accepted: estimate, bound, flow, none"),
         ):
             with pytest.raises(UserError, match=said):
-                evaluation.evaluate(job, **{"num_images": 2, "generated": str(real), **arguments, **changes})
+                evaluate(**changes)
 
     @pytest.mark.parametrize(
         ("inputs", "said"),
