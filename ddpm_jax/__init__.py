@@ -35,6 +35,7 @@ _NAMES = {
     "train": "training.loop",
     "Run": "run",
     "load": "run",
+    "show": "images",
     "UserError": "errors",
 }
 

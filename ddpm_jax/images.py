@@ -45,9 +45,41 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
     return canvas
 
 
+def show(images: ArrayLike, columns: int | None = None, tile: int = 64, gap: int = 6) -> Image.Image:
+    """A picture of one or many images, which a notebook displays by itself.
+
+    Args:
+      images: uint8 [N, H, W, C]; one image [H, W, C]; or a table [rows, columns, H, W, C].
+      columns: images a row; None: about as many as there are rows. A table has its own.
+      tile, gap: as in `grid`.
+
+    Returns:
+      A `PIL.Image.Image`, grey for C = 1 and RGB for C = 3.
+
+    Raises:
+      ValueError: images of another type or shape, or none at all.
+    """
+    array = np.asarray(images)
+    if array.dtype != np.uint8 or not 3 <= array.ndim <= 5 or array.shape[-1] not in (1, 3) or not array.size:
+        raise ValueError(
+            f"the images are {array.dtype} of shape {array.shape}; accepted: uint8 of shape (H, W, C), (N, H, W, C) or "
+            "(rows, columns, H, W, C) with C of 1 or 3"
+        )
+    if columns is not None and (array.ndim == 5 or columns < 1):
+        accepted = "None, since a table has its own" if array.ndim == 5 else "1 or more"
+        raise ValueError(f"columns is {columns}; accepted: {accepted}")
+    if array.ndim == 5:
+        columns = array.shape[1]
+    return _picture(grid(array.reshape(-1, *array.shape[-3:]), columns, tile, gap))
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
 def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: int = 150) -> Path:
     """Saves uint8 [N, H, W, 1 or 3] as an endless GIF or WebP, by the path's ending; the last frame stays longer."""
-    pictures = [Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames]
+    pictures = [_picture(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [10 * milliseconds]
     with atomic_path(path) as temporary:
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
@@ -57,5 +89,5 @@ def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: in
 def save(path: str | os.PathLike, image: np.ndarray) -> Path:
     """Saves uint8 [H, W, 1 or 3] in the format that the path's ending names."""
     with atomic_path(path) as temporary:
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
+        _picture(image).save(temporary)
     return Path(path)

@@ -1,3 +1,6 @@
+import re
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,6 +60,54 @@ def test_small_images_are_enlarged_by_a_whole_factor(height, width, tile, factor
     assert canvas.shape == (factor * height + 2, 2 * factor * width + 3, 1)
     second = canvas[1:-1, factor * width + 2 : -1]
     np.testing.assert_array_equal(second, np.kron(parts[1], np.ones((factor, factor, 1), np.uint8)))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize(
+    ("shape", "columns", "rows_and_columns"),
+    [((), None, (1, 1)), ((5,), None, (2, 3)), ((5,), 2, (3, 2)), ((2, 4), None, (2, 4)), ((3, 1), None, (3, 1))],
+)
+def test_show(shape, columns, rows_and_columns, channels, mode):
+    parts = pictures(int(np.prod(shape)), channels=channels)
+    shown = images.show(parts.reshape(*shape, 2, 3, channels), columns, tile=9, gap=1)
+    assert isinstance(shown, Image.Image)
+    assert shown.mode == mode
+    expected = images.grid(parts, rows_and_columns[1], tile=9, gap=1)
+    np.testing.assert_array_equal(np.asarray(shown).reshape(expected.shape), expected)
+    assert expected.shape[:2] == (rows_and_columns[0] * 7 + 1, rows_and_columns[1] * 10 + 1)
+
+
+def test_a_notebook_can_display_it():
+    assert images.show(pictures(3))._repr_png_().startswith(b"\x89PNG")
+
+
+def test_show_takes_jax_arrays():
+    parts = pictures(2)
+    np.testing.assert_array_equal(np.asarray(images.show(jnp.asarray(parts))), np.asarray(images.show(parts)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((2, 4, 4, 1), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((2, 4, 4, 2), np.uint8),
+        np.zeros((0, 4, 4, 1), np.uint8),
+        np.zeros((1, 1, 2, 4, 4, 1), np.uint8),
+        [],
+    ],
+)
+def test_show_says_what_it_takes(wrong):
+    array = np.asarray(wrong)
+    with pytest.raises(ValueError, match=re.escape(f"the images are {array.dtype} of shape {array.shape}; accepted: ")):
+        images.show(wrong)
+
+
+@pytest.mark.parametrize(("shape", "columns"), [((2,), 0), ((2,), -1), ((2, 2), 2)])
+def test_show_refuses_columns_that_do_not_fit(shape, columns):
+    with pytest.raises(ValueError, match=f"columns is {columns}; accepted: "):
+        images.show(np.zeros((*shape, 2, 3, 1), np.uint8), columns)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
