@@ -30,9 +30,10 @@ class Heads(nn.Module):
 def test_convolutions_of_one_input():
     """Each by itself, the last one after its pooling."""
     x = jnp.asarray(RNG.standard_normal((2, 5, 5, 6)), jnp.float32)
-    params = Heads().init(jax.random.key(0), x)["params"]
-    params = jax.tree.map(lambda p: p + 0.1, params)
-    for name, found in zip(params, Heads().apply({"params": params}, x), strict=True):
+    draw = lambda *shape: RNG.standard_normal(shape).astype(np.float32)  # noqa: E731
+    sizes = {"a": 4, "b": 3, "branch_pool": 2}
+    params = {name: {"kernel": draw(1, 1, 6, n), "bias": draw(n)} for name, n in sizes.items()}
+    for name, found in zip(params, jax.jit(Heads().apply)({"params": params}, x), strict=True):
         inputs = inception._average(x) if name == "branch_pool" else x
         expected = nn.relu(jnp.einsum("bijc,cd->bijd", inputs, params[name]["kernel"][0, 0]) + params[name]["bias"])
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
