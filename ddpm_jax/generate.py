@@ -1,6 +1,6 @@
 """Images from trained weights, in batches over all devices: what training, `Run` and the command line share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -90,8 +90,6 @@ def generate(
     numbers = np.asarray(indices)
     devices = mesh.devices.size
     batch_size = -(-min(batch_size, len(numbers)) // devices) * devices
-    make_keys = divided(mesh, jax.vmap(lambda index: named_key(seed, "image", index)))
-    place = divided(mesh)
     batches = -(-len(numbers) // batch_size)
 
     done, snapshots = [], None
@@ -102,12 +100,12 @@ def generate(
             make_model_fn(
                 net,
                 params,
-                None if net.num_classes is None else place(labels_of(net, chosen, labels)),
+                None if net.num_classes is None else divided(mesh, labels_of(net, chosen, labels)),
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
                 guidance_interval=guidance_interval,
             ),
-            make_keys(chosen),
+            image_keys(mesh, seed, "image", chosen),
             (batch_size, *shape),
             num_snapshots=num_snapshots if batch == 0 else 0,
             progress=progress and partial(_report, progress, batch, batches),
@@ -126,9 +124,20 @@ def labels_of(net: UNet, indices: Sequence[int] | np.ndarray, labels: Sequence[i
     return classes[np.asarray(indices) % len(classes)]
 
 
-def divided(mesh: Mesh, function: Callable[..., Any] = lambda values: values) -> Callable[..., Any]:
-    """The function, jit-compiled, its result divided over the mesh; works in jobs of several processes too."""
-    return jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
+def divided(mesh: Mesh, values: np.ndarray) -> jax.Array:
+    """An array that every process has, its first axis divided over the mesh."""
+    values = np.asarray(values)
+    return jax.make_array_from_callback(values.shape, parallel.batch_sharding(mesh), lambda index: values[index])
+
+
+def image_keys(mesh: Mesh, seed: int, purpose: str, numbers: np.ndarray) -> jax.Array:
+    """`named_key` of each number, divided over the mesh."""
+    return _keys_of(seed, purpose, divided(mesh, np.asarray(numbers, np.int32)))
+
+
+@partial(jax.jit, static_argnames="purpose")
+def _keys_of(seed: int, purpose: str, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(lambda number: named_key(seed, purpose, number))(numbers)
 
 
 def _report(progress: Progress, batch: int, batches: int, done: int, calls: int) -> None:

@@ -20,7 +20,7 @@ from ddpm_jax.diffusion.samplers import Progress, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.errors import UserError
-from ddpm_jax.generate import divided, generate, labels_of, make_model_fn, to_host
+from ddpm_jax.generate import divided, generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
 
@@ -376,11 +376,11 @@ class Run:
         pictures = self._check(pictures)
         devices = self.mesh.devices.size
         size = -(-min(batch_size or self.config.sample.batch_size, len(pictures)) // devices) * devices
-        make_keys, place = divided(self.mesh, jax.vmap(lambda i: named_key(seed, purpose, i))), divided(self.mesh)
+        place = functools.partial(divided, self.mesh)
         done = []
         for first in range(0, len(pictures), size):
             chosen = np.resize(np.arange(first, min(first + size, len(pictures))), size)
-            keys = make_keys(chosen)
+            keys = image_keys(self.mesh, seed, purpose, chosen)
             arrays = [place(images.to_float(pictures[chosen])), *(place(array[chosen]) for array in per_picture)]
             batch_labels = labels_of(self.net, chosen, labels).tolist() if len(labels) else ()
 

@@ -23,8 +23,7 @@ from ddpm_jax.diffusion.gaussian import ModelFn
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.batches import regroup
-from ddpm_jax.generate import divided, to_host
-from ddpm_jax.rng import named_key
+from ddpm_jax.generate import divided, image_keys, to_host
 
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
@@ -402,7 +401,6 @@ def _over_batches(
     devices = mesh.devices.size
     most = min(batch_size, num_images) if num_images else batch_size
     size = -(-most // devices) * devices
-    make_keys, place = divided(mesh, jax.vmap(lambda i: named_key(seed, purpose, i))), divided(mesh)
     batches, done = -(-(num_images or 0) // size), 0
     for batch, pictures in enumerate(regroup(_checked(images), size)):
         chosen = np.resize(np.arange(len(pictures)), size)
@@ -411,11 +409,11 @@ def _over_batches(
             if done + len(pictures) > len(labels):
                 raise UserError(f"there are {len(labels)} labels, fewer than images")
             of_batch = np.asarray(labels[done : done + len(pictures)], np.int32)[chosen]
-            model = _with_labels(model_fn, place(of_batch))
+            model = _with_labels(model_fn, divided(mesh, of_batch))
         found = function(
             model,
-            make_keys(first + done + chosen),
-            place(images_lib.to_float(pictures[chosen])),
+            image_keys(mesh, seed, purpose, first + done + chosen),
+            divided(mesh, images_lib.to_float(pictures[chosen])),
             progress=_part(progress, batch, batches),
         )
         values = {name: np.moveaxis(to_host(value), -1, 0)[: len(pictures)] for name, value in found.items()}
