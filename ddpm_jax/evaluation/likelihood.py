@@ -294,8 +294,10 @@ def estimate_bound(
             return losses.bound_terms(schedule, model_fn, keys, x_0, losses.pilot_timesteps(schedule), **options)
 
         pilot_labels = labels[: len(chosen)]
-        (found,) = _over_batches(
-            pilot, "pilot", model_fn, chosen, mesh, seed, len(chosen), first, None, pilot_labels, None
+        found = _first(
+            _over_batches(
+                pilot, "pilot", model_fn, chosen, mesh, seed, max(len(chosen), 1), first, None, pilot_labels, None
+            )
         )
         proposal = losses.pilot_proposal(schedule, found["terms"].T)
 
@@ -366,15 +368,21 @@ def evaluate_flow(
     return _total(parts)
 
 
-def _total(parts: Iterator[Any]) -> Any:
+def _first(parts: Iterator[Any]) -> Any:
+    """The first of them."""
     try:
         result = next(parts, None)
-        if result is None:
-            raise UserError("a likelihood needs 1 image or more")
-        for part in parts:
-            result = result + part
     except ValueError as error:
         raise UserError(str(error)) from None
+    if result is None:
+        raise UserError("a likelihood needs 1 image or more")
+    return result
+
+
+def _total(parts: Iterator[Any]) -> Any:
+    result = _first(parts)
+    for part in parts:
+        result = result + part
     return result
 
 
