@@ -104,6 +104,15 @@ def default_config() -> ConfigDict:
     log.sample_images = 64
     log.sample_steps = 250
 
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.every_steps = 0  # bits/dim and a Frechet distance on the way, by few images; 0: none
+    evaluate.likelihood_images = 128  # whose bits/dim are estimated; 0: none
+    evaluate.num_images = 512  # samples whose Frechet distance is taken; 0: none
+    evaluate.num_real = 10_000  # training images that they are compared with
+    evaluate.sampler = "dpmpp_2m"
+    evaluate.num_steps = 20
+    evaluate.features = ""  # digits, inception or the file of its weights; "": as the images' size asks
+
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 5000
     checkpoint.every_minutes = 0.0  # also after so many minutes; 0: off
@@ -127,6 +136,7 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     "train.num_steps",
     "log",
+    "evaluate",
     "checkpoint",
     "sample",
     "data.cache_gib",
@@ -223,6 +233,7 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
         ("optimizer.decay", optimizer.decay, LEARNING_RATES),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
+        ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),
         ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
         ("model.dtype", config.model.dtype, DTYPES),
         ("data.source", config.data.source, SOURCES),
@@ -247,6 +258,11 @@ def _check_values(config: ConfigDict) -> None:
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
         ("log.sample_images", config.log.sample_images, 1),
         ("log.sample_steps", config.log.sample_steps, 0),
+        ("evaluate.every_steps", config.evaluate.every_steps, 0),
+        ("evaluate.likelihood_images", config.evaluate.likelihood_images, 0),
+        ("evaluate.num_images", config.evaluate.num_images, 0),
+        ("evaluate.num_real", config.evaluate.num_real, 2),
+        ("evaluate.num_steps", config.evaluate.num_steps, 1),
         ("optimizer.learning_rate", optimizer.learning_rate, 0),
         ("optimizer.decay_steps", optimizer.decay_steps, 0),
         ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
@@ -279,7 +295,12 @@ def _check_values(config: ConfigDict) -> None:
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
     check_guidance(config, **guidance_options(config))
-    for name, steps in (("log.sample_steps", config.log.sample_steps), ("sample.num_steps", config.sample.num_steps)):
+    if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
+        raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
+    steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
+    if config.evaluate.every_steps:
+        steps_of["evaluate.num_steps"] = config.evaluate.num_steps
+    for name, steps in steps_of.items():
         most = len(diffusion.betas) or diffusion.num_timesteps
         if steps > most:
             raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
@@ -450,6 +471,12 @@ def sampling_options(config: ConfigDict) -> dict[str, Any]:
         "clip": diffusion.clip,
         "dynamic_threshold": diffusion.dynamic_threshold or None,
     }
+
+
+def evaluation_sampling(config: ConfigDict) -> dict[str, Any]:
+    """The sampling options of the evaluation during training."""
+    own = {"sampler": config.evaluate.sampler, "num_steps": config.evaluate.num_steps}
+    return {**sampling_options(config), **guidance_options(config), "spacing": None, "eta": None, "order": None, **own}
 
 
 def guidance_options(config: ConfigDict) -> dict[str, Any]:

@@ -200,6 +200,19 @@ class TestTraining:
         assert (tmp_path / "corrupt" / "12").is_dir()
         jax.tree.map(np.testing.assert_array_equal, checkpoint(tmp_path, 12), reference)
 
+    def test_evaluation_on_the_way(self, trained, call, tmp_path):
+        """Is logged, and changes nothing of the training."""
+        flags = ("every_steps=12", "likelihood_images=16", "num_images=32", "num_steps=4")
+        status, output = call(f"--workdir={tmp_path}", *(f"--config.evaluate.{flag}" for flag in flags))
+        assert status == 0, output
+        found = [line for line in metrics(tmp_path) if "bits_per_dim" in line]
+        assert [line["step"] for line in found] == [12, 24]
+        for line in found:
+            assert 0 < line["bits_per_dim_error"] < line["bits_per_dim"]
+            assert line["frechet_distance_digits"] > 0
+        assert found[1]["bits_per_dim"] < found[0]["bits_per_dim"]
+        assert_same_checkpoint(tmp_path, trained[0])
+
     def test_divergence_stops_and_keeps_the_last_good_checkpoint(self, call, tmp_path):
         flags = (
             "--config.optimizer.learning_rate=1e30",
@@ -362,6 +375,8 @@ BAD = [
     (["--config.data.source=folder", "--config.data.path=none"], "'none' is not a folder"),
     (["--config.data.source=folder", "--config.data.path=tests/training"], "holds no images; accepted: .png"),
     (["--config.data.source=array", "--config.data.path=main.py"], "cannot be read as .npz or .npy"),
+    (["--config.evaluate.every_steps=5", "--config.evaluate.num_steps=51"], "config.evaluate.num_steps is 51"),
+    ("'none.pth' is not there; fetch https",),
     (["--config=configs/nope.py"], "'configs/nope.py', which is not a file; configs/ has"),
 ]
 

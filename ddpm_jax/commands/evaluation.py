@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from ddpm_jax import parallel
@@ -16,7 +15,7 @@ from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import image_sets, likelihood, plots
-from ddpm_jax.evaluation.features import Features, load_inception, train_digits_classifier
+from ddpm_jax.evaluation.features import Features, open_features
 from ddpm_jax.evaluation.references import open_summary, write_reference
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
 from ddpm_jax.files import write_text
@@ -106,13 +105,6 @@ def compare_paths(
     return result
 
 
-def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
-    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask."""
-    if name == "digits" or (name is None and shape == (8, 8, 1)):
-        return train_digits_classifier()
-    return load_inception(None if name in (None, "inception") else name)
-
-
 def _bar(description: str, of: str = "images") -> ProgressBar:
     return ProgressBar(f"{description}, {of}", 0, enabled=jax.process_index() == 0)
 
@@ -151,10 +143,8 @@ def _samples(
 
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Bits/dim of training images by the run."""
-    run, source = job.run, training_images(job.run)
-    count = min(count, len(source))
-    examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round()]
-    images, labels = (np.stack([example[name] for example in examples]) for name in ("image", "label"))
+    run = job.run
+    images, labels = image_sets.spread(training_images(run), count)
     measure: Any = {
         "estimate": likelihood.estimate_bound,
         "bound": likelihood.evaluate_bound,
@@ -168,7 +158,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
             run.mesh,
             seed=job.seed,
             batch_size=batch_size,
-            labels=labels if run.net.num_classes else (),
+            labels=labels.tolist() if run.net.num_classes else (),
             prediction=run.config.diffusion.prediction,
             variance=run.config.diffusion.variance,
             progress=bar.update,
@@ -185,7 +175,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
     return {
         name: float(found.total.mean),
         f"{name}, standard error": float(found.total.standard_error),
-        f"{name}, images": count,
+        f"{name}, images": len(images),
     }
 
 

@@ -292,3 +292,10 @@ def train_digits_classifier(steps: int = 400) -> Features:
 
     name = "digits classifier"
     return Features(name, _frechet_of(name), (8, 8, 1), Partial(net.apply, {"params": train()}))
+
+
+def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
+    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask."""
+    if name == "digits" or (name is None and shape == (8, 8, 1)):
+        return train_digits_classifier()
+    return load_inception(None if name in (None, "inception") else name)

@@ -53,6 +53,14 @@ def of_source(source: Source) -> ImageSet:
     return ImageSet(source.describe(), len(source), read)
 
 
+def spread(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, H, W, C] and their labels, int [n]: `count` images evenly spread over a source, or all that it has."""
+    numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    examples = [source[int(number)] for number in numbers]
+    images = [example["image"] for example in examples]
+    return np.array(images, np.uint8).reshape(-1, *source.shape), np.array([e["label"] for e in examples], np.int32)
+
+
 def _image(source: Source, index: int) -> np.ndarray:
     if not isinstance(source, FolderSource):
         return source[index]["image"]

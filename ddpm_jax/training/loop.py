@@ -30,6 +30,7 @@ from ddpm_jax.files import write_text
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
 from ddpm_jax.run import load
+from ddpm_jax.training.evaluation import Evaluation
 from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 
@@ -218,6 +219,9 @@ class _Training:
         param_norm = jax.jit(optax.tree.norm)
         metrics = zero_metrics()
         writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
+        evaluation = None
+        if config.evaluate.every_steps:
+            evaluation = Evaluation(config, self.net, self.schedule, self.mesh, self.source)
         batches = self._batches(first_step)
 
         self._say("compiling the training step ...")
@@ -268,6 +272,11 @@ class _Training:
                 if log.sample_every_steps and step % log.sample_every_steps == 0 and step < num_steps:
                     with bar.aside():
                         self._sample_grid(state, step)
+                if evaluation and step % config.evaluate.every_steps == 0:
+                    with bar.aside():
+                        values = self._evaluate(evaluation, state)
+                    if writer:
+                        writer.write(step, values)
                 if logging_now:
                     interval_began, interval_step = time.monotonic(), step
                 if bar.is_live:
@@ -307,6 +316,12 @@ class _Training:
             grid, _ = self._generate(state, log.sample_images, **options)
         if self.is_main:
             images.save(self.folder / "samples" / f"step_{step:08d}.png", images.grid(grid))
+
+    def _evaluate(self, evaluation: Evaluation, state: TrainState) -> dict[str, float]:
+        with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
+            values = evaluation(state.ema[self.decay], bar.update)
+        self._say("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        return values
 
     def _final_pictures(self, state: TrainState) -> None:
         """A grid and a strip that shows its first images on the way from noise."""
