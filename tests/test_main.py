@@ -376,7 +376,6 @@ BAD = [
     (["--config.data.source=folder", "--config.data.path=tests/training"], "holds no images; accepted: .png"),
     (["--config.data.source=array", "--config.data.path=main.py"], "cannot be read as .npz or .npy"),
     (["--config.evaluate.every_steps=5", "--config.evaluate.num_steps=51"], "config.evaluate.num_steps is 51"),
-    ("'none.pth' is not there; fetch https",),
     (["--config=configs/nope.py"], "'configs/nope.py', which is not a file; configs/ has"),
 ]
 
