@@ -1,9 +1,11 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
+import jax
 import numpy as np
 import pytest
 from tiny import PICTURES, QUICK, RNG, make_run, near
 
+from ddpm_jax.diffusion import samplers
 from ddpm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -49,6 +51,18 @@ class TestImages:
         told = []
         run.sample(40, sampler="heun", num_steps=5, progress=lambda *position: told.append(position))
         assert told == [(done, 27) for done in (9, 18, 27)]  # three batches of nine calls
+
+    @pytest.mark.parametrize("devices", [1, 8])
+    def test_are_made_by_one_program(self, devices):
+        """Whatever the number of steps and of portions; with keys of one's own too."""
+        run = make_run(devices)
+        before = samplers._scan._cache_size()
+        for num_steps in (5, 25, 40):
+            run.sample(8, num_steps=num_steps, progress=lambda done, calls: None)
+        assert samplers._scan._cache_size() == before + 1
+        for num_steps in (5, 25):
+            samplers.sample(run.schedule, run.model_fn, jax.random.key(0), (16, *run.shape), num_steps=num_steps)
+        assert samplers._scan._cache_size() == before + 2
 
     def test_of_classes_go_round(self, classes):
         labels = classes.labels_of(range(8))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
@@ -245,7 +246,10 @@ def run_table(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model_fn, key, x_t, known)))
     length = calls if traced else _PORTION
     rows = _Rows.of(table, num_snapshots, snapshots_of)
-    carry, before = _start(key, x_t, shape, num_snapshots), None
+    sharding = None
+    if not traced:
+        key, sharding = _beside(model_fn, key)
+    carry, before = _start(key, x_t, shape, num_snapshots, sharding), None
     for first in range(0, calls, length):
         portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
         carry, done = _scan(
@@ -259,6 +263,7 @@ def run_table(
             clip=clip,
             dynamic_threshold=dynamic_threshold,
             snapshots_of=snapshots_of,
+            sharding=sharding,
         )
         if progress and not traced:
             # Of the portion before, so that the device has the next one while this waits.
@@ -315,20 +320,47 @@ def _noise(keys: Array, shape: tuple[int, ...], *purpose: int | Array) -> Array:
     return normal(jax.vmap(fold)(keys), shape)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _start(keys, x_t, shape, num_snapshots):
+def _beside(model_fn: Any, keys: Array) -> tuple[Array, NamedSharding | None]:
+    """The keys on the mesh that the network's weights lie on, and how what is carried lies there; None: on no mesh.
+
+    The first portion must find all as the others do, or it would be a program of its own.
+    """
+    placed = [leaf.sharding for leaf in jax.tree.leaves((keys, model_fn)) if isinstance(leaf, Array)]
+    named = [sharding for sharding in placed if isinstance(sharding, NamedSharding)]
+    if not named:
+        return keys, None
+    if not isinstance(keys.sharding, NamedSharding):
+        keys = jax.device_put(keys, NamedSharding(named[0].mesh, PartitionSpec()))
+    assert isinstance(keys.sharding, NamedSharding)
+    return keys, NamedSharding(keys.sharding.mesh, PartitionSpec(*keys.sharding.spec))
+
+
+def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
+    """What is carried, each image where its key is."""
+    if sharding is None:
+        return carry
+    *images, snapshots = carry
+    images = jax.lax.with_sharding_constraint(images, sharding)
+    if snapshots is not None:
+        of_snapshots = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        snapshots = jax.lax.with_sharding_constraint(snapshots, of_snapshots)
+    return *images, snapshots
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _start(keys, x_t, shape, num_snapshots, sharding):
     """x, the kept image, the predictions of x_0 before, and the snapshots."""
     x = _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
-    return x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots
+    return _laid((x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots), sharding)
 
 
 @partial(
     jax.jit,
-    static_argnames=("prediction", "learned", "clip", "dynamic_threshold", "snapshots_of"),
+    static_argnames=("prediction", "learned", "clip", "dynamic_threshold", "snapshots_of", "sharding"),
     donate_argnames="carry",
 )
-def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dynamic_threshold, snapshots_of):
+def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dynamic_threshold, snapshots_of, sharding):
     shape = carry[0].shape
 
     def call(carry, row):
@@ -355,4 +387,4 @@ def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dyna
         return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None
 
     carry, _ = jax.lax.scan(step, carry, rows)
-    return carry, jnp.max(rows.number)
+    return _laid(carry, sharding), jnp.max(rows.number)
