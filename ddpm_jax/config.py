@@ -22,6 +22,7 @@ from ddpm_jax.diffusion.samplers import plan_table
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.errors import UserError, first_line, nearest
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.parallel import mesh_shape
 
 DTYPES = ("float32", "bfloat16")
 LEARNING_RATES = ("constant", "cosine", "linear")
@@ -95,7 +96,13 @@ def default_config() -> ConfigDict:
     train.num_steps = 800_000
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
     train.label_dropout = 0.0  # share of examples that are trained without their class, for guidance
+    train.accumulation = 1  # in how many parts a batch's gradient is taken, one after the other, for memory
+    train.steps_per_dispatch = 1  # that the host hands to an accelerator at once
     train.init_from = ""  # a workdir whose averaged weights this run starts from
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices that divide the batch alone; -1: what fsdp leaves
+    mesh.fsdp = 1  # devices that divide parameters, averages and optimiser state, too
 
     config.log = log = ConfigDict()
     log.every_steps = 100
@@ -135,6 +142,8 @@ def default_config() -> ConfigDict:
 # Fields that may differ when a run goes on: they change how long and how it is watched, not what is learned.
 MAY_CHANGE = (
     "train.num_steps",
+    "train.steps_per_dispatch",
+    "mesh",
     "log",
     "evaluate",
     "checkpoint",
@@ -243,6 +252,8 @@ def _check_values(config: ConfigDict) -> None:
     for name, value, least in (
         ("train.batch_size", train.batch_size, 1),
         ("train.num_steps", train.num_steps, 1),
+        ("train.accumulation", train.accumulation, 1),
+        ("train.steps_per_dispatch", train.steps_per_dispatch, 1),
         ("seed", config.seed, 0),
         ("data.height", config.data.height, 1),
         ("data.width", config.data.width, 1),
@@ -306,14 +317,21 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing."""
+def validate(config: ConfigDict, num_devices: int | None = None) -> None:
+    """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing.
+
+    With num_devices, also for what so many devices could not train.
+    """
     _check_types(config)
     _check_values(config)
-    if config.train.batch_size % num_devices:
-        raise UserError(
-            f"config.train.batch_size is {config.train.batch_size}; it must be divisible by the {num_devices} devices"
-        )
+    if num_devices is not None:
+        mesh_shape(num_devices, **config.mesh)
+        batch_size, parts = config.train.batch_size, config.train.accumulation
+        if batch_size % (num_devices * parts):
+            times = f" times the {parts} parts of config.train.accumulation" if parts > 1 else ""
+            raise UserError(
+                f"config.train.batch_size is {batch_size}; it must be divisible by the {num_devices} devices{times}"
+            )
     try:
         schedule = make_schedule_from(config)
         _check_pure_noise(config, schedule)

@@ -1,6 +1,7 @@
 """Devices and processes: the mesh, how arrays lie on it, and starting a job of several hosts."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import files
@@ -97,16 +99,106 @@ def run_once_options() -> dict[str, Any]:
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
-def make_mesh() -> Mesh:
-    """All devices of the job along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def mesh_shape(num_devices: int, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
+    """The sizes of the axes "data" and "fsdp" on so many devices, -1 meaning what the other leaves.
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{name} is {size}; accepted: 1 and more, or -1 for what the other axis leaves")
+    given = [size for size in sizes.values() if size != -1]
+    if not given:
+        raise UserError("config.mesh.data and config.mesh.fsdp are both -1; accepted: one of them at most")
+    if len(given) == 1 and num_devices % given[0] == 0:
+        sizes = {name: num_devices // given[0] if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
+        raise UserError(f"config.mesh has data {data} and fsdp {fsdp}, which do not make up {num_devices} devices")
+    return sizes["data"], sizes["fsdp"]
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """An array's first axis divided over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """All devices of the job, in two axes.
+
+    A batch is divided over both. Parameters, their averages and the optimiser's state are the same on every device
+    along "data" and divided along "fsdp" (fully sharded data parallelism; ZeRO-3, Rajbhandari et al. 2020).
+
+    Args:
+      data, fsdp: how many devices along each; -1: what the other leaves.
+
+    Raises:
+      UserError: sizes that do not multiply to the number of devices.
+    """
+    shape = mesh_shape(jax.device_count(), data, fsdp)
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """An array's axis of examples divided over all devices."""
+    names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1) or mesh.axis_names[:1]
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, names if len(names) > 1 else names[0]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """How parameters, or arrays like them, lie on the mesh.
+
+    Each is divided over "fsdp" along its longest axis of those that divide evenly, the last one if there are several;
+    small arrays (less than 2 ** 14 elements) stay whole, since their messages would cost more than their memory.
+
+    Args:
+      mesh: of `make_mesh`.
+      tree: of arrays, or of anything with a shape.
+
+    Returns:
+      A `NamedSharding` in place of each array.
+    """
+    devices = mesh.shape.get("fsdp", 1)
+
+    def one(x: Any) -> NamedSharding:
+        fitting = [(size, axis) for axis, size in enumerate(x.shape) if size % devices == 0]
+        if devices == 1 or math.prod(x.shape) < 2**14 or not fitting:
+            return replicated(mesh)
+        _, axis = max(fitting)
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+    return jax.tree.map(one, tree)
+
+
+def laid(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of these shapes that lie so."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that lie on this process's devices, int64, ascending."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def from_local_rows(mesh: Mesh, values: np.ndarray, rows: np.ndarray, batch_size: int, axis: int = 0) -> jax.Array:
+    """The global array of a batch of which each process holds its own rows.
+
+    Args:
+      mesh: of `make_mesh`.
+      values: the rows of this process along `axis`.
+      rows: their numbers, of `local_rows`.
+      batch_size: of the whole batch.
+      axis: of the examples.
+    """
+
+    def of(index: Any) -> np.ndarray:
+        first, last, _ = index[axis].indices(batch_size)
+        begin = int(np.searchsorted(rows, first))
+        return values[(slice(None),) * axis + (slice(begin, begin + last - first),)]
+
+    shape = (*values.shape[:axis], batch_size, *values.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, axis), of)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -414,10 +415,9 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
         raise UserError(f"{str(path)!r} has no checkpoint yet")
     num_classes = len(dataset["class_names"])
     net = config_lib.make_model(config, num_classes)
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # of -1 too
     shapes = config_lib.param_shapes(config, num_classes)
-    whole = parallel.replicated(mesh)
-    wanted = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=whole), shapes)
+    wanted = parallel.laid(shapes, parallel.state_shardings(mesh, shapes))
     checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
     found, params = checkpoints.restore_weights(step, "params" if raw else f"ema_{ema_decay}", wanted)
     checkpoints.close()

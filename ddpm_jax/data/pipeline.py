@@ -65,7 +65,9 @@ def decode_all(source: Source, progress: Callable[[int, int], None] = lambda don
 class _StepBatches:
     """The batches of consecutive steps as a random-access source for grain; this process's rows only."""
 
-    def __init__(self, source: Source, seed: int, batch_size: int, rows: slice, first_step: int, last_step: int):
+    def __init__(
+        self, source: Source, seed: int, batch_size: int, rows: slice | np.ndarray, first_step: int, last_step: int
+    ):
         self.source, self.seed, self.batch_size, self.rows = source, seed, batch_size, rows
         self.first_step, self.last_step = first_step, last_step
 
@@ -84,8 +86,7 @@ def host_batches(
     batch_size: int,
     first_step: int,
     last_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: slice | np.ndarray = slice(None),
     cache_bytes: int = 2 << 30,
     num_workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -95,19 +96,17 @@ def host_batches(
     Args:
       source: the images.
       seed: of the shuffling.
-      batch_size: of the global batch; divisible by process_count.
+      batch_size: of the global batch.
       first_step, last_step: the steps wanted.
-      process_index, process_count: this process's rows are its equal share of the batch, in order.
+      rows: of each batch, those that this process wants; see `ddpm_jax.parallel.local_rows`.
       cache_bytes: sets that take at most this much when decoded are decoded once and kept; larger ones are decoded
         by grain as they are needed.
       num_workers: processes that decode a larger set; 0: threads of this process.
       progress: told how many images of a kept set are decoded.
 
     Yields:
-      {"image": uint8 [B / processes, H, W, C], "label": int32 [B / processes]}.
+      {"image": uint8 [rows, H, W, C], "label": int32 [rows]}.
     """
-    share = batch_size // process_count
-    rows = slice(process_index * share, (process_index + 1) * share)
     if len(source) * int(np.prod(source.shape)) <= cache_bytes:
         examples = decode_all(source, progress)
         for step in range(first_step, last_step):
@@ -126,13 +125,19 @@ def host_batches(
     yield from iterable
 
 
-def device_batches(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[Batch]:
-    """The batches as global arrays on the devices, fetched and sent `depth` steps ahead by a thread of its own."""
+def several(batches: Iterator[Batch], first_step: int, count: int) -> Iterator[Batch]:
+    """The batches of `count` steps at a time, stacked along a new first axis.
 
-    def put(batch: Batch) -> Batch:
-        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
-
-    return prefetch(map(put, batches), depth)
+    A group ends where the step's number is a multiple of count, so the first and the last may be shorter.
+    """
+    group: list[Batch] = []
+    for step, batch in enumerate(batches, first_step + 1):
+        group.append(batch)
+        if step % count == 0:
+            yield jax.tree.map(lambda *values: np.stack(values), *group)
+            group = []
+    if group:
+        yield jax.tree.map(lambda *values: np.stack(values), *group)
 
 
 def prefetch(iterator: Iterator[T], depth: int) -> Iterator[T]:

@@ -151,7 +151,7 @@ def loss_weight(schedule: Schedule, t: Array, prediction: str, weighting: str) -
 def training_loss(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
+    key: Array | None,
     x_0: Array,
     *,
     t: Array | None = None,
@@ -167,7 +167,7 @@ def training_loss(
     Args:
       schedule: T timesteps.
       model_fn: (x_t, t) -> output.
-      key: typed key for t and the noise, where they are not given.
+      key: typed key for t and the noise; None where both are given.
       x_0: [B, H, W, C] in [-1, 1].
       t: int32 [B]; None: drawn uniformly.
       noise: like x_0; None: drawn.
@@ -191,11 +191,12 @@ def training_loss(
         raise ValueError(f"loss 'hybrid' trains a learned variance; variance is {variance!r}")
     if loss == "simple" and variance == "learned":
         raise ValueError("loss 'simple' does not train a learned variance; use 'hybrid' or 'vlb'")
-    t_key, noise_key = jax.random.split(key)
-    if t is None:
-        t, _ = sample_timesteps(t_key, x_0.shape[0], schedule.num_timesteps)
-    if noise is None:
-        noise = normal(noise_key, x_0.shape, x_0.dtype)
+    if t is None or noise is None:
+        if key is None:
+            raise ValueError("training_loss needs a key to draw t and noise; None is for where both are given")
+        t_key, noise_key = jax.random.split(key)
+        t = sample_timesteps(t_key, x_0.shape[0], schedule.num_timesteps)[0] if t is None else t
+        noise = normal(noise_key, x_0.shape, x_0.dtype) if noise is None else noise
     x_t = q_sample(schedule, x_0, t, noise)
     model_output = model_fn(x_t, t)
 

@@ -116,7 +116,7 @@ class _Training:
     def __init__(self, config: ConfigDict, folder: Path, source: Source):
         self.config, self.folder, self.source = config, folder, source
         self.is_main = jax.process_index() == 0
-        self.mesh = parallel.make_mesh()
+        self.mesh = parallel.make_mesh(**config.mesh)
         self.net = config_lib.make_model(config, len(source.class_names))
         self.schedule = config_lib.make_schedule_from(config)
         self.optimizer = config_lib.make_optimizer(config)
@@ -155,16 +155,18 @@ class _Training:
                 params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
-        whole = parallel.replicated(self.mesh)
-        jit = partial(jax.jit, out_shardings=whole, compiler_options=parallel.run_once_options())
         shapes = jax.eval_shape(lambda: create(init()))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-        restored = self.checkpoints.restore_latest(shapes)
+        shardings = parallel.state_shardings(self.mesh, shapes)
+        restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
             self._say(f"going on from the checkpoint of step {restored[0]}")
             return restored
-        start = self._start_weights(shapes.params) if config.train.init_from else jit(init)()
-        return 0, jit(create)(start)
+        jit = partial(jax.jit, compiler_options=parallel.run_once_options())
+        if config.train.init_from:
+            start = jax.device_put(self._start_weights(shapes.params), shardings.params)
+        else:
+            start = jit(init, out_shardings=shardings.params)()
+        return 0, jit(create, out_shardings=shardings)(start)
 
     def _start_weights(self, wanted: Params) -> Params:
         """The weights of config.train.init_from; UserError if they are of another network."""
@@ -202,7 +204,7 @@ class _Training:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""
         config, num_steps = self.config, self.config.train.num_steps
         log, checkpoint = config.log, config.checkpoint
-        step_fn = make_train_step(
+        train_step = make_train_step(
             self.net,
             self.schedule,
             self.optimizer,
@@ -212,6 +214,8 @@ class _Training:
             class_conditional=config.model.class_conditional,
             label_dropout=config.train.label_dropout,
             timestep_sampler=config.diffusion.timestep_sampler,
+            accumulation=config.train.accumulation,
+            steps_per_dispatch=config.train.steps_per_dispatch,
             **config_lib.loss_options(config),
         )
         whole = parallel.replicated(self.mesh)
@@ -226,25 +230,24 @@ class _Training:
 
         self._say("compiling the training step ...")
         compile_began = time.monotonic()
-        batch: dict[str, jax.Array] | None = next(batches)
-        train_step = step_fn.lower(state, metrics, batch).compile()
-        self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
-
         last_saved, last_save_time = first_step, time.monotonic()
         interval_began, interval_step = time.monotonic(), first_step
         with _stop_signals() as stop, ProgressBar("step", num_steps, first_step, None, self.is_main) as bar:
             step = first_step
-            while step < num_steps:
+            for batch in batches:
                 state, metrics = train_step(state, metrics, batch)
-                step += 1
-                batch = next(batches, None)
+                if step == first_step:
+                    self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
+                    interval_began, interval_step = time.monotonic(), step
+                before, step = step, step + (len(batch["image"]) if config.train.steps_per_dispatch > 1 else 1)
+                is_due = partial(_is_passed, before, step)
                 stopping = self._is_stopping(stop, step)
-                logging_now = step % log.every_steps == 0 or step == num_steps
+                logging_now = is_due(log.every_steps) or step == num_steps
                 minutes = (time.monotonic() - last_save_time) / 60
                 saving = (
                     stopping
                     or step == num_steps
-                    or step % checkpoint.every_steps == 0
+                    or is_due(checkpoint.every_steps)
                     or (logging_now and 0 < checkpoint.every_minutes <= minutes and jax.process_count() == 1)
                 )
                 if logging_now or saving:
@@ -269,10 +272,10 @@ class _Training:
                     last_saved, last_save_time = step, time.monotonic()
                 if stopping:
                     break
-                if log.sample_every_steps and step % log.sample_every_steps == 0 and step < num_steps:
+                if log.sample_every_steps and is_due(log.sample_every_steps) and step < num_steps:
                     with bar.aside():
                         self._sample_grid(state, step)
-                if evaluation and step % config.evaluate.every_steps == 0:
+                if evaluation and is_due(config.evaluate.every_steps):
                     with bar.aside():
                         values = self._evaluate(evaluation, state)
                     if writer:
@@ -286,22 +289,34 @@ class _Training:
         return state
 
     def _batches(self, first_step: int) -> Iterator[dict[str, jax.Array]]:
-        config = self.config
+        """The batches from first_step on, on the devices; those of several steps stacked if they are taken at once."""
+        config, mesh = self.config, self.mesh
+        size, several = config.train.batch_size, config.train.steps_per_dispatch
+        rows = parallel.local_rows(mesh, size)
         with ProgressBar("decoding images", len(self.source), interval=2.0, enabled=self.is_main) as bar:
             batches = pipeline.host_batches(
                 self.source,
                 seed=config.seed,
-                batch_size=config.train.batch_size,
+                batch_size=size,
                 first_step=first_step,
                 last_step=config.train.num_steps,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=rows,
                 cache_bytes=int(config.data.cache_gib * 2**30),
                 num_workers=config.data.num_workers,
                 progress=bar.update,
             )
             first = next(batches)
-        return pipeline.device_batches(itertools.chain([first], batches), parallel.batch_sharding(self.mesh))
+        batches = itertools.chain([first], batches)
+        if several > 1:
+            batches = pipeline.several(batches, first_step, several)
+
+        def put(batch: pipeline.Batch) -> dict[str, jax.Array]:
+            return {
+                name: parallel.from_local_rows(mesh, value, rows, size, axis=int(several > 1))
+                for name, value in batch.items()
+            }
+
+        return pipeline.prefetch(map(put, batches), depth=2)
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
         if jax.process_count() == 1:
@@ -356,6 +371,11 @@ class _Training:
     def _say(self, text: str) -> None:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
+
+
+def _is_passed(before: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` lies after step `before` and not after `step`."""
+    return step // every > before // every
 
 
 def _summarise(metrics: Metrics) -> dict[str, float]:

@@ -1,13 +1,11 @@
 import itertools
 import threading
 
-import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.data.pipeline import batch_indices, decode_all, device_batches, epoch_permutation, host_batches, prefetch
+from ddpm_jax.data.pipeline import batch_indices, decode_all, epoch_permutation, host_batches, prefetch, several
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.parallel import batch_sharding, make_mesh
 
 N = 10  # images; no batch below divides it
 
@@ -100,7 +98,7 @@ def test_host_batches_hold_the_images_of_their_steps(source, cache_bytes):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_batches(source, cache_bytes, processes):
     shares = [
-        batches(source, cache_bytes=cache_bytes, process_index=index, process_count=processes)
+        batches(source, cache_bytes=cache_bytes, rows=np.arange(4).reshape(processes, -1)[index])
         for index in range(processes)
     ]
     assert {len(batch["label"]) for share in shares for batch in share} == {4 // processes}
@@ -175,18 +173,12 @@ def test_prefetch_raises_an_error_where_its_item_would_be(depth):
     assert got == [0, 1, 2]
 
 
-def test_device_batches_lie_on_all_devices(source):
-    assert jax.device_count() == 8
-    expected = batches(source, batch_size=16)
-    ours = list(device_batches(iter(expected), batch_sharding(make_mesh())))
-    assert len(ours) == len(expected) == 7
-    for one, other in zip(ours, expected, strict=True):
-        for name in ("image", "label"):
-            assert one[name].shape == other[name].shape
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
-            shards = one[name].addressable_shards
-            assert {shard.device for shard in shards} == set(jax.devices())
-            assert {shard.data.shape[0] for shard in shards} == {2}
-            for shard in shards:
-                np.testing.assert_array_equal(shard.data, other[name][shard.index])
+@pytest.mark.parametrize(("first_step", "sizes"), [(0, [3, 3, 1]), (2, [1, 3, 1])])
+def test_several_steps_are_stacked_up_to_a_multiple(source, first_step, sizes):
+    single = batches(source, first_step)
+    groups = list(several(iter(single), first_step, 3))
+    assert [len(group["label"]) for group in groups] == sizes
+    joined = [
+        {name: values[i] for name, values in group.items()} for group in groups for i in range(len(group["label"]))
+    ]
+    assert_equal(joined, single)

@@ -12,41 +12,49 @@ from ddpm_jax.training.state import create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step, random_flip
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
+WIDE = {"channels": 48, "dropout": 0.0}
 
 
-def run(num_devices, *, steps=STEPS, images=None, labels=None, net_options=None, state_options=None, **options):
-    """Parameters, state and metrics after some steps on the first devices."""
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+def run(num_devices, *, fsdp=1, steps=STEPS, images=None, labels=None, net_options=None, state_options=None, **options):
+    """State and metrics after some steps on the first devices."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]).reshape(-1, fsdp), ("data", "fsdp"))
     net = UNet(
-        channels=8,
         channel_multipliers=(1,),
         num_res_blocks=1,
         attention_resolutions=(),
         middle_attention=False,
         num_groups=4,
-        dropout=0.2,
-        **(net_options or {}),
+        **{"channels": 8, "dropout": 0.2, **(net_options or {})},
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     def create():
         return create_state(init_params(net, SHAPE, 0), optimizer, (0.9,), **(state_options or {})), Metrics.zero()
 
-    state, metrics = jax.jit(
-        create, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options()
-    )()
+    shardings = parallel.state_shardings(mesh, jax.eval_shape(create))
+    state, metrics = jax.jit(create, out_shardings=shardings, compiler_options=parallel.run_once_options())()
+    at_once = options.get("steps_per_dispatch", 1)
     step = make_train_step(net, make_schedule("linear", 100), optimizer, mesh, seed=0, **options)
     rng = np.random.default_rng(0)
     compiled = None
-    for _ in range(steps):
-        batch = {
-            "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8) if images is None else images,
-            "label": np.zeros(BATCH, np.int32) if labels is None else labels,
-        }
-        arguments = state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh))
+    for _ in range(0, steps, at_once):
+        stack = [
+            {
+                "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8) if images is None else images,
+                "label": np.zeros(BATCH, np.int32) if labels is None else labels,
+            }
+            for _ in range(at_once)
+        ]
+        batch = stack[0] if at_once == 1 else jax.tree.map(lambda *values: np.stack(values), *stack)
+        arguments = state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh, axis=int(at_once > 1)))
         compiled = compiled or step.lower(*arguments).compile(compiler_options=parallel.run_once_options())
         state, metrics = compiled(*arguments)
+    jax.tree.map(lambda x, sharding: _assert_lies(x, sharding), state, shardings[0])
     return jax.device_get(state), jax.device_get(metrics)
+
+
+def _assert_lies(x, sharding):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
 def relative_difference(a, b):
@@ -65,6 +73,28 @@ def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
     np.testing.assert_allclose(eight_metrics.loss, one_metrics.loss, rtol=1e-5)
     # The step trains: without an update the difference would be nil for any number of devices.
     assert relative_difference(one.params, run(1, steps=0)[0].params) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A run of one device, without dropout, large enough for some of its parameters to be divided."""
+    return run(1, steps=4, net_options=WIDE)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "options"),
+    [
+        (8, 4, {"net_options": {"remat": "blocks"}}),
+        (4, 2, {"accumulation": 2, "steps_per_dispatch": 2}),
+    ],
+)
+def test_other_ways_give_the_same_parameters(plain, devices, fsdp, options):
+    net_options = WIDE | options.pop("net_options", {})
+    state, metrics = run(devices, fsdp=fsdp, steps=4, net_options=net_options, **options)
+    assert relative_difference(state.params, plain.params) < 1e-5
+    assert relative_difference(state.ema, plain.ema) < 1e-5
+    assert int(metrics.steps) == int(state.step) == 4
 
 
 @pytest.mark.slow
