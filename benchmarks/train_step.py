@@ -1,35 +1,48 @@
-"""A whole CIFAR-10 training step: forward, backward, clipping, Adam, EMA. Batch 16, float32, dropout 0.1.
+"""A whole training step in float32: forward, backward, clipping, Adam, EMA.
 
-    pip install -e '.[peers]' && python benchmarks/train_step.py
+    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|digits]
 
-Ours against diffusers' UNet2DModel with the same 35,746,307 parameters in PyTorch (eager), on the same CPU.
+Ours against diffusers' UNet2DModel with as many parameters in PyTorch, eager and by torch.compile, on the same CPU:
+the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same of 64 channels, or the network of configs/digits.py
+at batch 64.
 """
 
 import argparse
+import sys
+from functools import partial
+from pathlib import Path
 
 from common import alternate, report
 
-BATCH = 16
+NETWORKS = {
+    "cifar10": {"parameters": 35_746_307, "batch": 16, "shape": (32, 32, 3)},
+    "cifar10_64": {"parameters": 8_952_067, "batch": 16, "shape": (32, 32, 3)},
+    "digits": {"parameters": 701_345, "batch": 64, "shape": (8, 8, 1)},
+}
 
 
-def ours():
+def ours(network):
     from ddpm_jax import parallel
 
     parallel.keep_freed_memory()
     import jax
     import numpy as np
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from configs import cifar10, digits
     from ddpm_jax import config as config_lib
     from ddpm_jax.training.state import create_state, init_params
     from ddpm_jax.training.step import Metrics, make_train_step
 
-    config = config_lib.default_config()
+    config = digits.get_config() if network == "digits" else cifar10.get_config()
+    if network == "cifar10_64":
+        config.model.channels = 64
+    shape, batch_size, count = (NETWORKS[network][name] for name in ("shape", "batch", "parameters"))
     net, mesh = config_lib.make_model(config, 10), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
-    whole = parallel.replicated(mesh)
 
     def create():
-        return create_state(init_params(net, (32, 32, 3), 0), optimizer, (0.9999,)), Metrics.zero()
+        return create_state(init_params(net, shape, 0), optimizer, (0.9999,)), Metrics.zero()
 
     step = make_train_step(
         net,
@@ -37,14 +50,15 @@ def ours():
         optimizer,
         mesh,
         seed=0,
-        flip=True,
+        flip=config.data.flip,
+        timestep_sampler=config.diffusion.timestep_sampler,
         **config_lib.loss_options(config),
     )
-    images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
-    batch = {"image": images, "label": np.zeros(BATCH, np.int32)}
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
+    batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh))
-    carry = list(jax.jit(create, out_shardings=whole)())
-    assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == 35_746_307
+    carry = list(jax.jit(create, out_shardings=parallel.replicated(mesh))())
+    assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == count
 
     def run():
         carry[:] = jax.block_until_ready(step(*carry, batch))
@@ -52,37 +66,51 @@ def ours():
     return run
 
 
-def diffusers():
+def diffusers(network, compiled=False):
     import torch
     from diffusers import UNet2DModel
 
+    (height, width, channels), batch_size, count = (NETWORKS[network][n] for n in ("shape", "batch", "parameters"))
+    if network == "digits":
+        options = {
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
+    else:
+        base = 64 if network == "cifar10_64" else 128
+        options = {
+            "block_out_channels": (base, 2 * base, 2 * base, 2 * base),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "dropout": 0.1,
+        }
     net = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        sample_size=height,
+        in_channels=channels,
+        out_channels=channels,
         attention_head_dim=None,
         norm_eps=1e-6,
         downsample_padding=0,
         flip_sin_to_cos=False,
         freq_shift=1,
-        dropout=0.1,
+        **options,
     )
     parameters = list(net.parameters())
-    assert sum(p.numel() for p in parameters) == 35_746_307
+    assert sum(p.numel() for p in parameters) == count
     net.train()
     optimizer = torch.optim.Adam(parameters, lr=2e-4)
     average = [p.detach().clone() for p in parameters]
-    x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
+    x_0 = torch.rand(batch_size, channels, height, width) * 2 - 1
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    model = torch.compile(net) if compiled else net
 
     def run():
-        t, noise = torch.randint(0, 1000, (BATCH,)), torch.randn_like(x_0)
+        t, noise = torch.randint(0, 1000, (batch_size,)), torch.randn_like(x_0)
         a = alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        loss = torch.mean((net(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample - noise) ** 2)
+        loss = torch.mean((model(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample - noise) ** 2)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -96,9 +124,14 @@ def diffusers():
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--network", choices=list(NETWORKS), default="cifar10")
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--only-ours", action="store_true", help="without the peer, where PyTorch is not installed")
     options = arguments.parse_args()
-    candidates = {"ddpm_jax": ours} if options.only_ours else {"ddpm_jax": ours, "diffusers": diffusers}
+    candidates = {"ddpm_jax": partial(ours, options.network)}
+    if not options.only_ours:
+        candidates["diffusers, compiled"] = partial(diffusers, options.network, compiled=True)
+        candidates["diffusers"] = partial(diffusers, options.network)
+    batch = NETWORKS[options.network]["batch"]
     seconds = alternate(candidates, options.rounds)
-    report("train_step cifar10 batch 16 float32", seconds, against=list(candidates)[-1], batch=BATCH)
+    report(f"train_step {options.network} batch {batch} float32", seconds, against=list(candidates)[-1], batch=batch)
