@@ -1,4 +1,7 @@
-"""Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported."""
+"""Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported.
+
+Most of a test's time is compiling programs that run once or twice, so LLVM is told not to optimise them.
+"""
 
 import os
 import subprocess
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 pytest_plugins = ["exactness"]
 
