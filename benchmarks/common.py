@@ -69,10 +69,15 @@ def report(benchmark: str, seconds: dict[str, list[float]], against: str, **fact
     for name, values in seconds.items():
         columns = (f"{1e3 * value:8.1f}ms" for value in (medians[name], min(values), max(values)))
         print(f"{name:{width}}  {'  '.join(columns)}  {medians[name] / medians[against]:6.3f}")
-    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     ratios = {name: round(median / medians[against], 4) for name, median in medians.items()}
     milliseconds = {name: round(1e3 * median, 3) for name, median in medians.items()}
-    print(json.dumps({"benchmark": benchmark, "median_ms": milliseconds, "ratio": ratios, **facts, **machine}))
+    print_json(benchmark, median_ms=milliseconds, ratio=ratios, **facts)
+
+
+def print_json(benchmark: str, **facts: Any) -> None:
+    """The result as one line of JSON, with the machine it was measured on."""
+    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps({"benchmark": benchmark, **facts, **machine}))
 
 
 def _cpu_name() -> str:
