@@ -61,7 +61,9 @@ def main(options):
                 found[how].append(start(options.config, place, f"{folder}/cache{number}", flags))
     print(f"startup {options.config}: medians of {options.rounds}, seconds from the command on")
     print(f"{'':8}  {'compiling':>10}  {'compiled':>10}  {'first step':>10}")
-    medians = {how: [round(statistics.median(column), 2) for column in zip(*rows, strict=True)] for how, rows in found.items()}
+    medians = {
+        how: [round(statistics.median(column), 2) for column in zip(*rows, strict=True)] for how, rows in found.items()
+    }
     for how, values in medians.items():
         print(f"{how:8}  " + "  ".join(f"{value:10.1f}" for value in values))
     columns = ("compiling", "compiled", "first_step")

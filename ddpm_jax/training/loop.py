@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from absl import logging
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
@@ -156,7 +155,7 @@ class _Training:
                 params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
-        shapes = jax.eval_shape(lambda: create(init()))
+        shapes = jax.eval_shape(create, jax.eval_shape(init))  # neither is traced again below
         shardings = parallel.state_shardings(self.mesh, shapes)
         restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
@@ -221,7 +220,7 @@ class _Training:
         )
         whole = parallel.replicated(self.mesh)
         zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
-        measure = jax.jit(self._measure)
+        measure = jax.jit(self._measure, compiler_options=parallel.run_once_options())
         metrics = zero_metrics()
         writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
         evaluation = None
@@ -446,13 +445,20 @@ class _MetricsWriter:
             lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
             write_text(path, "".join(lines))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+        self._folder, self._first_step, self._tensorboard, self._board = folder, first_step, tensorboard, None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._board:
+        if self._tensorboard:
+            self._board = self._board or self._open_board()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def _open_board(self) -> Any:
+        # Not before the first step: this imports PyTorch where it is installed, for seconds.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first_step)
 
     def close(self) -> None:
         self._file.close()
