@@ -4,8 +4,8 @@
     python benchmarks/startup.py --config cifar10 --batch 16
 
 "Cold" has an empty compilation cache and makes it; "warm" finds it filled; "resumed" is warm too and goes on from a
-checkpoint. The images are made up, for configs that name a data set that would have to be fetched. The steps logged are
-the command's own: the times at which it says that it compiles, that it has compiled, and that step 1 is done.
+checkpoint. The images are made up, for configs that name a data set that would have to be fetched. The times are
+those at which the command says that it compiles the step, that it has compiled it, and that the first step is done.
 """
 
 import argparse
@@ -61,13 +61,11 @@ def main(options):
                 found[how].append(start(options.config, place, f"{folder}/cache{number}", flags))
     print(f"startup {options.config}: medians of {options.rounds}, seconds from the command on")
     print(f"{'':8}  {'compiling':>10}  {'compiled':>10}  {'first step':>10}")
-    medians = {
-        how: [round(statistics.median(column), 2) for column in zip(*rows, strict=True)] for how, rows in found.items()
-    }
+    medians = {how: [statistics.median(column) for column in zip(*rows, strict=True)] for how, rows in found.items()}
     for how, values in medians.items():
         print(f"{how:8}  " + "  ".join(f"{value:10.1f}" for value in values))
     columns = ("compiling", "compiled", "first_step")
-    seconds = {how: dict(zip(columns, values, strict=True)) for how, values in medians.items()}
+    seconds = {how: dict(zip(columns, np.round(values, 2).tolist(), strict=True)) for how, values in medians.items()}
     print_json("startup", config=options.config, batch=options.batch, seconds=seconds)
 
 
