@@ -59,7 +59,7 @@ class _Kept:
 
     def __init__(self, source: Source):
         self._source, self._is_there = source, np.zeros(len(source), bool)
-        self._examples = {
+        self._examples: Batch = {
             "image": np.empty((len(source), *source.shape), np.uint8),
             "label": np.empty(len(source), np.int32),
         }

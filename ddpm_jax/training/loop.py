@@ -445,25 +445,27 @@ class _MetricsWriter:
             lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
             write_text(path, "".join(lines))
         self._file = path.open("a", buffering=1)
-        self._folder, self._first_step, self._tensorboard, self._board = folder, first_step, tensorboard, None
+        self._board: Any = None
+        self._open_board = partial(_open_board, folder / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._tensorboard:
+        if self._open_board:
             self._board = self._board or self._open_board()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-
-    def _open_board(self) -> Any:
-        # Not before the first step: this imports PyTorch where it is installed, for seconds.
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first_step)
 
     def close(self) -> None:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def _open_board(folder: Path, first_step: int) -> Any:
+    # Not before the first step: this imports PyTorch where it is installed, for seconds.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _step_of(line: str) -> float:
