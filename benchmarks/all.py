@@ -22,6 +22,8 @@ PEERS = ("torch", "diffusers")
 # What is run: the command, the packages that it needs beyond the project's, and whether --quick runs it, with what.
 BENCHMARKS = [
     ("train_step.py", PEERS, None),
+    ("train_step.py --network=cifar10_64", PEERS, None),
+    ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
     ("peers.py", ("flaxdiff", "hackable_diffusion"), None),
     ("layers.py", (), ["--rounds", "5"]),
     ("sampling_step.py --network=digits", (), ["--rounds", "5"]),

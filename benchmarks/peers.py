@@ -13,9 +13,12 @@ import importlib.metadata
 import importlib.util
 import statistics
 import sys
+from functools import partial
 
 from common import alternate, planned, report
-from train_step import BATCH, ours
+from train_step import ours
+
+BATCH = 16
 
 NEEDS = {
     "flaxdiff": ("flaxdiff", "pip install einops && pip install --no-deps flaxdiff==0.2.11"),
@@ -124,7 +127,7 @@ def _train(net, inputs, **options):
     return run
 
 
-CANDIDATES = {"ddpm_jax": ours, "flaxdiff": flaxdiff, "hackable-diffusion": hackable_diffusion}
+CANDIDATES = {"ddpm_jax": partial(ours, "cifar10"), "flaxdiff": flaxdiff, "hackable-diffusion": hackable_diffusion}
 
 
 if __name__ == "__main__":
