@@ -44,13 +44,6 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.
     return indices
 
 
-def _stack(examples: list[dict[str, Any]]) -> Batch:
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
-
-
 class _Kept:
     """The examples of a source in memory, each decoded when it is asked for the first time.
 
@@ -91,7 +84,15 @@ class _StepBatches:
 
     def __getitem__(self, index: int) -> Batch:
         indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
-        return _stack([self.source[int(i)] for i in indices[self.rows]])
+        indices = indices[self.rows]
+        batch = {
+            "image": np.empty((len(indices), *self.source.shape), np.uint8),
+            "label": np.empty(len(indices), np.int32),
+        }
+        for row, index in enumerate(indices.tolist()):
+            for name, value in self.source[index].items():  # copied while it is in the processor's cache
+                batch[name][row] = value
+        return batch
 
 
 def host_batches(
