@@ -85,12 +85,12 @@ class _StepBatches:
     def __getitem__(self, index: int) -> Batch:
         indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
         indices = indices[self.rows]
-        batch = {
+        batch: Batch = {
             "image": np.empty((len(indices), *self.source.shape), np.uint8),
             "label": np.empty(len(indices), np.int32),
         }
-        for row, index in enumerate(indices.tolist()):
-            for name, value in self.source[index].items():  # copied while it is in the processor's cache
+        for row, number in enumerate(indices.tolist()):
+            for name, value in self.source[number].items():  # copied while it is in the processor's cache
                 batch[name][row] = value
         return batch
 
