@@ -83,10 +83,12 @@ def measure(batches):
 
 def main(options, root):
     parallel.keep_freed_memory()
-    rows = []
+    rates, rates_per_core = {}, {}
 
     def tell(name, rate, per_core=None):
-        rows.append({"case": name, "images_per_second": round(rate), "per_core": per_core and round(per_core)})
+        rates[name] = round(rate)
+        if per_core:
+            rates_per_core[name] = round(per_core)
         print(f"{name:58} {rate:10,.0f} images/s" + (f" {per_core:10,.0f} a core" if per_core else ""), flush=True)
 
     def batches_of(source, batch_size, epochs, **arguments):
@@ -111,7 +113,7 @@ def main(options, root):
         if height == 256:
             rate, _ = measure(batches_of(source, 32, epochs, cache_bytes=0, num_workers=2))
             tell(f"{name}, 2 processes", rate)
-    print_json("input", rows=rows)
+    print_json("input", images_per_second=rates, images_per_second_and_core=rates_per_core)
 
 
 if __name__ == "__main__":
