@@ -11,7 +11,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A candidate is set up once and returns the function to be timed, which waits until its result is there.
+# A candidate is set up once and returns the function to be timed, which waits until its result is there. What else is
+# to be told of it is that function's attribute `facts`.
 Setup = Callable[[], Callable[[], Any]]
 
 
@@ -19,7 +20,7 @@ def _serve(setup: Setup, pipe: Connection) -> None:
     try:
         run = setup()
         run(), run()  # compiles, and fills caches
-        pipe.send("ready")
+        pipe.send(getattr(run, "facts", {}))
         while pipe.recv():
             began = time.perf_counter()
             run()
@@ -28,8 +29,10 @@ def _serve(setup: Setup, pipe: Connection) -> None:
         pipe.send(RuntimeError(traceback.format_exc()))
 
 
-def alternate(candidates: dict[str, Setup], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls, one call each in turn.
+def alternate(
+    candidates: dict[str, Setup], rounds: int, facts: dict[str, dict[str, Any]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each candidate's calls, one call each in turn; the candidates' `facts` go where the argument says.
 
     Every candidate lives in a process of its own, idle while the others run, so that neither threads nor memory of one
     are in the way of another.
@@ -41,7 +44,9 @@ def alternate(candidates: dict[str, Setup], rounds: int) -> dict[str, list[float
         process = context.Process(target=_serve, args=(setup, there), daemon=True)
         process.start()
         workers[name] = (process, here)
-        _receive(here)
+        told = _receive(here)
+        if facts is not None:
+            facts[name] = told
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, (_, pipe) in workers.items():
@@ -60,6 +65,19 @@ def _receive(pipe: Connection) -> Any:
     return answer
 
 
+def planned(compiled: Any, params: Any) -> dict[str, Any]:
+    """How many parameters a network has, and what XLA counts in a compiled program: arithmetic, and the bytes that all
+    fusions read and write."""
+    import jax
+
+    cost, count = compiled.cost_analysis(), sum(p.size for p in jax.tree.leaves(params))
+    return {
+        "parameters": count,
+        "gflop": round(cost["flops"] / 1e9, 1),
+        "traffic_gb": round(cost["bytes accessed"] / 1e9, 2),
+    }
+
+
 def report(benchmark: str, seconds: dict[str, list[float]], against: str, **facts: Any) -> None:
     """Prints medians, spreads and each median's ratio to that of `against`, then one line of JSON."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -69,10 +87,15 @@ def report(benchmark: str, seconds: dict[str, list[float]], against: str, **fact
     for name, values in seconds.items():
         columns = (f"{1e3 * value:8.1f}ms" for value in (medians[name], min(values), max(values)))
         print(f"{name:{width}}  {'  '.join(columns)}  {medians[name] / medians[against]:6.3f}")
-    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     ratios = {name: round(median / medians[against], 4) for name, median in medians.items()}
     milliseconds = {name: round(1e3 * median, 3) for name, median in medians.items()}
-    print(json.dumps({"benchmark": benchmark, "median_ms": milliseconds, "ratio": ratios, **facts, **machine}))
+    print_json(benchmark, median_ms=milliseconds, ratio=ratios, **facts)
+
+
+def print_json(benchmark: str, **facts: Any) -> None:
+    """The result as one line of JSON, with the machine it was measured on."""
+    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps({"benchmark": benchmark, **facts, **machine}))
 
 
 def _cpu_name() -> str:

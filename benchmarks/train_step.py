@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import alternate, report
+from common import alternate, planned, report
 
 NETWORKS = {
     "cifar10": {"parameters": 35_746_307, "batch": 16, "shape": (32, 32, 3)},
@@ -41,7 +41,7 @@ def ours(network):
     net, mesh = config_lib.make_model(config, 10), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
 
-    def create():
+    def start():
         return create_state(init_params(net, shape, 0), optimizer, (0.9999,)), Metrics.zero()
 
     step = make_train_step(
@@ -57,12 +57,16 @@ def ours(network):
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
     batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh))
-    carry = list(jax.jit(create, out_shardings=parallel.replicated(mesh))())
+    create = jax.jit(start, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options())
+    carry = list(create())
     assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == count
 
-    def run():
-        carry[:] = jax.block_until_ready(step(*carry, batch))
+    compiled = step.lower(*carry, batch).compile()
 
+    def run():
+        carry[:] = jax.block_until_ready(compiled(*carry, batch))
+
+    run.facts = planned(compiled, carry[0].params)
     return run
 
 

@@ -340,14 +340,13 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         net = make_model(config, num_classes=10)
         shape = (1, config.data.height, config.data.width, config.data.channels)
 
-        def step(key: jax.Array) -> Any:
+        def start(key: jax.Array) -> Any:
             x, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
-            variables = net.init(key, x, t)
-            model_fn = jax.tree_util.Partial(net.apply, variables)
-            loss = losses.training_loss(schedule, model_fn, key, x, t=t, **loss_options(config))
+            out, variables = net.init_with_output(key, x, t)
+            loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **loss_options(config))
             return loss, optimizer.update(variables, optimizer.init(variables), variables)
 
-        jax.eval_shape(step, jax.random.key(0))
+        jax.eval_shape(lambda: start(jax.random.key(0)))
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"config: {first_line(error)}") from None
 

@@ -6,12 +6,12 @@ for any number of processes and devices, and resuming needs the step's number al
 """
 
 import functools
+import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import grain
 import jax
 import numpy as np
 from absl import flags
@@ -44,22 +44,30 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.
     return indices
 
 
-def _stack(examples: list[dict[str, Any]]) -> Batch:
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
+class _Kept:
+    """The examples of a source in memory, each decoded when it is asked for the first time.
 
+    So training starts at once, whatever the size of the set, and a process decodes what it trains on and no more.
+    """
 
-def decode_all(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> Batch:
-    """All examples of a source as one batch: uint8 [N, H, W, C] and int32 [N]."""
-    images = np.empty((len(source), *source.shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    with ThreadPoolExecutor() as pool:
-        for index, example in enumerate(pool.map(source.__getitem__, range(len(source)))):
-            images[index], labels[index] = example["image"], example["label"]
-            progress(index + 1, len(source))
-    return {"image": images, "label": labels}
+    def __init__(self, source: Source):
+        self._source, self._is_there = source, np.zeros(len(source), bool)
+        self._examples: Batch = {
+            "image": np.empty((len(source), *source.shape), np.uint8),
+            "label": np.empty(len(source), np.int32),
+        }
+
+    def batches(self, many: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """The examples of these indices, a batch for each array of them."""
+        with ThreadPoolExecutor() as pool:
+            for indices in many:
+                missing = np.unique(indices[~self._is_there[indices]]).tolist()
+                if missing:
+                    for index, example in zip(missing, pool.map(self._source.__getitem__, missing), strict=True):
+                        for name, values in self._examples.items():
+                            values[index] = example[name]
+                    self._is_there[missing] = True
+                yield {name: values[indices] for name, values in self._examples.items()}
 
 
 class _StepBatches:
@@ -76,7 +84,15 @@ class _StepBatches:
 
     def __getitem__(self, index: int) -> Batch:
         indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
-        return _stack([self.source[int(i)] for i in indices[self.rows]])
+        indices = indices[self.rows]
+        batch: Batch = {
+            "image": np.empty((len(indices), *self.source.shape), np.uint8),
+            "label": np.empty(len(indices), np.int32),
+        }
+        for row, number in enumerate(indices.tolist()):
+            for name, value in self.source[number].items():  # copied while it is in the processor's cache
+                batch[name][row] = value
+        return batch
 
 
 def host_batches(
@@ -89,7 +105,6 @@ def host_batches(
     rows: slice | np.ndarray = slice(None),
     cache_bytes: int = 2 << 30,
     num_workers: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Batch]:
     """This process's share of the batches of steps first_step .. last_step - 1.
 
@@ -99,20 +114,19 @@ def host_batches(
       batch_size: of the global batch.
       first_step, last_step: the steps wanted.
       rows: of each batch, those that this process wants; see `ddpm_jax.parallel.local_rows`.
-      cache_bytes: sets that take at most this much when decoded are decoded once and kept; larger ones are decoded
-        by grain as they are needed.
+      cache_bytes: of sets that take at most this much when decoded, every image is decoded once, when it is needed
+        for the first time, and kept; images of larger ones are decoded by grain whenever they are needed.
       num_workers: processes that decode a larger set; 0: threads of this process.
-      progress: told how many images of a kept set are decoded.
 
     Yields:
       {"image": uint8 [rows, H, W, C], "label": int32 [rows]}.
     """
     if len(source) * int(np.prod(source.shape)) <= cache_bytes:
-        examples = decode_all(source, progress)
-        for step in range(first_step, last_step):
-            indices = batch_indices(seed, step, batch_size, len(source))[rows]
-            yield {name: values[indices] for name, values in examples.items()}
+        steps = range(first_step, last_step)
+        yield from _Kept(source).batches(batch_indices(seed, step, batch_size, len(source))[rows] for step in steps)
         return
+    import grain  # which takes a third of a second
+
     batches = _StepBatches(source, seed, batch_size, rows, first_step, last_step)
     dataset = grain.MapDataset.source(batches)
     if num_workers:
@@ -121,7 +135,8 @@ def host_batches(
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         iterable = dataset.to_iter_dataset(threads).mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     else:
-        iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
+        threads = min(os.cpu_count() or 1, 8)  # more than there are cores only wait for one another
+        iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8))
     yield from iterable
 
 

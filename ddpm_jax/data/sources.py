@@ -28,6 +28,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 Example = dict[str, Any]
 
+# A JPEG is decoded no smaller than so many times the size wanted: below that, what its decoder averages would show.
+_DRAFT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -55,7 +58,8 @@ class Fit:
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        mode = "L" if self.channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)  # which would copy it
         if image.size != (self.width, self.height):
             scale = max(self.width / image.width, self.height / image.height)
             width = max(self.width, round(image.width * scale))
@@ -73,7 +77,10 @@ def open_picture(path: str | Path, fit: Fit) -> np.ndarray:
         limit = Image.MAX_IMAGE_PIXELS or math.inf
         if image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} is more than Pillow's limit of {limit} pixels")
-        return fit(ImageOps.exif_transpose(image))
+        # A JPEG much larger than wanted, on either side, is decoded at a half, a quarter or an eighth of its size.
+        image.draft(image.mode, (_DRAFT * max(fit.shape[:2]),) * 2)
+        ImageOps.exif_transpose(image, in_place=True)
+        return fit(image)
 
 
 class Source(Protocol):

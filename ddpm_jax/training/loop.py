@@ -1,12 +1,12 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
-import itertools
 import json
 import math
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 import optax
 from absl import logging
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
@@ -36,6 +35,7 @@ from ddpm_jax.training.step import Metrics, make_train_step
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
+_IN_FLIGHT = 2
 # What changes the meaning of weights, but not their shapes.
 _SAME_SHAPES = (
     ("model", "num_heads"),
@@ -155,7 +155,7 @@ class _Training:
                 params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
-        shapes = jax.eval_shape(lambda: create(init()))
+        shapes = jax.eval_shape(create, jax.eval_shape(init))  # neither is traced again below
         shardings = parallel.state_shardings(self.mesh, shapes)
         restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
@@ -220,27 +220,36 @@ class _Training:
         )
         whole = parallel.replicated(self.mesh)
         zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
-        param_norm = jax.jit(optax.tree.norm)
+        measure = jax.jit(self._measure, compiler_options=parallel.run_once_options())
         metrics = zero_metrics()
         writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
         evaluation = None
         if config.evaluate.every_steps:
             evaluation = Evaluation(config, self.net, self.schedule, self.mesh, self.source)
-        batches = self._batches(first_step)
+        batches = _Waited(self._batches(first_step))
 
         self._say("compiling the training step ...")
         compile_began = time.monotonic()
         last_saved, last_save_time = first_step, time.monotonic()
         interval_began, interval_step = time.monotonic(), first_step
-        with _stop_signals() as stop, ProgressBar("step", num_steps, first_step, None, self.is_main) as bar:
+        in_flight: deque[Metrics] = deque()
+        with (
+            _stop_signals() as stop,
+            ProgressBar("step", num_steps, first_step, None, self.is_main) as bar,
+            jax.transfer_guard("disallow"),  # nothing goes to or from the devices but what says so
+        ):
             step = first_step
             for batch in batches:
                 state, metrics = train_step(state, metrics, batch)
                 if step == first_step:
                     self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
-                    interval_began, interval_step = time.monotonic(), step
+                    interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
                 before, step = step, step + (len(batch["image"]) if config.train.steps_per_dispatch > 1 else 1)
                 is_due = partial(_is_passed, before, step)
+                # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.
+                in_flight.append(metrics)
+                if len(in_flight) > _IN_FLIGHT:
+                    jax.block_until_ready(in_flight.popleft())
                 stopping = self._is_stopping(stop, step)
                 logging_now = is_due(log.every_steps) or step == num_steps
                 minutes = (time.monotonic() - last_save_time) / 60
@@ -256,10 +265,10 @@ class _Training:
                         now = time.monotonic()
                         speed = (step - interval_step) / (now - interval_began)
                         values |= {
-                            "param_norm": float(param_norm(state.params)),
-                            "learning_rate": float(self.learning_rate(step - 1)),
+                            **{name: float(value) for name, value in jax.device_get(measure(state)).items()},
                             "steps_per_second": speed,
                             "images_per_second": speed * config.train.batch_size,
+                            "input_wait": batches.waited / (now - interval_began),
                             **_memory(),
                         }
                         writer.write(step, values)
@@ -273,40 +282,40 @@ class _Training:
                 if stopping:
                     break
                 if log.sample_every_steps and is_due(log.sample_every_steps) and step < num_steps:
-                    with bar.aside():
+                    with bar.aside(), jax.transfer_guard("allow"):
                         self._sample_grid(state, step)
                 if evaluation and is_due(config.evaluate.every_steps):
-                    with bar.aside():
+                    with bar.aside(), jax.transfer_guard("allow"):
                         values = self._evaluate(evaluation, state)
                     if writer:
                         writer.write(step, values)
                 if logging_now:
-                    interval_began, interval_step = time.monotonic(), step
+                    interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
                 if bar.is_live:
                     bar.update(step)
         if writer:
             writer.close()
         return state
 
+    def _measure(self, state: TrainState) -> dict[str, jax.Array]:
+        """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
+        return {"param_norm": optax.tree.norm(state.params), "learning_rate": self.learning_rate(state.step - 1)}
+
     def _batches(self, first_step: int) -> Iterator[dict[str, jax.Array]]:
         """The batches from first_step on, on the devices; those of several steps stacked if they are taken at once."""
         config, mesh = self.config, self.mesh
         size, several = config.train.batch_size, config.train.steps_per_dispatch
         rows = parallel.local_rows(mesh, size)
-        with ProgressBar("decoding images", len(self.source), interval=2.0, enabled=self.is_main) as bar:
-            batches = pipeline.host_batches(
-                self.source,
-                seed=config.seed,
-                batch_size=size,
-                first_step=first_step,
-                last_step=config.train.num_steps,
-                rows=rows,
-                cache_bytes=int(config.data.cache_gib * 2**30),
-                num_workers=config.data.num_workers,
-                progress=bar.update,
-            )
-            first = next(batches)
-        batches = itertools.chain([first], batches)
+        batches = pipeline.host_batches(
+            self.source,
+            seed=config.seed,
+            batch_size=size,
+            first_step=first_step,
+            last_step=config.train.num_steps,
+            rows=rows,
+            cache_bytes=int(config.data.cache_gib * 2**30),
+            num_workers=config.data.num_workers,
+        )
         if several > 1:
             batches = pipeline.several(batches, first_step, several)
 
@@ -378,6 +387,23 @@ def _is_passed(before: int, step: int, every: int) -> bool:
     return step // every > before // every
 
 
+class _Waited:
+    """An iterator that adds up the seconds which the loop waited for its items."""
+
+    def __init__(self, iterator: Iterator[dict[str, jax.Array]]):
+        self._iterator, self.waited = iterator, 0.0
+
+    def __iter__(self) -> "_Waited":
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        began = time.monotonic()
+        try:
+            return next(self._iterator)
+        finally:
+            self.waited += time.monotonic() - began
+
+
 def _summarise(metrics: Metrics) -> dict[str, float]:
     """Means of the sums; DivergedError if a step was not finite."""
     if metrics.bad_step >= 0:
@@ -419,11 +445,13 @@ class _MetricsWriter:
             lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
             write_text(path, "".join(lines))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+        self._board: Any = None
+        self._open_board = partial(_open_board, folder / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._board:
+        if self._open_board:
+            self._board = self._board or self._open_board()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
@@ -431,6 +459,13 @@ class _MetricsWriter:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def _open_board(folder: Path, first_step: int) -> Any:
+    # Not before the first step: this imports PyTorch where it is installed, for seconds.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _step_of(line: str) -> float:

@@ -93,7 +93,7 @@ def make_train_step(
     steps_per_dispatch: int = 1,
     **loss_options: Any,
 ) -> jax.stages.Wrapped:
-    """The jit-compiled step: (state, metrics, batch) -> (state, metrics), both donated.
+    """The jit-compiled step: (state, metrics, batch) -> (state, metrics); the state is donated.
 
     The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Noise, timesteps, dropout and
     flips are functions of (seed, step), drawn for the global batch, so the devices' number changes none of them.
@@ -188,5 +188,5 @@ def make_train_step(
         steps if stacked else step,
         in_shardings=(None, whole, parallel.batch_sharding(mesh, axis=stacked)),
         out_shardings=(None, whole),
-        donate_argnums=(0, 1),
+        donate_argnums=0,
     )

@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from ddpm_jax.data.pipeline import batch_indices, decode_all, epoch_permutation, host_batches, prefetch, several
+from ddpm_jax.data.pipeline import batch_indices, epoch_permutation, host_batches, prefetch, several
 from ddpm_jax.data.sources import open_source
 
 N = 10  # images; no batch below divides it
@@ -69,17 +69,6 @@ def test_every_image_comes_once_an_epoch(batch_size):
     np.testing.assert_array_equal(line[2], epoch_permutation(0, 2, N))
 
 
-def test_decode_all(source):
-    calls = []
-    everything = decode_all(source, lambda *call: calls.append(call))
-    assert everything["image"].dtype == np.uint8
-    assert everything["image"].shape == (N, 2, 4, 1)
-    np.testing.assert_array_equal(everything["image"][:, 0, 0, 0], 10 * np.arange(N))
-    assert everything["label"].dtype == np.int32
-    np.testing.assert_array_equal(everything["label"], np.arange(N))
-    assert calls == [(i, N) for i in range(1, N + 1)]
-
-
 CACHES = pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cached", "threads"])
 
 
@@ -118,12 +107,37 @@ def test_seeds_give_other_batches(source):
     assert one != other
 
 
-def test_a_set_that_just_fits_is_decoded_once(source):
-    """The limit is the size of the decoded images; the progress call tells which way was taken."""
-    for cache_bytes, decoded in ((N * 2 * 4, N), (N * 2 * 4 - 1, 0)):
-        calls = []
-        batches(source, cache_bytes=cache_bytes, progress=lambda done, total: calls.append(done))  # noqa: B023
-        assert len(calls) == decoded
+class Counting:
+    """A source that counts how often each of its images is decoded."""
+
+    def __init__(self, source):
+        self.source, self.shape, self.class_names = source, source.shape, source.class_names
+        self.decoded = np.zeros(len(source), int)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.decoded[index] += 1
+        return self.source[index]
+
+
+def test_a_set_that_just_fits_is_decoded_once_and_as_it_is_needed(source):
+    """The limit is the size of the decoded images."""
+    for cache_bytes, decoded in ((N * 2 * 4, 1), (N * 2 * 4 - 1, 2)):
+        counting = Counting(source)
+        batches(counting, last_step=5, cache_bytes=cache_bytes)  # two epochs
+        assert counting.decoded.tolist() == [decoded] * N
+    counting = Counting(source)
+    batches(counting, first_step=1, last_step=2)
+    assert np.flatnonzero(counting.decoded).tolist() == sorted(batch_indices(3, 1, 4, N))
+
+
+def test_an_image_that_comes_twice_in_a_batch_is_decoded_once(source):
+    counting = Counting(source)
+    (batch,) = batches(counting, last_step=1, batch_size=25)
+    assert counting.decoded.tolist() == [1] * N
+    np.testing.assert_array_equal(batch["label"], batch_indices(3, 0, 25, N))
 
 
 def test_cached_and_threads_agree(source):

@@ -446,6 +446,21 @@ def test_exif_orientation(tmp_path, orientation):
     np.testing.assert_array_equal(folder(tmp_path, 2, 3, 1)[0]["image"][..., 0], UPRIGHT)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_large_jpeg_decoded_at_a_part_of_its_size_looks_the_same(tmp_path, orientation, mode):
+    """As the same pixels in a file that is always decoded whole: 800 pixels are five times those wanted."""
+    rng = np.random.default_rng(0)
+    scene = Image.fromarray(rng.integers(0, 256, (20, 15, 3), np.uint8)).resize((600, 800), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "a.jpg", scene.convert(mode), quality=95, exif=exif)
+    with Image.open(tmp_path / "a.jpg") as whole:
+        save(tmp_path / "b.png", whole, exif=exif)
+    small, whole = (example["image"].astype(float) for example in folder(tmp_path, 120, 120, 3))
+    assert 0 < np.abs(small - whole).mean() < 1.0
+
+
 @pytest.fixture
 def broken_folder(tmp_path):
     for name in ("1.png", "sub/2.jpg", "sub/3.jpg"):

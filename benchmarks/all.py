@@ -1,0 +1,105 @@
+"""Runs the benchmarks one after another, each a process of its own, and keeps their lines of JSON.
+
+    python benchmarks/all.py --out results.jsonl
+    python benchmarks/all.py --quick
+
+Prints what the benchmarks print, and at the end a table in Markdown of every line of JSON. What needs a package that is
+not installed is left out, and said so. A digits run for the benchmarks that judge one is trained first, unless `--run`
+names one. The whole takes hours on two cores, `--quick` (fewer rounds, only the small networks) about half an hour.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("torch", "diffusers")
+# What is run: the command, the packages that it needs beyond the project's, and whether --quick runs it, with what.
+BENCHMARKS = [
+    ("train_step.py", PEERS, None),
+    ("train_step.py --network=cifar10_64", PEERS, None),
+    ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
+    ("peers.py", ("flaxdiff", "hackable_diffusion"), None),
+    ("layers.py", (), ["--rounds", "5"]),
+    ("sampling_step.py --network=digits", (), ["--rounds", "5"]),
+    ("sampling_step.py --network=cifar10", (), None),
+    ("sampling.py", PEERS, None),
+    ("evaluation.py", ("torch", "torch_fidelity"), None),
+    ("evaluation.py --memory", (), None),
+    ("input.py", (), ["--images", "5000"]),
+    ("startup.py --config digits", (), ["--rounds", "1"]),
+    ("startup.py --config cifar10 --batch 16", (), None),
+    ("digits_quality.py {samples}", (), []),
+    ("digits_steps.py {run} --long dpmpp_2m", (), None),
+]
+
+
+def call(script, *arguments):
+    """What the script prints, which is passed on as it comes; None if it failed."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return lines if process.wait() == 0 else None
+
+
+def judged(options, folder):
+    """The digits run and 256 samples of it, made where they are not given."""
+    run, samples = options.run or f"{folder}/digits", f"{folder}/digits.npz"
+    if not options.run:
+        call("main.py", "--config=configs/digits.py", f"--workdir={run}")
+    call("main.py", "--mode=sample", f"--workdir={run}", "--num_images=256", "--output=npz", f"--out={samples}")
+    return {"run": run, "samples": samples}
+
+
+def figures(result):
+    """The numbers of a line of JSON, but for what describes the benchmark and the machine."""
+    values = result.get("median_ms") or {}
+    if values:
+        return ", ".join(f"{name} {value:,.1f} ms" for name, value in values.items())
+    told = {name: value for name, value in result.items() if name not in ("benchmark", "cpu", "cores", "python")}
+    return json.dumps(told)[1:-1].replace('"', "")
+
+
+def main(options, folder):
+    results, left_out = [], []
+    places = judged(options, folder)
+    for command, packages, quick in BENCHMARKS:
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing or (options.quick and quick is None):
+            left_out.append(f"{command}: {'without ' + ', '.join(missing) if missing else 'not with --quick'}")
+            continue
+        script, *arguments = command.format(**places).split(" ")
+        lines = call(f"benchmarks/{script}", *arguments, *(quick if options.quick else ()))
+        if lines is None:
+            left_out.append(f"{command}: failed")
+            continue
+        for line in lines:
+            if line.startswith('{"benchmark"'):
+                results.append({"command": command} | json.loads(line))
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print("\n| benchmark | command | result |\n|-|-|-|")
+    for result in results:
+        command = result.pop("command")
+        print(f"| {result['benchmark']} | `{command}` | {figures(result)} |")
+    for line in left_out:
+        print(f"left out: {line}")
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--quick", action="store_true", help="the short ones, in fewer rounds")
+    arguments.add_argument("--run", help="a workdir of configs/digits.py; by default one is trained")
+    arguments.add_argument("--out", default="benchmarks.jsonl", help="lines of JSON are added to this file")
+    with tempfile.TemporaryDirectory() as temporary:
+        main(arguments.parse_args(), temporary)
