@@ -17,9 +17,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from common import print_json
 
 import ddpm_jax
-from common import print_json
 
 DTYPES = ("float32", "bfloat16")
 
