@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
@@ -89,13 +90,14 @@ def plan_table(
     variance: str = "fixed_large",
     eta: float | None = None,
     order: int | None = None,
+    x_0_mse: ArrayLike | None = None,
     **steps: Any,
 ) -> SamplerTable:
     """The table of a sampling run, a row a network call.
 
     Args:
       schedule: T timesteps.
-      sampler, variance, eta, order: see `make_table`.
+      sampler, variance, eta, order, x_0_mse: see `make_table`.
       spacing: None: as suits the sampler.
       resampling: see `with_resampling`; None: none.
       steps: num_steps, timesteps, t_start and t_end of `plan`.
@@ -104,8 +106,10 @@ def plan_table(
       ValueError: an unknown option, or options that do not go together.
     """
     check_option("sampler", sampler, tuple(SAMPLERS))
+    if x_0_mse is not None and np.shape(x_0_mse) != (schedule.num_timesteps,):
+        raise ValueError(f"x_0_mse has shape {np.shape(x_0_mse)}; accepted: one value for each of T timesteps")
     levels = plan(schedule, spacing=DEFAULT_SPACING[sampler] if spacing is None else spacing, **steps)
-    table = make_table(sampler, levels, variance=variance, eta=eta, order=order)
+    table = make_table(sampler, levels, variance=variance, eta=eta, order=order, x_0_mse=x_0_mse)
     return table if resampling is None else with_resampling(table, levels, *resampling)
 
 
@@ -121,6 +125,7 @@ def sample(
     timesteps: Sequence[int] | None = None,
     eta: float | None = None,
     order: int | None = None,
+    x_0_mse: ArrayLike | None = None,
     x_t: Array | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
@@ -151,6 +156,8 @@ def sample(
       timesteps: the user's own, descending, in their place.
       eta: of "ddim", 0 (the default) to 1.
       order: of "unipc", 1, 2 (the default) or 3.
+      x_0_mse: of "ddpm", [T], the mean squared error of the predicted x_0 at each timestep, for Analytic-DPM's variance
+        in place of `variance`; `ddpm_jax.evaluation.likelihood.evaluate_bound` measures it as `bound.mse.mean`.
       x_t: [B, H, W, C] to start from; None: noise.
       t_start: the timestep of x_t; None: T - 1.
       t_end: the timestep to stop at; None: the clean image.
@@ -192,6 +199,7 @@ def sample(
         variance=variance,
         eta=eta,
         order=order,
+        x_0_mse=x_0_mse,
         resampling=resampling,
     )
     if known is not None and t_end is not None:

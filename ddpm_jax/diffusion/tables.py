@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import VARIANCES, check_option
 from ddpm_jax.diffusion.schedules import Schedule
@@ -189,11 +190,14 @@ def _table(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTable
 # The methods.
 
 
-def ddpm(levels: Levels, variance: str = "fixed_large") -> SamplerTable:
+def ddpm(levels: Levels, variance: str = "fixed_large", x_0_mse: ArrayLike | None = None) -> SamplerTable:
     """Ancestral sampling (DDPM, algorithm 2) over any sub-sequence (Improved DDPM, section 4).
 
     Between neighbours the process is a diffusion with beta = 1 - abar_t / abar_next, so the equations of the posterior
     hold with that beta. The step to the clean image is D and adds no noise.
+
+    With x_0_mse [T], the mean squared error of the predicted x_0 at each timestep, the variance is the best that is the
+    same for all pixels (Analytic-DPM, Bao et al. 2022, eq. 7): the posterior's, and what x_0 may differ from D.
     """
     check_option("variance", variance, VARIANCES)
     log_now, log_next = levels.log_abar[:-1], levels.log_abar[1:]
@@ -210,6 +214,9 @@ def ddpm(levels: Levels, variance: str = "fixed_large") -> SamplerTable:
         D: beta * np.exp(0.5 * log_next) / one_minus_now,
         X: np.exp(0.5 * log_ratio) * one_minus_next / one_minus_now,
     }
+    if x_0_mse is not None:
+        mse = np.asarray(x_0_mse, np.float64)[levels.t[:-1]]
+        log_small = log_large = np.log(small + columns[D] ** 2 * mse)
     return _table(
         levels,
         _factors(len(beta), columns),
@@ -355,7 +362,13 @@ SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
 
 
 def make_table(
-    sampler: str, levels: Levels, *, variance: str = "fixed_large", eta: float | None = None, order: int | None = None
+    sampler: str,
+    levels: Levels,
+    *,
+    variance: str = "fixed_large",
+    eta: float | None = None,
+    order: int | None = None,
+    x_0_mse: ArrayLike | None = None,
 ) -> SamplerTable:
     """The table of a sampler by name.
 
@@ -365,6 +378,7 @@ def make_table(
       variance: of "ddpm"; the other methods bring their own.
       eta: of "ddim"; None: 0.
       order: of "unipc"; None: 2.
+      x_0_mse: of "ddpm", [T], for Analytic-DPM's variance in place of `variance`; None: that.
 
     Raises:
       ValueError: an unknown sampler, or an option that it does not take.
@@ -372,7 +386,7 @@ def make_table(
     check_option("sampler", sampler, tuple(SAMPLERS))
     check_option("variance", variance, VARIANCES)
     takes = inspect.signature(SAMPLERS[sampler]).parameters
-    options: dict[str, Any] = {"eta": eta, "order": order}
+    options: dict[str, Any] = {"eta": eta, "order": order, "x_0_mse": x_0_mse}
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in takes:

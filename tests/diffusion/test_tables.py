@@ -325,6 +325,20 @@ def test_marginals_of_gaussian_data(sampler, options, spacing):
         assert fine < 0.6 * coarse + 1e-4
 
 
+def test_analytic_variance_keeps_gaussian_data_at_any_number_of_steps():
+    """What x_0 may differ from its mean is of one size everywhere there, so the step's variance is exact."""
+    m, v = -0.2, 0.3
+    abar = np.cumprod(1 - make_betas("linear", T))
+    x_0_mse = v * (1 - abar) / (abar * v + 1 - abar)
+    for num_steps in (2, 5, 50):
+        levels = Levels.of(LINEAR, spaced_timesteps(LINEAR, num_steps))
+        mean, variance = gaussian_result(make_table("ddpm", levels, x_0_mse=x_0_mse), m, v)
+        _, plain = gaussian_result(make_table("ddpm", levels, variance="fixed_small"), m, v)
+        # The start is not quite of mean 0 and variance 1, and the last step gives D, which varies less than x_0.
+        assert abs(mean - m) < 1e-3
+        assert abs(variance / v - 1) < 1e-3 < 0.01 < abs(plain / v - 1)
+
+
 @pytest.mark.parametrize("sampler", tables.SAMPLERS)
 def test_pure_noise_at_the_start_gives_finite_tables(sampler):
     schedule = make_schedule("jsd", 50)
@@ -386,6 +400,7 @@ def test_resampling_keeps_the_marginals():
         (lambda: make_table("euler", Levels.of(LINEAR, [0])), "sampler is 'euler'; accepted: ddpm, ddim"),
         (lambda: make_table("ddpm", Levels.of(LINEAR, [0]), variance="small"), "variance is 'small'; accepted"),
         (lambda: make_table("ddpm", Levels.of(LINEAR, [0]), eta=0.5), "sampler 'ddpm' takes no eta; accepted: ddim"),
+        (lambda: make_table("ddim", LEVELS, x_0_mse=np.ones(T)), "sampler 'ddim' takes no x_0_mse; accepted: ddpm"),
         (lambda: make_table("ddim", Levels.of(LINEAR, [0]), order=3), "sampler 'ddim' takes no order; accepted: unipc"),
         (lambda: make_table("ddim", Levels.of(LINEAR, [0]), eta=1.5), "eta is 1.5; accepted: 0 to 1"),
         (lambda: make_table("unipc", Levels.of(LINEAR, [0]), order=4), "order is 4; accepted: 1, 2, 3"),
