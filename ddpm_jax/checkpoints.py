@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
@@ -111,8 +112,8 @@ class Checkpoints:
             step = newest_step(self.directory.parent)
             older = "nothing was saved before" if step is None else f"that of step {step} is whole"
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({cause}); {older}, and when this is mended the "
-                "same command goes on from there"
+                f"a checkpoint could not be written to {self.directory} ({cause}); {older}, and when this is mended "
+                "the same command goes on from there"
             ) from None
 
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState] | None:
@@ -165,6 +166,7 @@ class Checkpoints:
             aside.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             shutil.move(self.directory / str(step), aside)
+        multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
 
     def restore_weights(self, step: int | None, part: str, params: Params) -> tuple[int, Params]:
