@@ -150,8 +150,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-        # Orbax tells every step of a save at INFO, and what it raises it logs with a traceback, too.
-        logging.get_absl_handler().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+        hush_checkpoints()
     # Imported here so that --help and a misspelt flag are answered at once.
     from ddpm_jax import parallel, peers
     from ddpm_jax.errors import UserError
@@ -171,6 +170,20 @@ def main(argv: list[str]) -> None:
             run_mode(_MODE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def hush_checkpoints() -> None:
+    """Leaves a failed save to the one sentence that is raised for it.
+
+    Orbax logs the same with a traceback, and then asyncio and TensorStore do so for every array.
+    """
+    logging.get_absl_handler().addFilter(lambda record: not {"orbax", "asyncio"} & {*Path(record.pathname).parts})
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
 
 
 def advice() -> str:
