@@ -135,7 +135,7 @@ def _find_coordinator(coordinator: str, process_id: int | None, timeout: int) ->
 
 
 class _LastWord:
-    """What to say if jaxlib aborts the process, as it does from a thread of its own when process 0 is gone.
+    """What to say if jaxlib aborts the process, as it does from a thread of its own when another one is gone.
 
     jaxlib takes a Python callback for that, but fails to call it.
     """
@@ -174,7 +174,7 @@ class _Peers:
         self.timeout, self.interval, self.advice = timeout, min(2.0, timeout / 5), advice
         assert distributed.global_state.client is not None
         self.client = distributed.global_state.client
-        _last_word.say = self._if_coordinator_is_gone
+        _last_word.say = self._why_aborted
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
@@ -234,10 +234,11 @@ class _Peers:
     def _gone(self, index: int, why: str) -> str:
         return f"process {index} of {self.count} is gone ({why}), so process {self.index} stops too; {self.advice()}"
 
-    def _if_coordinator_is_gone(self) -> str:
+    def _why_aborted(self) -> str:
         host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
             return self._gone(0, error.strerror or "no answer")
+        time.sleep(self.timeout + 3 * self.interval)  # gloo aborts when a process is gone, which the watch names
         return ""

@@ -155,48 +155,42 @@ class TestDisk:
 class TestTwoProcesses:
     """In real processes of 2, then 4 devices each, joined over loopback."""
 
-    ENDLESS = ("--config.train.num_steps=100000", "--config.log.sample_every_steps=0", "--silence_timeout=5")
-
-    def until_step(self, start, workdir, step, index, number):
+    def until_step(self, start, workdir, step, index, number, *flags):
         """Sends a signal to one of two processes at a step; the statuses and outputs of both."""
-        processes = start_two(start, f"--workdir={workdir}", *self.ENDLESS)
+        processes = start_two(start, f"--workdir={workdir}", "--silence_timeout=5", *flags)
         wait_for_step(processes[0], workdir, step)
         processes[index].send_signal(number)
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         return [process.returncode for process in processes], outputs
 
-    def test_one_is_told_to_stop_one_dies_the_first_dies(self, trained, start, tmp_path):
-        statuses, outputs = self.until_step(start, tmp_path, 2, 1, signal.SIGTERM)
+    def test_one_is_told_to_stop(self, trained, start, tmp_path):
+        """Both save and stop; with 4 devices each they go on to the losses of one process."""
+        flags = ("--config.log.sample_every_steps=0", "--config.sample.num_images=4", "--config.sample.num_steps=5")
+        statuses, outputs = self.until_step(start, tmp_path, 2, 1, signal.SIGTERM, *flags)
         assert statuses == [0, 0], outputs
         assert "4 cpu device(s), 2 process(es)" in outputs[0]
-        assert "4 cpu device(s), 2 process(es)" not in outputs[1]
-        step = int(re.search(r"stopped at step (\d+) of 100000, saved", outputs[0])[1])
-        assert (tmp_path / "checkpoints" / str(step)).is_dir()
-
-        for index, other, why in ((1, 0, "no sign of life for 5 s"), (0, 1, "Connection refused")):
-            statuses, outputs = self.until_step(start, tmp_path, step + 8, index, signal.SIGKILL)
-            assert statuses[index] == -signal.SIGKILL
-            assert statuses[other] == 1
-            assert f"going on from the checkpoint of step {step}" in outputs[0]
-            step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-            assert outputs[other].splitlines()[-1] == (
-                f"error: process {index} of 2 is gone ({why}), so process {other} stops too; start the same command on "
-                f"every host again: it goes on from the checkpoint of step {step}"
-            )
-
-    def test_trains_as_one_process_does(self, trained, start, tmp_path):
-        """Half the way with 2 devices a process, then with 4: the same losses."""
-        for devices, steps in ((2, 12), (4, STEPS)):
-            flags = (f"--workdir={tmp_path}", f"--config.train.num_steps={steps}", "--config.optimizer.decay_steps=24")
-            flags = (*flags, "--config.sample.num_images=4", "--config.sample.num_steps=5")
-            processes = start_two(start, *flags, devices=devices)
-            outputs = [process.communicate(timeout=300)[0] for process in processes]
-            assert [process.returncode for process in processes] == [0, 0], outputs
-            assert f"{2 * devices} cpu device(s), 2 process(es)" in outputs[0]
-            assert "step 12" not in outputs[1]
+        assert "process(es)" not in outputs[1]
+        step = re.search(rf"stopped at step (\d+) of {STEPS}, saved", outputs[0])[1]
+        processes = start_two(start, f"--workdir={tmp_path}", *flags, devices=4)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert f"going on from the checkpoint of step {step}" in outputs[0]
+        assert "8 cpu device(s), 2 process(es)" in outputs[0]
         losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
         np.testing.assert_allclose(*losses, rtol=1e-5)
         assert (tmp_path / "samples" / "final.png").exists()
+
+    @pytest.mark.parametrize(("index", "why"), [(1, "no sign of life for 5 s"), (0, "Connection refused")])
+    def test_one_dies(self, start, tmp_path, index, why):
+        flags = ("--config.train.num_steps=100000", "--config.log.sample_every_steps=0")
+        statuses, outputs = self.until_step(start, tmp_path, 14, index, signal.SIGKILL, *flags)
+        assert statuses[index] == -signal.SIGKILL
+        assert statuses[1 - index] == 1, outputs[1 - index]
+        step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+        assert outputs[1 - index].splitlines()[-1] == (
+            f"error: process {index} of 2 is gone ({why}), so process {1 - index} stops too; start the same command on "
+            f"every host again: it goes on from the checkpoint of step {step}"
+        )
 
 
 def test_the_page_names_tests_that_are_there():
