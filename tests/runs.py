@@ -144,7 +144,7 @@ def assert_same_checkpoint(a, b, step=STEPS):
 
 def results(workdir):
     """What a run leaves that shall not depend on how often it was stopped: metrics, TensorBoard's, pictures."""
-    machine = {"time", "steps_per_second", "images_per_second", "peak_memory_gib"}
+    machine = {"time", "steps_per_second", "images_per_second", "input_wait", "peak_memory_gib"}
     lines = [{name: value for name, value in line.items() if name not in machine} for line in metrics(workdir)]
     board = {key: value for key, value in scalars(workdir / "tensorboard").items() if key[1] not in machine}
     return lines, board, {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
