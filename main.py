@@ -124,9 +124,20 @@ _LIKELIHOOD_IMAGES = flags.DEFINE_integer(
 _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several hosts: how many processes.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several hosts: which of them this is, from 0.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several hosts: learn all that from the TPU pod or from Slurm.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Several hosts: learn all that from the TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Several hosts: seconds in which all must have come together.", lower_bound=1
+)
+_SILENCE_TIMEOUT = flags.DEFINE_integer(
+    "silence_timeout", 60, "Several hosts: seconds after which a silent process is gone, and all end.", lower_bound=1
+)
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -138,18 +149,52 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
     if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at INFO
+        logging.set_verbosity(logging.WARNING)
+        hush_checkpoints()
     # Imported here so that --help and a misspelt flag are answered at once.
-    from ddpm_jax import parallel
+    from ddpm_jax import parallel, peers
     from ddpm_jax.errors import UserError
 
     try:
         parallel.keep_freed_memory()
         parallel.keep_compiled_programs(_COMPILATION_CACHE.value)
-        parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-        run_mode(_MODE.value)
+        with peers.job(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            automatic=_DISTRIBUTED.value,
+            start_timeout=_START_TIMEOUT.value,
+            silence_timeout=_SILENCE_TIMEOUT.value,
+            advice=advice,
+        ):
+            run_mode(_MODE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def hush_checkpoints() -> None:
+    """Leaves a failed save to the one sentence that is raised for it.
+
+    Orbax logs the same with a traceback, and then asyncio and TensorStore do so for every array.
+    """
+    logging.get_absl_handler().addFilter(lambda record: not {"orbax", "asyncio"} & {*Path(record.pathname).parts})
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
+def advice() -> str:
+    """What to do when a multi-host job went down."""
+    again = "start the same command on every host again"
+    if _MODE.value != "train":
+        return again
+    from ddpm_jax.checkpoints import newest_step
+
+    step = newest_step(Path(_WORKDIR.value).expanduser())
+    return f"{again}: " + ("it begins anew" if step is None else f"it goes on from the checkpoint of step {step}")
 
 
 # What a mode's function has no use for among the flags of a job.

@@ -1,10 +1,14 @@
 """Checkpoints of a workdir, with Orbax: written in the background, whole or not at all, each of several parts.
 
-The parts are "train" (step, optimiser state, loss history), "params", and one a moving average, "ema_0.9999", so that
-sampling reads the weights it uses and nothing else.
+The parts are "train" (step, optimiser state, loss history), "params", one a moving average, "ema_0.9999", so that
+sampling reads the weights it uses and nothing else, and "unreported", the sums that no line of metrics.jsonl has yet.
 """
 
+import errno
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,24 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
+from ddpm_jax.training.step import Metrics
+
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax asks for its statistics, from another thread, which would disturb jax's count of the loop's steps."""
+        return False
+
+
+def newest_step(workdir: str | Path) -> int | None:
+    """The step of the newest whole checkpoint, by the folders' names alone."""
+    return max((int(path.name) for path in Path(workdir).glob("checkpoints/*") if path.name.isdigit()), default=None)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -33,16 +52,24 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         self.directory = Path(workdir).resolve() / "checkpoints"
+        self._is_saving = False
         verbosity = logging.get_verbosity()
         if read_only:
             logging.set_verbosity(logging.ERROR)  # Orbax warns of what it was told
+        elif jax.process_index() == 0:
+            for path in self.directory.glob(f"*{_HALF_WRITTEN}*"):
+                logging.warning(
+                    "Checkpoint %s was half-written when the run was cut off; it is removed.", path.name.split(".")[0]
+                )
         try:
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 epath.Path(self.directory),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
                 ),
             )
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be used: {first_line(error)}") from None
         finally:
             logging.set_verbosity(verbosity)
 
@@ -50,15 +77,44 @@ class Checkpoints:
         """The steps of the whole checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Copies the state off the devices, then writes it in the background; a step that is there stays."""
-        if step not in self._manager.all_steps():
-            parts = {name: ocp.args.StandardSave(part) for name, part in _parts(state).items()}
-            self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
+    def save(self, step: int, state: TrainState, unreported: Metrics | None = None) -> None:
+        """Copies the state off the devices, then writes it in the background; a step that is there stays.
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether any process of a multi-host job was told to stop; the same answer on all."""
-        return self._manager.reached_preemption(step)
+        Raises:
+          UserError: this or the one before cannot be written; what is older is whole.
+        """
+        if step not in self._manager.all_steps():
+            parts = _parts(state) | ({} if unreported is None else {"unreported": unreported})
+            args = ocp.args.Composite(**{name: ocp.args.StandardSave(part) for name, part in parts.items()})
+            with self._in_a_sentence():
+                self._manager.save(step, args=args, force=True)
+            self._is_saving = True
+
+    def check(self) -> None:
+        """UserError if what was written in the background has failed; waits for nothing."""
+        if self._is_saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is written; UserError if it cannot be."""
+        self._is_saving = False
+        with self._in_a_sentence():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _in_a_sentence(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            cause = _system_error(error)
+            if cause is None:
+                raise
+            step = newest_step(self.directory.parent)
+            older = "nothing was saved before" if step is None else f"that of step {step} is whole"
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({cause}); {older}, and when this is mended "
+                "the same command goes on from there"
+            ) from None
 
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint that can be read, or None if there is none.
@@ -91,6 +147,13 @@ class Checkpoints:
             raise UserError(f"none of the {len(steps)} checkpoints in {self.directory} can be read")
         return None
 
+    def restore_unreported(self, step: int, metrics: Metrics) -> Metrics | None:
+        """The sums that were saved with a step, of these shapes; None if there are none."""
+        if not (self.directory / str(step) / "unreported").exists():
+            return None
+        args = ocp.args.Composite(unreported=ocp.args.StandardRestore(metrics))
+        return self._manager.restore(step, args=args)["unreported"]
+
     def _set_aside(self, step: int, error: Exception) -> None:
         aside = self.directory.parent / "corrupt" / str(step)
         logging.error(
@@ -103,6 +166,7 @@ class Checkpoints:
             aside.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             shutil.move(self.directory / str(step), aside)
+        multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
 
     def restore_weights(self, step: int | None, part: str, params: Params) -> tuple[int, Params]:
@@ -131,5 +195,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+
+def _system_error(error: Exception) -> str | None:
+    """The operating system's words in an error of Orbax or TensorStore; None if it is of another kind."""
+    texts = [os.strerror(number) for number in errno.errorcode]
+    found = [text for text in texts if text in str(error)]
+    return max(found, key=len, default=first_line(error) if isinstance(error, OSError) else None)

@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, how arrays lie on it, and starting a job of several hosts."""
+"""Devices and processes: the mesh, and how arrays lie on it."""
 
 import ctypes
 import math
@@ -15,27 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import files
 from ddpm_jax.errors import UserError
-
-
-def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1, automatic: bool = False) -> None:
-    """Joins the processes of a multi-host job; does nothing for a job of one.
-
-    Args:
-      coordinator: "host:port" of process 0.
-      num_processes, process_id: how many processes there are and which one this is.
-      automatic: take all three from the environment (TPU pod, Slurm, Open MPI).
-    """
-    if automatic:
-        jax.distributed.initialize()
-    elif coordinator:
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--coordinator needs --num_processes of 1 or more and --process_id below it, "
-                f"not {num_processes} and {process_id}"
-            )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif num_processes or process_id >= 0:
-        raise UserError("--num_processes and --process_id need --coordinator=host:port too")
 
 
 def keep_freed_memory() -> None:

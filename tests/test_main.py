@@ -1,137 +1,19 @@
 """The command line as its users meet it: real processes on real files."""
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from runs import ROOT, STEPS, assert_same_checkpoint, checkpoint, in_two_processes, metrics
 from sklearn.datasets import load_digits
 
 import ddpm_jax
-
-ROOT = Path(__file__).parents[1]
-STEPS = 24
-TINY = [
-    "--config=configs/digits.py",
-    "--config.model.channels=8",
-    "--config.model.num_groups=4",
-    "--config.model.channel_multipliers=(1,)",
-    "--config.model.middle_attention=False",
-    "--config.model.dropout=0.1",
-    "--config.diffusion.num_timesteps=50",
-    "--config.train.batch_size=16",
-    f"--config.train.num_steps={STEPS}",
-    "--config.checkpoint.every_steps=6",
-    "--config.log.every_steps=2",
-    "--config.log.sample_every_steps=12",
-    "--config.log.sample_images=4",
-    "--config.log.sample_steps=5",
-    "--config.sample.num_images=9",
-    "--config.sample.batch_size=16",
-]
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensorflow_datasets")
-
-
-@pytest.fixture(scope="session")
-def start(data_dir, tmp_path_factory):
-    """Starts main.py with a tiny run's flags; returns the process."""
-    # The same few programs again and again.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
-
-    def start(*flags, devices=1, config=TINY, **environment):
-        flags = [*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags
-        return subprocess.Popen(
-            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py", *map(str, flags)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **cache,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def call(start):
-    """Runs main.py to its end; (exit status, output)."""
-
-    def call(*flags, **options):
-        process = start(*flags, **options)
-        output, _ = process.communicate(timeout=300)
-        return process.returncode, output
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def trained(call, tmp_path_factory):
-    """A finished run's workdir and what it printed."""
-    workdir = tmp_path_factory.mktemp("trained")
-    status, output = call(f"--workdir={workdir}")
-    assert status == 0, output
-    return workdir, output
-
-
-def in_two_processes(start, *flags, **options):
-    """What each of them printed; two devices each, joined over loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = (*flags, f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
-    gloo = {"devices": 2, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    processes = [start(*job, f"--process_id={index}", **gloo, **options) for index in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs
-
-
-def metrics(workdir):
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def wait_for_step(process, workdir, step):
-    """Until the run has logged a step; fails if it ends first."""
-    deadline = time.monotonic() + 240
-    while not any(line["step"] >= step for line in metrics(workdir)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def checkpoint(workdir, step=STEPS):
-    """Every array of a checkpoint."""
-    parts = {}
-    for part in ("params", "ema_0.99", "train"):
-        restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / part)
-        parts[part] = jax.tree.map(np.asarray, restored)
-    return parts
-
-
-def assert_same_checkpoint(a, b):
-    jax.tree.map(np.testing.assert_array_equal, checkpoint(a), checkpoint(b))
 
 
 @pytest.mark.slow
@@ -163,42 +45,6 @@ class TestTraining:
         quarters = {f"loss_t_quarter_{i}" for i in range(1, 5)}
         assert {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_second", *quarters} <= set(lines[-1])
         assert lines[-1]["loss"] < lines[0]["loss"]
-
-    def test_killed_and_started_again_it_ends_the_same_to_the_bit(self, trained, start, call, tmp_path):
-        process = start(f"--workdir={tmp_path}")
-        wait_for_step(process, tmp_path, 14)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        status, output = call(f"--workdir={tmp_path}")
-        assert status == 0, output
-        assert "going on from the checkpoint of step" in output
-        assert_same_checkpoint(tmp_path, trained[0])
-        assert [line["step"] for line in metrics(tmp_path)] == list(range(2, STEPS + 1, 2))
-
-    def test_sigterm_saves_and_the_next_start_goes_on(self, trained, start, call, tmp_path):
-        process = start(f"--workdir={tmp_path}", "--config.checkpoint.every_steps=1000")
-        wait_for_step(process, tmp_path, 2)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-        saved = int(re.search(r"stopped at step (\d+)", output)[1])
-        assert 2 <= saved < STEPS
-        status, output = call(f"--workdir={tmp_path}")  # saving at other steps may change while a run goes on
-        assert status == 0, output
-        assert f"step {saved}" in output
-        assert_same_checkpoint(tmp_path, trained[0])
-
-    def test_corrupt_newest_checkpoint_is_set_aside(self, call, tmp_path):
-        assert call(f"--workdir={tmp_path}", "--config.train.num_steps=12")[0] == 0
-        reference = checkpoint(tmp_path, 12)
-        for file in (tmp_path / "checkpoints" / "12").rglob("d/*"):
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        status, output = call(f"--workdir={tmp_path}", "--config.train.num_steps=12")
-        assert status == 0, output
-        assert "Checkpoint 12 cannot be read" in output
-        assert "going on from the checkpoint of step 6" in output
-        assert (tmp_path / "corrupt" / "12").is_dir()
-        jax.tree.map(np.testing.assert_array_equal, checkpoint(tmp_path, 12), reference)
 
     def test_evaluation_on_the_way(self, trained, call, tmp_path):
         """Is logged, and changes nothing of the training."""
@@ -233,14 +79,6 @@ class TestTraining:
         assert "8 cpu device(s)" in output
         ours, reference = checkpoint(tmp_path)["params"], checkpoint(trained[0])["params"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
-
-    def test_two_processes(self, trained, start, tmp_path):
-        outputs = in_two_processes(start, f"--workdir={tmp_path}")
-        assert "4 cpu device(s), 2 process(es)" in outputs[0]
-        assert "step 12" not in outputs[1]
-        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
-        np.testing.assert_allclose(*losses, rtol=1e-4)
-        assert (tmp_path / "samples" / "final.png").exists()
 
 
 @pytest.mark.slow

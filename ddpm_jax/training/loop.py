@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -33,6 +34,7 @@ from ddpm_jax.training.evaluation import Evaluation
 from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 
+_METRICS = "metrics.jsonl"
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
 _IN_FLIGHT = 2
@@ -69,9 +71,15 @@ def train(config: ConfigDict, path: str | Path) -> None:
     source = open_images(config, workdir.read_dataset(folder))
     description = source.describe()
     workdir.check_dataset(folder, description)
-    if jax.process_index() == 0:
-        workdir.record(folder, config, description)
-    _Training(config, folder, source).run()
+    try:
+        if jax.process_index() == 0:
+            workdir.record(folder, config, description)
+        _Training(config, folder, source).run()
+    except OSError as error:
+        raise UserError(
+            f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from the "
+            "last checkpoint"
+        ) from None
 
 
 def open_images(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
@@ -122,10 +130,20 @@ class _Training:
         self.optimizer = config_lib.make_optimizer(config)
         self.learning_rate = config_lib.learning_rate(config)
         self.decay = str(config.train.ema_decays[0])
+        self._dispatches = 0
 
     def run(self) -> None:
+        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
+        try:
+            self._run()
+        except Exception:
+            with suppress(UserError):  # of the two, the first is told
+                self.checkpoints.wait()
+            raise
+        self.checkpoints.close()
+
+    def _run(self) -> None:
         config, began = self.config, time.monotonic()
-        self.checkpoints = Checkpoints(self.folder, config.checkpoint.keep)
         step, state = self._initial_state()
         num_steps = config.train.num_steps
         self._say(
@@ -133,12 +151,14 @@ class _Training:
             f"{'x'.join(map(str, self.source.shape))}, {jax.device_count()} {jax.devices()[0].platform} device(s), "
             f"{jax.process_count()} process(es)"
         )
+        if step:
+            self._make_up(state, step)
         if step < num_steps:
             state = self._steps(state, step)
             step = int(state.step)
         if step >= num_steps:
             self._final_pictures(state)
-        self.checkpoints.close()
+        self.checkpoints.wait()
         if step < num_steps:
             self._say(f"stopped at step {step} of {num_steps}, saved; the same command goes on from there")
         else:
@@ -222,6 +242,9 @@ class _Training:
         zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
         measure = jax.jit(self._measure, compiler_options=parallel.run_once_options())
         metrics = zero_metrics()
+        if first_step:
+            shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
+            metrics = self.checkpoints.restore_unreported(first_step, shapes) or metrics
         writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
         evaluation = None
         if config.evaluate.every_steps:
@@ -250,6 +273,7 @@ class _Training:
                 in_flight.append(metrics)
                 if len(in_flight) > _IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
+                self.checkpoints.check()
                 stopping = self._is_stopping(stop, step)
                 logging_now = is_due(log.every_steps) or step == num_steps
                 minutes = (time.monotonic() - last_save_time) / 60
@@ -277,7 +301,7 @@ class _Training:
                     if logging_now:
                         metrics = zero_metrics()
                 if saving and step != last_saved:
-                    self.checkpoints.save(step, state)
+                    self.checkpoints.save(step, state, metrics)
                     last_saved, last_save_time = step, time.monotonic()
                 if stopping:
                     break
@@ -328,9 +352,32 @@ class _Training:
         return pipeline.prefetch(map(put, batches), depth=2)
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
+        """Whether this process was told to stop, or any of a multi-host job; the same answer on all."""
         if jax.process_count() == 1:
             return stop.is_set()
-        return self.checkpoints.reached_preemption(step)
+        self._dispatches += 1  # jax wants a number that rises by one
+        return multihost_utils.reached_preemption_sync_point(self._dispatches)
+
+    def _make_up(self, state: TrainState, step: int) -> None:
+        """The picture and the evaluation of the step that the run goes on from, if it was cut off before them."""
+        config, several = self.config, self.config.train.steps_per_dispatch
+        log, evaluate = config.log, config.evaluate
+        is_due = partial(_is_passed, (step - 1) // several * several, step)
+        drawn = not log.sample_every_steps or step >= config.train.num_steps or self._picture(step).exists()
+        if not drawn and is_due(log.sample_every_steps):
+            self._sample_grid(state, step)
+        if evaluate.every_steps and is_due(evaluate.every_steps):
+            path = self.folder / _METRICS
+            lines = [_parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+            if not any(line.get("step") == step and "loss" not in line for line in lines):
+                values = self._evaluate(Evaluation(config, self.net, self.schedule, self.mesh, self.source), state)
+                if self.is_main:
+                    writer = _MetricsWriter(self.folder, step, log.tensorboard)
+                    writer.write(step, values)
+                    writer.close()
+
+    def _picture(self, step: int) -> Path:
+        return self.folder / "samples" / f"step_{step:08d}.png"
 
     def _sample_grid(self, state: TrainState, step: int) -> None:
         """EMA samples of the same noise every time, so that the pictures can be compared."""
@@ -339,7 +386,7 @@ class _Training:
             options = {"num_steps": log.sample_steps or None, "progress": bar.update}
             grid, _ = self._generate(state, log.sample_images, **options)
         if self.is_main:
-            images.save(self.folder / "samples" / f"step_{step:08d}.png", images.grid(grid))
+            images.save(self._picture(step), images.grid(grid))
 
     def _evaluate(self, evaluation: Evaluation, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
@@ -440,20 +487,23 @@ class _MetricsWriter:
     """metrics.jsonl and TensorBoard; what lies beyond the step that a run goes on from is written anew."""
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        path = folder / "metrics.jsonl"
+        path = folder / _METRICS
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
+            lines = [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if _parse(line).get("step", math.inf) <= first_step
+            ]
             write_text(path, "".join(lines))
         self._file = path.open("a", buffering=1)
-        self._board: Any = None
-        self._open_board = partial(_open_board, folder / "tensorboard", first_step) if tensorboard else None
+        self._board: _Board | None = None
+        self._open_board = partial(_Board, folder / "tensorboard", first_step + 1) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         if self._open_board:
             self._board = self._board or self._open_board()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
 
     def close(self) -> None:
         self._file.close()
@@ -461,35 +511,62 @@ class _MetricsWriter:
             self._board.close()
 
 
-def _open_board(folder: Path, first_step: int) -> Any:
-    # Not before the first step: this imports PyTorch where it is installed, for seconds.
-    from tensorboardX import SummaryWriter
+class _Board:
+    """A file of TensorBoard's, in which events from `first_step` on take the place of those in older files.
 
-    return SummaryWriter(str(folder), purge_step=first_step)
+    tensorboardX's SummaryWriter would keep the events for minutes, in a thread that a full disk ends unseen.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        # Not before the first step: this imports PyTorch where it is installed, for seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step, summary=self._summary(value=scalars))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._event(wall_time=time.time(), step=step, **content))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that was cut off."""
+def _parse(line: str) -> dict[str, float]:
+    """A line of metrics.jsonl; empty for one that was cut off."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect."""
+    """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect.
+
+    In a multi-host job SIGTERM is jax's, which tells the other processes, and Ctrl-C becomes one.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    alone = jax.process_count() == 1
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
         stop.set()
         signal.signal(number, previous[number])
+        if not alone:
+            signal.raise_signal(signal.SIGTERM)
 
-    for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+    for number in (int(signal.SIGINT), *([int(signal.SIGTERM)] if alone else [])):
         previous[number] = signal.signal(number, handle)
     try:
         yield stop

@@ -1,0 +1,167 @@
+"""Tiny runs by the command line, as their users start them: fixtures and helpers."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto import event_pb2
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.channels=8",
+    "--config.model.num_groups=4",
+    "--config.model.channel_multipliers=(1,)",
+    "--config.model.middle_attention=False",
+    "--config.model.dropout=0.1",
+    "--config.diffusion.num_timesteps=50",
+    "--config.train.batch_size=16",
+    f"--config.train.num_steps={STEPS}",
+    "--config.checkpoint.every_steps=6",
+    "--config.log.every_steps=2",
+    "--config.log.sample_every_steps=12",
+    "--config.log.sample_images=4",
+    "--config.log.sample_steps=5",
+    "--config.sample.num_images=9",
+    "--config.sample.batch_size=16",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=5, help="how often the run of tests/test_survival.py is killed")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def start(data_dir, tmp_path_factory):
+    """Starts main.py with a tiny run's flags; returns the process."""
+    # The same few programs again and again.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+
+    def start(*flags, devices=1, config=TINY, **environment):
+        flags = [*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags
+        return subprocess.Popen(
+            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py", *map(str, flags)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **cache,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def call(start):
+    """Runs main.py to its end; (exit status, output)."""
+
+    def call(*flags, **options):
+        process = start(*flags, **options)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(call, tmp_path_factory):
+    """A finished run's workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("trained")
+    status, output = call(f"--workdir={workdir}")
+    assert status == 0, output
+    return workdir, output
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_two(start, *flags, devices=2, **options):
+    """Two processes joined over loopback, with so many devices each."""
+    job = (*flags, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
+    options |= {"devices": devices, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    return [start(*job, f"--process_id={index}", **options) for index in range(2)]
+
+
+def in_two_processes(start, *flags, **options):
+    """What each of them printed."""
+    processes = start_two(start, *flags, **options)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+def metrics(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_for_step(process, workdir, step):
+    """Until the run has logged a step; fails if it ends first."""
+    deadline = time.monotonic() + 240
+    while not any(line["step"] >= step for line in metrics(workdir)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def checkpoint(workdir, step=STEPS):
+    """Every array of a checkpoint."""
+    parts = {}
+    for part in ("params", "ema_0.99", "train"):
+        restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / part)
+        parts[part] = jax.tree.map(np.asarray, restored)
+    return parts
+
+
+def assert_same_checkpoint(a, b, step=STEPS):
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(a, step), checkpoint(b, step))
+
+
+def results(workdir):
+    """What a run leaves that shall not depend on how often it was stopped: metrics, TensorBoard's, pictures."""
+    machine = {"time", "steps_per_second", "images_per_second", "input_wait", "peak_memory_gib"}
+    lines = [{name: value for name, value in line.items() if name not in machine} for line in metrics(workdir)]
+    board = {key: value for key, value in scalars(workdir / "tensorboard").items() if key[1] not in machine}
+    return lines, board, {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
+
+
+def scalars(folder):
+    """(step, name): value, as TensorBoard reads them: where a start begins, older events from there on do not count."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while len(data) >= 12:
+            (length,) = struct.unpack_from("<Q", data)
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {key: value for key, value in found.items() if key[0] < event.step}
+            for scalar in event.summary.value:
+                assert (event.step, scalar.tag) not in found
+                found[event.step, scalar.tag] = scalar.simple_value
+    return found

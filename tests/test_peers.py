@@ -1,0 +1,98 @@
+"""How a multi-host job begins; how it ends is in test_survival.py."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from runs import free_port
+
+from ddpm_jax import peers
+from ddpm_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_processes": 2}, "need --coordinator"),
+        ({"process_id": 0}, "need --coordinator"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "'host'; accepted: host:port"),
+        ({"coordinator": "host:1", "num_processes": 2}, "--process_id below it, not 2 and None"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "--process_id below it, not 2 and 2"),
+    ],
+)
+def test_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)), peers.job(**arguments):
+        pass
+
+
+def test_nothing_is_done_for_a_job_of_one():
+    with peers.job():
+        assert peers._last_word.say() == ""
+
+
+def test_wrong_number_in_the_environment(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"), peers.job(automatic=True):
+        pass
+
+
+def test_port_of_process_0_is_taken():
+    with socket.create_server(("", 0)) as server:
+        coordinator = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="cannot have port"), peers.job(coordinator, 2, 0):
+            pass
+
+
+def test_process_0_does_not_answer():
+    coordinator = f"localhost:{free_port()}"
+    with pytest.raises(UserError, match="did not answer for 1 s"), peers.job(coordinator, 2, 1, start_timeout=1):
+        pass
+
+
+JOB = """
+import sys
+from ddpm_jax import peers
+from ddpm_jax.errors import UserError
+
+try:
+    with peers.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=2, advice=lambda: "go on"):
+        if len(sys.argv) == 3:
+            raise UserError(sys.argv[2])
+        while True:
+            pass
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, "-c", JOB, *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
+
+@pytest.mark.slow
+class TestJob:
+    def test_nothing_in_the_environment(self):
+        process = start("5")
+        assert "error: --distributed could not start a job" in process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+
+    def test_others_never_come(self):
+        process = start(
+            "2", JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"
+        )
+        sentence = process.communicate(timeout=60)[1].splitlines()[-1]
+        assert sentence == "error: not all processes of the job came together within 2 s; go on"
+        assert process.returncode == 1
+
+    def test_error_of_one_ends_both(self):
+        """One that computes and asks nobody, too."""
+        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+        processes = [start("60", JAX_PROCESS_ID="0", **job), start("60", "its disk is full", JAX_PROCESS_ID="1", **job)]
+        outputs = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1], outputs
+        assert outputs[0].splitlines()[-1] == "error: process 1 of 2 stopped: its disk is full"
+        assert outputs[1].splitlines()[-1] == "error: its disk is full"

@@ -1,0 +1,205 @@
+"""What is done to runs, and that they lose nothing by it. docs/survival.md is the list of these tests."""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import STEPS, assert_same_checkpoint, metrics, results, start_two, wait_for_step
+
+pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parents[1] / "docs" / "survival.md"
+LONG = (
+    "--config.train.num_steps=1000",
+    "--config.checkpoint.every_steps=20",
+    "--config.log.every_steps=5",
+    "--config.log.sample_every_steps=250",
+    "--config.sample.num_steps=5",
+)
+
+
+def assert_nothing_lost(workdir, whole, step=STEPS):
+    assert_same_checkpoint(workdir, whole, step)
+    for ours, theirs in zip(results(workdir), results(whole), strict=True):
+        assert ours == theirs
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives a folder on a disk of so many KiB, or changes the disk's size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(kib):
+        options = f"size={kib}k" + (",remount" if disk.is_mount() else "")
+        result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {result.stderr.strip()}")
+        return disk / "run"
+
+    yield resize
+    if disk.is_mount():
+        subprocess.run(["umount", disk], check=True)
+
+
+class TestKills:
+    def test_at_random_moments_and_while_saving(self, start, call, tmp_path, request):
+        """By SIGKILL and SIGTERM, as often as --kills says; the end is that of the uninterrupted run, bit for bit."""
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        status, output = call(f"--workdir={whole}", *LONG)
+        assert status == 0, output
+        rng, kills = np.random.default_rng(0), request.config.getoption("--kills")
+        outputs, half_written = [], 0
+        for number in range(kills):
+            process = start(f"--workdir={killed}", *LONG)
+            kind = ("running", "saving", "told to stop", "starting")[number % 4]
+            if kind == "starting":
+                time.sleep(rng.uniform(0, 5))
+            else:
+                wait_for_step(process, killed, (number + 1) * 800 // kills)
+                time.sleep(rng.uniform(0, 0.3))
+            while kind == "saving" and process.poll() is None and not list(killed.glob("checkpoints/*-tmp*")):
+                pass
+            process.send_signal(signal.SIGTERM if kind == "told to stop" else signal.SIGKILL)
+            outputs.append(process.communicate(timeout=60)[0])
+            assert process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM), outputs[-1]
+            half_written += bool(list(killed.glob("checkpoints/*-tmp*")))
+        status, output = call(f"--workdir={killed}", *LONG)
+        assert status == 0, output
+        outputs = "".join(outputs) + output
+        print(f"{kills} kills, {half_written} of them left a half-written checkpoint")
+        assert "Traceback" not in outputs
+        assert half_written
+        assert outputs.count("was half-written when the run was cut off; it is removed") == half_written
+        assert not list(killed.glob("checkpoints/*-tmp*"))
+        assert_nothing_lost(killed, whole, 1000)
+
+    def test_told_to_stop_between_two_lines_of_metrics(self, trained, start, call, tmp_path):
+        process = start(f"--workdir={tmp_path}", "--config.checkpoint.every_steps=1000")
+        wait_for_step(process, tmp_path, 2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        saved = int(re.search(r"stopped at step (\d+)", output)[1])
+        assert 2 <= saved < STEPS
+        status, output = call(f"--workdir={tmp_path}")  # saving at other steps may change while a run goes on
+        assert status == 0, output
+        assert f"going on from the checkpoint of step {saved}" in output
+        assert_nothing_lost(tmp_path, trained[0])
+
+
+class TestDisk:
+    def test_full_while_saving(self, trained, call, small_disk):
+        size = sum(path.stat().st_size for path in (trained[0] / "checkpoints" / "24").rglob("*") if path.is_file())
+        workdir = small_disk(27 * size // 10240)
+        status, output = call(f"--workdir={workdir}", "--config.log.sample_every_steps=0")
+        assert status == 1
+        sentence = output.splitlines()[-1]
+        found = re.fullmatch(
+            r"error: a checkpoint could not be written to \S+ \(No space left on device\); that of step (\d+) is "
+            "whole, and when this is mended the same command goes on from there",
+            sentence,
+        )
+        assert found, output
+        assert "Traceback" not in output
+        small_disk(40_000)
+        status, output = call(f"--workdir={workdir}")
+        assert status == 0, output
+        assert f"going on from the checkpoint of step {found[1]}" in output
+        assert "was half-written when the run was cut off; it is removed" in output
+        assert_same_checkpoint(workdir, trained[0])
+        assert results(workdir)[:2] == results(trained[0])[:2]
+
+    def test_full_while_logging(self, trained, start, call, small_disk):
+        workdir = small_disk(8_000)
+        process = start(
+            f"--workdir={workdir}", "--config.train.num_steps=100000", "--config.checkpoint.every_steps=100000"
+        )
+        wait_for_step(process, workdir, 8)
+        filler = workdir.parent / "filler"
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(8_000 << 10))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        sentence = output.splitlines()[-1]
+        assert re.match(r"error: .*No space left on device.* the same command goes on from ", sentence), output
+        assert "Traceback" not in output
+        filler.unlink()
+        status, output = call(f"--workdir={workdir}")
+        assert status == 0, output
+        assert_nothing_lost(workdir, trained[0])
+
+    def test_checkpoints_cannot_be_made(self, call, tmp_path):
+        (tmp_path / "checkpoints").touch()
+        status, output = call(f"--workdir={tmp_path}")
+        assert status == 1
+        assert re.match(r"error: .*checkpoints", output.splitlines()[-1])
+        assert "Traceback" not in output
+
+    def test_newest_checkpoint_is_corrupt(self, trained, call, tmp_path):
+        workdir = shutil.copytree(trained[0], tmp_path / "run")
+        for file in (workdir / "checkpoints" / "24").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        status, output = call(f"--workdir={workdir}")
+        assert status == 0, output
+        assert "Checkpoint 24 cannot be read" in output
+        assert "going on from the checkpoint of step 18" in output
+        assert (workdir / "corrupt" / "24").is_dir()
+        assert_nothing_lost(workdir, trained[0])
+
+
+class TestTwoProcesses:
+    """In real processes of 2, then 4 devices each, joined over loopback."""
+
+    def until_step(self, start, workdir, step, index, number, *flags):
+        """Sends a signal to one of two processes at a step; the statuses and outputs of both."""
+        processes = start_two(start, f"--workdir={workdir}", "--silence_timeout=5", *flags)
+        wait_for_step(processes[0], workdir, step)
+        processes[index].send_signal(number)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        return [process.returncode for process in processes], outputs
+
+    def test_one_is_told_to_stop(self, trained, start, tmp_path):
+        """Both save and stop; with 4 devices each they go on to the losses of one process."""
+        flags = ("--config.log.sample_every_steps=0", "--config.sample.num_images=4", "--config.sample.num_steps=5")
+        statuses, outputs = self.until_step(start, tmp_path, 2, 1, signal.SIGTERM, *flags)
+        assert statuses == [0, 0], outputs
+        assert "4 cpu device(s), 2 process(es)" in outputs[0]
+        assert "process(es)" not in outputs[1]
+        step = re.search(rf"stopped at step (\d+) of {STEPS}, saved", outputs[0])[1]
+        processes = start_two(start, f"--workdir={tmp_path}", *flags, devices=4)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        assert f"going on from the checkpoint of step {step}" in outputs[0]
+        assert "8 cpu device(s), 2 process(es)" in outputs[0]
+        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+        assert (tmp_path / "samples" / "final.png").exists()
+
+    @pytest.mark.parametrize(("index", "why"), [(1, "no sign of life for 5 s"), (0, "Connection refused")])
+    def test_one_dies(self, start, tmp_path, index, why):
+        flags = ("--config.train.num_steps=100000", "--config.log.sample_every_steps=0")
+        statuses, outputs = self.until_step(start, tmp_path, 14, index, signal.SIGKILL, *flags)
+        assert statuses[index] == -signal.SIGKILL
+        assert statuses[1 - index] == 1, outputs[1 - index]
+        step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+        assert outputs[1 - index].splitlines()[-1] == (
+            f"error: process {index} of 2 is gone ({why}), so process {1 - index} stops too; start the same command on "
+            f"every host again: it goes on from the checkpoint of step {step}"
+        )
+
+
+def test_the_page_names_tests_that_are_there():
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|") and line.endswith("` |")]
+    names = {(row.split("`")[-2]) for row in rows}
+    tests = {
+        f"{kind.__name__}::{name}"
+        for kind in (TestKills, TestDisk, TestTwoProcesses)
+        for name in vars(kind)
+        if name.startswith("test_")
+    }
+    assert names == tests
