@@ -193,13 +193,13 @@ class TestTwoProcesses:
         )
 
 
-def test_the_page_names_tests_that_are_there():
+def test_the_page_names_the_tests():
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|") and line.endswith("` |")]
-    names = {(row.split("`")[-2]) for row in rows}
+    names = {row.split("`")[-2] for row in rows}
     tests = {
         f"{kind.__name__}::{name}"
         for kind in (TestKills, TestDisk, TestTwoProcesses)
         for name in vars(kind)
         if name.startswith("test_")
     }
-    assert names == tests
+    assert {name for name in names if not name.startswith("tests/")} == tests
