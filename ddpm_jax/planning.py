@@ -122,8 +122,13 @@ class _Instruction:
     name: str
     arrays: tuple[_Array, ...]
     opcode: str
-    operands: tuple[str, ...]
+    arguments: str  # the operands, or a constant's value
     attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +225,14 @@ def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Progr
     text = compiled.as_text()
     collectives = parse_collectives(text, fsdp)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         flops=flops,
         traffic=memory_traffic(text),
         collectives=_merged(collectives),
         messages=len(collectives),
-        peak_memory=arguments + results - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        state_traffic=arguments + results,
+        peak_memory=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        state_traffic=state_traffic(text),
         xla_traffic=cost.get("bytes accessed", 0.0),
     )
 
@@ -235,10 +240,17 @@ def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Progr
 def memory_traffic(hlo: str) -> float:
     """Bytes that a compiled program moves from and to HBM: the operands and results of its operations that lie there.
 
-    Loops count as often as they run, if the compiler knows that; of several branches the most expensive counts.
+    Loops count as often as they run; of several branches the most expensive counts.
     """
     computations, entry = _parse(hlo)
     return _traffic(computations, entry)
+
+
+def state_traffic(hlo: str) -> float:
+    """Bytes of a compiled program's arguments and results: what it moves whatever it does with them."""
+    computations, entry = _parse(hlo)
+    ends = (i for i in computations[entry] if i.opcode == "parameter" or i.is_root)
+    return sum(array.bytes for instruction in ends for array in instruction.arrays)
 
 
 def parse_collectives(hlo: str, fsdp: int = 1) -> list[Collective]:
@@ -263,11 +275,11 @@ def _parse(hlo: str) -> tuple[Computations, str]:
                 current = computations.setdefault(found[2], [])
                 entry = found[2] if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            current.append(_instruction(found[2], found[3]))
+            current.append(_instruction(found[2], found[3], bool(found[1])))
     return computations, entry
 
 
-def _instruction(name: str, text: str) -> _Instruction:
+def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
@@ -276,8 +288,7 @@ def _instruction(name: str, text: str) -> _Instruction:
         _Array(_BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]", layout)))
         for kind, sizes, layout in _ARRAY.findall(shape)
     ]
-    operands = re.findall(r"%([\w.\-]+)", rest[opening:closing])
-    return _Instruction(name, tuple(arrays), rest[:opening], tuple(operands), rest[closing:])
+    return _Instruction(name, tuple(arrays), rest[:opening], rest[opening + 1 : closing - 1], rest[closing:], is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -290,12 +301,11 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no closing bracket in {text[:80]!r}")
 
 
-def _called(instruction: _Instruction) -> tuple[list[str], int]:
+def _called(computations: Computations, instruction: _Instruction) -> tuple[list[str], int]:
     """The computations of which the most expensive runs, and how often it does."""
     attributes = instruction.attributes
     if instruction.opcode == "while":
-        count = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-        return re.findall(r"\bbody=%?([\w.\-]+)", attributes), int(count[1]) if count else 1
+        return re.findall(r"\bbody=%?([\w.\-]+)", attributes), _trips(computations, attributes)
     if instruction.opcode == "conditional":
         branches = re.search(r"branch_computations=\{([^}]*)\}", attributes)
         if branches:
@@ -306,11 +316,25 @@ def _called(instruction: _Instruction) -> tuple[list[str], int]:
     return [], 1
 
 
+def _trips(computations: Computations, attributes: str) -> int:
+    """How often a loop of these attributes runs: as the compiler says, or as a counter from 0 to a constant does; 1 for
+    other loops."""
+    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes):
+        return int(count[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
+    instructions = computations[condition[1]] if condition else ()
+    constants = {i.name: int(i.arguments) for i in instructions if i.opcode == "constant" and i.arguments.isdecimal()}
+    for instruction in instructions:
+        if instruction.is_root and instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
+            return next((constants[name] for name in instruction.operands if name in constants), 1)
+    return 1
+
+
 def _traffic(computations: Computations, name: str) -> float:
     arrays = {instruction.name: instruction.arrays for instruction in computations[name]}
     total = 0.0
     for instruction in computations[name]:
-        inner, times = _called(instruction)
+        inner, times = _called(computations, instruction)
         if inner:
             total += times * max(_traffic(computations, computation) for computation in inner)
         else:
@@ -338,7 +362,7 @@ def _moved(instruction: _Instruction, arrays: Mapping[str, tuple[_Array, ...]]) 
 def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[Collective]:
     arrays = {instruction.name: instruction.arrays for instruction in computations[name]}
     for instruction in computations[name]:
-        inner, times = _called(instruction)
+        inner, times = _called(computations, instruction)
         for found in max((list(_collectives(computations, c, fsdp)) for c in inner), key=len, default=[]):
             yield from [found] * times
         kind = instruction.opcode.removesuffix("-start")

@@ -81,6 +81,30 @@ class TestMemoryTraffic:
         assert twenty - ten >= 10 * 4 * 3 * 256**2
         assert fifty - ten == 4 * (twenty - ten)
 
+    def test_a_loop_as_the_tpus_compiler_writes_it(self):
+        text = """
+%body (a: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %a = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %x = f32[256]{0:T(256)} get-tuple-element(%a), index=1
+  %negate = f32[256]{0:T(256)} negate(%x)
+  %i = s32[]{:T(128)} get-tuple-element(%a), index=0
+  ROOT %out = (s32[]{:T(128)}, f32[256]{0:T(256)}) tuple(%i, %negate)
+}
+
+%condition (b: (s32[], f32[256])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(50)
+  %b = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%b), index=0
+  ROOT %lt.0 = pred[]{:T(512)} compare(%count, %constant.3), direction=LT, metadata={op_name="lt"}
+}
+
+ENTRY %main (c: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %c = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  ROOT %while = (s32[]{:T(128)}, f32[256]{0:T(256)}) while(%c), condition=%condition, body=%body
+}
+"""
+        assert planning.memory_traffic(text) == 50 * 2 * 4 * 256
+
     def test_what_lies_in_the_chips_own_memory_is_left_out(self):
         # As the TPU's compiler writes: two copies and a slice into VMEM, S(1), there a sum, and its result to HBM.
         text = """

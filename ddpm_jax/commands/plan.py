@@ -217,11 +217,13 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology needs TPUs' compiler, which is not installed: pip install 'ddpm-jax[tpu]'")
     version, chips = found[1], math.prod(int(n) for n in found[2].split("x"))
-    config_lib.validate(config, chips)
-    # The compiler looks for the machine that it runs on otherwise.
+    # Set before anything asks jax for a device. Without these the compiler looks for a machine that it runs on, and
+    # keeps others from being planned at the same time.
     accelerator = {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(version, f"{version}-{2 * chips}")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": accelerator}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
+    config_lib.validate(config, chips)
     from jax.experimental import topologies
 
     try:
@@ -246,7 +248,7 @@ def model(
         "programs": {},
     }
     for name, task in tasks(config, mesh, names, num_classes, calls=None).items():
-        program, seconds = _compiled(task, mesh, f"{topology}, {chip.name}")
+        program, seconds = _compiled(task, mesh, f"{topology}, {chips} x {chip.name}")
         bounds = _bounds(chip, program)
         result["programs"][name] = {
             "title": task.title,
@@ -404,10 +406,11 @@ def _speed(config: ConfigDict, seconds: float, batch: int, chips: int) -> dict[s
 def table(result: dict[str, Any]) -> str:
     """The plan for people."""
     is_model, mesh = result["kind"] == "model", result["mesh"]
-    where = f"{result['topology']}, {result['chip']['name']}" if is_model else result["device"]
+    devices = f"{result['chips']} x {result['chip']['name'] if is_model else result['device']}"
+    where = f"{result['topology']}, {devices}" if is_model else devices
     lines = [
         f"{result['parameters']:,} parameters, {result['dtype']}, remat {result['remat']}, batch {result['batch']}, on "
-        f"{result['chips']} x {where}, mesh data {mesh['data']} fsdp {mesh['fsdp']}",
+        f"{where}, mesh data {mesh['data']} fsdp {mesh['fsdp']}",
         "A model, not a measurement: what the programs, compiled for these chips, ask of them at their peaks."
         if is_model
         else "Measured here, with zeros for weights and images.",
