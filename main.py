@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; only --mode=plan with --config can do without.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; only --mode=plan with --config can do without.")
 _MODES = {
     "train": "trains, or goes on from the last checkpoint",
     "sample": "images from noise",
@@ -146,7 +146,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
-    if _WORKDIR.value is None and not (_MODE.value == "plan" and _CONFIG.value is not None):
+    if not _WORKDIR.value and not (_MODE.value == "plan" and _CONFIG.value is not None):
         raise app.UsageError("--workdir must be given")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at INFO

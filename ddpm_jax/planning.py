@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,7 +79,7 @@ def matrix_flops(jaxpr: ClosedJaxpr) -> float:
     return _flops(jaxpr.jaxpr)
 
 
-def _flops(jaxpr: Jaxpr) -> float:
+def _flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -94,8 +95,9 @@ def _flops(jaxpr: Jaxpr) -> float:
         elif name == "cond":
             total += max(_flops(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = (value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr))
-            total += params.get("length", 1) * sum(_flops(getattr(value, "jaxpr", value)) for value in inner)
+            closed = [value.jaxpr for value in params.values() if isinstance(value, ClosedJaxpr)]
+            opened = [value for value in params.values() if isinstance(value, Jaxpr)]
+            total += params.get("length", 1) * sum(map(_flops, closed + opened))
     return total
 
 
@@ -222,9 +224,10 @@ def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Progr
       flops: of `matrix_flops`, one device's part.
       fsdp: size of the mesh's second axis; devices are numbered along it first.
     """
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     collectives = parse_collectives(text, fsdp)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         flops=flops,
@@ -376,7 +379,7 @@ def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[C
 
 
 def _groups(attributes: str) -> np.ndarray:
-    """The groups of devices that a collective joins, int [groups, devices], in any of the four ways to write them."""
+    """The groups of devices that a collective joins, int [groups, devices], in any of the ways to write them."""
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, source, order = (_numbers(text or "") for text in iota.groups())
         return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape)
@@ -400,7 +403,9 @@ def _merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
     totals: dict[tuple[str, int, bool], float] = defaultdict(float)
     for collective in collectives:
         totals[collective.kind, collective.devices, collective.along_data] += collective.bytes
-    return tuple(Collective(kind, size, *group) for (kind, *group), size in sorted(totals.items()))
+    return tuple(
+        Collective(kind, size, devices, along_data) for (kind, devices, along_data), size in sorted(totals.items())
+    )
 
 
 def on_more_chips(collectives: Iterable[Collective], factor: float) -> tuple[Collective, ...]:

@@ -67,12 +67,12 @@ class Task:
         return planning.matrix_flops(self.function.trace(*self.arguments).jaxpr)
 
 
-def plan(config: ConfigDict | None, workdir: str | None, topology: str | None, programs: Sequence[str]) -> None:
+def plan(config: ConfigDict | None, workdir: str, topology: str | None, programs: Sequence[str]) -> None:
     """Prints what a run costs, and writes it to plan.json of the workdir if there is one.
 
     Args:
       config: of the run; None: the one that lies in the workdir.
-      workdir: of the run, or None.
+      workdir: of the run; "": none.
       topology: a TPU slice such as "v5e:2x4", to compile for; None: measure on the devices here.
       programs: which of PROGRAMS to plan.
 
@@ -90,17 +90,17 @@ def plan(config: ConfigDict | None, workdir: str | None, topology: str | None, p
         chip, mesh = open_topology(topology, config)
         result = model(config, chip, mesh, topology, programs, num_classes)
     print(table(result))
-    if workdir is not None and jax.process_index() == 0:
+    if workdir and jax.process_index() == 0:
         write_text(workdir_lib.check_writable(workdir) / FILE, json.dumps(result, indent=2) + "\n")
 
 
-def _open(config: ConfigDict | None, path: str | None) -> tuple[ConfigDict, int]:
+def _open(config: ConfigDict | None, path: str) -> tuple[ConfigDict, int]:
     """The config, and the number of classes that its data set has."""
     if config is None:
-        if path is None:
+        if not path:
             raise UserError("--mode=plan needs --config, or the --workdir of a run")
         config = workdir_lib.read_config(path)
-    known = workdir_lib.read_dataset(path) if path is not None else None
+    known = workdir_lib.read_dataset(path) if path else None
     return config, len(known["class_names"]) if known and "class_names" in known else _NUM_CLASSES
 
 
@@ -426,7 +426,8 @@ def table(result: dict[str, Any]) -> str:
 def _model_lines(program: dict[str, Any], chip: dict[str, Any]) -> list[str]:
     lines = [
         _line("arithmetic", _amount(program["flops"], "FLOP"), program["arithmetic"]),
-        _line("memory traffic", _amount(program["traffic"], "B"), program["memory"]),
+        _line("memory traffic", _amount(program["traffic"], "B"), program["memory"])
+        + f"  {_amount(program['xla_traffic'], 'B')} by XLA's count, which has the chip's own memory in it",
         *(_line(f"{c['kind']} of {c['devices']}", _amount(c["bytes"], "B"), None) for c in program["collectives"]),
         _line(f"{program['messages']:.0f} messages", "", program["network"]),
         _line("a call", "", program["seconds"]) + f"  bound by {program['bound']}",

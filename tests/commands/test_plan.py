@@ -64,20 +64,20 @@ def test_without_a_topology_it_measures(tmp_path, capsys):
 )
 def test_a_topology_that_is_none(topology, sentence):
     with pytest.raises(UserError, match=sentence):
-        plan.plan(default_config(), None, topology, ["train"])
+        plan.plan(default_config(), "", topology, ["train"])
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="TPUs' compiler is installed")
 def test_no_compiler_for_tpus():
     with pytest.raises(UserError, match=r"ddpm-jax\[tpu\]"):
-        plan.plan(default_config(), None, "v5e:2x4", ["train"])
+        plan.plan(default_config(), "", "v5e:2x4", ["train"])
 
 
 def test_nothing_to_plan():
     with pytest.raises(UserError, match="needs --config, or the --workdir"):
-        plan.plan(None, None, None, ["train"])
+        plan.plan(None, "", None, ["train"])
     with pytest.raises(UserError, match="--programs has 'fly'"):
-        plan.plan(default_config(), None, None, ["fly"])
+        plan.plan(default_config(), "", None, ["fly"])
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="the extra tpu is not installed")
