@@ -16,6 +16,9 @@ Mix, vary, denoise or repair pictures, or watch how they come about:
 Make a workdir of other people's weights, or a folder for diffusers of a workdir:
   python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
   python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
+
+Know what a run costs before the machine is rented:
+  python main.py --mode=plan --config=configs/cifar10.py --config.model.dtype=bfloat16 --topology=v5e:2x4
 """
 
 import inspect
@@ -34,7 +37,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; only --mode=plan with --config can do without.")
 _MODES = {
     "train": "trains, or goes on from the last checkpoint",
     "sample": "images from noise",
@@ -48,6 +51,7 @@ _MODES = {
     "evaluate": "samples, or given images, judged against real ones",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
+    "plan": "what a run costs on a TPU that need not be here, or on what is here",
 }
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()))
 
@@ -123,6 +127,11 @@ _LIKELIHOOD_IMAGES = flags.DEFINE_integer(
 )
 _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
 
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "plan: a TPU slice to compile for, such as v5e:2x4; by default measures here."
+)
+_PROGRAMS = flags.DEFINE_list("programs", ["train", "sample", "evaluate"], "plan: which of these.")
+
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.", lower_bound=0)
@@ -148,6 +157,8 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
+    if not _WORKDIR.value and not (_MODE.value == "plan" and _CONFIG.value is not None):
+        raise app.UsageError("--workdir must be given")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         hush_checkpoints()
@@ -212,7 +223,7 @@ _WITHOUT = {
 
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
-    from ddpm_jax.commands import editing, evaluation, sampling, weights
+    from ddpm_jax.commands import editing, evaluation, plan, sampling, weights
     from ddpm_jax.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
@@ -228,6 +239,7 @@ def run_mode(mode: str) -> None:
         "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
         "import": weights.import_weights,
         "export": weights.export_weights,
+        "plan": plan.plan,
     }
     accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""

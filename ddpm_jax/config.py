@@ -63,7 +63,7 @@ def default_config() -> ConfigDict:
     model.upsample = "nearest"  # nearest or transposed
     model.class_conditional = False  # learn the classes of the data set
     model.dtype = "float32"  # bfloat16: what convolutions and matrix products compute in
-    model.remat = "none"  # blocks: recompute instead of keep, for memory
+    model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"

@@ -165,7 +165,7 @@ def test_an_int_is_a_float():
         ({"model__dropout": -0.1}, "config.model.dropout is -0.1"),
         ({"model__downsample": "stride"}, "downsample is 'stride'; accepted: conv, avg_pool, max_pool"),
         ({"model__upsample": "linear"}, "upsample is 'linear'; accepted: nearest, transposed"),
-        ({"model__remat": "all"}, "remat is 'all'; accepted: none, blocks"),
+        ({"model__remat": "all"}, "remat is 'all'; accepted: none, norms, blocks"),
         ({"data__height": 9}, "an image of 9x8 cannot be halved 1 times"),
         ({"data__width": 0}, "config.data.width is 0; at least 1"),
         ({"optimizer__name": "adamm"}, "Did you mean 'adam'?"),

@@ -85,7 +85,7 @@ class Features:
         for portion in regroup(map(self._checked, images), size):
             padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
             # The devices work on this batch while the one before it is fetched and used.
-            started = _run(apply, _place(padded, parallel.batch_sharding(mesh)), mesh)
+            started = judge(apply, _place(padded, parallel.batch_sharding(mesh)), mesh)
             if waiting:
                 yield self._fetched(*waiting, done)
                 done += waiting[1]
@@ -127,7 +127,8 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _run(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
+def judge(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
+    """The compiled program: features of a batch that is divided over the mesh, whole on every device."""
     output = {name: value.astype(jnp.float32) for name, value in apply(images).items()}
     return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))
 

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ddpm_jax.models import layers
 
@@ -53,7 +54,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", kernel_init(self.init_scale), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return layers.dense(x, kernel) + bias
+        return checkpoint_name(layers.dense(x, kernel) + bias, layers.KEPT)
 
 
 class Conv(nn.Module):
@@ -68,7 +69,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init(self.init_scale), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return layers.conv(x, kernel, ((1, 1), (1, 1))) + bias
+        return checkpoint_name(layers.conv(x, kernel, ((1, 1), (1, 1))) + bias, layers.KEPT)
 
 
 class GroupNorm(nn.Module):
@@ -98,7 +99,8 @@ class GroupNorm(nn.Module):
 class ResBlock(nn.Module):
     """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; plus the input.
 
-    Input [B, H, W, C] and the embedding [B, E], already through swish; output [B, H, W, features].
+    Input [B, H, W, C], the embedding [B, E], already through swish, and what a skip connection brings, [B, H, W, D], to
+    be joined to the input's channels; output [B, H, W, features].
     """
 
     features: int
@@ -109,7 +111,9 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, embedding: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+        if skip is not None:
+            x = jnp.concatenate([x, skip], axis=-1)
         h = nn.swish(GroupNorm(self.num_groups, name="norm_0")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
         width = self.features * (2 if self.scale_shift else 1)

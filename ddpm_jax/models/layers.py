@@ -9,11 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from ddpm_jax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+
+KEPT = "kept"  # name, for `jax.checkpoint`, of what is small or takes long to compute again
 
 _identity = jax.jit(lambda x: x)
 
@@ -153,6 +156,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
     inverse = lax.rsqrt(variance + epsilon)
     scale = jnp.broadcast_to(scale, (batch, channels)).reshape(grouped) * inverse
     bias = jnp.broadcast_to(bias, (batch, channels)).reshape(grouped) - mean * scale
+    scale, bias = checkpoint_name((scale, bias), KEPT)
     y = y * scale.reshape(batch, 1, 1, channels) + bias.reshape(batch, 1, 1, channels)
     return y.astype(x.dtype)
 
@@ -165,5 +169,5 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     channels = x.shape[-1]
     bits = jax.random.bits(key, (*x.shape[:-1], (channels + 1) // 2), jnp.uint32)
     bits = lax.bitcast_convert_type(bits, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :channels]
-    keep = bits >= round(rate * 2**16)
+    keep = checkpoint_name(bits >= round(rate * 2**16), KEPT)
     return jnp.where(keep, x / (1 - rate), 0)

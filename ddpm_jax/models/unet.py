@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models import layers
 from ddpm_jax.models.blocks import (
     AttentionBlock,
     Conv,
@@ -20,7 +21,7 @@ from ddpm_jax.models.blocks import (
 
 DOWNSAMPLING = ("conv", "avg_pool", "max_pool")
 UPSAMPLING = ("nearest", "transposed")
-REMAT = ("none", "blocks")
+REMAT = ("none", "norms", "blocks")
 CONDITIONING = ("label", "vector", "image", "tokens")
 
 
@@ -54,8 +55,9 @@ class UNet(nn.Module):
       learned_variance: the output has as many channels again, the variance's interpolation (Improved DDPM).
       num_classes: None, or how many classes `cond["label"]` may name. Label num_classes is the null class.
       dtype: what convolutions and matrix products compute in; parameters and output are float32.
-      remat: "blocks" recomputes each residual and attention block in the backward pass instead of keeping its
-        intermediate arrays.
+      remat: what the backward pass computes again instead of keeping it: "norms", in residual blocks all but their
+        convolutions, which is cheap where memory is slower than arithmetic; "blocks", all in residual and attention
+        blocks.
     """
 
     channels: int = 128
@@ -105,7 +107,9 @@ class UNet(nn.Module):
         out_channels = self.out_channels or x.shape[-1]
         common = {"num_groups": self.num_groups, "dtype": self.dtype}
         res_block, attention_block = ResBlock, AttentionBlock
-        if self.remat == "blocks":
+        if self.remat == "norms":
+            res_block = nn.remat(ResBlock, policy=jax.checkpoint_policies.save_only_these_names(layers.KEPT))
+        elif self.remat == "blocks":
             res_block, attention_block = nn.remat(ResBlock), nn.remat(AttentionBlock)
 
         embedding = timestep_embedding(t, self.channels)
@@ -118,10 +122,10 @@ class UNet(nn.Module):
             embedding += Dense(4 * self.channels, name="vector")(cond["vector"])
         embedding = nn.swish(embedding).astype(self.dtype)
 
-        def block(h: jax.Array, level: int, name: str, attention: bool) -> jax.Array:
+        def block(h: jax.Array, level: int, name: str, attention: bool, skip: jax.Array | None = None) -> jax.Array:
             features = self.channels * self.channel_multipliers[level]
             h = res_block(features, self.dropout, self.scale_shift, train=train, name=f"{name}_res", **common)(
-                h, embedding
+                h, embedding, skip
             )
             if attention:
                 h = attention_block(self.num_heads, self.attention_patch_size, name=f"{name}_attention", **common)(
@@ -150,8 +154,7 @@ class UNet(nn.Module):
 
         for level in reversed(range(last + 1)):
             for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(h, level, f"up_{level}_{i}", attends[level])
+                h = block(h, level, f"up_{level}_{i}", attends[level], skips.pop())
             if level > 0:
                 h = Upsample(self.upsample, dtype=self.dtype, name=f"up_{level}_upsample")(h)
 

@@ -8,6 +8,7 @@ import pytest
 
 from ddpm_jax.models import blocks
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.planning import matrix_flops
 
 SMALL = {
     "channels": 8,
@@ -245,21 +246,26 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_remat_has_the_same_gradients_with_dropout():
-    """Though it computes the convolutions of the forward pass twice."""
+    """Though it keeps less of the forward pass; norms computes no convolution twice, blocks does."""
     variables, x = randomised(UNet(**TINY)), X[:, :4, :4]
 
-    def gradients(**options):
-        net = UNet(**TINY, dropout=0.2, **options)
+    def gradients(remat):
+        net = UNet(**TINY, dropout=0.2, remat=remat)
         loss = lambda v: jnp.sum(net.apply(v, x, TIMES, train=True, rngs={"dropout": FAST}) ** 2)  # noqa: E731
         traced = jax.jit(jax.value_and_grad(loss)).trace(variables)
-        return traced.lower().compile()(variables), str(traced.jaxpr).count(" conv_general_dilated[")
+        kept = jax.eval_shape(lambda v: jax.tree.leaves(jax.vjp(loss, v)[1]), variables)
+        return traced.lower().compile()(variables), matrix_flops(traced.jaxpr), sum(x.size for x in kept)
 
-    (plain, once), (remat, twice) = gradients(), gradients(remat="blocks")
-    assert twice > once
+    (plain, once, all_kept) = gradients("none")
     # Some gradients, as of a key's bias, are zero but for rounding.
     noise = 1e-7 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()) + noise)
+    for remat, costs_more in (("norms", False), ("blocks", True)):
+        found, flops, kept = gradients(remat)
+        assert (flops > once) == costs_more
+        assert flops >= once
+        assert kept < 0.8 * all_kept
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(a).max()) + noise)
 
 
 def test_dropout_only_in_training():
@@ -282,7 +288,7 @@ def test_dropout_only_in_training():
     [
         ({"downsample": "pool"}, (1, 8, 8, 3), "downsample is 'pool'; accepted: conv, avg_pool, max_pool"),
         ({"upsample": "linear"}, (1, 8, 8, 3), "upsample is 'linear'; accepted: nearest, transposed"),
-        ({"remat": "all"}, (1, 8, 8, 3), "remat is 'all'; accepted: none, blocks"),
+        ({"remat": "all"}, (1, 8, 8, 3), "remat is 'all'; accepted: none, norms, blocks"),
         ({"attention_levels": (True,)}, (1, 8, 8, 3), "attention_levels has 1 entries for 2 levels"),
         ({}, (8, 8, 3), r"x must be \[B, H, W, C\], not of shape \(8, 8, 3\)"),
         ({}, (1, 8, 7, 3), "an image of 8x7 cannot be halved 1 times: .*divisible by 2"),

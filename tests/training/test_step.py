@@ -86,6 +86,7 @@ def plain():
     ("devices", "fsdp", "options"),
     [
         (8, 4, {"net_options": {"remat": "blocks"}}),
+        (1, 1, {"net_options": {"remat": "norms"}}),
         (4, 2, {"accumulation": 2, "steps_per_dispatch": 2}),
     ],
 )

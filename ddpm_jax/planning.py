@@ -1,0 +1,413 @@
+"""What a compiled program costs on a chip: its arithmetic, memory traffic and messages, and the time they bound.
+
+A roofline (Williams et al. 2009): a step takes at least as long as each of the chip's units is busy with it, at the
+unit's peak. It says what a program asks of a machine that need not be there, and is no measurement of it.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip.
+
+    Attributes:
+      name: as the maker calls it.
+      flops: bfloat16 multiplications and additions a second in matrix products.
+      bandwidth: bytes a second from and to its memory (HBM).
+      memory: bytes of that memory.
+      link: bytes a second that one port of the interconnect sends; 0: not known.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    link: float = 0.0
+
+
+# Google's pages on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). They give the interconnect's
+# bandwidth for all ports and both ways together: 400 GB/s for v5e's four ports, 1,200 for v5p's six, 800 for v6e's
+# four; v4's 2,400 Gbit/s are of six ports one way.
+TPUS = {
+    "v4": Chip("TPU v4", 275e12, 1200e9, 32e9, 50e9),
+    "v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, 50e9),
+    "v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, 100e9),
+    "v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, 100e9),
+}
+# NVIDIA's data sheets, dense bfloat16.
+_GPUS = {
+    "A100": Chip("A100", 312e12, 1555e9, 40e9),
+    "H100": Chip("H100", 989e12, 3350e9, 80e9),
+    "H200": Chip("H200", 989e12, 4800e9, 141e9),
+}
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that jax calls so, or None if its peaks are not in the table."""
+    if device_kind in _KINDS:
+        return TPUS[_KINDS[device_kind]]
+    return next((chip for name, chip in _GPUS.items() if name in device_kind), None)
+
+
+# Arithmetic, of the traced program.
+
+
+def matrix_flops(jaxpr: ClosedJaxpr) -> float:
+    """Multiplications and additions in the matrix products and convolutions of a traced program, of all devices.
+
+    All else is little beside them. A scan counts its body as often as it runs; of several branches the most expensive
+    counts, which is the formulation as written where a backend has a cheaper one.
+    """
+    return _flops(jaxpr.jaxpr)
+
+
+def _flops(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval, params["dimension_numbers"]
+            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # of one output feature, channels and all
+            dilation = math.prod(params["lhs_dilation"])  # the zeros in between are not multiplied
+            total += 2.0 * taps * equation.outvars[0].aval.size / dilation
+        elif name == "cond":
+            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            closed = [value.jaxpr for value in params.values() if isinstance(value, ClosedJaxpr)]
+            opened = [value for value in params.values() if isinstance(value, Jaxpr)]
+            total += params.get("length", 1) * sum(map(_flops, closed + opened))
+    return total
+
+
+# Memory traffic and messages, of the compiled program's text.
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4}
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+# What moves nothing, or whose bytes count where it started.
+_FREE = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"}
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    bytes: int
+    on_chip: bool  # in a memory of the chip's core (VMEM of a TPU) instead of HBM
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    arrays: tuple[_Array, ...]
+    opcode: str
+    arguments: str  # the operands, or a constant's value
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Messages of one kind among groups of devices.
+
+    Attributes:
+      kind: all-reduce, all-gather, ...
+      bytes: of the whole array that is reduced or put together, on one device.
+      devices: how many take part in each group.
+      along_data: whether a group joins devices of different places along the mesh's data axis.
+    """
+
+    kind: str
+    bytes: float
+    devices: int
+    along_data: bool = True
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, in a ring."""
+        share = (self.devices - 1) / self.devices
+        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one call of a program asks of each device.
+
+    Attributes:
+      flops: of matrix products and convolutions.
+      traffic: bytes from and to memory (HBM).
+      collectives: its messages, those of one kind and group together.
+      messages: how many there are.
+      peak_memory: bytes that its arguments, results and temporary arrays take.
+      state_traffic: bytes of the arguments and results, a part of `traffic` that does not depend on the batch.
+      xla_traffic: bytes by XLA's own count, which holds transfers within the chip and counts asynchronous ones twice.
+    """
+
+    flops: float
+    traffic: float
+    collectives: tuple[Collective, ...]
+    messages: float
+    peak_memory: float
+    state_traffic: float
+    xla_traffic: float
+
+    def over(self, calls: int) -> "Program":
+        """One of so many equal parts that follow one another."""
+        return dataclasses.replace(
+            self,
+            flops=self.flops / calls,
+            traffic=self.traffic / calls,
+            collectives=tuple(dataclasses.replace(c, bytes=c.bytes / calls) for c in self.collectives),
+            messages=self.messages / calls,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that each unit of a chip is busy at its peak; a step takes the longest of them, or more."""
+
+    arithmetic: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.arithmetic, self.memory, self.network)
+
+    @property
+    def bound(self) -> str:
+        """The unit that takes longest."""
+        return max(("arithmetic", "memory", "network"), key=lambda unit: getattr(self, unit))
+
+
+def roofline(chip: Chip, flops: float, traffic: float, collectives: Iterable[Collective]) -> Roofline:
+    """The bounds on a call with so many FLOP, bytes and messages a chip.
+
+    Messages go around a ring along one axis of the chips, both ways: through two ports.
+    """
+    sent = sum(collective.sent for collective in collectives)
+    return Roofline(flops / chip.flops, traffic / chip.bandwidth, sent / (2 * chip.link) if sent else 0.0)
+
+
+def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Program:
+    """Reads what a compiled program does.
+
+    Args:
+      compiled: the program.
+      flops: of `matrix_flops`, one device's part.
+      fsdp: size of the mesh's second axis; devices are numbered along it first.
+    """
+    text = compiled.as_text() or ""
+    collectives = parse_collectives(text, fsdp)
+    memory: Any = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        flops=flops,
+        traffic=memory_traffic(text),
+        collectives=_merged(collectives),
+        messages=len(collectives),
+        peak_memory=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+        state_traffic=state_traffic(text),
+        xla_traffic=cost.get("bytes accessed", 0.0),
+    )
+
+
+def memory_traffic(hlo: str) -> float:
+    """Bytes that a compiled program moves from and to HBM: the operands and results of its operations that lie there.
+
+    Loops count as often as they run; of several branches the most expensive counts.
+    """
+    computations, entry = _parse(hlo)
+    return _traffic(computations, entry)
+
+
+def state_traffic(hlo: str) -> float:
+    """Bytes of a compiled program's arguments and results: what it moves whatever it does with them."""
+    computations, entry = _parse(hlo)
+    ends = (i for i in computations[entry] if i.opcode == "parameter" or i.is_root)
+    return sum(array.bytes for instruction in ends for array in instruction.arrays)
+
+
+def parse_collectives(hlo: str, fsdp: int = 1) -> list[Collective]:
+    """The messages that a compiled program sends, those in loops as often as they run; `fsdp` as in `analyse`."""
+    computations, entry = _parse(hlo)
+    return list(_collectives(computations, entry, fsdp))
+
+
+Computations = Mapping[str, Sequence[_Instruction]]
+
+
+def _parse(hlo: str) -> tuple[Computations, str]:
+    """The instructions of every computation, and the name of the one that the program starts with."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if line.startswith("}"):
+            current = None
+        elif current is None:
+            found = _COMPUTATION.match(line)
+            if found:
+                current = computations.setdefault(found[2], [])
+                entry = found[2] if found[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current.append(_instruction(found[2], found[3], bool(found[1])))
+    return computations, entry
+
+
+def _instruction(name: str, text: str, is_root: bool) -> _Instruction:
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    shape, rest = text[:end], text[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    arrays = [
+        _Array(_BYTES[kind] * math.prod(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]", layout)))
+        for kind, sizes, layout in _ARRAY.findall(shape)
+    ]
+    return _Instruction(name, tuple(arrays), rest[:opening], rest[opening + 1 : closing - 1], rest[closing:], is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """One past the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"no closing bracket in {text[:80]!r}")
+
+
+def _called(computations: Computations, instruction: _Instruction) -> tuple[list[str], int]:
+    """The computations of which the most expensive runs, and how often it does."""
+    attributes = instruction.attributes
+    if instruction.opcode == "while":
+        return re.findall(r"\bbody=%?([\w.\-]+)", attributes), _trips(computations, attributes)
+    if instruction.opcode == "conditional":
+        branches = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+        if branches:
+            return re.findall(r"%?([\w.\-]+)", branches[1]), 1
+        return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", attributes), 1
+    if instruction.opcode in ("call", "async-start"):
+        return re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", attributes), 1
+    return [], 1
+
+
+def _trips(computations: Computations, attributes: str) -> int:
+    """How often a loop of these attributes runs: as the compiler says, or as a counter from 0 to a constant does; 1 for
+    other loops."""
+    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes):
+        return int(count[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
+    instructions = computations[condition[1]] if condition else ()
+    constants = {i.name: int(i.arguments) for i in instructions if i.opcode == "constant" and i.arguments.isdecimal()}
+    for instruction in instructions:
+        if instruction.is_root and instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
+            return next((constants[name] for name in instruction.operands if name in constants), 1)
+    return 1
+
+
+def _traffic(computations: Computations, name: str) -> float:
+    arrays = {instruction.name: instruction.arrays for instruction in computations[name]}
+    total = 0.0
+    for instruction in computations[name]:
+        inner, times = _called(computations, instruction)
+        if inner:
+            total += times * max(_traffic(computations, computation) for computation in inner)
+        else:
+            total += _moved(instruction, arrays)
+    return total
+
+
+def _moved(instruction: _Instruction, arrays: Mapping[str, tuple[_Array, ...]]) -> float:
+    """Bytes of an instruction's operands and results that lie in HBM."""
+    opcode, results = instruction.opcode, instruction.arrays
+    if opcode in _FREE or opcode.endswith("-done") or 'custom_call_target="ConcatBitcast"' in instruction.attributes:
+        return 0.0
+    if opcode == "copy-start":  # (destination, source, context)
+        return sum(results[0].bytes for array in results[:2] if not array.on_chip)
+    if opcode == "slice-start":  # ((source), slice, context)
+        return sum(results[1].bytes for array in results[:2] if not array.on_chip)
+    operands = [array for operand in dict.fromkeys(instruction.operands) for array in arrays.get(operand, ())]
+    if opcode in ("dynamic-slice", "gather", "slice"):  # what is taken, not all that it is taken from
+        operands = [dataclasses.replace(array, bytes=results[0].bytes) for array in operands[:1]]
+    elif opcode == "dynamic-update-slice":  # in place
+        operands, results = operands[1:2], tuple(operands[1:2])
+    return sum(array.bytes for array in (*operands, *results) if not array.on_chip)
+
+
+def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[Collective]:
+    arrays = {instruction.name: instruction.arrays for instruction in computations[name]}
+    for instruction in computations[name]:
+        inner, times = _called(computations, instruction)
+        for found in max((list(_collectives(computations, c, fsdp)) for c in inner), key=len, default=[]):
+            yield from [found] * times
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES and instruction.opcode != "async-start":
+            groups = _groups(instruction.attributes)
+            operands = sum(a.bytes for operand in instruction.operands for a in arrays.get(operand, ()))
+            devices = groups.shape[-1]
+            whole = operands * devices if kind == "all-gather" else operands
+            if devices > 1:
+                yield Collective(kind, whole, devices, len(np.unique(groups[0] // fsdp)) > 1)
+
+
+def _groups(attributes: str) -> np.ndarray:
+    """The groups of devices that a collective joins, int [groups, devices], in any of the ways to write them."""
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, source, order = (_numbers(text or "") for text in iota.groups())
+        return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape)
+    if along := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}:]*)\}", attributes):  # names of axes
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", along[1])}
+        joined = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", along[2])]
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = np.moveaxis(ids, joined, range(-len(joined), 0))
+        return ids.reshape(-1, math.prod(ids.shape[-len(joined) :]))
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    raise ValueError(f"no groups of devices in {attributes[:200]!r}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Those of one kind and group as one."""
+    totals: dict[tuple[str, int, bool], float] = defaultdict(float)
+    for collective in collectives:
+        totals[collective.kind, collective.devices, collective.along_data] += collective.bytes
+    return tuple(
+        Collective(kind, size, devices, along_data) for (kind, devices, along_data), size in sorted(totals.items())
+    )
+
+
+def on_more_chips(collectives: Iterable[Collective], factor: float) -> tuple[Collective, ...]:
+    """The same messages on a mesh whose data axis is longer by a factor."""
+    return tuple(dataclasses.replace(c, devices=round(c.devices * factor)) if c.along_data else c for c in collectives)

@@ -1,0 +1,231 @@
+"""What programs cost: arithmetic from the trace, memory traffic and messages from what XLA really compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from ddpm_jax import parallel, planning
+from ddpm_jax.models import layers
+from ddpm_jax.planning import Chip, Collective
+
+PRODUCT = 2 * 8 * 16 * 32
+CONV = 2 * 4 * 8 * 8 * 9 * 64 * 128
+
+
+def flops(function, *shapes):
+    return planning.matrix_flops(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)))
+
+
+def conv(x, kernel):
+    return layers.conv(x, kernel, ((1, 1), (1, 1)))
+
+
+def strided(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def gradient(function):
+    return jax.grad(lambda *arguments: jnp.sum(function(*arguments) ** 2), argnums=(0, 1))
+
+
+class TestMatrixFlops:
+    @pytest.mark.parametrize(
+        ("function", "shapes", "expected"),
+        [
+            (jnp.matmul, [(8, 16), (16, 32)], PRODUCT),
+            (gradient(jnp.matmul), [(8, 16), (16, 32)], 3 * PRODUCT),
+            (conv, [(4, 8, 8, 64), (3, 3, 64, 128)], CONV),  # with Winograd's formulation beside it
+            (gradient(conv), [(4, 8, 8, 64), (3, 3, 64, 128)], 3 * CONV),
+            (strided, [(4, 16, 16, 64), (3, 3, 64, 128)], CONV),
+            (gradient(strided), [(4, 16, 16, 64), (3, 3, 64, 128)], 3 * CONV),
+            (jax.jit(jax.checkpoint(jnp.matmul)), [(8, 16), (16, 32)], PRODUCT),
+        ],
+    )
+    def test_counts_two_for_each_product_and_sum(self, function, shapes, expected):
+        assert flops(function, *shapes) == expected
+
+    def test_a_loop_counts_as_often_as_it_runs(self):
+        def loop(x, w):
+            return lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+
+        assert flops(loop, (8, 16), (16, 16)) == 7 * 2 * 8 * 16 * 16
+
+    def test_of_two_branches_the_more_expensive_counts(self):
+        def branch(x, w):
+            return lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: jnp.zeros((8, 32)))
+
+        assert flops(branch, (8, 16), (16, 32)) == PRODUCT
+
+
+def compiled_text(function, *shapes, **options):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function, **options).lower(*arguments).compile().as_text()
+
+
+class TestMemoryTraffic:
+    def test_of_a_product_are_its_three_matrices(self):
+        assert planning.memory_traffic(compiled_text(jnp.matmul, (64, 128), (128, 256))) == 4 * (
+            64 * 128 + 128 * 256 + 64 * 256
+        )
+
+    def test_loops_count_as_often_as_they_run(self):
+        def loop(length):
+            return compiled_text(
+                lambda x, w: lax.scan(lambda x, _: (x @ w, None), x, length=length)[0], (256, 256), (256, 256)
+            )
+
+        ten, twenty, fifty = (planning.memory_traffic(loop(length)) for length in (10, 20, 50))
+        assert twenty - ten >= 10 * 4 * 3 * 256**2
+        assert fifty - ten == 4 * (twenty - ten)
+
+    def test_a_loop_as_the_tpus_compiler_writes_it(self):
+        text = """
+%body (a: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %a = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %x = f32[256]{0:T(256)} get-tuple-element(%a), index=1
+  %negate = f32[256]{0:T(256)} negate(%x)
+  %i = s32[]{:T(128)} get-tuple-element(%a), index=0
+  ROOT %out = (s32[]{:T(128)}, f32[256]{0:T(256)}) tuple(%i, %negate)
+}
+
+%condition (b: (s32[], f32[256])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(50)
+  %b = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%b), index=0
+  ROOT %lt.0 = pred[]{:T(512)} compare(%count, %constant.3), direction=LT, metadata={op_name="lt"}
+}
+
+ENTRY %main (c: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %c = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  ROOT %while = (s32[]{:T(128)}, f32[256]{0:T(256)}) while(%c), condition=%condition, body=%body
+}
+"""
+        assert planning.memory_traffic(text) == 50 * 2 * 4 * 256
+
+    def test_what_lies_in_the_chips_own_memory_is_left_out(self):
+        # As the TPU's compiler writes: two copies and a slice into VMEM, S(1), there a sum, and its result to HBM.
+        text = """
+ENTRY %main (x: f32[256], y: f32[256], z: f32[512]) -> f32[256] {
+  %x = f32[256]{0:T(256)} parameter(0)
+  %y = f32[256]{0:T(256)} parameter(1)
+  %z = f32[512]{0:T(512)} parameter(2)
+  %copy-start = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done = f32[256]{0:T(256)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[512]{0:T(512)}), f32[256]{0:T(256)S(1)}, s32[]{:S(2)}) slice-start(%z), slice={[0:256]}
+  %slice-done = f32[256]{0:T(256)S(1)} slice-done(%slice-start)
+  %joined = f32[256]{0:T(256)S(1)} custom-call(%slice-done), custom_call_target="ConcatBitcast"
+  ROOT %fusion = f32[256]{0:T(256)} fusion(%copy-done, %joined, /*index=2*/%y), kind=kLoop, calls=%fused
+}
+"""
+        assert planning.memory_traffic(text) == 4 * (256 + 256 + 256 + 256)
+
+
+class TestCollectives:
+    """On 8 virtual devices, 4 along data and 2 along fsdp."""
+
+    @pytest.mark.parametrize(
+        ("axes", "devices", "along_data"), [(("data", "fsdp"), 8, True), ("data", 4, True), ("fsdp", 2, False)]
+    )
+    @pytest.mark.parametrize(
+        ("kind", "message", "whole"),
+        [
+            ("all-reduce", lambda x, axes: lax.psum(x, axes), lambda devices: 4 * 1024),
+            ("all-gather", lambda x, axes: lax.all_gather(x, axes), lambda devices: 4 * 1024 * devices),
+            ("reduce-scatter", lambda x, axes: lax.psum_scatter(x, axes, tiled=True), lambda devices: 4 * 1024),
+            ("all-to-all", lambda x, axes: lax.all_to_all(x, axes, 0, 0, tiled=True), lambda devices: 4 * 1024),
+        ],
+    )
+    def test_found_in_what_xla_compiles(self, kind, message, whole, axes, devices, along_data):
+        mesh = parallel.make_mesh(data=4, fsdp=2)
+        function = jax.shard_map(
+            lambda x: message(x, axes), mesh=mesh, in_specs=P(), out_specs=P(mesh.axis_names), check_vma=False
+        )
+        (found,) = planning.parse_collectives(compiled_text(function, (1024,)), fsdp=2)
+        assert found == Collective(kind, whole(devices), devices, along_data)
+
+    def test_a_permutation(self):
+        mesh = parallel.make_mesh()
+        around = [(i, (i + 1) % 8) for i in range(8)]
+        function = jax.shard_map(
+            lambda x: lax.ppermute(x, "data", around), mesh=mesh, in_specs=P("data"), out_specs=P("data")
+        )
+        (found,) = planning.parse_collectives(compiled_text(function, (1024,)))
+        assert (found.kind, found.bytes, found.sent) == ("collective-permute", 512, 512)
+
+    def test_the_gradient_of_a_divided_batch_is_reduced_once(self):
+        mesh = parallel.make_mesh()
+        whole, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+        text = compiled_text(
+            jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)),
+            (16, 32),
+            (64, 16),
+            in_shardings=(whole, rows),
+            out_shardings=whole,
+        )
+        assert planning.parse_collectives(text) == [Collective("all-reduce", 4 * 16 * 32, 8, True)]
+
+    def test_on_one_device_there_are_none(self):
+        assert planning.parse_collectives(compiled_text(jnp.matmul, (8, 16), (16, 32))) == []
+
+
+class TestRoofline:
+    CHIP = Chip("chip", flops=100.0, bandwidth=10.0, memory=1.0, link=2.0)
+
+    @pytest.mark.parametrize(
+        ("kind", "sent"),
+        [("all-reduce", 2 * 3 / 4), ("all-gather", 3 / 4), ("reduce-scatter", 3 / 4), ("collective-permute", 1.0)],
+    )
+    def test_messages_go_around_a_ring(self, kind, sent):
+        assert Collective(kind, 80.0, 4).sent == 80.0 * sent
+
+    @pytest.mark.parametrize(
+        ("flops", "traffic", "size", "bound", "seconds"),
+        [(300.0, 20.0, 4.0, "arithmetic", 3.0), (300.0, 50.0, 4.0, "memory", 5.0), (300.0, 20.0, 16.0, "network", 6.0)],
+    )
+    def test_takes_the_longest_of_the_three(self, flops, traffic, size, bound, seconds):
+        found = planning.roofline(self.CHIP, flops, traffic, [Collective("all-reduce", size, 4)])
+        assert (found.bound, found.seconds) == (bound, seconds)
+
+    def test_no_messages_take_no_time_on_a_chip_without_known_links(self):
+        assert planning.roofline(Chip("gpu", 1.0, 1.0, 1.0), 1.0, 1.0, []).network == 0
+
+    def test_a_longer_data_axis_lengthens_its_messages_alone(self):
+        inner, across = Collective("all-gather", 1.0, 2, along_data=False), Collective("all-reduce", 1.0, 4)
+        assert planning.on_more_chips([inner, across], 8) == (inner, Collective("all-reduce", 1.0, 32))
+
+
+def test_an_analysis_holds_together():
+    mesh = parallel.make_mesh()
+    whole, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    step = jax.jit(
+        lambda w, x: w - jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w), in_shardings=(whole, rows), out_shardings=whole
+    )
+    shapes = jax.ShapeDtypeStruct((16, 32), np.float32), jax.ShapeDtypeStruct((64, 16), np.float32)
+    program = planning.analyse(step.lower(*shapes).compile(), 1000.0)
+    state = 4 * (16 * 32 + 8 * 16 + 16 * 32)
+    assert program.state_traffic == state
+    assert program.peak_memory >= state
+    assert program.traffic >= state
+    assert program.messages == 1
+    half = program.over(2)
+    assert (half.flops, half.traffic, half.messages) == (500.0, program.traffic / 2, 0.5)
+    assert half.collectives[0].bytes == program.collectives[0].bytes / 2
+    assert half.peak_memory == program.peak_memory
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5", "TPU v5p"),
+        ("TPU v6 lite", "TPU v6e"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("cpu", None),
+    ],
+)
+def test_chips_by_what_jax_calls_them(kind, name):
+    chip = planning.chip_of(kind)
+    assert (chip and chip.name) == name
