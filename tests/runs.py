@@ -38,7 +38,7 @@ TINY = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how often the run of tests/test_survival.py is killed")
+    parser.addoption("--kills", type=int, default=2, help="how often the run of tests/test_survival.py is killed")
 
 
 @pytest.fixture(scope="session")
