@@ -58,6 +58,13 @@ class TestTraining:
             assert line["frechet_distance_digits"] > 0
         assert found[1]["bits_per_dim"] < found[0]["bits_per_dim"]
         assert_same_checkpoint(tmp_path, trained[0])
+        # As if it had been killed after the last checkpoint and before the evaluation.
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        assert metrics(tmp_path)[-1] != found[1]
+        status, output = call(f"--workdir={tmp_path}", *(f"--config.evaluate.{flag}" for flag in flags))
+        assert status == 0, output
+        assert metrics(tmp_path)[-1] | {"time": 0} == found[1] | {"time": 0}
 
     def test_divergence_stops_and_keeps_the_last_good_checkpoint(self, call, tmp_path):
         flags = (
