@@ -163,13 +163,13 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         hush_checkpoints()
     # Imported here so that --help and a misspelt flag are answered at once.
-    from ddpm_jax import parallel, peers
+    from ddpm_jax import parallel, processes
     from ddpm_jax.errors import UserError
 
     try:
         parallel.keep_freed_memory()
         parallel.keep_compiled_programs(_COMPILATION_CACHE.value)
-        with peers.job(
+        with processes.job(
             _COORDINATOR.value,
             _NUM_PROCESSES.value,
             _PROCESS_ID.value,

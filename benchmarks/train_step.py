@@ -49,10 +49,7 @@ def ours(network):
         config_lib.make_schedule_from(config),
         optimizer,
         mesh,
-        seed=0,
-        flip=config.data.flip,
-        timestep_sampler=config.diffusion.timestep_sampler,
-        **config_lib.loss_options(config),
+        **config_lib.step_options(config),
     )
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
     batch = {"image": images, "label": np.zeros(batch_size, np.int32)}

@@ -1,4 +1,4 @@
-"""The embedded digits, 8x8 grey: a whole run in under five minutes on two CPU cores.
+"""The embedded digits, 8x8 grey: a whole run in four to six minutes on two CPU cores.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 

@@ -143,6 +143,7 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     "train.num_steps",
     "train.steps_per_dispatch",
+    "model.remat",
     "mesh",
     "log",
     "evaluate",
@@ -472,6 +473,19 @@ def loss_options(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `training_loss`."""
     names = ("prediction", "variance", "loss", "weighting", "vlb_weight")
     return {name: config.diffusion[name] for name in names}
+
+
+def step_options(config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `make_train_step` that the config fixes, but for the steps per dispatch."""
+    return {
+        "seed": config.seed,
+        "flip": config.data.flip,
+        "class_conditional": config.model.class_conditional,
+        "label_dropout": config.train.label_dropout,
+        "timestep_sampler": config.diffusion.timestep_sampler,
+        "accumulation": config.train.accumulation,
+        **loss_options(config),
+    }
 
 
 def sampling_options(config: ConfigDict) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class ProgressBar:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        began, start = self._first if self._first and self.done > self._first[1] else (self._began, self.start)
+        began, start = self._first or (self._began, self.start)  # the first step itself says nothing of the others
         elapsed, done = time.monotonic() - began, self.done - start
         left = f", {format_seconds(elapsed / done * (self.total - self.done))} left" if done else ""
         parts = [f"{self.description} {self.done}/{self.total}", text]

@@ -415,7 +415,8 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
         raise UserError(f"{str(path)!r} has no checkpoint yet")
     num_classes = len(dataset["class_names"])
     net = config_lib.make_model(config, num_classes)
-    mesh = parallel.make_mesh(fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # of -1 too
+    devices, fsdp = jax.device_count(), config.mesh.fsdp
+    mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))
     shapes = config_lib.param_shapes(config, num_classes)
     wanted = parallel.laid(shapes, parallel.state_shardings(mesh, shapes))
     checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)

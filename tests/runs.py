@@ -38,7 +38,7 @@ TINY = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often the run of tests/test_survival.py is killed")
+    parser.addoption("--kills", type=int, default=4, help="how often the run of tests/test_survival.py is killed")
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def start(data_dir, tmp_path_factory):
             env={
                 **os.environ,
                 **cache,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
                 **environment,
             },
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -86,6 +87,19 @@ class TestTraining:
         assert "8 cpu device(s)" in output
         ours, reference = checkpoint(tmp_path)["params"], checkpoint(trained[0])["params"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
+
+    def test_several_steps_at_once_on_a_mesh_that_divides_the_state(self, trained, call, tmp_path):
+        """From a checkpoint within a group of steps, to an end within another; logged where the groups end."""
+        shutil.copytree(trained[0], tmp_path / "run")
+        for step in (18, 24):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+        flags = ("--config.train.steps_per_dispatch=5", "--config.mesh.fsdp=2")
+        status, output = call(f"--workdir={tmp_path / 'run'}", *flags, devices=2)
+        assert status == 0, output
+        assert "going on from the checkpoint of step 12" in output
+        ours, reference = checkpoint(tmp_path / "run")["params"], checkpoint(trained[0])["params"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
+        assert [line["step"] for line in metrics(tmp_path / "run")] == [*range(2, 13, 2), 15, 20, 24]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_time_left_counts_from_the_start_of_this_process():
         "bar = ProgressBar('training', 40, start=10, interval=None)\n"
         "bar.report('resumed')\n"
         "now += 10\n"
-        "bar.update(20)\n"
+        "bar.done = 20\n"
         "bar.report('going')\n"
     )
     assert lines == ["training 10/40  resumed", "training 20/40  going, 0:20 left"]
@@ -103,7 +103,7 @@ def test_time_left_leaves_out_the_wait_for_the_first_step():
         "    now += 20\n"
         "    bar.update(11, 100)\n"
     )
-    assert lines == ["sampling 1/100, 1:39:00 left", "sampling 11/100, 2:58 left"]
+    assert lines == ["sampling 1/100", "sampling 11/100, 2:58 left"]
 
 
 def test_updates_give_a_line_every_interval_and_at_the_end():

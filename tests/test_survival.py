@@ -153,15 +153,7 @@ class TestDisk:
 
 
 class TestTwoProcesses:
-    """In real processes of 2, then 4 devices each, joined over loopback; with --kills=20 only.
-
-    Gloo gives the processes 30 s to meet, which a busy machine with two cores may not keep.
-    """
-
-    @pytest.fixture(autouse=True)
-    def thorough(self, request):
-        if request.config.getoption("--kills") < 20:
-            pytest.skip("takes minutes of an idle machine; --kills=20 runs it")
+    """In real processes of 2, then 4 devices each, joined over loopback."""
 
     def until_step(self, start, workdir, step, index, number, *flags):
         """Sends a signal to one of two processes at a step; the statuses and outputs of both."""

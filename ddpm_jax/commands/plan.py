@@ -125,13 +125,7 @@ def train_task(config: ConfigDict, mesh: Mesh, num_classes: int) -> Task:
         config_lib.make_schedule_from(config),
         optimizer,
         mesh,
-        seed=config.seed,
-        flip=config.data.flip,
-        class_conditional=config.model.class_conditional,
-        label_dropout=config.train.label_dropout,
-        timestep_sampler=config.diffusion.timestep_sampler,
-        accumulation=config.train.accumulation,
-        **config_lib.loss_options(config),
+        **config_lib.step_options(config),
     )
 
     def create() -> Any:

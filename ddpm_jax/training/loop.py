@@ -1,5 +1,6 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
+import itertools
 import json
 import math
 import signal
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import images, parallel, workdir
+from ddpm_jax import images, parallel, processes, workdir
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import FolderSource, Source, open_source
@@ -229,14 +230,8 @@ class _Training:
             self.schedule,
             self.optimizer,
             self.mesh,
-            seed=config.seed,
-            flip=config.data.flip,
-            class_conditional=config.model.class_conditional,
-            label_dropout=config.train.label_dropout,
-            timestep_sampler=config.diffusion.timestep_sampler,
-            accumulation=config.train.accumulation,
             steps_per_dispatch=config.train.steps_per_dispatch,
-            **config_lib.loss_options(config),
+            **config_lib.step_options(config),
         )
         whole = parallel.replicated(self.mesh)
         zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
@@ -253,6 +248,12 @@ class _Training:
 
         self._say("compiling the training step ...")
         compile_began = time.monotonic()
+        first = next(batches)
+        compiled = train_step.lower(state, metrics, first).compile()
+        self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
+        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
+
+        batches.waited = 0.0
         last_saved, last_save_time = first_step, time.monotonic()
         interval_began, interval_step = time.monotonic(), first_step
         in_flight: deque[Metrics] = deque()
@@ -262,11 +263,10 @@ class _Training:
             jax.transfer_guard("disallow"),  # nothing goes to or from the devices but what says so
         ):
             step = first_step
-            for batch in batches:
-                state, metrics = train_step(state, metrics, batch)
-                if step == first_step:
-                    self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
-                    interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
+            for batch in itertools.chain([first], batches):
+                # At the ends of a run, several steps at once may be fewer.
+                program = compiled if batch["image"].shape == first["image"].shape else train_step
+                state, metrics = program(state, metrics, batch)
                 before, step = step, step + (len(batch["image"]) if config.train.steps_per_dispatch > 1 else 1)
                 is_due = partial(_is_passed, before, step)
                 # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.

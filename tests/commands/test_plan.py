@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import TINY
 from tiny import make_run
 
 from ddpm_jax.commands import plan
@@ -16,15 +17,6 @@ from ddpm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-TINY = [
-    "--config=configs/digits.py",
-    "--config.model.channels=8",
-    "--config.model.num_groups=4",
-    "--config.model.channel_multipliers=(1,)",
-    "--config.model.middle_attention=False",
-    "--config.diffusion.num_timesteps=10",
-    "--config.log.sample_steps=0",
-]
 
 
 def call(*arguments):
@@ -84,7 +76,12 @@ def test_nothing_to_plan():
 @pytest.mark.slow
 class TestCompiledForTPUs:
     def test_costs_and_ladder(self, tmp_path):
-        arguments = ("--programs=train,sample", "--topology=v5e:2x4", f"--workdir={tmp_path}")
+        arguments = (
+            "--programs=train,sample",
+            "--topology=v5e:2x4",
+            f"--workdir={tmp_path}",
+            "--config.train.batch_size=64",
+        )
         status, output = call(*TINY, *arguments)
         assert status == 0, output
         assert "A model, not a measurement" in output

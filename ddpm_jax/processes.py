@@ -90,6 +90,12 @@ def job(
         peers.end()
 
 
+def meet(name: str) -> None:
+    """Waits for all processes of the job to come here, however long they take; each name once."""
+    if distributed.global_state.client is not None:
+        distributed.global_state.client.wait_at_barrier(f"ddpm_jax/{name}", _WEEK_MS)
+
+
 def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if text is None:
@@ -176,12 +182,12 @@ class _Peers:
         self.client = distributed.global_state.client
         _last_word.say = self._why_aborted
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
         """When all have come here."""
-        self.client.wait_at_barrier("ddpm_jax/end", _WEEK_MS)
+        meet("end")
         self._ended.set()
         self._thread.join()
         jax.distributed.shutdown()

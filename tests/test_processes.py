@@ -9,7 +9,7 @@ import sys
 import pytest
 from runs import free_port
 
-from ddpm_jax import peers
+from ddpm_jax import processes
 from ddpm_jax.errors import UserError
 
 
@@ -24,41 +24,41 @@ from ddpm_jax.errors import UserError
     ],
 )
 def test_refuses_what_does_not_fit(arguments, message):
-    with pytest.raises(UserError, match=re.escape(message)), peers.job(**arguments):
+    with pytest.raises(UserError, match=re.escape(message)), processes.job(**arguments):
         pass
 
 
 def test_nothing_is_done_for_a_job_of_one():
-    with peers.job():
-        assert peers._last_word.say() == ""
+    with processes.job():
+        assert processes._last_word.say() == ""
 
 
 def test_wrong_number_in_the_environment(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"), peers.job(automatic=True):
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two'"), processes.job(automatic=True):
         pass
 
 
 def test_port_of_process_0_is_taken():
     with socket.create_server(("", 0)) as server:
         coordinator = f"localhost:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match="cannot have port"), peers.job(coordinator, 2, 0):
+        with pytest.raises(UserError, match="cannot have port"), processes.job(coordinator, 2, 0):
             pass
 
 
 def test_process_0_does_not_answer():
     coordinator = f"localhost:{free_port()}"
-    with pytest.raises(UserError, match="did not answer for 1 s"), peers.job(coordinator, 2, 1, start_timeout=1):
+    with pytest.raises(UserError, match="did not answer for 1 s"), processes.job(coordinator, 2, 1, start_timeout=1):
         pass
 
 
 JOB = """
 import sys
-from ddpm_jax import peers
+from ddpm_jax import processes
 from ddpm_jax.errors import UserError
 
 try:
-    with peers.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=2, advice=lambda: "go on"):
+    with processes.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=2, advice=lambda: "go on"):
         if len(sys.argv) == 3:
             raise UserError(sys.argv[2])
         while True:
