@@ -76,7 +76,7 @@ def matrix_flops(jaxpr: ClosedJaxpr) -> float:
     All else is little beside them. A scan counts its body as often as it runs; of several branches the most expensive
     counts, which is the formulation as written where a backend has a cheaper one.
     """
-    return _flops(jaxpr.jaxpr)
+    return _flops(jaxpr)
 
 
 def _flops(jaxpr: Any) -> float:
@@ -93,11 +93,10 @@ def _flops(jaxpr: Any) -> float:
             dilation = math.prod(params["lhs_dilation"])  # the zeros in between are not multiplied
             total += 2.0 * taps * equation.outvars[0].aval.size / dilation
         elif name == "cond":
-            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+            total += max(_flops(branch) for branch in params["branches"])
         else:
-            closed = [value.jaxpr for value in params.values() if isinstance(value, ClosedJaxpr)]
-            opened = [value for value in params.values() if isinstance(value, Jaxpr)]
-            total += params.get("length", 1) * sum(map(_flops, closed + opened))
+            inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+            total += params.get("length", 1) * sum(map(_flops, inner))
     return total
 
 
