@@ -1,6 +1,7 @@
 """The command line as its users meet it: real processes on real files."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -217,6 +218,44 @@ class TestSampling:
     def test_refuses_bad_requests(self, trained, options, message):
         with pytest.raises(ddpm_jax.UserError, match=message):
             ddpm_jax.load(trained[0]).sample(**options)
+
+
+class TestInstalled:
+    """`python -m ddpm_jax` away from the source tree, with the configs that come with the package."""
+
+    def call(self, folder, *flags):
+        command = [sys.executable, "-m", "ddpm_jax", *flags]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout + done.stderr
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["digits_classes", "configs/digits_classes.py"])
+    def test_finds_the_configs(self, tmp_path, name):
+        tiny = ("model.channels=8", "model.num_groups=4", "train.num_steps=1", "sample.num_images=8")
+        flags = (f"--config={name}", "--workdir=run", "--config.sample.num_steps=2")
+        status, output = self.call(tmp_path, *flags, *(f"--config.{field}" for field in tiny))
+        assert status == 0, output
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["label_dropout"] == 0.15
+
+    def test_names_them(self, tmp_path):
+        assert self.call(tmp_path, "--config=cifar11") == (
+            1,
+            "error: --config is 'cifar11', which is not a file; configs/ has celebahq256.py, cifar10.py, "
+            "cifar10_article.py, digits.py, digits_classes.py, folder.py, lsun_bedroom.py, lsun_cat.py, "
+            "lsun_church.py\n",
+        )
+
+    def test_a_file_that_is_no_config(self, tmp_path):
+        (tmp_path / "mine.py").touch()
+        status, output = self.call(tmp_path, "--config=mine.py", "--workdir=run")
+        assert status == 1
+        assert output.startswith("error: the file of --config has no function get_config")
+
+    def test_help_lists_the_flags(self, tmp_path):
+        _, output = self.call(tmp_path, "--help")
+        assert "--guidance_scale" in output
+        assert output.startswith("Denoising Diffusion Probabilistic Models in JAX")
 
 
 BAD = [

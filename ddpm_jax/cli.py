@@ -1,0 +1,340 @@
+"""Denoising Diffusion Probabilistic Models in JAX: trains a run, samples from it, edits pictures, exchanges weights.
+
+Train, or go on from the last checkpoint:
+  python main.py --config=configs/digits.py --workdir=runs/digits
+  python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.train.batch_size=64
+
+Sample from a workdir; the config lies in it:
+  python main.py --mode=sample --workdir=runs/digits --num_images=256 --seed=1 --output=png
+  python main.py --mode=sample --workdir=runs/digits --images=0-49999 --sampler=dpmpp_2m --num_steps=20
+
+Mix, vary, denoise or repair pictures, or watch how they come about:
+  python main.py --mode=interpolate --workdir=runs/digits --input=a.png,b.png
+  python main.py --mode=inpaint --workdir=runs/digits --input=a.png --mask=hole.png --times=5
+  python main.py --mode=progressive --workdir=runs/digits
+
+Make a workdir of other people's weights, or a folder for diffusers of a workdir:
+  python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
+  python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
+
+Know what a run costs before the machine is rented:
+  python main.py --mode=plan --config=configs/cifar10.py --config.model.dtype=bfloat16 --topology=v5e:2x4
+"""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    from ddpm_jax.commands.job import Job
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; only --mode=plan with --config can do without.")
+_MODES = {
+    "train": "trains, or goes on from the last checkpoint",
+    "sample": "images from noise",
+    "interpolate": "between two pictures",
+    "vary": "other pictures like given ones",
+    "denoise": "clean pictures of noisy ones",
+    "inpaint": "a part of a picture painted anew",
+    "progressive": "the way from noise to image",
+    "coarse_to_fine": "images that share the beginning of that way",
+    "neighbours": "samples and the training images nearest to them",
+    "evaluate": "samples, or given images, judged against real ones",
+    "import": "a workdir of other people's weights",
+    "export": "a run's weights for others",
+    "plan": "what a run costs on a TPU that need not be here, or on what is here",
+}
+_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()))
+
+_INIT_FROM = flags.DEFINE_string("init_from", None, "train: start from the averaged weights of this workdir.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "import: a diffusers folder, its name on the Hugging Face hub, or an exported .safetensors file."
+)
+
+# Which weights, and how to sample with them.
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
+_EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Which moving average; by default the config's first.")
+_RAW = flags.DEFINE_bool("raw", False, "The weights as trained instead of a moving average.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; by default the config's.", lower_bound=1)
+_OPTIONS = {
+    "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc."),
+    "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
+    "spacing": flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras."),
+    "eta": flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1."),
+    "clip": flags.DEFINE_bool("clip", None, "The predicted x_0 to [-1, 1]."),
+    "dynamic_threshold": flags.DEFINE_float("dynamic_threshold", None, "A quantile for dynamic thresholding."),
+    "order": flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3."),
+    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "Of classes: 1 is none, more exaggerates them."),
+    "guidance_rescale": flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast."),
+}
+_TIMESTEPS = flags.DEFINE_list("timesteps", None, "The timesteps themselves, descending, in place of num_steps.")
+_GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST timestep to guide.")
+_CLASSES = flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; a grid has a row for each.")
+
+# What to make, and where to write it.
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "How many images; by default the config's, or 8 a row.", lower_bound=1
+)
+_IMAGES = flags.DEFINE_string("images", None, "sample: numbers FIRST-LAST, in .npz shards; goes on where it stopped.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1000, "sample with --images: images a shard.")
+_PART = flags.DEFINE_string("part", "0/1", "sample with --images: I/N, the I-th of N processes that share the shards.")
+_OUTPUT = flags.DEFINE_enum("output", "grid", ["grid", "png", "npz"], "sample: one picture, many, or an array.")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Where to write; by default a name in WORKDIR/samples. "
+    "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
+)
+_INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
+_MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
+_T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
+_WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
+_LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
+_JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps that RePaint runs again at a time.", lower_bound=1)
+_TIMES = flags.DEFINE_integer("times", 1, "inpaint: how often RePaint runs them; 1: not again.", lower_bound=1)
+_NUM_STAGES = flags.DEFINE_integer("num_stages", None, "progressive: pictures on the way, 10 or so.", lower_bound=2)
+_OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: what the network sees in the noise, or the noise.")
+_NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: a sample.", lower_bound=1)
+
+_FEATURES = flags.DEFINE_string(
+    "features",
+    None,
+    "evaluate: digits, a classifier of the embedded digits; inception, FID's, fetched once; or its weights' file.",
+)
+_AGAINST = flags.DEFINE_string(
+    "against", "data", "evaluate: real images: data (the run's), a folder, a .npz or .npy, or a reference file."
+)
+_GENERATED = flags.DEFINE_string(
+    "generated", None, "evaluate: images to judge instead of samples: a folder, .npz or shards."
+)
+_LIKELIHOOD = flags.DEFINE_string(
+    "likelihood", "estimate", "evaluate: bits/dim by an estimate of the bound, the whole bound, the flow, or none."
+)
+_LIKELIHOOD_IMAGES = flags.DEFINE_integer(
+    "likelihood_images", 256, "evaluate: of how many training images.", lower_bound=2
+)
+_SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "plan: a TPU slice to compile for, such as v5e:2x4; by default measures here."
+)
+_PROGRAMS = flags.DEFINE_list("programs", ["train", "sample", "evaluate"], "plan: which of these.")
+
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Several hosts: learn all that from the TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Several hosts: seconds in which all must have come together.", lower_bound=1
+)
+_SILENCE_TIMEOUT = flags.DEFINE_integer(
+    "silence_timeout", 60, "Several hosts: seconds after which a silent process is gone, and all end.", lower_bound=1
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs for the next start; by default one in the user's cache; off: none.",
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
+    if not _WORKDIR.value and not (_MODE.value == "plan" and _CONFIG.value is not None):
+        raise app.UsageError("--workdir must be given")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+        hush_checkpoints()
+    # Imported here so that --help and a misspelt flag are answered at once.
+    from ddpm_jax import parallel, processes
+    from ddpm_jax.errors import UserError
+
+    try:
+        parallel.keep_freed_memory()
+        parallel.keep_compiled_programs(_COMPILATION_CACHE.value)
+        with processes.job(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            automatic=_DISTRIBUTED.value,
+            start_timeout=_START_TIMEOUT.value,
+            silence_timeout=_SILENCE_TIMEOUT.value,
+            advice=advice,
+        ):
+            run_mode(_MODE.value)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def hush_checkpoints() -> None:
+    """Leaves a failed save to the one sentence that is raised for it.
+
+    Orbax logs the same with a traceback, and then asyncio and TensorStore do so for every array.
+    """
+    logging.get_absl_handler().addFilter(lambda record: not {"orbax", "asyncio"} & {*Path(record.pathname).parts})
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
+def advice() -> str:
+    """What to do when a multi-host job went down."""
+    again = "start the same command on every host again"
+    if _MODE.value != "train":
+        return again
+    from ddpm_jax.checkpoints import newest_step
+
+    step = newest_step(Path(_WORKDIR.value).expanduser())
+    return f"{again}: " + ("it begins anew" if step is None else f"it goes on from the checkpoint of step {step}")
+
+
+# What a mode's function has no use for among the flags of a job.
+_WITHOUT = {
+    "interpolate": {"timesteps"},
+    "interpolate_latents": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"} - {"num_steps", "spacing"},
+    "vary": {"timesteps"},
+    "denoise": {"timesteps"},
+    "inpaint": {"timesteps"},
+    "coarse_to_fine": {"timesteps"},
+    "evaluate": {"out"},
+    "export_weights": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"},
+}
+
+
+def run_mode(mode: str) -> None:
+    """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
+    from ddpm_jax.commands import editing, evaluation, plan, sampling, weights
+    from ddpm_jax.errors import UserError
+
+    functions: dict[str, Callable[..., Any]] = {
+        "train": train,
+        "sample": sampling.sample if _IMAGES.value is None else sampling.sample_shards,
+        "interpolate": editing.interpolate_latents if _LATENTS.value else editing.interpolate,
+        "vary": editing.vary,
+        "denoise": editing.denoise,
+        "inpaint": editing.inpaint,
+        "progressive": sampling.progressive,
+        "coarse_to_fine": editing.coarse_to_fine,
+        "neighbours": sampling.neighbours,
+        "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
+        "import": weights.import_weights,
+        "export": weights.export_weights,
+        "plan": plan.plan,
+    }
+    accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
+    variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
+    every: list[Callable[..., Any]] = [
+        *functions.values(),
+        sampling.sample,
+        sampling.sample_shards,
+        editing.interpolate,
+    ]
+    known = {"latents"}.union(*(_flags_of(function) for function in every))
+    for name in sorted(known - accepted):
+        if FLAGS[name].present:
+            raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
+    arguments = {
+        name: make_job() if name == "job" else FLAGS[name].value
+        for name in inspect.signature(functions[mode]).parameters
+    }
+    functions[mode](**arguments)
+
+
+def _compares_paths() -> bool:
+    """Whether --mode=evaluate is told of two sets of images and of no run."""
+    given = FLAGS["against"].present and FLAGS["generated"].present
+    return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
+
+
+def _flags_of(function: Callable[..., Any]) -> set[str]:
+    names = set(inspect.signature(function).parameters)
+    if "job" in names:
+        names |= {"step", "ema_decay", "raw", "seed", "out", "classes", "guidance_interval", "timesteps", *_OPTIONS}
+    return names - {"job", "workdir"} - _WITHOUT.get(function.__name__, set())
+
+
+def make_job() -> "Job":
+    from ddpm_jax.commands.job import Job, parse_numbers
+    from ddpm_jax.run import load
+
+    options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
+    for name, flag in (("timesteps", _TIMESTEPS), ("guidance_interval", _GUIDANCE_INTERVAL), ("labels", _CLASSES)):
+        if flag.value:
+            options[name] = parse_numbers(flag.name, flag.value)
+    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
+    return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options)
+
+
+def train(config: ConfigDict | None, init_from: str | None) -> None:
+    from ddpm_jax import workdir
+    from ddpm_jax.training.loop import train
+
+    config = config if config is not None else workdir.read_config(_WORKDIR.value)
+    if init_from is not None:
+        config.train.init_from = init_from
+    train(config, _WORKDIR.value)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one sentence for a config file that is not there and for a field that does not exist.
+
+    A config that is no file is looked for among those that come with the package.
+    """
+    argv = [argv[0], *map(_with_config_found, argv[1:])]
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        if "'get_config'" in str(error):
+            sys.exit("error: the file of --config has no function get_config; configs/digits.py shows one")
+        from ddpm_jax.config import default_config, fields
+        from ddpm_jax.errors import nearest
+
+        known = dict(fields(default_config()))
+        for argument in argv[1:]:
+            prefix, dot, field = argument.lstrip("-").partition("=")[0].partition(".")
+            if prefix == "config" and dot and field not in known:
+                sys.exit(f"error: config field {field!r} does not exist.{nearest(field, known)}")
+        raise
+
+
+def _with_config_found(argument: str) -> str:
+    name, _, value = argument.lstrip("-").partition("=")
+    if name != "config" or not value or Path(value).is_file():
+        return argument
+    package = Path(__file__).parent
+    folder = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+    path = folder / f"{value.removeprefix('configs/').removesuffix('.py')}.py"
+    there = {path.name: path for path in sorted(folder.glob("[!_]*.py")) if path.name != "common.py"}
+    if path.name not in there or path != there[path.name]:
+        sys.exit(f"error: --config is {value!r}, which is not a file; configs/ has {', '.join(there)}")
+    # The configs import one another from a package of this name.
+    spec = importlib.util.spec_from_file_location("configs", folder / "__init__.py")
+    assert spec is not None
+    sys.modules.setdefault("configs", importlib.util.module_from_spec(spec))
+    return f"--config={path}"
+
+
+def run() -> None:
+    """The command line: parses the flags and calls main."""
+    app.run(main, flags_parser=parse_flags)
