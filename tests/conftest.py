@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
-pytest_plugins = ["exactness", "runs"]
+pytest_plugins = ["browser", "exactness", "runs"]
 
 TENSORFLOW_SEEMS_INSTALLED = """
 import importlib.machinery, sys
