@@ -50,6 +50,7 @@ _MODES = {
     "coarse_to_fine": "images that share the beginning of that way",
     "neighbours": "samples and the training images nearest to them",
     "evaluate": "samples, or given images, judged against real ones",
+    "report": "report.html of a workdir, which training and evaluating keep up to date",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
     "plan": "what a run costs on a TPU that need not be here, or on what is here",
@@ -238,6 +239,7 @@ def run_mode(mode: str) -> None:
         "coarse_to_fine": editing.coarse_to_fine,
         "neighbours": sampling.neighbours,
         "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
+        "report": report,
         "import": weights.import_weights,
         "export": weights.export_weights,
         "plan": plan.plan,
@@ -294,6 +296,12 @@ def train(config: ConfigDict | None, init_from: str | None) -> None:
     if init_from is not None:
         config.train.init_from = init_from
     train(config, _WORKDIR.value)
+
+
+def report() -> None:
+    from ddpm_jax.report import write
+
+    print(write(_WORKDIR.value))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -107,6 +107,7 @@ def default_config() -> ConfigDict:
     config.log = log = ConfigDict()
     log.every_steps = 100
     log.tensorboard = True
+    log.wandb = ""  # project of Weights & Biases; "": none
     log.sample_every_steps = 5000  # a grid of EMA samples; 0: none
     log.sample_images = 64
     log.sample_steps = 250

@@ -1,11 +1,13 @@
 """Files that are either whole or not there."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ddpm_jax.errors import UserError
 
@@ -31,6 +33,34 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def write_text(path: str | os.PathLike, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """What a file holds, or the default if there is none; UserError if it is no JSON."""
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line; without those that were cut off, and empty if there is no file."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
+    return found
+
+
+def add_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Adds a line to such a file, also to one whose last line was cut off."""
+    with path.open("a+") as file:
+        file.seek(0)
+        is_cut_off = (file.read() or "\n")[-1] != "\n"
+        file.write("\n" * is_cut_off + json.dumps(value) + "\n")
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    factor = max(1, tile // max(height, width))
+    factor = enlargement(height, width, tile)
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = height * factor + gap, width * factor + gap
     canvas = np.full((rows * height + gap, columns * width + gap, channels), 255, np.uint8)
@@ -43,6 +43,11 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
         top, left = (index // columns) * height + gap, (index % columns) * width + gap
         canvas[top : top + height - gap, left : left + width - gap] = image
     return canvas
+
+
+def enlargement(height: int, width: int, tile: int = 64) -> int:
+    """The factor by which `grid` enlarges images."""
+    return max(1, tile // max(height, width))
 
 
 def show(images: ArrayLike, columns: int | None = None, tile: int = 64, gap: int = 6) -> Image.Image:

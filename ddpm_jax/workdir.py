@@ -1,5 +1,6 @@
 """The files that make a workdir a run: what it was told, what it learned from, what it ran on."""
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_text
+from ddpm_jax.files import add_json_line, read_json, write_text
 
-CONFIG, DATASET, ENVIRONMENT = "config.json", "dataset.json", "environment.json"
+CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
@@ -56,13 +57,7 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
 
 def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
     """The description of the images that the run learned from, or None before training started."""
-    path = Path(workdir).expanduser() / DATASET
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return read_json(Path(workdir).expanduser() / DATASET, None)
 
 
 def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
@@ -85,6 +80,21 @@ def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> No
     write_text(workdir / CONFIG, config_lib.to_json(config))
     write_text(workdir / DATASET, json.dumps(description, indent=2) + "\n")
     write_text(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def note(workdir: Path, event: str, step: int, **values: Any) -> None:
+    """Adds to the history what happened to a run: that it started, stopped, finished or failed.
+
+    A start without one of the others was cut off.
+
+    Args:
+      workdir: of the run.
+      event: which.
+      step: of the checkpoint that the run goes on from.
+      values: what else is known, as JSON values.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    add_json_line(workdir / HISTORY, {"event": event, "step": step, "time": now, **values})
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from runs import ROOT, STEPS, assert_same_checkpoint, checkpoint, in_two_process
 from sklearn.datasets import load_digits
 
 import ddpm_jax
+from ddpm_jax.files import read_json_lines
 
 
 @pytest.mark.slow
@@ -23,10 +24,11 @@ class TestTraining:
     def test_leaves_a_whole_run(self, trained):
         workdir, output = trained
         assert {p.name for p in workdir.iterdir()} == {
-            *("config.json", "dataset.json", "environment.json", "metrics.jsonl"),
-            *("checkpoints", "samples", "tensorboard"),
+            *("config.json", "dataset.json", "environment.json", "history.jsonl", "metrics.jsonl"),
+            *("report.html", "checkpoints", "samples", "tensorboard"),
         }
         assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
+            "data.png",
             "denoising.png",
             "final.png",
             "step_00000012.png",
@@ -36,6 +38,7 @@ class TestTraining:
         assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [12, 18, 24]
         dataset = json.loads((workdir / "dataset.json").read_text())
         assert dataset["num_images"] == 1797
+        assert [event["event"] for event in read_json_lines(workdir / "history.jsonl")] == ["started", "finished"]
         assert json.loads((workdir / "environment.json").read_text())["packages"]["jax"] == jax.__version__
         assert list((workdir / "tensorboard").glob("events*"))
         assert re.search(r"step 12/24 .*loss \d.* images/s.* left", output)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from ddpm_jax import parallel
+from ddpm_jax import parallel, report
 from ddpm_jax.commands.job import Job, training_images
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.errors import UserError
@@ -22,7 +22,7 @@ from ddpm_jax.files import write_text
 from ddpm_jax.generate import make_model_fn
 from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
-from ddpm_jax.workdir import check_writable
+from ddpm_jax.workdir import CONFIG, check_writable
 
 LIKELIHOODS = ("estimate", "bound", "flow", "none")
 _NUM_IMAGES = 1000
@@ -186,6 +186,8 @@ def _finish(
     if jax.process_index() != 0:
         return
     evaluate_lib.record(folder, {**result, **told})
+    if (folder / CONFIG).exists():  # of a run
+        report.write(folder)
     if save_reference:
         write_reference(save_reference, real)
     for line in evaluate_lib.lines(result):

@@ -16,9 +16,10 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import ImageSet, Shape
 from ddpm_jax.evaluation.references import halves_of, open_summary
 from ddpm_jax.evaluation.summaries import Summary, summarize
-from ddpm_jax.files import write_text
+from ddpm_jax.files import read_json, write_text
 
 RESULTS, TABLE = "evaluation.json", "evaluation.md"
+_SETTINGS = ("ema_decay", "eta", "dynamic_threshold", "guidance_scale", "guidance_rescale")  # that are no metrics
 INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name
 _ENOUGH = 50_000  # images that FID is reported with
 _KID_SUBSET, _SPLITS = 1000, 10
@@ -219,10 +220,7 @@ def describe(source: Mapping[str, Any]) -> str:
 def record(folder: Path, result: Mapping[str, Any]) -> None:
     """Adds a result to evaluation.json, which keeps all, and writes the table of all to evaluation.md."""
     path = folder / RESULTS
-    try:
-        history = json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    history = read_json(path, [])
     history.append({"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **result})
     write_text(path, json.dumps(history, indent=2) + "\n")
     write_text(folder / TABLE, _table(history))
@@ -235,7 +233,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         if _is_beside(name) or name.endswith(FLOOR) or name in _REMARKS:
             continue
         floor = f"floor {_cell(result[name + FLOOR])}" if name + FLOOR in result else ""
-        rows.append((name, _with_spread(result, name), floor))
+        rows.append((name, with_spread(result, name), floor))
     width = max(len(name) for name, _, _ in rows)
     text = [f"{name:{width}}  {value}{'  ' * bool(floor)}{floor}" for name, value, floor in rows]
     remarks = [result.get("note", ""), f"Not computed: {result['not computed']}." if "not computed" in result else ""]
@@ -245,12 +243,22 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 _REMARKS = ("note", "not computed")
 
 
+def metric_names(result: Mapping[str, Any]) -> list[str]:
+    """The numbers of a result that are no setting, no interval and no remark."""
+    return [
+        name
+        for name, value in result.items()
+        if isinstance(value, float) and not _is_beside(name) and name not in _SETTINGS
+    ]
+
+
 def _is_beside(name: str) -> bool:
     """Whether a number stands in brackets behind another."""
     return name.endswith((INTERVAL, ", standard error")) or ", deviation of " in name
 
 
-def _with_spread(entry: Mapping[str, Any], name: str) -> str:
+def with_spread(entry: Mapping[str, Any], name: str) -> str:
+    """A number of a result as text, what stands beside it in brackets."""
     spread = [more for more in entry if _is_beside(more) and more.startswith(f"{name}, ")]
     return " ".join([_cell(entry.get(name, "")), *(f"({_cell(entry[more])})" for more in spread)])
 
@@ -260,7 +268,7 @@ def _table(history: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for entry in history for name in entry)
     columns = [name for name in names if not _is_beside(name) and name not in _REMARKS]
     text = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
-    text += [f"| {' | '.join(_with_spread(entry, name) for name in columns)} |" for entry in history]
+    text += [f"| {' | '.join(with_spread(entry, name) for name in columns)} |" for entry in history]
     notes = [f"- {entry['time']}: {entry['note']}" for entry in history if "note" in entry]
     notes += [
         f"- {entry['time']}: not computed: {entry['not computed']}." for entry in history if "not computed" in entry

@@ -1,8 +1,6 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
 import itertools
-import json
-import math
 import signal
 import sys
 import threading
@@ -22,22 +20,24 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import images, parallel, processes, workdir
-from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax import images, parallel, processes, report, workdir
+from ddpm_jax.checkpoints import Checkpoints, newest_step
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import FolderSource, Source, open_source
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_text
+from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.files import read_json_lines
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
 from ddpm_jax.run import load
 from ddpm_jax.training.evaluation import Evaluation
+from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 
-_METRICS = "metrics.jsonl"
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
+_DATA_IMAGES = 64
 _IN_FLIGHT = 2
 # What changes the meaning of weights, but not their shapes.
 _SAME_SHAPES = (
@@ -55,7 +55,8 @@ class DivergedError(UserError):
 def train(config: ConfigDict, path: str | Path) -> None:
     """Trains in a workdir, from the start or from its newest checkpoint, to config.train.num_steps.
 
-    Leaves there: config.json, dataset.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/.
+    Leaves there: report.html, config.json, dataset.json, environment.json, history.jsonl, metrics.jsonl, tensorboard/,
+    checkpoints/ and samples/.
     SIGTERM or the first Ctrl-C saves a checkpoint and returns.
 
     Args:
@@ -137,9 +138,10 @@ class _Training:
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         try:
             self._run()
-        except Exception:
-            with suppress(UserError):  # of the two, the first is told
+        except Exception as error:
+            with suppress(UserError, OSError):  # of several, the first is told
                 self.checkpoints.wait()
+                self._note("failed", newest_step(self.folder) or 0, why=first_line(error))
             raise
         self.checkpoints.close()
 
@@ -147,8 +149,10 @@ class _Training:
         config, began = self.config, time.monotonic()
         step, state = self._initial_state()
         num_steps = config.train.num_steps
+        num_parameters = sum(p.size for p in jax.tree.leaves(state.params))
+        self._begin(step, num_parameters)
         self._say(
-            f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters, {len(self.source):,} images of "
+            f"{num_parameters:,} parameters, {len(self.source):,} images of "
             f"{'x'.join(map(str, self.source.shape))}, {jax.device_count()} {jax.devices()[0].platform} device(s), "
             f"{jax.process_count()} process(es)"
         )
@@ -160,10 +164,29 @@ class _Training:
         if step >= num_steps:
             self._final_pictures(state)
         self.checkpoints.wait()
+        self._note("stopped" if step < num_steps else "finished", step)
         if step < num_steps:
             self._say(f"stopped at step {step} of {num_steps}, saved; the same command goes on from there")
         else:
             self._say(f"done in {format_seconds(time.monotonic() - began)}; pictures are in {self.folder / 'samples'}")
+
+    def _begin(self, step: int, num_parameters: int) -> None:
+        """Notes the start, and draws some of the images once."""
+        path = self.folder / "samples" / "data.png"
+        if self.is_main and not path.exists():
+            images.save(path, images.grid(spread(self.source, _DATA_IMAGES)[0]))
+        reached = max((line["step"] for line in read_json_lines(self.folder / METRICS)), default=0)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        self._note("started", step, reached=reached, devices=devices, num_parameters=num_parameters)
+
+    def _note(self, event: str, step: int, **values: Any) -> None:
+        if self.is_main:
+            workdir.note(self.folder, event, step, **values)
+        self._report()
+
+    def _report(self) -> None:
+        if self.is_main:
+            report.write(self.folder)
 
     def _initial_state(self) -> tuple[int, TrainState]:
         config = self.config
@@ -240,7 +263,7 @@ class _Training:
         if first_step:
             shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
             metrics = self.checkpoints.restore_unreported(first_step, shapes) or metrics
-        writer = _MetricsWriter(self.folder, first_step, log.tensorboard) if self.is_main else None
+        journal = Journal(self.folder, first_step, config) if self.is_main else None
         evaluation = None
         if config.evaluate.every_steps:
             evaluation = Evaluation(config, self.net, self.schedule, self.mesh, self.source)
@@ -285,7 +308,7 @@ class _Training:
                 )
                 if logging_now or saving:
                     values = _summarise(jax.device_get(metrics))
-                    if logging_now and writer:
+                    if logging_now and journal:
                         now = time.monotonic()
                         speed = (step - interval_step) / (now - interval_began)
                         values |= {
@@ -295,7 +318,7 @@ class _Training:
                             "input_wait": batches.waited / (now - interval_began),
                             **_memory(),
                         }
-                        writer.write(step, values)
+                        journal.write(step, values)
                         bar.done = step
                         bar.report(f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s")
                     if logging_now:
@@ -303,6 +326,7 @@ class _Training:
                 if saving and step != last_saved:
                     self.checkpoints.save(step, state, metrics)
                     last_saved, last_save_time = step, time.monotonic()
+                    self._report()
                 if stopping:
                     break
                 if log.sample_every_steps and is_due(log.sample_every_steps) and step < num_steps:
@@ -311,14 +335,14 @@ class _Training:
                 if evaluation and is_due(config.evaluate.every_steps):
                     with bar.aside(), jax.transfer_guard("allow"):
                         values = self._evaluate(evaluation, state)
-                    if writer:
-                        writer.write(step, values)
+                    if journal:
+                        journal.write(step, values)
                 if logging_now:
                     interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
                 if bar.is_live:
                     bar.update(step)
-        if writer:
-            writer.close()
+        if journal:
+            journal.close()
         return state
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
@@ -367,14 +391,13 @@ class _Training:
         if not drawn and is_due(log.sample_every_steps):
             self._sample_grid(state, step)
         if evaluate.every_steps and is_due(evaluate.every_steps):
-            path = self.folder / _METRICS
-            lines = [_parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+            lines = read_json_lines(self.folder / METRICS)
             if not any(line.get("step") == step and "loss" not in line for line in lines):
                 values = self._evaluate(Evaluation(config, self.net, self.schedule, self.mesh, self.source), state)
                 if self.is_main:
-                    writer = _MetricsWriter(self.folder, step, log.tensorboard)
-                    writer.write(step, values)
-                    writer.close()
+                    journal = Journal(self.folder, step, config)
+                    journal.write(step, values)
+                    journal.close()
 
     def _picture(self, step: int) -> Path:
         return self.folder / "samples" / f"step_{step:08d}.png"
@@ -387,6 +410,7 @@ class _Training:
             grid, _ = self._generate(state, log.sample_images, **options)
         if self.is_main:
             images.save(self._picture(step), images.grid(grid))
+        self._report()
 
     def _evaluate(self, evaluation: Evaluation, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
@@ -481,70 +505,6 @@ def _memory() -> dict[str, float]:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-class _MetricsWriter:
-    """metrics.jsonl and TensorBoard; what lies beyond the step that a run goes on from is written anew."""
-
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        path = folder / _METRICS
-        if path.exists():
-            lines = [
-                line
-                for line in path.read_text().splitlines(keepends=True)
-                if _parse(line).get("step", math.inf) <= first_step
-            ]
-            write_text(path, "".join(lines))
-        self._file = path.open("a", buffering=1)
-        self._board: _Board | None = None
-        self._open_board = partial(_Board, folder / "tensorboard", first_step + 1) if tensorboard else None
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._open_board:
-            self._board = self._board or self._open_board()
-            self._board.write(step, values)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
-
-
-class _Board:
-    """A file of TensorBoard's, in which events from `first_step` on take the place of those in older files.
-
-    tensorboardX's SummaryWriter would keep the events for minutes, in a thread that a full disk ends unseen.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        # Not before the first step: this imports PyTorch where it is installed, for seconds.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
-        self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step, summary=self._summary(value=scalars))
-
-    def _write(self, step: int, **content: Any) -> None:
-        self._events.write_event(self._event(wall_time=time.time(), step=step, **content))
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
-
-
-def _parse(line: str) -> dict[str, float]:
-    """A line of metrics.jsonl; empty for one that was cut off."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
 
 
 @contextmanager

@@ -1,0 +1,5 @@
+"""report.html: a run on one page, which opens from the disk and asks for nothing else."""
+
+from ddpm_jax.report.page import write
+
+__all__ = ["write"]

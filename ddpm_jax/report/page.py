@@ -1,0 +1,376 @@
+"""The page of a run, made of the files in its workdir alone; page.html has its looks and its script."""
+
+import base64
+import datetime
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import images, workdir
+from ddpm_jax.evaluation import evaluate
+from ddpm_jax.files import read_json, read_json_lines, write_text
+
+REPORT = "report.html"
+_MOST_POINTS = 600  # of a curve
+_MOST_PICTURES = 24  # of the samples on the way
+_LARGE = 60_000  # bytes from which a picture is compressed with loss
+
+
+def write(folder: str | Path) -> Path:
+    """Writes report.html into a workdir, from what lies there; it may be a run that is being trained.
+
+    Raises:
+      UserError: the folder is no workdir.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / REPORT
+    write_text(path, _page(folder))
+    return path
+
+
+def _page(folder: Path) -> str:
+    config = workdir.read_config(folder)
+    dataset = workdir.read_dataset(folder) or {}
+    lines = read_json_lines(folder / "metrics.jsonl")
+    history = read_json_lines(folder / workdir.HISTORY)
+    drawn = _pictures_on_the_way(folder)
+    stages = _stages(folder, dataset)
+    sections = {
+        "summary": _summary(config, dataset, lines, history, read_json(folder / workdir.ENVIRONMENT, {})),
+        "data": _data(folder, dataset),
+        "samples": _slider("samples", drawn, "The same noise every time, so that the pictures can be compared."),
+        "denoising": _slider("denoising", stages, "The same images on the way from noise, x_t by x_t."),
+        "curves": _curves(lines),
+        "evaluation": _evaluations(folder),
+        "history": _history(history, config.train.num_steps, lines, folder),
+        "config": _config(config),
+    }
+    sections = {name: body for name, body in sections.items() if body}
+    page = resources.files(__package__).joinpath("page.html").read_text()
+    values = {
+        "title": html.escape(folder.resolve().name),
+        "state": html.escape(_state(history, lines, config.train.num_steps)),
+        "written": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+        "data": _script({"curves": _thinned(lines), "samples": drawn, "denoising": stages}),
+        "sections": "\n".join(
+            f'<section id="{name}"><h2>{_TITLES[name]}</h2>\n{body}\n</section>'
+            for name, body in sections.items()
+            if body
+        ),
+        "links": "".join(f'<a href="#{name}">{_TITLES[name]}</a>' for name, body in sections.items() if body),
+    }
+    for name, value in values.items():
+        page = page.replace(f"<!--{name}-->", value)
+    return page
+
+
+_TITLES = {
+    "summary": "Summary",
+    "data": "Data",
+    "samples": "Samples over time",
+    "denoising": "From noise to image",
+    "curves": "Curves",
+    "evaluation": "Evaluation",
+    "history": "What happened",
+    "config": "Config",
+}
+
+
+def _state(history: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], num_steps: int) -> str:
+    step = max((line["step"] for line in lines), default=0)
+    event = history[-1]["event"] if history else "started"
+    words = "in training, or cut off" if event == "started" else event
+    return ("" if step >= num_steps else f"{words}: ") + f"step {step:,} of {num_steps:,}"
+
+
+def _summary(
+    config: Any,
+    dataset: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+) -> str:
+    model, diffusion, train = config.model, config.diffusion, config.train
+    started: Mapping[str, Any] = next((event for event in reversed(history) if event["event"] == "started"), {})
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    facts: dict[str, Any] = {}
+    if dataset.get("shape"):
+        classes = f", {len(dataset['class_names'])} classes" if dataset.get("class_names") else ""
+        facts["Data"] = (
+            f"{evaluate.describe(dataset)}: {dataset.get('num_images', 0):,} images of {_size(dataset)}{classes}"
+        )
+    size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
+    levels = " ".join(str(model.channels * multiplier) for multiplier in model.channel_multipliers)
+    facts["Network"] = f"UNet of {size}{levels} channels by level, {model.num_res_blocks} blocks each, {model.dtype}"
+    facts["Diffusion"] = (
+        f"{diffusion.schedule} schedule of {diffusion.num_timesteps:,} timesteps, predicts {diffusion.prediction}, "
+        f"variance {diffusion.variance}"
+    )
+    facts["Training"] = (
+        f"{train.num_steps:,} steps of {train.batch_size} images, {config.optimizer.name} at "
+        f"{config.optimizer.learning_rate:g}, average of decay {train.ema_decays[0]:g}"
+    )
+    if lines:
+        last = lines[-1]
+        facts["Loss"] = next(
+            f"{line['loss']:.4f} at step {line['step']:,}" for line in reversed(lines) if "loss" in line
+        )
+        if speeds:
+            middle = statistics.median(speeds)
+            facts["Speed"] = f"{middle:,.0f} images/s, {middle / train.batch_size:.3g} steps/s (median)"
+        memory = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
+        if memory:
+            facts["Memory"] = f"{max(memory):.2f} GiB at the peak, of the first device or, on CPU, the process"
+        facts["Last line"] = _time(last["time"])
+    facts["Devices"] = started.get("devices") or environment.get("devices", "")
+    packages = environment.get("packages", {})
+    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in packages.items())
+    facts["Source"] = environment.get("git_revision") or ""
+    return _facts({name: value for name, value in facts.items() if value})
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items()) + "</dl>"
+
+
+def _data(folder: Path, dataset: Mapping[str, Any]) -> str:
+    path = folder / "samples" / "data.png"
+    if not path.exists():
+        return ""
+    return _figure(_encoded(path), f"A grid of images that the run learns from, {_size(dataset)} each", "Real images.")
+
+
+def _figure(source: str, alt: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{_text(alt)}"><figcaption>{_text(caption)}</figcaption></figure>'
+
+
+# Pictures that a slider goes through: [{"label", "alt", "src"}].
+
+Pictures = list[dict[str, str]]
+
+
+def _pictures_on_the_way(folder: Path) -> Pictures:
+    paths = sorted((folder / "samples").glob("step_????????.png"))
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _MOST_PICTURES)).round().astype(int))
+    labels = {path: f"step {int(path.stem.removeprefix('step_')):,}" for path in paths}
+    found = [(labels[paths[i]], paths[i]) for i in chosen]
+    if (folder / "samples" / "final.png").exists():
+        found.append(("the end, all sampling steps", folder / "samples" / "final.png"))
+    return [{"label": label, "alt": f"A grid of samples at {label}", "src": _encoded(path)} for label, path in found]
+
+
+def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
+    """denoising.png, a row an image and a column a stage, as a picture a stage."""
+    path = folder / "samples" / "denoising.png"
+    if not path.exists() or not dataset.get("shape"):
+        return []
+    height, width, _ = dataset["shape"]
+    gap, factor = 2, images.enlargement(height, width)
+    rows, columns = height * factor + gap, width * factor + gap
+    strip = np.asarray(Image.open(path))
+    strip = strip[..., None] if strip.ndim == 2 else strip
+    count = (strip.shape[1] - gap) // columns
+    found = []
+    for stage in range(count):
+        column = strip[gap:, gap + stage * columns :][:, : columns - gap]
+        pictures = column.reshape(-1, rows, *column.shape[1:])[:, : rows - gap]
+        label = "noise" if stage == 0 else "image" if stage == count - 1 else f"stage {stage + 1} of {count}"
+        grid = images.grid(pictures, columns=-(-len(pictures) // 2))
+        found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(images.show(grid))})
+    return found
+
+
+def _slider(name: str, pictures: Pictures, caption: str) -> str:
+    """A picture and a slider over all of them; without a script the last one stays."""
+    if not pictures:
+        return ""
+    last = pictures[-1]
+    slider = (
+        f'<p class="control"><label for="{name}-slider">Show</label>'
+        f'<input type="range" id="{name}-slider" min="0" max="{len(pictures) - 1}" value="{len(pictures) - 1}" '
+        f'data-pictures="{name}"><output for="{name}-slider">{_text(last["label"])}</output></p>'
+    )
+    picture = f'<img id="{name}-picture" src="{last["src"]}" alt="{_text(last["alt"])}">'
+    figure = f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+    return (slider if len(pictures) > 1 else "") + figure
+
+
+def _encoded(picture: Path | Image.Image) -> str:
+    """A data URI; large pictures lose what cannot be seen."""
+    if isinstance(picture, Path):
+        raw = picture.read_bytes()
+        picture = Image.open(io.BytesIO(raw))
+    else:
+        buffer = io.BytesIO()
+        picture.save(buffer, "png", optimize=True)
+        raw = buffer.getvalue()
+    kind = "png"
+    if len(raw) > _LARGE:
+        buffer, kind = io.BytesIO(), "webp"
+        picture.convert("RGB").save(buffer, kind, quality=85)
+        raw = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+# Curves.
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "time")))
+    if not names:
+        return ""
+    quarters = [name for name in names if name.startswith("loss_t_quarter_")]
+    charts = []
+    if "loss" in names:
+        charts.append(_chart("loss", "Loss", ["loss"]))
+    if quarters:
+        charts.append(_chart("by-t", "Loss by t, in quarters of the timesteps", quarters))
+    others = [name for name in names if name != "loss" and name not in quarters and not name.endswith("_error")]
+    options = "".join(f"<option>{_text(name)}</option>" for name in others)
+    charts.append(
+        _chart("other", "Another number", others[:1], f'<label>Of <select id="other-name">{options}</select></label>')
+    )
+    controls = (
+        '<p class="control"><label><input type="checkbox" id="log" checked> logarithmic</label>'
+        '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0.6"></label></p>'
+        "<noscript><p>The curves are drawn by a script; metrics.jsonl has the numbers.</p></noscript>"
+    )
+    return controls + "".join(charts) + (_last_by_t(lines, quarters) if quarters else "")
+
+
+def _chart(name: str, title: str, series: Sequence[str], control: str = "") -> str:
+    wanted = _text(json.dumps(list(series)))
+    return (
+        f'<figure class="chart"><figcaption>{_text(title)} {control}</figcaption>'
+        f'<svg id="chart-{name}" role="img" data-series="{wanted}"></svg>'
+        f'<p class="legend"></p></figure>'
+    )
+
+
+def _last_by_t(lines: Sequence[Mapping[str, Any]], quarters: Sequence[str]) -> str:
+    last = next(line for line in reversed(lines) if any(name in line for name in quarters))
+    rows = [(f"quarter {name[-1]} of the timesteps", _number(last[name])) for name in quarters if name in last]
+    return _table(["Last loss by t", f"step {last['step']:,}"], rows)
+
+
+def _thinned(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """{name: [[step, value]]}, of long runs the means of neighbours."""
+    curves: dict[str, list[list[float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("step", "time") and math.isfinite(value):
+                curves.setdefault(name, []).append([line["step"], value])
+    for name, points in curves.items():
+        parts = np.array_split(np.array(points, np.float64), min(len(points), _MOST_POINTS))
+        curves[name] = [[round(float(step)), float(f"{value:.6g}")] for step, value in (part.mean(0) for part in parts)]
+    return curves
+
+
+# Tables.
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    heads = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{_text(first)}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _evaluations(folder: Path) -> str:
+    """The evaluations, a column each, the newest first."""
+    found = list(reversed(read_json(folder / evaluate.RESULTS, [])))
+    if not found:
+        return ""
+    names = dict.fromkeys(name for entry in found for name in evaluate.metric_names(entry))
+    settings = ("step", "sampler", "num_steps", "seed", "num_generated", "num_real", "reference", "features")
+    rows = [[name, *(evaluate.with_spread(entry, name) for entry in found)] for name in names]
+    rows += [[name, *(entry.get(name, "") for entry in found)] for name in settings]
+    body = _table(["", *(entry["time"][:16].replace("T", " ") for entry in found)], rows)
+    notes = dict.fromkeys(entry["note"] for entry in found if "note" in entry)
+    body += "".join(f"<p>{_text(note)}</p>" for note in notes)
+    for name, what in (("terms", "the terms of the bound by t"), ("rate_distortion", "distortion by rate")):
+        path = folder / f"evaluation_{name}.png"
+        if path.exists():
+            body += _figure(_encoded(path), f"A plot of {what}", f"Of the variational bound: {what}.")
+    return body
+
+
+def _history(
+    history: Sequence[Mapping[str, Any]], num_steps: int, lines: Sequence[Mapping[str, Any]], folder: Path
+) -> str:
+    """Starts and ends, with the runs that were cut off between them."""
+    items: list[str] = []
+    is_running = False
+    for event in history:
+        step, time = event["step"], _time(event["time"])
+        if event["event"] == "started":
+            if is_running:
+                items.append(f"cut off after step {event['reached']:,}, without a word")
+            way = "started" if not step else f"went on from the checkpoint of step {step:,}"
+            items.append(f"{time}: {way} on {event['devices']}")
+        elif event["event"] == "failed":
+            items.append(f"{time}: failed: {event['why']}; the checkpoint of step {step:,} stays")
+        else:
+            items.append(f"{time}: {event['event']} at step {step:,} of {num_steps:,}, saved")
+        is_running = event["event"] == "started"
+    if is_running and lines:
+        items.append(f"{_time(lines[-1]['time'])}: step {lines[-1]['step']:,}, the last that is known")
+    aside = sorted(path.name for path in (folder / "corrupt").glob("*"))
+    if aside:
+        items.append(f"set aside in corrupt/, since they could not be read: the checkpoints of step {', '.join(aside)}")
+    return "<ol>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ol>" if items else ""
+
+
+def _config(config: Any) -> str:
+    default = dict(config_lib.fields(config_lib.default_config()))
+    found = dict(config_lib.fields(config))
+    changed = [(name, value, default.get(name)) for name, value in found.items() if value != default.get(name)]
+    rest = [(name, value) for name, value in found.items() if value == default.get(name)]
+    other = _table(["field", "here", "CIFAR-10's"], changed) if changed else "<p>The paper's for CIFAR-10.</p>"
+    return (
+        other
+        + f"<details><summary>{len(rest)} fields have the paper's value for CIFAR-10</summary>"
+        + _table(["field", "value"], rest)
+        + "</details>"
+    )
+
+
+# Text.
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _script(value: Any) -> str:
+    """JSON that cannot end the script it stands in."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _size(dataset: Mapping[str, Any]) -> str:
+    return "x".join(map(str, dataset.get("shape", ())))
+
+
+def _time(time: float | str) -> str:
+    """Of seconds since 1970, or of what `datetime.isoformat` wrote."""
+    if isinstance(time, str):
+        moment = datetime.datetime.fromisoformat(time)
+    else:
+        moment = datetime.datetime.fromtimestamp(time, datetime.UTC)
+    return f"{moment:%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,215 @@
+"""The page of a run: from what lies in a workdir, and in a real browser."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import images, report, workdir
+from ddpm_jax.config import default_config
+from ddpm_jax.data.sources import open_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import evaluate
+from ddpm_jax.files import add_json_line, write_text
+
+STAGES, ROWS = 5, 4
+
+
+def write_lines(path, count):
+    lines = [
+        {
+            "step": 10 * i,
+            "time": 1.8e9 + i,
+            "loss": 1.0 / i,
+            "loss_t_quarter_1": 2.0 / i,
+            "images_per_second": 100.0 + i,
+        }
+        for i in range(1, count + 1)
+    ]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def shade(value, size=8):
+    return np.full((size, size, 1), value, np.uint8)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A workdir with a few of everything; sample pictures of one shade each, 10 a step."""
+    folder = tmp_path / "a <run>"
+    np.save(tmp_path / "images.npy", np.zeros((5, 8, 8), np.uint8))
+    config = default_config()
+    config.data.update(source="array", path=str(tmp_path / "images.npy"), height=8, width=8, channels=1)
+    config.train.num_steps = 1000
+    source = open_source("array", path=config.data.path, height=8, width=8, channels=1)
+    workdir.record(workdir.check_writable(folder), config, source.describe())
+    write_lines(folder / "metrics.jsonl", 30)
+    samples = folder / "samples"
+    images.save(samples / "data.png", images.grid(np.zeros((4, 8, 8, 1), np.uint8)))
+    for step in range(1, 4):
+        images.save(samples / f"step_{100 * step:08d}.png", images.grid(shade(10 * step)[None]))
+    stages = np.stack([np.stack([shade(40 * stage + row) for stage in range(STAGES)]) for row in range(ROWS)])
+    images.save(samples / "denoising.png", images.grid(stages.reshape(-1, 8, 8, 1), columns=STAGES))
+    workdir.note(folder, "started", 0, reached=0, devices="1 x cpu", num_parameters=1234567)
+    return folder
+
+
+def page_of(folder):
+    text = report.write(folder).read_text()
+    found = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)
+    return text, json.loads(found[1])
+
+
+class TestWrite:
+    def test_says_what_the_run_is(self, run):
+        text, _ = page_of(run)
+        assert "<h1>a &lt;run&gt;</h1>" in text
+        assert "1,234,567 parameters, 128 256 256 256 channels" in text
+        assert "5 images of 8x8x1" in text
+        assert "in training, or cut off: step 300 of 1,000" in text
+        assert "116 images/s, 0.902 steps/s (median)" in text
+        assert '<th scope="row">data.height</th><td>8</td><td>32</td>' in text
+
+    def test_asks_for_nothing_else(self, run):
+        text, _ = page_of(run)
+        assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
+        assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
+        assert "<!--" not in text
+
+    def test_every_picture_has_a_text(self, run):
+        text, data = page_of(run)
+        assert all(re.search(r'alt="[^"]+"', tag) for tag in re.findall(r"<img[^>]*>", text))
+        assert all(picture["alt"] for picture in data["samples"] + data["denoising"])
+
+    def test_the_strip_is_cut_into_its_stages(self, run):
+        _, data = page_of(run)
+        assert [stage["label"] for stage in data["denoising"]] == [
+            *("noise", "stage 2 of 5", "stage 3 of 5", "stage 4 of 5", "image"),
+        ]
+        for number, stage in enumerate(data["denoising"]):
+            pixels = decoded(stage["src"])
+            assert set(np.unique(pixels)) == {40 * number + row for row in range(ROWS)} | {255}
+
+    def test_of_many_pictures_the_first_and_the_last_stay(self, run):
+        for step in range(4, 101):
+            images.save(run / "samples" / f"step_{100 * step:08d}.png", images.grid(shade(step)[None]))
+        _, data = page_of(run)
+        assert len(data["samples"]) == 24
+        assert (data["samples"][0]["label"], data["samples"][-1]["label"]) == ("step 100", "step 10,000")
+
+    def test_a_large_picture_is_made_smaller(self, run):
+        noise = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
+        path = images.save(run / "samples" / "step_00000400.png", images.grid(noise))
+        source = page_of(run)[1]["samples"][-1]["src"]
+        assert source.startswith("data:image/webp;base64,")
+        assert len(source) < path.stat().st_size
+        assert decoded(source).shape[:2] == (2 * 130 + 2,) * 2
+
+    def test_a_long_curve_is_thinned_and_keeps_its_mean(self, run):
+        write_lines(run / "metrics.jsonl", 6000)
+        points = np.array(page_of(run)[1]["curves"]["images_per_second"])
+        assert len(points) == 600
+        np.testing.assert_allclose(points.mean(0), [30005, 3100.5], rtol=1e-4)
+
+    def test_a_loss_that_is_no_number_is_left_out(self, run):
+        add_json_line(run / "metrics.jsonl", {"step": 310, "time": 1.8e9, "loss": float("nan"), "grad_norm": 1.0})
+        curves = page_of(run)[1]["curves"]
+        assert curves["loss"][-1][0] == 300
+        assert curves["grad_norm"] == [[310, 1.0]]
+
+    def test_evaluations_stand_side_by_side(self, run):
+        for value in (3.25, 2.5):
+            evaluate.record(
+                run, {"FID": value, "FID, 95 % interval": [2.0, 4.0], "note": "<few>", "eta": 0.5, "step": 7}
+            )
+        text, _ = page_of(run)
+        assert "<td>2.5 (2 to 4)</td><td>3.25 (2 to 4)</td>" in text
+        assert text.count("&lt;few&gt;") == 1
+        assert '<th scope="row">eta</th>' not in text
+
+    def test_history_tells_what_was_cut_off(self, run):
+        workdir.note(run, "started", 200, reached=260, devices="8 x TPU v5e", num_parameters=1)
+        workdir.note(run, "stopped", 250)
+        workdir.note(run, "started", 250, reached=250, devices="8 x TPU v5e", num_parameters=1)
+        workdir.note(run, "failed", 250, why="no space left")
+        (run / "corrupt" / "240").mkdir(parents=True)
+        text, _ = page_of(run)
+        items = [re.sub(r"^[\d-]+ [\d:]+ UTC: ", "", item) for item in re.findall(r"<li>(.*?)</li>", text)]
+        assert items == [
+            "started on 1 x cpu",
+            "cut off after step 260, without a word",
+            "went on from the checkpoint of step 200 on 8 x TPU v5e",
+            "stopped at step 250 of 1,000, saved",
+            "went on from the checkpoint of step 250 on 8 x TPU v5e",
+            "failed: no space left; the checkpoint of step 250 stays",
+            "set aside in corrupt/, since they could not be read: the checkpoints of step 240",
+        ]
+        assert "failed: step 300 of 1,000" in text
+
+    def test_of_a_run_that_has_only_begun(self, tmp_path):
+        folder = workdir.check_writable(tmp_path / "run")
+        write_text(folder / workdir.CONFIG, json.dumps(default_config().to_dict()))
+        text, data = page_of(folder)
+        assert data == {"curves": {}, "samples": [], "denoising": []}
+        assert "step 0 of 800,000" in text
+
+    def test_of_no_run(self, tmp_path):
+        with pytest.raises(UserError, match="holds no run"):
+            report.write(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def decoded(source):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+@pytest.mark.slow
+class TestInABrowser:
+    @pytest.fixture
+    def opened(self, run, page):
+        page.goto(report.write(run).as_uri())
+        return page
+
+    def test_the_slider_moves_through_the_pictures(self, opened):
+        slider, picture = opened.get_by_label("Show").first, opened.locator("#samples-picture")
+        assert picture.get_attribute("alt") == "A grid of samples at step 300"
+        newest = picture.get_attribute("src")
+        slider.focus()
+        opened.keyboard.press("ArrowLeft")
+        assert picture.get_attribute("alt") == "A grid of samples at step 200"
+        assert picture.get_attribute("src") != newest
+        opened.keyboard.press("Home")
+        assert opened.locator("output").first.text_content() == "step 100"
+        assert slider.get_attribute("aria-valuetext") == "step 100"
+
+    def test_curves_follow_their_controls(self, opened):
+        chart = opened.locator("#chart-loss")
+        line = chart.locator("polyline")
+        logarithmic = line.get_attribute("points")
+        opened.get_by_label("logarithmic").uncheck()
+        linear = line.get_attribute("points")
+        assert linear != logarithmic
+        opened.get_by_label("smoothing").fill("0")
+        assert line.get_attribute("points") != linear
+        assert chart.get_attribute("aria-label") == "loss from 1 at step 10 to 0.0333 at step 300"
+        opened.get_by_role("combobox").select_option("images_per_second")
+        assert "from 101 at step 10 to 130" in opened.locator("#chart-other").get_attribute("aria-label")
+
+    def test_on_a_phone_nothing_sticks_out(self, run, chromium):
+        context = chromium.new_context(viewport={"width": 360, "height": 700})
+        page = context.new_page()
+        page.goto(report.write(run).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        context.close()
+
+    def test_without_a_script_the_last_pictures_stay(self, run, chromium):
+        context = chromium.new_context(java_script_enabled=False)
+        page = context.new_page()
+        page.goto(report.write(run).as_uri())
+        assert page.locator("#samples-picture").get_attribute("alt") == "A grid of samples at step 300"
+        assert "metrics.jsonl has the numbers" in page.locator("noscript").inner_text()
+        context.close()
