@@ -185,8 +185,8 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
         column = strip[gap:, gap + stage * columns :][:, : columns - gap]
         pictures = column.reshape(-1, rows, *column.shape[1:])[:, : rows - gap]
         label = "noise" if stage == 0 else "image" if stage == count - 1 else f"stage {stage + 1} of {count}"
-        grid = images.grid(pictures, columns=-(-len(pictures) // 2))
-        found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(images.show(grid))})
+        shown = images.show(pictures, columns=-(-len(pictures) // 2), gap=gap)
+        found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(shown)})
     return found
 
 
@@ -237,9 +237,8 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
         charts.append(_chart("by-t", "Loss by t, in quarters of the timesteps", quarters))
     others = [name for name in names if name != "loss" and name not in quarters and not name.endswith("_error")]
     options = "".join(f"<option>{_text(name)}</option>" for name in others)
-    charts.append(
-        _chart("other", "Another number", others[:1], f'<label>Of <select id="other-name">{options}</select></label>')
-    )
+    choice = f'<label>of <select id="other-name">{options}</select></label>'
+    charts.append(_chart("other", "Another number,", others[:1], choice))
     controls = (
         '<p class="control"><label><input type="checkbox" id="log" checked> logarithmic</label>'
         '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0.6"></label></p>'

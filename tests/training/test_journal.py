@@ -1,0 +1,82 @@
+"""What a run says of itself on the way, in files as they are."""
+
+import json
+import sys
+
+import pytest
+
+from ddpm_jax.config import default_config
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import read_json_lines
+from ddpm_jax.training.journal import METRICS, Journal
+
+
+@pytest.fixture
+def config():
+    config = default_config()
+    config.log.tensorboard = False
+    return config
+
+
+def write(folder, config, first_step, steps):
+    journal = Journal(folder, first_step, config)
+    for step in steps:
+        journal.write(step, {"loss": 1.0 / step})
+    journal.close()
+
+
+def test_what_lies_beyond_the_checkpoint_is_written_anew(tmp_path, config):
+    write(tmp_path, config, 0, [1, 2, 3, 4])
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 5, "lo')  # cut off
+    write(tmp_path, config, 2, [3, 4, 5])
+    assert [line["step"] for line in read_json_lines(tmp_path / METRICS)] == [1, 2, 3, 4, 5]
+    assert not (tmp_path / "wandb").exists()
+
+
+class TestWeightsAndBiases:
+    @pytest.fixture
+    def config(self, config, monkeypatch):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        config.log.wandb = "a-project"
+        return config
+
+    @pytest.mark.slow
+    def test_a_run_that_goes_on_is_the_same_one_there(self, tmp_path, config):
+        pytest.importorskip("wandb")
+        write(tmp_path, config, 0, [1, 2])
+        write(tmp_path, config, 2, [3])
+        name = (tmp_path / "wandb" / "run_id").read_text()
+        files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        assert {file.name for file in files} == {f"run-{name}.wandb"}
+        logged = [record.history for file in files for record in records(file) if record.HasField("history")]
+        assert {history.step.num: loss(history) for history in logged} == {1: 1.0, 2: 0.5, 3: 1 / 3}
+
+    def test_without_the_package(self, tmp_path, config, monkeypatch):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(UserError, match=r"config.log.wandb needs the package wandb: pip install -e '.\[wandb\]'"):
+            Journal(tmp_path, 0, config)
+
+
+def records(path):
+    """The records of a file of Weights & Biases', which is a log as LevelDB writes it behind 7 bytes of its own."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts = path.read_bytes(), 7, []
+    while place < len(data):
+        left = 2**15 - place % 2**15  # of the block
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts.append(data[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def loss(history):
+    return next(json.loads(item.value_json) for item in history.item if "loss" in (item.key, *item.nested_key))
