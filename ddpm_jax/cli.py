@@ -17,7 +17,8 @@ Make a workdir of other people's weights, or a folder for diffusers of a workdir
   python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
   python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
 
-Know what a run costs before the machine is rented:
+Know what this machine has and what would go wrong on it, and what a run costs before the machine is rented:
+  python main.py --mode=doctor
   python main.py --mode=plan --config=configs/cifar10.py --config.model.dtype=bfloat16 --topology=v5e:2x4
 """
 
@@ -38,7 +39,9 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; only --mode=plan with --config can do without.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Folder of the run; only --mode=doctor, and --mode=plan with --config, can do without."
+)
 _MODES = {
     "train": "trains, or goes on from the last checkpoint",
     "sample": "images from noise",
@@ -53,6 +56,7 @@ _MODES = {
     "report": "report.html of a workdir, which training and evaluating keep up to date",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
+    "doctor": "what this machine has, and what would go wrong",
     "plan": "what a run costs on a TPU that need not be here, or on what is here",
 }
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()))
@@ -159,7 +163,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
-    if not _WORKDIR.value and not (_MODE.value == "plan" and _CONFIG.value is not None):
+    if not _WORKDIR.value and _MODE.value != "doctor" and not (_MODE.value == "plan" and _CONFIG.value is not None):
         raise app.UsageError("--workdir must be given")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -225,7 +229,7 @@ _WITHOUT = {
 
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
-    from ddpm_jax.commands import editing, evaluation, plan, sampling, weights
+    from ddpm_jax.commands import doctor, editing, evaluation, plan, sampling, weights
     from ddpm_jax.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
@@ -242,6 +246,7 @@ def run_mode(mode: str) -> None:
         "report": report,
         "import": weights.import_weights,
         "export": weights.export_weights,
+        "doctor": doctor.doctor,
         "plan": plan.plan,
     }
     accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())

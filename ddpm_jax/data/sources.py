@@ -307,7 +307,18 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _find_or_prepare(name: str, data_dir: str | None) -> Any:
+def tfds_folder(name: str, data_dir: str | None = None) -> tuple[Path, bool]:
+    """Where the files of a data set of tensorflow-datasets are or would be, and whether they are there.
+
+    Raises:
+      UserError: there is no such data set.
+    """
+    with _quiet():
+        builder = _builder(name, data_dir)
+        return Path(builder.data_path), builder.is_prepared()
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     from ddpm_jax.data.builders import Cifar10, Digits
@@ -315,9 +326,15 @@ def _find_or_prepare(name: str, data_dir: str | None) -> Any:
     own: dict[str, Any] = {"digits": Digits, "cifar10": Cifar10}
     options = {"data_dir": data_dir, "file_format": "array_record"}
     try:
-        builder: Any = own[name](**options) if name in own else tfds.builder(name, **options)
+        return own[name](**options) if name in own else tfds.builder(name, **options)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(f"data.name is {name!r}: {_one_line(error)}{_suggestion(name)}") from None
+
+
+def _find_or_prepare(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder = _builder(name, data_dir)
     if builder.is_prepared():
         return builder
     _check_network(builder)

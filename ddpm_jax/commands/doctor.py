@@ -1,0 +1,243 @@
+"""What this machine has, and what would go wrong on it: packages, devices, disks and, if given, a run."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from packaging.requirements import Requirement
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import files, workdir
+from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.data.sources import open_source, tfds_folder
+from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.evaluation.features import INCEPTION_FILE
+from ddpm_jax.parallel import mesh_shape
+
+OK, WARNING, WRONG = "ok", "warning", "wrong"
+_GIB = 2**30
+_FEW_GIB = 5.0  # of a disk
+_EXTRAS = ("cuda", "tpu", "tensorflow", "wandb", "serve", "test", "peers")
+_PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
+_TOLD = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's.
+
+    Attributes:
+      level: "ok"; "warning", for what will be slow or may fail; or "wrong", for what will fail.
+      subject: what was looked at.
+      text: what was found and, if it is not well, what to do.
+    """
+
+    level: str
+    subject: str
+    text: str
+
+
+def doctor(config: ConfigDict | None, workdir: str) -> None:
+    """Prints what the machine has and what would go wrong.
+
+    Args:
+      config: of a run that shall be started; None: that of the workdir, if there is one.
+      workdir: of a run, or where one shall be; "": none.
+
+    Raises:
+      UserError: something would go wrong.
+    """
+    folder = Path(workdir).expanduser() if workdir else None
+    wrong = 0
+    for finding in examine(config, folder):
+        print(f"{finding.level:8} {finding.subject:12} {finding.text}", flush=True)
+        wrong += finding.level == WRONG
+    if wrong:
+        raise UserError(f"{wrong} thing(s) would go wrong; see above")
+
+
+def examine(config: ConfigDict | None, folder: Path | None) -> Iterator[Finding]:
+    """The findings, one after another."""
+    yield _python()
+    yield from _packages()
+    yield from _devices()
+    yield from _environment()
+    yield from _disks(folder)
+    yield from _weights()
+    if folder is not None:
+        yield from _workdir(folder)
+        if config is None and (folder / workdir.CONFIG).exists():
+            config = workdir.read_config(folder)
+    if config is not None:
+        yield from _config(config, folder)
+
+
+def _python() -> Finding:
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} of memory"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding(OK, "machine", f"Python {platform.python_version()}, {platform.platform()}, {cores} cores{memory}")
+
+
+def _packages() -> Iterator[Finding]:
+    """The versions of what the package needs, held against its own lower bounds."""
+    try:
+        needs = [Requirement(text) for text in importlib.metadata.requires("ddpm-jax") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARNING, "packages", "ddpm-jax is not installed, so its needs are not known: pip install -e .")
+        return
+    found = {}
+    for need in needs:
+        if need.marker is None:
+            found[need.name] = version = _version(need.name)
+            if version is None or not need.specifier.contains(version, prereleases=True):
+                yield Finding(WRONG, "packages", f"{need} is needed; found: {version}; pip install -U '{need}'")
+    shown = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    yield Finding(OK, "packages", ", ".join(f"{name} {_version(name)}" for name in shown))
+    if _version("jax") != _version("jaxlib"):
+        text = f"jax {_version('jax')} and jaxlib {_version('jaxlib')} differ; pip install -U jax brings both"
+        yield Finding(WARNING, "packages", text)
+    there = []
+    for extra in _EXTRAS:
+        names = [need.name for need in needs if need.marker is not None and need.marker.evaluate({"extra": extra})]
+        names = [_PLUGINS.get(extra, "")] if names == ["jax"] else names
+        if names and all(map(_version, names)):
+            there.append(extra)
+    yield Finding(OK, "extras", ", ".join(there) or "none")
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        yield Finding(WRONG, "devices", f"jax finds none: {first_line(error)}")
+        return
+    for device in devices:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        memory = f", {_size(limit)} for jax" if limit else ""
+        try:
+            worked = float(jax.device_put(jnp.ones((256, 256)), device).sum()) == 256**2
+        except Exception as error:  # a driver's errors are of many kinds
+            yield Finding(WRONG, "devices", f"{device} cannot compute: {first_line(error)}")
+            continue
+        level, text = (OK, "computes") if worked else (WRONG, "computes wrong sums")
+        yield Finding(level, "devices", f"{device}, {device.device_kind}{memory}: {text}")
+    if devices[0].platform == "cpu":
+        for name, signs, extra in (
+            ("An NVIDIA GPU", ("/dev/nvidia0", "/proc/driver/nvidia/version"), "cuda"),
+            ("A TPU", ("/dev/accel0", "/dev/vfio/0"), "tpu"),
+        ):
+            if any(Path(sign).exists() for sign in signs):
+                advice = f"pip install -e '.[{extra}]'" if not _version(_PLUGINS[extra]) else "see what jax logs"
+                yield Finding(WARNING, "devices", f"{name} seems to be here, and jax does not use it: {advice}")
+        text = "no GPU or TPU: digits train in minutes, a 32x32 run takes days (--mode=plan --config=... says how long)"
+        yield Finding(WARNING, "devices", text)
+
+
+def _environment() -> Iterator[Finding]:
+    told = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TOLD)}
+    if told:
+        yield Finding(OK, "environment", ", ".join(f"{name}={value}" for name, value in told.items()))
+
+
+def _disks(folder: Path | None) -> Iterator[Finding]:
+    import tensorflow_datasets as tfds
+
+    if folder is not None:
+        yield _disk("workdir", folder)
+    yield _disk("data sets", Path(os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser())
+    yield _disk("cache", files.user_cache())
+    compiled = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not compiled:
+        yield Finding(WARNING, "compiled", "no programs are kept, so that each start compiles them anew")
+    else:
+        sizes = [path.stat().st_size for path in Path(compiled).glob("*") if path.is_file()]
+        yield Finding(OK, "compiled", f"{len(sizes)} programs, {_size(sum(sizes))} of at most 4 GiB, in {compiled}")
+
+
+def _disk(subject: str, folder: Path) -> Finding:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        return Finding(WRONG, subject, f"{folder} cannot be written to: {there} is no folder, or not yours")
+    level = OK if free >= _FEW_GIB * _GIB else WARNING
+    return Finding(level, subject, f"{folder}, {_size(free)} free")
+
+
+def _weights() -> Iterator[Finding]:
+    cache = files.user_cache()
+    if any(cache.glob("pt_inception-*")):
+        yield Finding(OK, "inception", f"FID's network is in {cache}")
+    else:
+        text = f"FID's network is not in {cache}; --features=inception fetches {INCEPTION_FILE} (91 MiB) once"
+        yield Finding(OK, "inception", text)
+
+
+def _workdir(folder: Path) -> Iterator[Finding]:
+    if not (folder / workdir.CONFIG).exists():
+        yield Finding(OK, "run", f"{folder} holds none yet")
+        return
+    checkpoints = Checkpoints(folder, read_only=True)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    if not steps:
+        yield Finding(WARNING, "run", "there is no checkpoint yet; the same command begins anew")
+        return
+    size = sum(path.stat().st_size for path in (checkpoints.directory / str(steps[-1])).rglob("*") if path.is_file())
+    yield Finding(OK, "run", f"checkpoints of the steps {', '.join(map(str, steps))}, {_size(size)} each")
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        text = f"the disk has {_size(free)} left, and a checkpoint takes {_size(size)} while the old ones stay"
+        yield Finding(WRONG, "run", text)
+    aside = sorted(path.name for path in (folder / "corrupt").glob("*"))
+    if aside:
+        yield Finding(
+            WARNING, "run", f"could not be read and are set aside: the checkpoints of step {', '.join(aside)}"
+        )
+
+
+def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
+    data = config.data
+    try:
+        config_lib.validate(config, jax.device_count())
+        if folder is not None:
+            workdir.check_config(folder, config)
+        if data.source in ("digits", "tfds"):  # what is not there is not fetched: that may be many gigabytes
+            name = "digits" if data.source == "digits" else data.name
+            place, is_there = tfds_folder(name, data.data_dir or None)
+            text = f"{name} is prepared in {place}" if is_there else f"{name} will first be prepared in {place}"
+            yield Finding(OK, "data", text)
+        else:
+            arguments = {name: data[name] for name in ("path", "height", "width", "channels")}
+            source = open_source(data.source, **arguments, labels=config.model.class_conditional)
+            yield Finding(OK, "data", f"{len(source):,} images of {'x'.join(map(str, source.shape))}")
+    except UserError as error:
+        yield Finding(WRONG, "config", str(error))
+        return
+    count = sum(x.size for x in jax.tree.leaves(config_lib.param_shapes(config, 1)))
+    copies = 4 + len(config.train.ema_decays)  # the parameters, their gradient, Adam's two moments, the averages
+    text = f"{count:,} parameters; {_size(4 * count * copies)} with gradient, averages and Adam's moments, on "
+    sharded = mesh_shape(jax.device_count(), **config.mesh)[1]
+    yield Finding(OK, "network", text + (f"{sharded} devices together" if sharded > 1 else "each device"))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit and 4 * count * copies / sharded > limit:
+        yield Finding(WRONG, "network", "that is more than the device has: --config.mesh.fsdp=-1 divides it")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _size(size: float) -> str:
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / 2**20:,.0f} MiB"
