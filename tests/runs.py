@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -13,7 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from filelock import FileLock
 from tensorboardX.proto import event_pb2
+
+from ddpm_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -42,15 +46,28 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensorflow_datasets")
+def shared(tmp_path_factory):
+    """A folder that all workers of a test session see."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def start(data_dir, tmp_path_factory):
+def data_dir(shared):
+    """Where tensorflow-datasets has the digits prepared."""
+    folder = shared / "tensorflow_datasets"
+    with FileLock(f"{folder}.lock"):
+        open_source("digits", height=8, width=8, channels=1, data_dir=str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(data_dir, shared):
     """Starts main.py with a tiny run's flags; returns the process."""
     # The same few programs again and again.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(shared / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
 
     def start(*flags, devices=1, config=TINY, **environment):
@@ -85,12 +102,15 @@ def call(start):
 
 
 @pytest.fixture(scope="session")
-def trained(call, tmp_path_factory):
-    """A finished run's workdir and what it printed."""
-    workdir = tmp_path_factory.mktemp("trained")
-    status, output = call(f"--workdir={workdir}")
-    assert status == 0, output
-    return workdir, output
+def trained(call, shared, tmp_path_factory):
+    """A finished run's workdir and what it printed; each worker has a copy."""
+    workdir, said = shared / "trained", shared / "trained.txt"
+    with FileLock(f"{workdir}.lock"):
+        if not said.exists():
+            status, output = call(f"--workdir={workdir}")
+            assert status == 0, output
+            said.write_text(output)
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("copy") / "trained"), said.read_text()
 
 
 def free_port():
