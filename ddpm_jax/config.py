@@ -31,16 +31,16 @@ LEARNING_RATES = ("constant", "cosine", "linear")
 def default_config() -> ConfigDict:
     """Every field of a run. The values are the paper's for CIFAR-10 (Ho et al. 2020, appendix B)."""
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of the weights, the order of the images and all noise
 
     config.data = data = ConfigDict()
     data.source = "tfds"  # digits, tfds, folder or array
     data.name = "cifar10"  # of the tensorflow-datasets data set
-    data.split = "train"
+    data.split = "train"  # of that data set
     data.path = ""  # of the folder, or of the .npz or .npy file
     data.data_dir = ""  # where tensorflow-datasets keeps its files; "": its default
-    data.height = 32
-    data.width = 32
+    data.height = 32  # divisible by 2 ** (levels - 1)
+    data.width = 32  # the same
     data.channels = 3  # 1: grey, 3: RGB
     data.flip = True  # random horizontal flips
     data.skip_broken = False  # go on without the images of a folder that cannot be read
@@ -66,10 +66,10 @@ def default_config() -> ConfigDict:
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.diffusion = diffusion = ConfigDict()
-    diffusion.schedule = "linear"
-    diffusion.num_timesteps = 1000
-    diffusion.beta_start = 1e-4
-    diffusion.beta_end = 0.02
+    diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
+    diffusion.num_timesteps = 1000  # T
+    diffusion.beta_start = 1e-4  # of linear, quadratic and the warm-ups
+    diffusion.beta_end = 0.02  # of these and of constant
     diffusion.schedule_options = ConfigDict()  # of the cosine and sigmoid schedules
     diffusion.betas = ()  # the user's own betas; they take the place of all of the above
     diffusion.zero_terminal_snr = False  # rescale the betas so that the last timestep is pure noise; for x_0 and v
@@ -77,23 +77,23 @@ def default_config() -> ConfigDict:
     diffusion.variance = "fixed_large"  # fixed_small, fixed_large or learned
     diffusion.loss = "simple"  # simple, hybrid or vlb
     diffusion.weighting = "none"  # none, min_snr, p2 or truncated_snr
-    diffusion.vlb_weight = 1e-3
+    diffusion.vlb_weight = 1e-3  # of the bound in the hybrid loss
     diffusion.timestep_sampler = "uniform"  # uniform, stratified or importance
     diffusion.clip = True  # the predicted x_0 to [-1, 1] when sampling
     diffusion.dynamic_threshold = 0.0  # a quantile such as 0.995 for dynamic thresholding; 0: off
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # any of optax
-    optimizer.learning_rate = 2e-4
+    optimizer.learning_rate = 2e-4  # after the warm-up
     optimizer.decay = "constant"  # constant, cosine or linear, after the warm-up
     optimizer.decay_steps = 0  # the step at which the learning rate has reached 0; 0: train.num_steps
-    optimizer.warmup_steps = 5000
+    optimizer.warmup_steps = 5000  # in which the learning rate rises from 0
     optimizer.grad_clip = 1.0  # global norm; 0: off
     optimizer.options = ConfigDict()  # further arguments of the optax optimiser: b1, b2, eps, weight_decay, ...
 
     config.train = train = ConfigDict()
     train.batch_size = 128  # of all devices together
-    train.num_steps = 800_000
+    train.num_steps = 800_000  # of the whole run
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
     train.label_dropout = 0.0  # share of examples that are trained without their class, for guidance
     train.accumulation = 1  # in how many parts a batch's gradient is taken, one after the other, for memory
@@ -105,26 +105,26 @@ def default_config() -> ConfigDict:
     mesh.fsdp = 1  # devices that divide parameters, averages and optimiser state, too
 
     config.log = log = ConfigDict()
-    log.every_steps = 100
-    log.tensorboard = True
+    log.every_steps = 100  # a line of metrics.jsonl
+    log.tensorboard = True  # the same for TensorBoard
     log.wandb = ""  # project of Weights & Biases; "": none
     log.sample_every_steps = 5000  # a grid of EMA samples; 0: none
-    log.sample_images = 64
-    log.sample_steps = 250
+    log.sample_images = 64  # in that grid
+    log.sample_steps = 250  # timesteps that these are sampled at; 0: every one
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.every_steps = 0  # bits/dim and a Frechet distance on the way, by few images; 0: none
     evaluate.likelihood_images = 128  # whose bits/dim are estimated; 0: none
     evaluate.num_images = 512  # samples whose Frechet distance is taken; 0: none
     evaluate.num_real = 10_000  # training images that they are compared with
-    evaluate.sampler = "dpmpp_2m"
-    evaluate.num_steps = 20
+    evaluate.sampler = "dpmpp_2m"  # of these samples
+    evaluate.num_steps = 20  # timesteps that they are sampled at
     evaluate.features = ""  # digits, inception or the file of its weights; "": as the images' size asks
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 5000
+    checkpoint.every_steps = 5000  # steps between two
     checkpoint.every_minutes = 0.0  # also after so many minutes; 0: off
-    checkpoint.keep = 3
+    checkpoint.keep = 3  # of the newest
 
     config.sample = sample = ConfigDict()
     sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
@@ -136,7 +136,7 @@ def default_config() -> ConfigDict:
     sample.guidance_rescale = 0.0  # 0 to 1: brings the guided output back to the usual contrast
     sample.guidance_interval = ()  # (lowest, highest) guided timestep; (): all
     sample.num_images = 64  # in the grid at the end of training
-    sample.batch_size = 256
+    sample.batch_size = 256  # images at a time
     return config
 
 

@@ -1,0 +1,410 @@
+"""The documentation: commands and code run, links lead somewhere, the site and its figures are right."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+
+import numpy as np
+import pytest
+from documents import PAGES, ROOT, Forks, anchors, blocks, commands, links
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from runs import free_port
+
+from configs import celebahq256, cifar10, cifar10_article, digits
+from ddpm_jax import config as config_lib
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PYPROJECT["urls"]["Repository"]
+
+# Indented blocks that show what a program printed, by how they begin.
+OUTPUT = {"docs/tpu.md": "35,746,307 parameters, bfloat16, remat none, batch 128, on v5e:2x4"}
+
+# Commands that are not run as they stand, and why. {flag as documented: (flags in its place, reason)}; a "*" stands for
+# any value.
+REPLACED = {
+    "--config=...": (["--config=configs/digits.py"], "an ellipsis"),
+    "--workdir=...": (["--workdir=runs/elsewhere"], "an ellipsis"),
+    "--workdir=/mnt/shared/cifar10": (["--workdir=runs/shared"], "a folder that is not here"),
+    "--config.data.source=tfds": (["--config.data.source=digits"], "would download"),
+    "--source=google/ddpm-cifar10-32": (["--source=a-diffusers-folder"], "would download; the folder is of an export"),
+    "--features=inception": (["--features=digits"], "its weights would be downloaded"),
+    "--topology=v5e:2x4": ([], "wants libtpu, and minutes; measures here in its place"),
+    "--coordinator=host0:1234": (["--coordinator=127.0.0.1:PORT"], "no such host"),
+    "--num_processes=2": (["--num_processes=1"], "tests/test_processes.py has jobs of two"),
+    "--images=0-49999": (["--images=0-15", "--shard_size=4"], "hours"),
+    "--num_images=*": (["--num_images=24"], "minutes to hours"),
+    "--likelihood_images=*": (["--likelihood_images=2"], "minutes"),
+}
+# What every run gets that a command does not set itself: a network and a training of a second, on grey 8x8 pictures.
+TINY = {
+    "data.height": "8",
+    "data.width": "8",
+    "data.channels": "1",
+    "data.flip": "False",
+    "model.channels": "8",
+    "model.num_groups": "4",
+    "model.channel_multipliers": "(1,)",
+    "model.num_res_blocks": "1",
+    "model.attention_resolutions": "()",
+    "model.middle_attention": "False",
+    "model.dropout": "0.0",
+    "train.num_steps": "4",
+    "train.batch_size": "8",
+    "log.every_steps": "2",
+    "log.sample_every_steps": "0",
+    "log.sample_steps": "4",
+    "checkpoint.every_steps": "4",
+    "sample.num_images": "4",
+    "sample.num_steps": "4",
+    "sample.batch_size": "8",
+}
+# What a mode gets that a command does not set itself, for the same reason.
+FEW = {
+    "evaluate": ["--num_images=24", "--likelihood_images=2"],
+    "neighbours": ["--num_images=4"],
+    "plan": ["--programs=sample"],
+}
+FROM_NETWORK = ("cifar10", "celebahq256", "lsun")  # configs whose images would be downloaded: digits in their place
+# Commands of other kinds that are not run here.
+ELSEWHERE = {
+    ("mkdocs", "build", "--strict"): "test_site",
+    ("python", "docs/figures.py"): "test_figures",
+    ("python", "-m", "pytest", "-m", "peers"): ".ci/run",
+    ("ruff", "check", "."): ".ci/run",
+    ("ruff", "format", "--check", "."): ".ci/run",
+    ("mypy",): ".ci/run",
+    ("python3", "-m", "venv", ".venv"): "the test's own Python",
+    (".", ".venv/bin/activate"): "the test's own Python",
+    ("cd", "ddpm_jax"): "the workspace",
+}
+INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs would replace what is installed
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks")
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        "XDG_CACHE_HOME": str(folder),
+        "TFDS_DATA_DIR": str(folder / "tensorflow_datasets"),
+    }
+    forks = Forks(folder, environment)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """{config: a run of it}, from page to page."""
+    return {}
+
+
+class Workspace:
+    """A folder in which a page's commands find what they name."""
+
+    def __init__(self, folder, forks, kept):
+        self.folder, self.forks, self.kept = folder, forks, kept
+        for name in ("main.py", "configs", "benchmarks"):
+            (folder / name).symlink_to(ROOT / name)
+        rng = np.random.default_rng(0)
+        for name in ("path/to/pictures", "folder", "other"):
+            (folder / name).mkdir(parents=True)
+            for i in range(12):
+                Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / name / f"{i}.png")
+        for name in ("a", "b", "noisy"):
+            shutil.copy(folder / "other" / "0.png", folder / f"{name}.png")
+        hole = np.zeros((8, 8), np.uint8)
+        hole[2:5] = 255
+        Image.fromarray(hole).save(folder / "hole.png")
+        np.savez(folder / "pictures.npz", image=rng.integers(0, 256, (12, 8, 8, 1), np.uint8))
+
+    def main(self, words):
+        """Runs a command line of main.py to its end, as the tables above say."""
+        count = 3 if words[1] == "-m" else 2
+        flags, environment = self.adapted(words[count:])
+        began = time.monotonic()
+        status, output = self.forks.run([*words[:count], *flags], self.folder, environment)
+        print(f"{time.monotonic() - began:5.1f} s  {' '.join(words[count:])}")
+        assert status == 0, f"{' '.join([*words[:count], *flags])}\n{output}"
+
+    def adapted(self, flags):
+        """(the flags to run with, the environment)."""
+        given = [new for flag in flags for new in _replaced(flag)]
+        environment = {}
+        if "--distributed" in given:  # what a pod, Slurm and the like would say
+            environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1"}
+            environment["JAX_PROCESS_ID"] = "0"
+        value = dict(flag.partition("=")[::2] for flag in given)
+        names = set(value)
+        mode = value.get("--mode", "train")
+        config = value.get("--config", "")
+        if any(name in config for name in FROM_NETWORK) and "--config.data.source" not in names:
+            given.append("--config.data.source=digits")
+        if config:
+            given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
+        if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
+            given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in names]
+        if mode != "train" and not config and "--workdir" in names:
+            self.prepare(value["--workdir"])
+        if "--init_from" in names:
+            self.prepare(value["--init_from"])
+        if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
+            self.prepare("runs/digits")
+            self.main(["python", "main.py", "--mode=export", "--workdir=runs/digits", "--out=a-diffusers-folder"])
+        return given, environment
+
+    def prepare(self, workdir):
+        """Trains the run that a command is about, where no command before it did; `results` is of a command without."""
+        if workdir == "results" or (self.folder / workdir).exists() or workdir == "runs/imported":
+            return
+        name = "digits_classes" if workdir == "runs/classes" else "digits"
+        if name not in self.kept:
+            self.main(["python", "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}"])
+            self.kept[name] = shutil.copytree(self.folder / workdir, self.forks.folder / name)
+        else:
+            shutil.copytree(self.kept[name], self.folder / workdir)
+
+
+def _replaced(flag):
+    for documented, (flags, _) in REPLACED.items():
+        name, _, value = documented.partition("=")
+        if flag == documented or (value == "*" and flag.startswith(f"{name}=")):
+            return [new.replace("PORT", str(free_port())) for new in flags]
+    return [flag]
+
+
+def check_install(words):
+    """Of pip's arguments: this project with extras that it has, or a package that the tests know."""
+    for word in words:
+        target, _, extras = word.partition("[")
+        if target == "." and extras:
+            assert set(extras.rstrip("]").split(",")) <= set(PYPROJECT["optional-dependencies"]), word
+        else:
+            assert word in ("-e", ".", "--no-deps", *INSTALLED_BY_NAME), f"pip install {word}"
+
+
+def run_command(words, workspace):
+    match words:
+        case _ if tuple(words) in ELSEWHERE:
+            pass
+        case ["git", "clone", url]:
+            assert url == REPOSITORY
+        case ["pip", "install", *rest]:
+            check_install(rest)
+        case ["python", "main.py", *_] | ["python", "-m", "ddpm_jax", *_]:
+            workspace.main(words)
+        case ["python", "-m", "pytest", *rest]:
+            check_pytest(rest)
+        case ["python", script, *rest] if script.startswith("benchmarks/"):
+            check_benchmark(script, rest)
+        case _:
+            pytest.fail(f"tests/test_docs.py does not know how to run {' '.join(words)!r}")
+
+
+def check_pytest(arguments):
+    """pytest takes these arguments, and the files that they name are there."""
+    assert all((ROOT / argument).exists() for argument in arguments if argument.startswith("tests/")), arguments
+    check_help([sys.executable, "-m", "pytest", "--version", *arguments])
+
+
+def check_benchmark(script, arguments):
+    """A benchmark takes minutes to hours: its --help must know the flags."""
+    output = check_help([sys.executable, script, "--help"])
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument.partition("=")[0] in output
+
+
+def check_help(command):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_commands_and_code_run(page, forks, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workspace, namespace = Workspace(tmp_path, forks, kept), {}
+    for block in blocks(page):
+        if block.kind == "sh":
+            for words in commands(block):
+                run_command(words, workspace)
+        elif block.kind == "python":
+            for workdir in re.findall(r'load\("([^"]+)"', block.text):
+                workspace.prepare(workdir)
+            exec(compile(block.text, str(block), "exec"), namespace)
+        else:
+            is_output = block.kind == "" and page in OUTPUT and block.text.startswith(OUTPUT[page])
+            assert is_output, f"{block}: tests/test_docs.py does not know what to do with it"
+
+
+def test_tables_hold_nothing_that_is_not_documented():
+    words = [words for page in PAGES for block in blocks(page) if block.kind == "sh" for words in commands(block)]
+    flags = {flag for command in words for flag in command}
+    for documented in REPLACED:
+        name, _, value = documented.partition("=")
+        assert any(flag == documented or (value == "*" and flag.startswith(f"{name}=")) for flag in flags), documented
+    assert set(ELSEWHERE) <= {tuple(command) for command in words}
+    for page, beginning in OUTPUT.items():
+        assert any(block.text.startswith(beginning) for block in blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), f"{page}: {target}"
+        if anchor and not anchor.startswith("ddpm_jax."):  # those are made when the site is built, which checks them
+            assert anchor in anchors(str(found.resolve().relative_to(ROOT))), f"{page}: {target}"
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return load_script(ROOT / "docs" / "figures.py")
+
+
+@pytest.fixture(scope="module")
+def hook():
+    pytest.importorskip("latex2mathml", reason="pip install -e '.[docs]'")
+    return load_script(ROOT / "docs" / "_hooks" / "site.py")
+
+
+class TestFigures:
+    @pytest.mark.parametrize(
+        ("config", "parameters"),
+        [
+            (cifar10, 35_746_307),
+            pytest.param(celebahq256, 113_673_219, marks=pytest.mark.slow),
+            pytest.param(cifar10_article, None, marks=pytest.mark.slow),
+            (digits, None),
+        ],
+    )
+    def test_blocks_are_the_network_s(self, figures, config, parameters):
+        config = config.get_config()
+        found = figures.unet_blocks(config)
+        params = flatten_dict(config_lib.param_shapes(config, 0))
+        assert sum(block.parameters for block in found) == sum(leaf.size for leaf in params.values())
+        assert parameters in (None, sum(block.parameters for block in found))
+        assert {block.name for block in found} == {path[0] for path in params} | {
+            block.name for block in found if block.parameters == 0
+        }
+        levels, blocks_a_level = len(config.model.channel_multipliers), config.model.num_res_blocks
+        # conv_in, and a level's blocks and its halving, each once.
+        skips = [block.skip for block in found if block.skip]
+        assert len(skips) == len(set(skips)) == 1 + levels * (blocks_a_level + 1) - 1
+        assert len(skips) == levels * (blocks_a_level + 1)
+        by_name = {block.name: block for block in found}
+        for block in found:
+            if block.skip:
+                assert by_name[block.skip].shape[:2] == block.shape[:2]
+                assert block.channels > by_name[block.skip].shape[-1]
+
+    def test_cifar10_is_the_paper_s(self, figures):
+        found = figures.unet_blocks(cifar10.get_config())
+        kinds = Counter(block.kind for block in found)
+        assert (kinds["ResBlock"], kinds["AttentionBlock"]) == (4 * 2 + 2 + 4 * 3, 2 + 1 + 3)
+        assert (kinds["Downsample"], kinds["Upsample"]) == (3, 3)
+        attended = [block.shape for block in found if block.kind == "AttentionBlock"]
+        assert attended == [(16, 16, 256)] * 2 + [(4, 4, 256)] + [(16, 16, 256)] * 3
+        sizes = [block.shape[0] for block in found if block.kind == "Downsample"]
+        assert sizes == [16, 8, 4]
+        svg = figures.unet_svg(cifar10.get_config())
+        assert (ROOT / "docs" / "images" / "unet.svg").read_text() == svg, "run python docs/figures.py"
+        assert svg.count("<rect") == 1 + 4 + len(found)
+        assert "35,746,307 parameters" in svg
+
+    def test_pictures_are_diffused_by_the_library(self, figures):
+        photograph, digit = figures.pictures()
+        assert (photograph.shape, digit.shape) == ((64, 64, 3), (8, 8, 1))
+        assert photograph.std() > 30
+        assert digit.max() > 200
+
+    @pytest.mark.slow
+    def test_all_are_drawn(self, figures, tmp_path):
+        figures.main(tmp_path)
+        for name in ("forward.png", "schedules.png"):
+            drawn, committed = Image.open(tmp_path / name), Image.open(ROOT / "docs" / "images" / name)
+            assert drawn.size == committed.size
+            drawn, committed = (np.asarray(image.convert("RGB"), float) for image in (drawn, committed))
+            assert np.abs(drawn - committed).mean() < 3  # fonts differ by matplotlib's version
+
+
+class TestSite:
+    def test_every_field_has_a_meaning(self, hook):
+        meanings = hook.config_meanings()
+        names = [name for name, _ in config_lib.fields(config_lib.default_config())]
+        assert [name for name in names if not meanings.get(name)] == []
+        table = hook.config_fields()
+        assert all(f"| `{name}` |" in table for name in names)
+        assert "| `train.batch_size` | `128` | of all devices together |" in table
+        assert "| `model.channels` | `128` | base width;" in table
+
+    def test_every_flag_is_listed(self, hook):
+        assert "| `--num_steps` |" in hook.flags()
+        assert "| `--jump` | `10` |" in hook.flags()
+        assert "| `--programs` | `train,sample,evaluate` |" in hook.flags()
+
+    def test_code_is_the_source_s(self, hook):
+        assert hook.source("ddpm_jax.diffusion.gaussian.q_sample").splitlines()[1:] == [
+            "def q_sample(schedule: Schedule, x_0: Array, t: Array, noise: Array) -> Array:",
+            "    a = extract(schedule.sqrt_alphas_cumprod, t, x_0.ndim)",
+            "    s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x_0.ndim)",
+            "    return a * x_0 + s * noise",
+            "```",
+        ]
+        excerpt = hook.source('ddpm_jax.models.unet.UNet.__call__ from "skips = [h]" to "skips.append(h)"')
+        assert excerpt.splitlines()[1] == "skips = [h]"
+        assert excerpt.splitlines()[-2].endswith("skips.append(h)")
+
+    @pytest.mark.parametrize(
+        "line", ["ddpm_jax.diffusion.gaussian.q_sampel", 'ddpm_jax.run.load from "nowhere in it"', "a b"]
+    )
+    def test_what_is_not_there_fails_the_build(self, hook, line):
+        with pytest.raises(ValueError, match=r"has no|not a source line"):
+            hook.source(line)
+
+    def test_formulas_become_mathml(self, hook):
+        page = hook.on_page_content('<p><span class="arithmatex">\\(a &lt; \\sqrt{b}\\)</span></p>')
+        assert "<msqrt>" in page
+        assert "arithmatex" not in page
+
+    @pytest.mark.slow
+    def test_site(self, tmp_path, page):
+        """Builds without a warning; no page asks for anything beyond the site (the fixture sees to that)."""
+        for name in ("material", "mkdocs", "mkdocstrings", "latex2mathml"):
+            pytest.importorskip(name, reason="pip install -e '.[docs]'")
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        built = sorted(path for path in tmp_path.rglob("*.html") if path.name != "404.html")
+        assert len(built) == len(list((ROOT / "docs").rglob("*.md")))
+        for path in built:
+            assert "{{" not in path.read_text()
+            page.goto(path.as_uri())
+            assert page.locator("h1").count() == 1
+        page.goto((tmp_path / "article.html").as_uri())
+        assert page.locator("math").count() > 40
