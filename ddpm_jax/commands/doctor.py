@@ -24,7 +24,7 @@ from ddpm_jax.parallel import mesh_shape
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 _GIB = 2**30
 _FEW_GIB = 5.0  # of a disk
-_EXTRAS = ("cuda", "tpu", "tensorflow", "wandb", "serve", "test", "peers")
+_EXTRAS = ("cuda", "tpu", "tensorflow", "wandb", "serve", "test", "peers", "docs")
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
 _TOLD = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_DIR")
 
