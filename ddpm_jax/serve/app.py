@@ -68,10 +68,10 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
             await form.close()
 
     async def act(request: Request) -> Response:
-        queue.check()  # before the pictures are received
         name = request.path_params["action"]
         if name not in playground.actions:
             raise HTTPException(404)
+        queue.check()  # before its pictures are received
         action: Action = await checked(request, playground.actions[name])
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -80,7 +80,7 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
 
         job = action.job(tell)
         queue.submit(job)
-        return StreamingResponse(_told(queue, job, changed), media_type="application/x-ndjson")
+        return Told(queue, job, changed)
 
     async def fit(request: Request) -> Response:
         return JSONResponse(await checked(request, playground.fitted))
@@ -151,26 +151,34 @@ async def _form(request: Request) -> FormData:
         raise UserError(f"the form cannot be read: {said}") from None
 
 
-async def _told(queue: Queue, job: Job, changed: asyncio.Event) -> AsyncIterator[str]:
-    """A line for each event of the job, and for its place or its progress while there is none."""
-    try:
+class Told(StreamingResponse):
+    """A line for each event of a job, and for its place or its progress while there is none."""
+
+    def __init__(self, queue: Queue, job: Job, changed: asyncio.Event):
+        super().__init__(self._lines(), media_type="application/x-ndjson")
+        self._queue, self._job, self._changed = queue, job, changed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # who has hung up waits no more
+            self._queue.cancel(self._job)
+
+    async def _lines(self) -> AsyncIterator[str]:
         while True:
-            changed.clear()
-            events = job.events()
-            if not events:
-                place = queue.place(job)
-                if place is not None:
-                    events = [{"state": "waiting", "ahead": place[0], "seconds": place[1]}]
-                elif job.done:
-                    events = [{"state": "running", "done": job.done, "calls": job.calls}]
-            for event in events:
+            self._changed.clear()
+            for event in self._job.events() or self._meanwhile():
                 yield json.dumps(event) + "\n"
                 if event["state"] in ("done", "failed"):
                     return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), PULSE_SECONDS)
-    finally:
-        queue.cancel(job)
+                await asyncio.wait_for(self._changed.wait(), PULSE_SECONDS)
+
+    def _meanwhile(self) -> list[dict[str, Any]]:
+        place = self._queue.place(self._job)
+        if place is not None:
+            return [{"state": "waiting", "ahead": place[0], "seconds": place[1]}]
+        return [{"state": "running", "done": self._job.done, "calls": self._job.calls}] if self._job.done else []
 
 
 # Who may ask.

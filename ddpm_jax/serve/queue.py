@@ -99,8 +99,7 @@ class Queue:
     def check(self) -> None:
         """Raises FullError if there is no place."""
         with self._condition:
-            busy = self._running is not None or bool(self._waiting)
-            if len(self._waiting) >= self.limit + (not busy):
+            if len(self._waiting) + (self._running is not None) > self.limit:
                 raise FullError(len(self._waiting), self._seconds([*self._waiting]))
 
     def submit(self, job: Job) -> None:

@@ -3,7 +3,7 @@
 const MAX_FILE = 15 * 2 ** 20; // bytes; the server takes a little more
 const HINTS = {
   sample: "Images from noise. The same seed and settings give the same images.",
-  interpolate: "From one picture to another.",
+  interpolate: "From one picture to another; both stand at the ends of the result.",
   vary: "A picture is covered with noise up to t and denoised again: the larger t, the less is kept.",
   inpaint: "A part of a picture is painted anew, fitting the rest.",
 };
@@ -174,6 +174,8 @@ async function ask() {
   choose(null);
   busy(true);
   say("Sent.");
+  const stage = find(".stage");
+  if (stage.getBoundingClientRect().top > 0.6 * innerHeight) stage.scrollIntoView(); // below, on a narrow screen
   try {
     const response = await fetch(`api/${path}`, { method: "POST", body, signal: controller.signal });
     if (!response.ok) await answer(response);
@@ -206,6 +208,7 @@ function busy(is) {
   find("#go").disabled = is;
   find("#cancel").disabled = !is;
   find("#grid").setAttribute("aria-busy", is);
+  find(".stage").classList.toggle("idle", !is);
   const replay = find("#replay");
   replay.hidden = is || frames.length < 2;
   find("input", replay).max = frames.length - 1;
@@ -231,6 +234,7 @@ function tile(source, alt, press) {
 function draw(shown) {
   const made = ends.length ? [ends[0], ...shown, ends[1]] : shown;
   const grid = find("#grid");
+  grid.classList.toggle("between", ends.length > 0);
   if (grid.children.length !== made.length) {
     grid.replaceChildren(...made.map((source, number) => tile(source, "", () => choose(number))));
   }
@@ -495,6 +499,7 @@ try {
   run = await answer(await fetch("api/run"));
   fill();
   show();
+  say("Nothing yet: press Sample.");
 } catch (error) {
   say(sentence(error), true);
 }
