@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import images
 from ddpm_jax.commands.job import training_images
-from ddpm_jax.data.sources import Fit, Source, open_picture
+from ddpm_jax.data.sources import Fit, Source, open_picture, tfds_folder
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.run import Run
@@ -76,7 +76,7 @@ class Playground:
         self.source: Source | None = None
         self.without_source = ""
         try:
-            self.source = training_images(run)
+            self.source = _training_images(run)
         except UserError as error:
             self.without_source = str(error)
         self.actions: dict[str, Callable[[Form], Action]] = {
@@ -274,6 +274,16 @@ class Playground:
         count = self._num_images(form)
         inner = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
         return np.resize(inner, self.batch_size).tolist()
+
+
+def _training_images(run: Run) -> Source:
+    """What lies on this machine of the images that the run learned from; they are not fetched for a page."""
+    data = run.config.data
+    if data.source in ("digits", "tfds"):
+        folder, is_there = tfds_folder(data.name if data.source == "tfds" else "digits", data.data_dir or None)
+        if not is_there:
+            raise UserError(f"the images that this run learned from are not in {str(folder)!r}")
+    return training_images(run)
 
 
 # Of forms.

@@ -183,7 +183,7 @@ async function ask() {
     for await (const event of lines(response)) {
       last = event;
       if (event.state === "failed") throw new Error(event.error);
-      if (event.state === "waiting") say(waiting(event));
+      if (event.state === "waiting" && event.ahead) say(waiting(event));
       if (event.state === "compiling") say("Compiling the program for this, the first time only …");
       if (event.state === "running") say("Denoising …");
       if (event.calls) bar.value = event.done / event.calls;
