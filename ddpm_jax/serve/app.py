@@ -13,6 +13,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, MutableHeaders
@@ -27,9 +28,10 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.serve.actions import Action, Playground
 from ddpm_jax.serve.queue import FullError, Job, Queue
 
-MAX_BODY = 16 << 20  # bytes of a request
-BODY_SECONDS = 30  # in which it must have come
-PULSE_SECONDS = 0.5  # between lines of a request that waits
+_MAX_BODY = 16 << 20  # bytes of a request
+_BODY_SECONDS = 30  # in which it must have come
+_DROP_SECONDS = 5
+_PULSE_SECONDS = 0.5  # between lines of a request that waits
 
 _STATIC = {
     "/": ("index.html", "text/html"),
@@ -114,8 +116,8 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
 _SENTENCES = {
     404: "there is nothing at this address",
     405: "this address takes another method",
-    408: f"the request did not come within {BODY_SECONDS} seconds",
-    413: f"the request is too large; accepted: up to {MAX_BODY >> 20} MiB",
+    408: f"the request did not come within {_BODY_SECONDS} seconds",
+    413: f"the request is too large; accepted: up to {_MAX_BODY >> 20} MiB",
 }
 
 
@@ -141,13 +143,13 @@ async def _form(request: Request) -> FormData:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UserError("the request is no form; accepted: multipart/form-data")
     parser = MultiPartParser(request.headers, request.stream(), max_files=2, max_fields=20, max_part_size=1000)
-    parser.spool_max_size = MAX_BODY + 1
+    parser.spool_max_size = _MAX_BODY + 1
     try:
-        return await asyncio.wait_for(parser.parse(), BODY_SECONDS)
+        return await asyncio.wait_for(parser.parse(), _BODY_SECONDS)
     except TimeoutError:
         raise HTTPException(408) from None
-    except (MultiPartException, KeyError) as error:
-        said = error.message if isinstance(error, MultiPartException) else "it has no boundary"
+    except (MultiPartException, FormParserError) as error:
+        said = error.message if isinstance(error, MultiPartException) else str(error)
         raise UserError(f"the form cannot be read: {said}") from None
 
 
@@ -172,7 +174,7 @@ class Told(StreamingResponse):
                 if event["state"] in ("done", "failed"):
                     return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), PULSE_SECONDS)
+                await asyncio.wait_for(self._changed.wait(), _PULSE_SECONDS)
 
     def _meanwhile(self) -> list[dict[str, Any]]:
         place = self._queue.place(self._job)
@@ -199,8 +201,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        body = _Body(receive)
+
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
+                await body.drop()
                 headers = MutableHeaders(scope=message)
                 for name, value in _SECURITY.items():
                     headers[name] = value
@@ -210,7 +215,7 @@ class Guard:
         if refused:
             await refused(scope, receive, secured)
         else:
-            await self.app(scope, _limited(receive), secured)
+            await self.app(scope, body.receive, secured)
 
     def _refused(self, headers: Headers, method: str) -> Response | None:
         host = headers.get("host", "")
@@ -222,24 +227,35 @@ class Guard:
             if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
                 return _error(403, "this request comes from the page of another site")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY:
+        if not length.isdecimal() or int(length) > _MAX_BODY:
             return _error(413, _SENTENCES[413])
         return None
 
 
-def _limited(receive: Receive) -> Receive:
-    """Receives no more than MAX_BODY."""
-    size = 0
+class _Body:
+    """What comes with a request: no more than _MAX_BODY of it is handed on."""
 
-    async def limited() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
+    def __init__(self, receive: Receive):
+        self._receive, self._size, self._ended = receive, 0, False
+
+    async def receive(self) -> Message:
+        message = await self._next()
+        if self._size > _MAX_BODY:
             raise HTTPException(413)
         return message
 
-    return limited
+    async def drop(self) -> None:
+        """Receives the rest for nothing, within bounds: most clients read no answer before they have sent it all."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DROP_SECONDS):
+                while not self._ended and self._size < 4 * _MAX_BODY:
+                    await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        return message
 
 
 def is_loopback(host: str) -> bool:
