@@ -209,6 +209,8 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _SECURITY.items():
                     headers[name] = value
+                if not body.ended:
+                    headers["connection"] = "close"
             await send(message)
 
         refused = self._refused(Headers(scope=scope), scope["method"])
@@ -236,7 +238,8 @@ class _Body:
     """What comes with a request: no more than _MAX_BODY of it is handed on."""
 
     def __init__(self, receive: Receive):
-        self._receive, self._size, self._ended = receive, 0, False
+        self.ended = False
+        self._receive, self._size = receive, 0
 
     async def receive(self) -> Message:
         message = await self._next()
@@ -248,13 +251,13 @@ class _Body:
         """Receives the rest for nothing, within bounds: most clients read no answer before they have sent it all."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DROP_SECONDS):
-                while not self._ended and self._size < 4 * _MAX_BODY:
+                while not self.ended and self._size < 4 * _MAX_BODY:
                     await self._next()
 
     async def _next(self) -> Message:
         message = await self._receive()
         self._size += len(message.get("body", b""))
-        self._ended = not message.get("more_body", False)
+        self.ended = not message.get("more_body", False)
         return message
 
 

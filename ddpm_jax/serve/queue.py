@@ -54,8 +54,8 @@ class Job:
 
     def tell(self, state: str, **facts: Any) -> None:
         """Leaves an event for whoever waits."""
-        self._events.append({"state": state, **facts})
         if not self.cancelled:
+            self._events.append({"state": state, **facts})
             self.changed()
 
     def events(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """uvicorn, which ends what is computed when it is told to end."""
 
+import logging
 import socket
 
 import uvicorn
@@ -27,6 +28,7 @@ class Server(uvicorn.Server):
             )
         )
         self._queue = queue
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or every broken form is on the terminal
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._queue.close()  # so that no answer is waited for
