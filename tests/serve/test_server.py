@@ -133,6 +133,7 @@ class TestServer:
             (bomb(60000), 400, "picture cannot be read as a picture: "),
             (bytes((16 << 20) + 1), 413, "the request is too large; accepted: up to 16 MiB"),
         ],
+        ids=["empty", "gif", "broken", "bomb", "larger bomb", "large file"],
     )
     def test_bad_pictures(self, server, picture, status, sentence):
         response = server.post("fit", {}, picture=("a.png", picture))
@@ -311,8 +312,8 @@ class TestPage:
         page.check("[value=inpaint]", force=True)
         picture = {"name": "a.png", "mimeType": "image/png", "buffer": png(np.full((30, 20), 80))[1]}
         page.set_input_files(".slot[data-slot=first] input[type=file]", picture)
-        canvas = page.locator("#canvas")
-        assert canvas.get_attribute("aria-label") == "The picture, 0 in 100 of it painted over"
+        canvas, painted = page.locator("#canvas"), "#canvas[aria-label='The picture, {} in 100 of it painted over']"
+        page.wait_for_selector(painted.format(0))
         page.click("#go")
         assert "Paint over the part" in page.inner_text("#status")
         canvas.scroll_into_view_if_needed()
@@ -323,11 +324,11 @@ class TestPage:
         page.mouse.down()
         page.mouse.move(*place(5.5, 2.5), steps=3)
         page.mouse.up()
-        assert canvas.get_attribute("aria-label") == "The picture, 8 in 100 of it painted over"  # 5 of 64
+        page.wait_for_selector(painted.format(8))  # 5 of 64
         canvas.focus()
         for key in (*["ArrowDown"] * 2, "Space"):
             page.keyboard.press(key)
-        assert canvas.get_attribute("aria-label") == "The picture, 9 in 100 of it painted over"
+        page.wait_for_selector(painted.format(9))
         page.fill("[name=num_steps]", "6")
         done(page, "Inpaint")
         changed = np.zeros((8, 8), bool)
@@ -337,7 +338,7 @@ class TestPage:
         where[2, 1:6] = where[6, 4] = True
         np.testing.assert_array_equal(changed, where)
         page.click("#clear")
-        assert canvas.get_attribute("aria-label") == "The picture, 0 in 100 of it painted over"
+        page.wait_for_selector(painted.format(0))
 
     def test_going_on_with_a_picture(self, page):
         done(page, "Sample")
