@@ -134,7 +134,7 @@ REFUSED = [
         {"times": "9", "num_steps": "10", "sampler": "ddim"},
         "takes 90 calls of the network; accepted: up to 80",
     ),
-    ("training_page", {}, "the images that this run learned from have changed"),
+    ("training_page", {}, "the images that this run learned from (have changed|are not in)"),
 ]
 
 
@@ -142,6 +142,15 @@ REFUSED = [
 def test_refusals(playground, action, form, sentence):
     with pytest.raises(UserError, match=sentence):
         getattr(playground, action)(form)
+
+
+def test_training_images_are_not_fetched(tmp_path):
+    run = make_run()
+    run.config.data.data_dir = str(tmp_path)
+    facts = Playground(run, "tiny", 8).facts()
+    assert facts["training_images"] == 0
+    assert f"learned from are not in '{tmp_path}" in facts["without_training_images"]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_that_knows_its_images_by_class_alone(classes):
