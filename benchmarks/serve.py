@@ -4,10 +4,10 @@
     python benchmarks/serve.py runs/digits --users 20 --seconds 120
 
 Starts the server on loopback. Every user asks for pictures again and again: most for samples, some to vary or to paint
-anew a picture, with a seed, a sampler and a number of steps by chance; one in ten hangs up on the way, one in twenty
-brings what is no picture. Who is refused because the queue is full waits as long as the refusal says, ten seconds at
-most. The queue has fewer places than there are users, so that all of this happens. A request is lost if it has no
-answer, or one without words; then the exit status is 1.
+anew a picture, with a seed, a sampler and a number of steps by chance. One in ten hangs up, while it waits or while it is
+computed; one in twenty-five brings what is no picture. The queue has fewer places than there are users: who is refused
+comes again when the refusal says, after ten seconds at most. A request is lost if it has no answer, or one without words;
+then the exit status is 1.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class User(threading.Thread):
                 if response.status_code == 503:
                     return "refused: the queue is full", first, min(10, int(response.headers["retry-after"]))
                 return (f"refused: {said[:40]}" if response.status_code == 400 else "lost"), first, 0.1
-            leaves = self.chance.random() < 0.1
+            leaves = self.chance.choices(("", "waiting", "running"), (18, 1, 1))[0]
             for line in response.iter_lines():
                 event = json.loads(line)
                 first = min(first, time.monotonic() - began)
@@ -76,7 +76,7 @@ class User(threading.Thread):
                     return f"failed: {event['error'][:40]}", first, 0.1
                 if event["state"] == "done":
                     return "answered", first, self.chance.random()
-                if leaves and event["state"] in ("waiting", "running"):
+                if event["state"] == leaves:
                     return "hung up", first, 0.1
         return "lost: broken off", first, 1.0
 
