@@ -4,10 +4,10 @@
     python benchmarks/serve.py runs/digits --users 20 --seconds 120
 
 Starts the server on loopback. Every user asks for pictures again and again: most for samples, some to vary or to paint
-anew a picture, with a seed, a sampler and a number of steps by chance. One in ten hangs up, while it waits or while it is
-computed; one in twenty-five brings what is no picture. The queue has fewer places than there are users: who is refused
-comes again when the refusal says, after ten seconds at most. A request is lost if it has no answer, or one without words;
-then the exit status is 1.
+anew a picture, with a seed, a sampler and a number of steps by chance. One in ten hangs up, while it waits or while it
+is computed; one in twenty-five brings what is no picture. The queue has fewer places than there are users: who is
+refused comes again when the refusal says, after ten seconds at most. A request is lost if it has no answer, or one
+without words; then the exit status is 1.
 """
 
 import argparse
