@@ -34,6 +34,7 @@ BENCHMARKS = [
     ("input.py", (), ["--images", "5000"]),
     ("startup.py --config digits", (), ["--rounds", "1"]),
     ("startup.py --config cifar10 --batch 16", (), None),
+    ("serve.py {run}", ("starlette", "uvicorn", "python_multipart"), ["--seconds", "30"]),
     ("digits_quality.py {samples}", (), []),
     ("digits_steps.py {run} --long dpmpp_2m", (), None),
 ]

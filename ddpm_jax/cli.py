@@ -17,6 +17,9 @@ Make a workdir of other people's weights, or a folder for diffusers of a workdir
   python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
   python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
 
+Play with a run in the browser:
+  python main.py --mode=serve --workdir=runs/digits
+
 Know what this machine has and what would go wrong on it, and what a run costs before the machine is rented:
   python main.py --mode=doctor
   python main.py --mode=plan --config=configs/cifar10.py --config.model.dtype=bfloat16 --topology=v5e:2x4
@@ -58,6 +61,7 @@ _MODES = {
     "export": "a run's weights for others",
     "doctor": "what this machine has, and what would go wrong",
     "plan": "what a run costs on a TPU that need not be here, or on what is here",
+    "serve": "a page in the browser to play with a run",
 }
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()))
 
@@ -73,7 +77,9 @@ _RAW = flags.DEFINE_bool("raw", False, "The weights as trained instead of a movi
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; by default the config's.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Images at a time; by default the config's; serve: of a request, by default 8.", lower_bound=1
+)
 _OPTIONS = {
     "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc."),
     "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
@@ -137,6 +143,12 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: a TPU slice to compile for, such as v5e:2x4; by default measures here."
 )
 _PROGRAMS = flags.DEFINE_list("programs", ["train", "sample", "evaluate"], "plan: which of these.")
+
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at; by default for this machine alone.")
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "serve: the port to listen at; 0: one that is free.", lower_bound=0, upper_bound=65535
+)
+_QUEUE = flags.DEFINE_integer("queue", 16, "serve: requests that may wait; more are told to come again.", lower_bound=0)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.", lower_bound=1)
@@ -224,12 +236,13 @@ _WITHOUT = {
     "coarse_to_fine": {"timesteps"},
     "evaluate": {"out"},
     "export_weights": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"},
+    "serve": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval", "out"},
 }
 
 
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
-    from ddpm_jax.commands import doctor, editing, evaluation, plan, sampling, weights
+    from ddpm_jax.commands import doctor, editing, evaluation, plan, sampling, serve, weights
     from ddpm_jax.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
@@ -248,6 +261,7 @@ def run_mode(mode: str) -> None:
         "export": weights.export_weights,
         "doctor": doctor.doctor,
         "plan": plan.plan,
+        "serve": serve.serve,
     }
     accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""

@@ -132,11 +132,11 @@ def divided(mesh: Mesh, values: np.ndarray) -> jax.Array:
 
 def image_keys(mesh: Mesh, seed: int, purpose: str, numbers: np.ndarray) -> jax.Array:
     """`named_key` of each number, divided over the mesh."""
-    return _keys_of(seed, purpose, divided(mesh, np.asarray(numbers, np.int32)))
+    return _keys_of(np.uint32(seed), purpose, divided(mesh, np.asarray(numbers, np.int32)))
 
 
 @partial(jax.jit, static_argnames="purpose")
-def _keys_of(seed: int, purpose: str, numbers: jax.Array) -> jax.Array:
+def _keys_of(seed: np.uint32, purpose: str, numbers: jax.Array) -> jax.Array:
     return jax.vmap(lambda number: named_key(seed, purpose, number))(numbers)
 
 

@@ -1,5 +1,6 @@
 """Pictures: arrays to 8 bits, grids, and files that are either whole or not there."""
 
+import io
 import os
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: in
     with atomic_path(path) as temporary:
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return Path(path)
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """The PNG of uint8 [H, W, 1 or 3]."""
+    file = io.BytesIO()
+    _picture(image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def save(path: str | os.PathLike, image: np.ndarray) -> Path:

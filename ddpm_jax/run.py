@@ -17,7 +17,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.samplers import Progress, plan_table, sample
+from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.errors import UserError
@@ -87,7 +87,8 @@ class Run:
           labels: of a class-conditional run, repeated as needed; none: every class in turn.
           progress: told (network calls done, calls in all).
           options: in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip, dynamic_threshold
-            (see `ddpm_jax.sample`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
+            (see `ddpm_jax.sample`), guidance_scale, guidance_rescale, guidance_interval (see `guided`); or watch, with
+            snapshots_of, told of each batch as `ddpm_jax.sample` says.
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -199,6 +200,7 @@ class Run:
         num_steps: int | None = None,
         spacing: str | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """From one picture to another along the arc between the noises that deterministic DDIM makes them of, uint8
         [len(weights), H, W, C] (DDIM, section 5.3).
@@ -207,7 +209,7 @@ class Run:
           first, second: uint8 [H, W, C].
           weights: of the second, 0 to 1.
           num_steps, spacing: of both ways; None: the config's.
-          progress: as in `sample`.
+          progress, watch: as in `sample`; of the way from the noises.
         """
         ends = images.to_float(self._check(np.stack([first, second])))
         given: dict[str, Any] = {
@@ -226,7 +228,7 @@ class Run:
             x_t = editing.slerp(noise[0], noise[1], weights)
             return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
 
-        return self._call(mix, len(weights), progress=progress, **given)
+        return self._call(mix, len(weights), progress=progress, watch=watch, **given)
 
     def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
         """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).

@@ -47,6 +47,9 @@ class TestImages:
             run.sample(8, timesteps=[30, 10, 0]), plain.sample(8, sampler="ddim", eta=0.5, timesteps=[30, 10, 0])
         )
 
+    def test_of_the_largest_seed(self, run):
+        assert not near(run.sample(2, seed=2**32 - 1, **QUICK), run.sample(2, seed=2**31, **QUICK))
+
     def test_progress_counts_the_calls_of_all_batches(self, run):
         told = []
         run.sample(40, sampler="heun", num_steps=5, progress=lambda *position: told.append(position))

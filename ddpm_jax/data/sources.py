@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from absl import logging
@@ -70,13 +70,26 @@ class Fit:
         return np.asarray(image, np.uint8).reshape(self.shape)
 
 
-def open_picture(path: str | Path, fit: Fit) -> np.ndarray:
-    """uint8 [H, W, C] of a picture's file, turned as its EXIF data say; whatever Pillow raises if it is broken, and
-    ValueError if it has more pixels than Pillow's limit."""
-    with Image.open(path) as image:
-        limit = Image.MAX_IMAGE_PIXELS or math.inf
+def open_picture(
+    file: str | Path | BinaryIO, fit: Fit, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> np.ndarray:
+    """uint8 [H, W, C] of a picture's file, turned as its EXIF data say.
+
+    Args:
+      file: its path, or itself.
+      fit: the size it is brought to.
+      formats: Pillow's names of those that are accepted; None: all.
+      max_pixels: None: Pillow's limit.
+
+    Raises:
+      ValueError: more pixels than that, said before any is decoded.
+      Exception: whatever Pillow raises if it is broken.
+    """
+    with Image.open(file, formats=formats) as image:
+        limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
         if image.width * image.height > limit:
-            raise ValueError(f"{image.width}x{image.height} is more than Pillow's limit of {limit} pixels")
+            whose = "the limit" if max_pixels else "Pillow's limit"
+            raise ValueError(f"{image.width}x{image.height} is more than {whose} of {limit} pixels")
         # A JPEG much larger than wanted, on either side, is decoded at a half, a quarter or an eighth of its size.
         image.draft(image.mode, (_DRAFT * max(fit.shape[:2]),) * 2)
         ImageOps.exif_transpose(image, in_place=True)

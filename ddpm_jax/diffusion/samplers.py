@@ -35,9 +35,11 @@ from ddpm_jax.diffusion.tables import (
 )
 
 Progress = Callable[[int, int], None]
+Watch = Callable[[int, int, Array], None]
 
 SNAPSHOTS = ("x", "x_0")
 _PORTION = 10  # network calls of one call of the compiled program
+_WATCHED = 2  # the same where somebody watches
 
 
 def plan(
@@ -138,6 +140,7 @@ def sample(
     num_snapshots: int = 0,
     snapshots_of: str = "x",
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Images from noise, or from an image that carries noise, by one jit-compiled `lax.scan`.
 
@@ -169,6 +172,8 @@ def sample(
       num_snapshots: how many images on the way to return as well.
       snapshots_of: "x", or "x_0" for what the network took it for.
       progress: told (calls done, calls) every ten calls or so.
+      watch: told (calls done, calls, [B, H, W, C] of what `snapshots_of` names) every other call; what it raises ends
+        the sampling.
 
     Returns:
       x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
@@ -221,6 +226,7 @@ def sample(
         num_snapshots=num_snapshots,
         snapshots_of=snapshots_of,
         progress=progress,
+        watch=watch,
     )
 
 
@@ -239,6 +245,7 @@ def run_table(
     num_snapshots: int = 0,
     snapshots_of: str = "x",
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """Runs any table; the arguments are those of `sample`.
 
@@ -252,11 +259,18 @@ def run_table(
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
     model_fn, calls = as_argument(model_fn), len(table.t)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model_fn, key, x_t, known)))
-    length = calls if traced else _PORTION
+    length = calls if traced else _PORTION if watch is None else _WATCHED
     rows = _Rows.of(table, num_snapshots, snapshots_of)
     sharding = None
     if not traced:
         key, sharding = _beside(model_fn, key)
+
+    def tell(done: Array, image: Array | None) -> None:
+        if progress:
+            progress(int(done), calls)
+        if watch and image is not None:
+            watch(int(done), calls, image)
+
     carry, before = _start(key, x_t, shape, num_snapshots, sharding), None
     for first in range(0, calls, length):
         portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
@@ -270,16 +284,17 @@ def run_table(
             learned=variance == "learned",
             clip=clip,
             dynamic_threshold=dynamic_threshold,
-            snapshots_of=snapshots_of,
+            snapshots_of=snapshots_of if num_snapshots else "x",
             sharding=sharding,
         )
-        if progress and not traced:
+        if (progress or watch) and not traced:
             # Of the portion before, so that the device has the next one while this waits.
             if before is not None:
-                progress(int(before), calls)
-            before = done
-    if progress and before is not None:
-        progress(int(before), calls)
+                tell(*before)
+            # A copy, since the next portion takes the memory of what is carried.
+            before = done, jnp.copy(carry[0] if snapshots_of == "x" else carry[2][0]) if watch else None
+    if before is not None:
+        tell(*before)
     x, _, _, snapshots = carry
     if known is not None:
         x = jnp.where(known[1], known[0], x)

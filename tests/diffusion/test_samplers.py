@@ -381,6 +381,30 @@ def test_progress_is_told_on_the_way():
     np.testing.assert_array_equal(first, sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_steps=47))
 
 
+@pytest.mark.parametrize(("of", "before"), [("x", 1), ("x_0", 0)])
+def test_watching_sees_what_the_snapshots_keep(of, before):
+    seen = []
+    options = {"num_steps": 7, "snapshots_of": of}
+    watched = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, watch=lambda *told: seen.append(told), **options)
+    plain, snapshots = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_snapshots=7 + before, **options)
+    assert [(done, calls) for done, calls, _ in seen] == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    for done, _, image in seen:
+        np.testing.assert_allclose(image, snapshots[done - 1 + before], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(watched, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_watcher_raises_ends_the_sampling():
+    seen = []
+
+    def stop(done, calls, image):
+        seen.append(done)
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        sample(LINEAR, toy_model, jax.random.key(4), SHAPE, num_steps=20, watch=stop)
+    assert seen == [2]
+
+
 def test_within_an_outer_jit():
     """Arguments that are traced take the whole table at once, to the same images."""
     model = lambda weight: jax.tree_util.Partial(lambda w, x, t: w * x, weight)  # noqa: E731

@@ -1,0 +1,344 @@
+"""What a form of the page asks of a run: checked before it waits, and then one batch of one size."""
+
+import base64
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ddpm_jax import images
+from ddpm_jax.commands.job import training_images
+from ddpm_jax.data.sources import Fit, Source, open_picture, tfds_folder
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
+from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.run import Run
+from ddpm_jax.serve.queue import Job
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PIXELS = 16_000_000  # of a picture that is brought; a telephone's have 12 million
+MAX_TIMES = 20  # of RePaint
+MAX_GUIDANCE = 20.0
+_FRAMES = 24  # of the way from noise to image, that a page is shown
+
+Form = Mapping[str, Any]
+Work = Callable[..., np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """A checked request.
+
+    Attributes:
+      call: the pictures, uint8 [batch, H, W, C], given `watch` of `ddpm_jax.sample`.
+      num_images: how many of them were asked for.
+      calls, weight, program: as of a `Job`.
+    """
+
+    call: Callable[..., np.ndarray]
+    num_images: int
+    calls: int
+    weight: float
+    program: tuple[Any, ...]
+
+    def job(self, changed: Callable[[], None]) -> Job:
+        return Job(self._work, self.calls, self.weight, self.program, changed)
+
+    def _work(self, job: Job) -> dict[str, Any]:
+        shown = -1
+
+        def watch(done: int, calls: int, batch: Any) -> None:
+            nonlocal shown
+            job.progress(done, calls)
+            frame = done * _FRAMES // calls
+            if frame > shown:
+                shown = frame
+                pictures = images.to_uint8(np.asarray(batch)[: self.num_images])
+                job.tell("running", done=done, calls=calls, pictures=[*map(data_url, pictures)])
+
+        return {"pictures": [*map(data_url, self.call(watch=watch)[: self.num_images])]}
+
+
+class Playground:
+    """A run and what may be asked of it.
+
+    Args:
+      run: of `ddpm_jax.load`.
+      name: of the run, for the page.
+      batch_size: images of a request at most. Every request is a batch of this size, so that few programs are compiled.
+    """
+
+    def __init__(self, run: Run, name: str, batch_size: int):
+        self.run, self.name, self.batch_size = run, name, batch_size
+        self.fit = Fit(*run.shape)
+        self.source: Source | None = None
+        self.without_source = ""
+        try:
+            self.source = _training_images(run)
+        except UserError as error:
+            self.without_source = str(error)
+        self.actions: dict[str, Callable[[Form], Action]] = {
+            "sample": self.sample,
+            "vary": self.vary,
+            "inpaint": self.inpaint,
+            "interpolate": self.interpolate,
+            "interpolate_latents": self.interpolate_latents,
+        }
+
+    @property
+    def last(self) -> int:
+        return self.run.schedule.num_timesteps - 1
+
+    def facts(self) -> dict[str, Any]:
+        """What the page needs to know."""
+        run, height, width = self.run, *self.run.shape[:2]
+        dropout = bool(run.config.train.label_dropout)
+        takes = {name: {*inspect.signature(table).parameters} & {"eta", "order"} for name, table in SAMPLERS.items()}
+        return {
+            "name": self.name,
+            "weights": run.weights,
+            "height": height,
+            "width": width,
+            "classes": run.dataset["class_names"] if run.net.num_classes else [],
+            "guidance": bool(run.net.num_classes) and dropout,
+            "classless": not run.net.num_classes or dropout,
+            "timesteps": self.last + 1,
+            "samplers": {
+                name: {"options": sorted(options), "spacing": DEFAULT_SPACING[name]} for name, options in takes.items()
+            },
+            "spacings": SPACINGS,
+            "sampler": "dpmpp_2m",
+            "num_steps": min(20, self.last + 1),
+            "max_images": self.batch_size,
+            "max_times": MAX_TIMES,
+            "max_guidance": MAX_GUIDANCE,
+            "training_images": 0 if self.source is None else len(self.source),
+            "without_training_images": self.without_source,
+        }
+
+    def training_page(self, query: Form) -> dict[str, Any]:
+        """Some of the training images."""
+        if self.source is None:
+            raise UserError(self.without_source)
+        first = integer(query, "first", 0, len(self.source) - 1, 0)
+        count = integer(query, "count", 1, 60, 24)
+        numbers = range(first, min(first + count, len(self.source)))
+        return {"first": first, "pictures": [data_url(self.source[i]["image"]) for i in numbers]}
+
+    def fitted(self, form: Form) -> dict[str, Any]:
+        """A picture as the run sees it."""
+        return {"picture": data_url(self.picture(form))}
+
+    def picture(self, form: Form, name: str = "picture") -> np.ndarray:
+        """uint8 [H, W, C] of a file of the form, cropped and scaled to the run's size."""
+        return opened(form, name, self.fit)
+
+    # The actions.
+
+    def sample(self, form: Form) -> Action:
+        options = self._options(form)
+        calls = self._calls(options)
+        labels = options.pop("labels", ())
+        seed, view = self._seed(form), choice(form, "view", ("x_0", "x"), "x_0")
+
+        def call(**watching: Any) -> np.ndarray:
+            size = self.batch_size
+            return self.run.sample(size, seed, batch_size=size, labels=labels, **watching, **options)
+
+        return self._action("sample", form, call, calls, options, view)
+
+    def vary(self, form: Form) -> Action:
+        t = integer(form, "t", 0, self.last, self.last // 2)
+        options = self._edit_options(form, t)
+        calls = self._calls(options)
+        pictures, seed = self.picture(form)[None].repeat(self.batch_size, axis=0), self._seed(form)
+
+        def call(**watching: Any) -> np.ndarray:
+            return self.run.vary(pictures, t, seed, batch_size=self.batch_size, **watching, **options)
+
+        return self._action("vary", form, call, calls, options)
+
+    def inpaint(self, form: Form) -> Action:
+        options = self._edit_options(form)
+        times = integer(form, "times", 1, MAX_TIMES, 1)
+        if times > 1 and options["sampler"] not in ("ddpm", "ddim"):
+            raise UserError(f"times is {times}; other than 1 it needs the sampler ddpm or ddim")
+        calls = self._calls(options, times)
+        picture, seed = self.picture(form), self._seed(form)
+        height, width, _ = self.run.shape
+        mask = opened(form, "mask", Fit(height, width, 1, background="black"))[..., 0] >= 128
+        if not mask.any():
+            raise UserError("nothing of the picture is marked to be painted anew")
+        pictures = picture[None].repeat(self.batch_size, axis=0)
+
+        def call(**watching: Any) -> np.ndarray:
+            return self.run.inpaint(
+                pictures, mask, seed, times=times, batch_size=self.batch_size, **watching, **options
+            )
+
+        return self._action("inpaint", form, call, calls, options)
+
+    def interpolate(self, form: Form) -> Action:
+        t = integer(form, "t", 0, self.last, self.last // 2)
+        options = self._edit_options(form, t)
+        calls = self._calls(options)
+        (first, second), weights, seed = self._ends(form), self._weights(form), self._seed(form)
+
+        def call(**watching: Any) -> np.ndarray:
+            return self.run.interpolate(first, second, weights, t, seed, **watching, **options)
+
+        return self._action("interpolate", form, call, calls, options)
+
+    def interpolate_latents(self, form: Form) -> Action:
+        if self.run.net.num_classes and not self.run.config.train.label_dropout:
+            raise UserError("the arc has no classes, and this run knows images by their class alone")
+        steps, spacing = self._num_steps(form), self._spacing(form)
+        calls = self._calls({"sampler": "ddim", "num_steps": steps, "spacing": spacing})
+        (first, second), weights = self._ends(form), self._weights(form)
+
+        def call(watch: Any) -> np.ndarray:
+            return self.run.interpolate_latents(first, second, weights, steps, spacing, watch=watch)
+
+        return Action(call, self._num_images(form), calls, 1.0, ("interpolate_latents",))
+
+    def _action(
+        self, kind: str, form: Form, call: Work, calls: int, options: dict[str, Any], view: str = "x_0"
+    ) -> Action:
+        guided = options.get("guidance_scale", 1.0) != 1.0
+
+        def seen(watch: Any) -> np.ndarray:
+            return call(watch=watch, snapshots_of=view)
+
+        program = (kind, guided, bool(options.get("labels")))
+        return Action(seen, self._num_images(form), calls, 2.0 if guided else 1.0, program)
+
+    # Their options.
+
+    def _options(self, form: Form) -> dict[str, Any]:
+        """Of `Run.sample`."""
+        sampler = choice(form, "sampler", tuple(SAMPLERS), self.facts()["sampler"])
+        options: dict[str, Any] = {
+            "sampler": sampler,
+            "num_steps": self._num_steps(form),
+            "spacing": self._spacing(form),
+            "eta": number(form, "eta", 0.0, 1.0),
+            "order": integer(form, "order", 1, 3),
+        }
+        scale = number(form, "guidance_scale", 0.0, MAX_GUIDANCE)
+        options |= {} if scale is None else {"guidance_scale": scale}
+        if form.get("label"):
+            label = integer(form, "label", 0, max(0, (self.run.net.num_classes or 0) - 1))
+            options["labels"] = (label,)
+        return options
+
+    def _edit_options(self, form: Form, t: int | None = None) -> dict[str, Any]:
+        """Of the edits, which begin at t."""
+        options = self._options(form)
+        if t is not None:
+            options["num_steps"] = min(options["num_steps"], t + 1)
+        if "labels" not in options:
+            if not self.facts()["classless"]:
+                raise UserError("this run knows images by their class alone; choose one")
+            if options.get("guidance_scale", 1.0) != 1.0:
+                raise UserError("guidance needs the class that it goes towards; choose one")
+        return options
+
+    def _calls(self, options: Mapping[str, Any], times: int = 1) -> int:
+        """How often the network will be called; UserError for options that do not go together, or too much of it."""
+        if options.get("labels") and not self.run.net.num_classes:
+            raise UserError("this run is not class-conditional, so there are no classes to choose")
+        calls, most = times * self.run.calls(**options), 2 * (self.last + 1)
+        if calls > most:
+            raise UserError(f"this takes {calls} calls of the network; accepted: up to {most}")
+        return calls
+
+    def _seed(self, form: Form) -> int:
+        return integer(form, "seed", 0, 2**32 - 1, 0)
+
+    def _num_images(self, form: Form) -> int:
+        return integer(form, "num_images", 1, self.batch_size, self.batch_size)
+
+    def _num_steps(self, form: Form) -> int:
+        return integer(form, "num_steps", 1, self.last + 1, self.facts()["num_steps"])
+
+    def _spacing(self, form: Form) -> str | None:
+        return choice(form, "spacing", SPACINGS, "") or None
+
+    def _ends(self, form: Form) -> tuple[np.ndarray, np.ndarray]:
+        return self.picture(form, "first"), self.picture(form, "second")
+
+    def _weights(self, form: Form) -> Sequence[float]:
+        """As many as a batch has, the first of which are asked for."""
+        count = self._num_images(form)
+        inner = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+        return np.resize(inner, self.batch_size).tolist()
+
+
+def _training_images(run: Run) -> Source:
+    """What lies on this machine of the images that the run learned from; they are not fetched for a page."""
+    data = run.config.data
+    if data.source in ("digits", "tfds"):
+        folder, is_there = tfds_folder(data.name if data.source == "tfds" else "digits", data.data_dir or None)
+        if not is_there:
+            raise UserError(f"the images that this run learned from are not in {str(folder)!r}")
+    return training_images(run)
+
+
+# Of forms.
+
+
+def text(form: Form, name: str) -> str:
+    value = form.get(name, "")
+    if not isinstance(value, str):
+        raise UserError(f"{name} is a file; accepted: a value")
+    return value.strip()
+
+
+def choice(form: Form, name: str, accepted: Sequence[str], default: str) -> str:
+    value = text(form, name)
+    if value and value not in accepted:
+        raise UserError(f"{name} is {value[:40]!r}; accepted: {', '.join(accepted)}")
+    return value or default
+
+
+def integer(form: Form, name: str, low: int, high: int, default: int | None = None) -> Any:
+    value = text(form, name)
+    if not value:
+        return default
+    if not (value.isascii() and value.isdecimal() and len(value) < 12 and low <= int(value) <= high):
+        raise UserError(f"{name} is {value[:40]!r}; accepted: a whole number from {low} to {high}")
+    return int(value)
+
+
+def number(form: Form, name: str, low: float, high: float) -> float | None:
+    value = text(form, name)
+    if not value:
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not low <= found <= high:
+        raise UserError(f"{name} is {value[:40]!r}; accepted: a number from {low:g} to {high:g}")
+    return found
+
+
+def opened(form: Form, name: str, fit: Fit) -> np.ndarray:
+    """uint8 [H, W, C] of a file of a form, which is not decoded before its header has told its size."""
+    upload = form.get(name)
+    if upload is None or isinstance(upload, str):
+        raise UserError(f"there is no picture: {name} is missing")
+    file: BinaryIO = upload.file
+    try:
+        return open_picture(file, fit, FORMATS, MAX_PIXELS)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        said = first_line(error)
+        if "cannot identify image file" in said:
+            said = f"it is none of {', '.join(FORMATS)}, or damaged"
+        raise UserError(f"{name} cannot be read as a picture: {said}") from None
+
+
+def data_url(picture: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(images.to_png(picture)).decode()

@@ -1,0 +1,269 @@
+"""The routes of the playground, and who may use them.
+
+A request for pictures is one POST, whose answer is a line of JSON for everything that happens to it, from its place in
+the queue to the pictures; to hang up is to cancel it. Nothing is written to disk, and nothing is kept after an answer.
+"""
+
+import asyncio
+import contextlib
+import importlib.resources
+import ipaddress
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.serve.actions import Action, Playground
+from ddpm_jax.serve.queue import FullError, Job, Queue
+
+_MAX_BODY = 16 << 20  # bytes of a request
+_BODY_SECONDS = 30  # in which it must have come
+_DROP_SECONDS = 5
+_PULSE_SECONDS = 0.5  # between lines of a request that waits
+
+_STATIC = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+_SECURITY = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; object-src 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+}
+
+
+def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
+    """The application.
+
+    Args:
+      playground: what may be asked.
+      queue: does it.
+      host: that the server listens at; only a name of the loopback is answered, if it is one.
+    """
+    # What is brought is decoded one at a time, so that many pictures cannot take much memory.
+    decoding = asyncio.Semaphore(1)
+
+    async def checked(request: Request, function: Callable[[Mapping[str, Any]], Any]) -> Any:
+        form = await _form(request)
+        try:
+            async with decoding:
+                return await run_in_threadpool(function, form)
+        finally:
+            await form.close()
+
+    async def act(request: Request) -> Response:
+        name = request.path_params["action"]
+        if name not in playground.actions:
+            raise HTTPException(404)
+        queue.check()  # before its pictures are received
+        action: Action = await checked(request, playground.actions[name])
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        job = action.job(tell)
+        queue.submit(job)
+        return Told(queue, job, changed)
+
+    async def fit(request: Request) -> Response:
+        return JSONResponse(await checked(request, playground.fitted))
+
+    async def facts(request: Request) -> Response:
+        return JSONResponse(playground.facts())
+
+    async def training_images(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(playground.training_page, request.query_params))
+
+    static = importlib.resources.files("ddpm_jax.serve") / "static"
+    routes = [
+        *(Route(path, _file((static / name).read_bytes(), kind)) for path, (name, kind) in _STATIC.items()),
+        Route("/api/run", facts),
+        Route("/api/training_images", training_images),
+        Route("/api/fit", fit, methods=["POST"]),
+        Route("/api/{action}", act, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {
+        UserError: lambda request, error: _error(400, str(error)),
+        FullError: lambda request, error: _full(error),
+        HTTPException: lambda request, error: _error(
+            error.status_code, _SENTENCES.get(error.status_code, error.detail)
+        ),
+        ClientDisconnect: lambda request, error: _error(400, "the request was broken off"),
+        Exception: lambda request, error: _error(500, "the playground failed at this; its terminal says how"),
+    }
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), is_loopback(host))
+
+
+_SENTENCES = {
+    404: "there is nothing at this address",
+    405: "this address takes another method",
+    408: f"the request did not come within {_BODY_SECONDS} seconds",
+    413: f"the request is too large; accepted: up to {_MAX_BODY >> 20} MiB",
+}
+
+
+def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return answer
+
+
+def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+def _full(error: FullError) -> Response:
+    wait = "" if error.seconds is None else f"; they take about {math.ceil(error.seconds)} seconds"
+    sentence = f"the queue is full: {error.waiting} requests wait{wait}. Try again then"
+    return _error(503, sentence, {"retry-after": str(max(1, math.ceil(error.seconds or 10)))})
+
+
+async def _form(request: Request) -> FormData:
+    """The fields and files of a request, in memory alone."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise UserError("the request is no form; accepted: multipart/form-data")
+    parser = MultiPartParser(request.headers, request.stream(), max_files=2, max_fields=20, max_part_size=1000)
+    parser.spool_max_size = _MAX_BODY + 1
+    try:
+        return await asyncio.wait_for(parser.parse(), _BODY_SECONDS)
+    except TimeoutError:
+        raise HTTPException(408) from None
+    except (MultiPartException, FormParserError) as error:
+        said = error.message if isinstance(error, MultiPartException) else str(error)
+        raise UserError(f"the form cannot be read: {said}") from None
+
+
+class Told(StreamingResponse):
+    """A line for each event of a job, and for its place or its progress while there is none."""
+
+    def __init__(self, queue: Queue, job: Job, changed: asyncio.Event):
+        super().__init__(self._lines(), media_type="application/x-ndjson")
+        self._queue, self._job, self._changed = queue, job, changed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # who has hung up waits no more
+            self._queue.cancel(self._job)
+
+    async def _lines(self) -> AsyncIterator[str]:
+        while True:
+            self._changed.clear()
+            for event in self._job.events() or self._meanwhile():
+                yield json.dumps(event) + "\n"
+                if event["state"] in ("done", "failed"):
+                    return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _PULSE_SECONDS)
+
+    def _meanwhile(self) -> list[dict[str, Any]]:
+        place = self._queue.place(self._job)
+        if place is not None:
+            return [{"state": "waiting", "ahead": place[0], "seconds": place[1]}]
+        return [{"state": "running", "done": self._job.done, "calls": self._job.calls}] if self._job.done else []
+
+
+# Who may ask.
+
+
+class Guard:
+    """Refuses what is not for this server, or too large, before any of it is read, and adds headers to every answer.
+
+    A page of another site cannot have the browser use the playground: its requests carry that site's name as Origin,
+    and a name of its own that leads to this machine (DNS rebinding) stands in Host.
+    """
+
+    def __init__(self, app: ASGIApp, loopback: bool):
+        self.app, self.loopback = app, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        body = _Body(receive)
+
+        async def secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await body.drop()
+                headers = MutableHeaders(scope=message)
+                for name, value in _SECURITY.items():
+                    headers[name] = value
+                if not body.ended:
+                    headers["connection"] = "close"
+            await send(message)
+
+        refused = self._refused(Headers(scope=scope), scope["method"])
+        if refused:
+            await refused(scope, receive, secured)
+        else:
+            await self.app(scope, body.receive, secured)
+
+    def _refused(self, headers: Headers, method: str) -> Response | None:
+        host = headers.get("host", "")
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if self.loopback and not is_loopback(name.strip("[]")):
+            return _error(400, f"the playground is at 127.0.0.1, not at {name[:100]!r}")
+        if method not in ("GET", "HEAD"):
+            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+            if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
+                return _error(403, "this request comes from the page of another site")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > _MAX_BODY:
+            return _error(413, _SENTENCES[413])
+        return None
+
+
+class _Body:
+    """What comes with a request: no more than _MAX_BODY of it is handed on."""
+
+    def __init__(self, receive: Receive):
+        self.ended = False
+        self._receive, self._size = receive, 0
+
+    async def receive(self) -> Message:
+        message = await self._next()
+        if self._size > _MAX_BODY:
+            raise HTTPException(413)
+        return message
+
+    async def drop(self) -> None:
+        """Receives the rest for nothing, within bounds: most clients read no answer before they have sent it all."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DROP_SECONDS):
+                while not self.ended and self._size < 4 * _MAX_BODY:
+                    await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        self.ended = not message.get("more_body", False)
+        return message
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is a name of the machine itself that no other machine can reach it by."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,171 @@
+"""What forms ask of a run, on a tiny one: the same pictures as its methods give, and refusals."""
+
+import base64
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import PICTURES, make_run, near
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.serve.actions import Playground
+from ddpm_jax.serve.queue import CancelledError
+
+pytestmark = pytest.mark.slow
+QUICK = {"num_steps": "4", "sampler": "ddim"}
+WATCHED = {"watch": lambda *told: None}  # so that the run's own methods use the programs that are compiled already
+
+
+def upload(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture.squeeze(-1) if picture.ndim == 3 else picture).save(file, "PNG")
+    file.seek(0)
+    return SimpleNamespace(file=file)
+
+
+def decoded(urls):
+    found = [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
+    return np.stack(found).reshape(len(found), *PICTURES.shape[1:])
+
+
+class Told:
+    """Stands where the queue's job would: keeps what the work tells."""
+
+    def __init__(self, action, cancelled=False):
+        self.frames, self.positions, self.cancelled = [], [], cancelled
+        self.pictures = decoded(action.job(lambda: None).work(self)["pictures"])
+
+    def progress(self, done, calls):
+        self.positions.append((done, calls))
+        if self.cancelled:
+            raise CancelledError
+
+    def tell(self, state, pictures, **position):
+        self.frames.append(decoded(pictures))
+
+
+@pytest.fixture(scope="module")
+def playground():
+    return Playground(make_run(devices=1), "tiny", 8)
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return Playground(make_run(devices=1, class_conditional=True, label_dropout=0.1), "tiny", 8)
+
+
+class TestActions:
+    def test_sampling_shows_the_way(self, playground):
+        told = Told(playground.sample({"seed": "5", "num_images": "3", "num_steps": "9", "sampler": "ddpm"}))
+        expected = playground.run.sample(8, 5, num_steps=9, sampler="ddpm", **WATCHED)
+        assert near(told.pictures, expected[:3])
+        assert told.positions == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+        assert len(told.frames) == 5
+        assert near(told.frames[-1], told.pictures)
+        assert not near(told.frames[0], told.pictures)
+
+    def test_a_long_way_is_shown_in_few_pictures(self, playground):
+        told = Told(playground.sample({"num_images": "1", "num_steps": "40", "sampler": "heun"}))
+        assert len(told.positions) == 40  # of 79 calls
+        assert len(told.frames) == 25
+
+    def test_nobody_waits(self, playground):
+        with pytest.raises(CancelledError):
+            Told(playground.sample(QUICK), cancelled=True)
+
+    def test_edits(self, playground):
+        run, first, second = playground.run, upload(PICTURES[0]), upload(PICTURES[1])
+        mask = np.zeros((8, 8), np.uint8)
+        mask[:, 4:] = 255
+        form = QUICK | {"seed": "2", "num_images": "2", "t": "20"}
+        same = {"num_steps": 4, "sampler": "ddim"} | WATCHED
+        repeated = PICTURES[:1].repeat(8, axis=0)
+        told = Told(playground.vary(form | {"picture": first}))
+        assert near(told.pictures, run.vary(repeated, 20, 2, **same)[:2])
+        told = Told(playground.inpaint(form | {"picture": first, "mask": upload(mask), "times": "2"}))
+        assert near(told.pictures, run.inpaint(repeated, mask > 0, 2, times=2, **same)[:2])
+        np.testing.assert_array_equal(told.pictures[..., :4, :], repeated[:2, :, :4])
+        ends = {"first": first, "second": second}
+        told = Told(playground.interpolate(form | ends))
+        assert near(
+            told.pictures, run.interpolate(PICTURES[0], PICTURES[1], np.resize([0.0, 1.0], 8), 20, 2, **same)[:2]
+        )
+        told = Told(playground.interpolate_latents(form | ends))
+        assert near(
+            told.pictures, run.interpolate_latents(PICTURES[0], PICTURES[1], np.resize([0.0, 1.0], 8), 4, **WATCHED)[:2]
+        )
+        assert len(told.frames) == 2
+
+    def test_steps_are_at_most_those_from_t(self, playground):
+        form = {"picture": upload(PICTURES[0]), "num_steps": "30", "sampler": "ddpm", "t": "3"}
+        assert playground.vary(form).calls == 4
+
+    def test_classes_and_guidance(self, classes):
+        form = QUICK | {"seed": "1", "num_images": "3"}
+        pictures = [Told(classes.sample(form | {"label": label})).pictures for label in ("0", "2", "")]
+        for expected, found in zip(([0], [2], []), pictures, strict=True):
+            assert near(found, classes.run.sample(8, 1, labels=expected, num_steps=4, sampler="ddim", **WATCHED)[:3])
+        guided = classes.sample(form | {"label": "2", "guidance_scale": "4"})
+        assert guided.weight == 2.0
+        assert not near(Told(guided).pictures, pictures[1])
+
+
+FIRST = {"first": upload(PICTURES[0])}
+REFUSED = [
+    ("sample", {"num_images": "9"}, "num_images is '9'; accepted: a whole number from 1 to 8"),
+    ("sample", {"num_images": "0"}, "num_images is '0'"),
+    ("sample", {"num_steps": "41"}, "num_steps is '41'; accepted: a whole number from 1 to 40"),
+    ("sample", {"num_steps": "1e3"}, "num_steps is '1e3'"),
+    ("sample", {"num_steps": "9" * 5000}, "num_steps is '9{40}'"),
+    ("sample", {"seed": "-1"}, "seed is '-1'"),
+    ("sample", {"sampler": "euler"}, "sampler is 'euler'; accepted: ddpm, ddim"),
+    ("sample", {"spacing": "even"}, "spacing is 'even'"),
+    ("sample", {"sampler": "ddim", "eta": "nan"}, "eta is 'nan'; accepted: a number from 0 to 1"),
+    ("sample", {"sampler": "heun", "eta": "0.5"}, "'heun' takes no eta; accepted: ddim"),
+    ("sample", {"label": "1"}, "not class-conditional|whole number from 0 to 0"),
+    ("sample", {"label": "0"}, "this run is not class-conditional"),
+    ("sample", {"guidance_scale": "2"}, "guidance_scale is 2.0; other than 1 it needs a run with"),
+    ("sample", {"seed": upload(PICTURES[0])}, "seed is a file"),
+    ("vary", {}, "there is no picture: picture is missing"),
+    ("vary", {"picture": "data:0"}, "picture is missing"),
+    ("interpolate", FIRST, "second is missing"),
+    ("inpaint", {"picture": upload(PICTURES[0])}, "mask is missing"),
+    ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "nothing .* is marked"),
+    ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; other than 1 it needs the sampler ddpm or ddim"),
+    (
+        "inpaint",
+        {"times": "9", "num_steps": "10", "sampler": "ddim"},
+        "takes 90 calls of the network; accepted: up to 80",
+    ),
+    ("training_page", {}, "the images that this run learned from (have changed|are not in)"),
+]
+
+
+@pytest.mark.parametrize(("action", "form", "sentence"), REFUSED)
+def test_refusals(playground, action, form, sentence):
+    with pytest.raises(UserError, match=sentence):
+        getattr(playground, action)(form)
+
+
+def test_training_images_are_not_fetched(tmp_path):
+    run = make_run()
+    run.config.data.data_dir = str(tmp_path)
+    facts = Playground(run, "tiny", 8).facts()
+    assert facts["training_images"] == 0
+    assert f"learned from are not in '{tmp_path}" in facts["without_training_images"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_that_knows_its_images_by_class_alone(classes):
+    alone = Playground(make_run(devices=1, class_conditional=True), "tiny", 8)
+    assert (alone.facts()["classless"], classes.facts()["classless"]) == (False, True)
+    with pytest.raises(UserError, match="by their class alone; choose one"):
+        alone.vary({"picture": upload(PICTURES[0])})
+    with pytest.raises(UserError, match="the arc has no classes"):
+        alone.interpolate_latents({})
+    with pytest.raises(UserError, match="guidance needs the class"):
+        classes.vary({"picture": upload(PICTURES[0]), "guidance_scale": "2"})
+    with pytest.raises(UserError, match="label is '3'; accepted: a whole number from 0 to 2"):
+        classes.sample({"label": "3"})
