@@ -18,7 +18,7 @@ PAGES = [
     "benchmarks/README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
-PROGRAMS = (".", "cd", "git", "mkdocs", "mypy", "pip", "python", "python3", "ruff")
+PROGRAMS = (".", "cd", "curl", "git", "mkdocs", "mypy", "pip", "python", "python3", "ruff", "ssh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Forks:
     """Runs "python main.py ..." and "python -m ddpm_jax ..." in processes forked from one that has imported all."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder = folder
+        self.folder, self.environment = folder, environment
         self._output = folder / "output.txt"
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER],

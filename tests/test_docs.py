@@ -1,6 +1,7 @@
 """The documentation: commands and code run, links lead somewhere, the site and its figures are right."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PYPROJECT["urls"]["Repository"]
 
 # Indented blocks that show what a program printed, by how they begin.
-OUTPUT = {"docs/tpu.md": "35,746,307 parameters, bfloat16, remat none, batch 128, on v5e:2x4"}
+OUTPUT = {
+    "docs/tpu.md": "35,746,307 parameters, bfloat16, remat none, batch 128, on v5e:2x4",
+    "docs/playground.md": '{"state": "compiling"}',
+}
 
 # Commands that are not run as they stand, and why. {flag as documented: (flags in its place, reason)}; a "*" stands for
 # any value.
@@ -83,20 +87,22 @@ ELSEWHERE = {
     ("python3", "-m", "venv", ".venv"): "the test's own Python",
     (".", ".venv/bin/activate"): "the test's own Python",
     ("cd", "ddpm_jax"): "the workspace",
+    ("ssh", "-L", "8000:127.0.0.1:8000", "machine"): "another machine",
 }
 INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs would replace what is installed
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
+def forks(tmp_path_factory, shared, data_dir):
     folder = tmp_path_factory.mktemp("forks")
     environment = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "XDG_CACHE_HOME": str(folder),
-        "TFDS_DATA_DIR": str(folder / "tensorflow_datasets"),
+        "TFDS_DATA_DIR": str(data_dir),
     }
     forks = Forks(folder, environment)
     yield forks
@@ -114,6 +120,7 @@ class Workspace:
 
     def __init__(self, folder, forks, kept):
         self.folder, self.forks, self.kept = folder, forks, kept
+        self.server, self.address = None, ""
         for name in ("main.py", "configs", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
         rng = np.random.default_rng(0)
@@ -137,6 +144,27 @@ class Workspace:
         print(f"{time.monotonic() - began:5.1f} s  {' '.join(words[count:])}")
         assert status == 0, f"{' '.join([*words[:count], *flags])}\n{output}"
 
+    def serve(self, words):
+        """Starts a server, which goes on until `close`."""
+        self.close()
+        self.prepare(dict(word.partition("=")[::2] for word in words[2:])["--workdir"])
+        command = [sys.executable, *words[1:], "--port=0"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.forks.environment
+        self.server = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, text=True)
+        self.address = re.search(r"http://127.0.0.1:\d+", self.server.stdout.readline())[0]
+
+    def curl(self, words):
+        """A call of the server that was started last."""
+        called = [word.replace("http://127.0.0.1:8000", self.address) for word in words]
+        output = subprocess.run(called, capture_output=True, text=True, check=True).stdout
+        assert json.loads(output.splitlines()[-1])["state"] == "done", output
+
+    def close(self):
+        if self.server:
+            self.server.terminate()
+            assert self.server.wait(60) == 0
+            self.server.stdout.close()
+
     def adapted(self, flags):
         """(the flags to run with, the environment)."""
         given = [new for flag in flags for new in _replaced(flag)]
@@ -150,6 +178,8 @@ class Workspace:
         config = value.get("--config", "")
         if any(name in config for name in FROM_NETWORK) and "--config.data.source" not in names:
             given.append("--config.data.source=digits")
+        if "--init_from" in names:  # of a run of digits, which predicts v
+            given.append("--config.diffusion.prediction=v")
         if config:
             given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
         if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
@@ -201,6 +231,10 @@ def run_command(words, workspace):
             assert url == REPOSITORY
         case ["pip", "install", *rest]:
             check_install(rest)
+        case ["python", "main.py", "--mode=serve", *_]:
+            workspace.serve(words)
+        case ["curl", *_]:
+            workspace.curl(words)
         case ["python", "main.py", *_] | ["python", "-m", "ddpm_jax", *_]:
             workspace.main(words)
         case ["python", "-m", "pytest", *rest]:
@@ -246,8 +280,9 @@ def test_commands_and_code_run(page, forks, kept, tmp_path, monkeypatch):
                 workspace.prepare(workdir)
             exec(compile(block.text, str(block), "exec"), namespace)
         else:
-            is_output = block.kind == "" and page in OUTPUT and block.text.startswith(OUTPUT[page])
+            is_output = page in OUTPUT and block.text.startswith(OUTPUT[page])
             assert is_output, f"{block}: tests/test_docs.py does not know what to do with it"
+    workspace.close()
 
 
 def test_tables_hold_nothing_that_is_not_documented():
