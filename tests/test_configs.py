@@ -26,7 +26,7 @@ def parameter_shapes(name):
 
 
 def test_all_are_covered():
-    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder"}
+    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder", "folder_small"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,6 +127,14 @@ def test_digits_is_small():
     config = load("digits")
     assert (config.data.source, config.data.height, config.data.width, config.data.channels) == ("digits", 8, 8, 1)
     assert not config.data.flip
+
+
+def test_folder_on_a_laptop():
+    config = load("folder_small")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("folder_small")))
+    assert count == 1_744_259
+    assert (config.data.source, config.data.path, config.data.flip) == ("folder", "", True)
+    assert (config.data.height, config.data.width, config.data.channels) == (16, 16, 3)
 
 
 def test_folder_of_ones_own():
