@@ -217,6 +217,7 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": accelerator}
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what it keeps of programs for a TPU
     config_lib.validate(config, chips)
     from jax.experimental import topologies
 
