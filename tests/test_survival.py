@@ -22,6 +22,12 @@ LONG = (
 )
 
 
+@pytest.fixture(scope="module")
+def trained(trained, shared):
+    """The run that no other test has added anything to."""
+    return shared / "trained", trained[1]
+
+
 def assert_nothing_lost(workdir, whole, step=STEPS):
     assert_same_checkpoint(workdir, whole, step)
     for ours, theirs in zip(results(workdir), results(whole), strict=True):

@@ -186,7 +186,8 @@ class _Training:
 
     def _report(self) -> None:
         if self.is_main:
-            report.write(self.folder)
+            with suppress(OSError):  # a full disk is told by what the run cannot do without
+                report.write(self.folder)
 
     def _initial_state(self) -> tuple[int, TrainState]:
         config = self.config
