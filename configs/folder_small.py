@@ -1,4 +1,4 @@
-"""Your own pictures on a laptop's CPU: brought to 16x16, a first grid in about a quarter of an hour.
+"""Your own pictures on a laptop's CPU: brought to 16x16, a first grid in ten to twenty minutes.
 
     python main.py --config=configs/folder_small.py --workdir=runs/small --config.data.path=path/to/pictures
 
