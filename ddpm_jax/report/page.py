@@ -19,6 +19,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import images, workdir
 from ddpm_jax.evaluation import evaluate
 from ddpm_jax.files import read_json, read_json_lines, write_text
+from ddpm_jax.training.journal import METRICS
 
 REPORT = "report.html"
 _MOST_POINTS = 600  # of a curve
@@ -41,7 +42,7 @@ def write(folder: str | Path) -> Path:
 def _page(folder: Path) -> str:
     config = workdir.read_config(folder)
     dataset = workdir.read_dataset(folder) or {}
-    lines = read_json_lines(folder / "metrics.jsonl")
+    lines = read_json_lines(folder / METRICS)
     history = read_json_lines(folder / workdir.HISTORY)
     drawn = _pictures_on_the_way(folder)
     stages = _stages(folder, dataset)
