@@ -5,6 +5,7 @@ import multiprocessing as mp
 import os
 import platform
 import statistics
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -94,8 +95,16 @@ def report(benchmark: str, seconds: dict[str, list[float]], against: str, **fact
 
 def print_json(benchmark: str, **facts: Any) -> None:
     """The result as one line of JSON, with the machine it was measured on."""
-    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()} | _gpu()
     print(json.dumps({"benchmark": benchmark, **facts, **machine}))
+
+
+def _gpu() -> dict[str, str]:
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return {"gpu": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def _cpu_name() -> str:

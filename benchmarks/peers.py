@@ -127,7 +127,11 @@ def _train(net, inputs, **options):
     return run
 
 
-CANDIDATES = {"ddpm_jax": partial(ours, "cifar10"), "flaxdiff": flaxdiff, "hackable-diffusion": hackable_diffusion}
+CANDIDATES = {
+    "ddpm_jax": partial(ours, "cifar10", BATCH, "float32", steps=1),
+    "flaxdiff": flaxdiff,
+    "hackable-diffusion": hackable_diffusion,
+}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""A whole training step in float32: forward, backward, clipping, Adam, EMA.
+"""A whole training step: forward, backward, clipping, Adam, EMA.
 
     pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|digits]
+    python benchmarks/train_step.py --batch 128 --dtype bfloat16 --steps 20      # on a GPU
 
-Ours against diffusers' UNet2DModel with as many parameters in PyTorch, eager and by torch.compile, on the same CPU:
+Ours against diffusers' UNet2DModel with as many parameters in PyTorch, eager and by torch.compile, on the same device:
 the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same of 64 channels, or the network of configs/digits.py
-at batch 64.
+at batch 64. PyTorch computes bfloat16 by autocast, and on a GPU keeps its images channels last, prefers the fastest of
+cuDNN's algorithms and rounds float32 to TF32 as JAX does.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,7 @@ NETWORKS = {
 }
 
 
-def ours(network):
+def ours(network, batch_size, dtype, steps):
     from ddpm_jax import parallel
 
     parallel.keep_freed_memory()
@@ -37,7 +40,8 @@ def ours(network):
     config = digits.get_config() if network == "digits" else cifar10.get_config()
     if network == "cifar10_64":
         config.model.channels = 64
-    shape, batch_size, count = (NETWORKS[network][name] for name in ("shape", "batch", "parameters"))
+    config.model.dtype = dtype
+    shape, count = (NETWORKS[network][name] for name in ("shape", "parameters"))
     net, mesh = config_lib.make_model(config, 10), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
 
@@ -61,17 +65,23 @@ def ours(network):
     compiled = step.lower(*carry, batch).compile()
 
     def run():
-        carry[:] = jax.block_until_ready(compiled(*carry, batch))
+        for _ in range(steps):
+            carry[:] = compiled(*carry, batch)
+        jax.block_until_ready(carry)
 
     run.facts = planned(compiled, carry[0].params)
     return run
 
 
-def diffusers(network, compiled=False):
+def diffusers(network, batch_size, dtype, steps, compiled=False):
     import torch
     from diffusers import UNet2DModel
 
-    (height, width, channels), batch_size, count = (NETWORKS[network][n] for n in ("shape", "batch", "parameters"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    (height, width, channels), count = (NETWORKS[network][name] for name in ("shape", "parameters"))
     if network == "digits":
         options = {
             "block_out_channels": (32, 64),
@@ -101,23 +111,31 @@ def diffusers(network, compiled=False):
     )
     parameters = list(net.parameters())
     assert sum(p.numel() for p in parameters) == count
-    net.train()
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    net.to(device, memory_format=layout).train()
     optimizer = torch.optim.Adam(parameters, lr=2e-4)
     average = [p.detach().clone() for p in parameters]
-    x_0 = torch.rand(batch_size, channels, height, width) * 2 - 1
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    x_0 = (torch.rand(batch_size, channels, height, width, device=device) * 2 - 1).to(memory_format=layout)
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
     model = torch.compile(net) if compiled else net
 
-    def run():
-        t, noise = torch.randint(0, 1000, (batch_size,)), torch.randn_like(x_0)
+    def step():
+        t, noise = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x_0)
         a = alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        loss = torch.mean((model(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample - noise) ** 2)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            predicted = model(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample
+        loss = torch.mean((predicted.float() - noise) ** 2)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 1e-4)
+        return loss
+
+    def run():
+        for _ in range(steps):
+            loss = step()
         loss.item()
 
     return run
@@ -126,13 +144,28 @@ def diffusers(network, compiled=False):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--network", choices=list(NETWORKS), default="cifar10")
+    arguments.add_argument("--batch", type=int, help="images a step; 16, of digits 64, if not given")
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
+    arguments.add_argument(
+        "--steps", type=int, default=1, help="of each call; several on a GPU, where one is too short"
+    )
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--only-ours", action="store_true", help="without the peer, where PyTorch is not installed")
     options = arguments.parse_args()
-    candidates = {"ddpm_jax": partial(ours, options.network)}
+    batch, steps = options.batch or NETWORKS[options.network]["batch"], options.steps
+    what = {"network": options.network, "batch_size": batch, "dtype": options.dtype, "steps": steps}
+    candidates = {"ddpm_jax": partial(ours, **what)}
     if not options.only_ours:
-        candidates["diffusers, compiled"] = partial(diffusers, options.network, compiled=True)
-        candidates["diffusers"] = partial(diffusers, options.network)
-    batch = NETWORKS[options.network]["batch"]
-    seconds = alternate(candidates, options.rounds)
-    report(f"train_step {options.network} batch {batch} float32", seconds, against=list(candidates)[-1], batch=batch)
+        candidates["diffusers, compiled"] = partial(diffusers, **what, compiled=True)
+        candidates["diffusers"] = partial(diffusers, **what)
+    # Each is a process of its own, and on a GPU they share its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    seconds = {
+        name: [value / steps for value in values] for name, values in alternate(candidates, options.rounds).items()
+    }
+    report(
+        f"train_step {options.network} batch {batch} {options.dtype}",
+        seconds,
+        against=list(candidates)[-1],
+        batch=batch,
+    )

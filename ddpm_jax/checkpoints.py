@@ -119,7 +119,8 @@ class Checkpoints:
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint that can be read, or None if there is none.
 
-        Ones that cannot are said aloud and set aside in `workdir`/corrupt.
+        Ones that cannot are said aloud and set aside in `workdir`/corrupt, but only when an older one could be: what
+        keeps all of them from being read may pass.
 
         Args:
           state: the shapes, dtypes and shardings wanted (`jax.ShapeDtypeStruct`s).
@@ -127,14 +128,16 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but not one can be read.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        unreadable: list[tuple[int, Exception]] = []
+        for step in reversed(self.steps()):
             try:
                 parts = {name: ocp.args.StandardRestore(part) for name, part in _parts(state).items()}
                 restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
             except Exception as error:  # Orbax and TensorStore raise many kinds
-                self._set_aside(step, error)
+                unreadable.append((step, error))
                 continue
+            for newer, why in unreadable:
+                self._set_aside(newer, why)
             train = restored["train"]
             return step, TrainState(
                 step=train["step"],
@@ -143,8 +146,11 @@ class Checkpoints:
                 opt_state=train["opt_state"],
                 history=train["history"],
             )
-        if steps:
-            raise UserError(f"none of the {len(steps)} checkpoints in {self.directory} can be read")
+        if unreadable:
+            raise UserError(
+                f"none of the {len(unreadable)} checkpoints in {self.directory} can be read, the newest: "
+                f"{first_line(unreadable[0][1])}"
+            )
         return None
 
     def restore_unreported(self, step: int, metrics: Metrics) -> Metrics | None:

@@ -334,12 +334,16 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         if "'get_config'" in str(error):
             sys.exit("error: the file of --config has no function get_config; configs/digits.py shows one")
-        from ddpm_jax.config import default_config, fields
+        from ddpm_jax.config import FREE_FORM, default_config, fields
         from ddpm_jax.errors import nearest
 
         known = dict(fields(default_config()))
         for argument in argv[1:]:
             prefix, dot, field = argument.lstrip("-").partition("=")[0].partition(".")
+            for whole in FREE_FORM:
+                if prefix == "config" and field.startswith(f"{whole}."):
+                    rest = field.removeprefix(f"{whole}.")
+                    sys.exit(f"error: config field {whole!r} is set whole: --config.{whole}='{{\"{rest}\": 0.5}}'")
             if prefix == "config" and dot and field not in known:
                 sys.exit(f"error: config field {field!r} does not exist.{nearest(field, known)}")
         raise

@@ -7,6 +7,7 @@ arguments.
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,21 +49,21 @@ def default_config() -> ConfigDict:
     data.num_workers = 0  # processes that decode a larger set; 0: threads
 
     config.model = model = ConfigDict()
-    model.channels = 128
-    model.channel_multipliers = (1, 2, 2, 2)
-    model.num_res_blocks = 2
-    model.attention_resolutions = (16,)
-    model.attention_levels = ()  # on or off a level, such as (False, True, True, False), in place of the resolutions
-    model.middle_attention = True
-    model.num_heads = 1
-    model.attention_patch_size = 1
-    model.dropout = 0.1
-    model.num_groups = 32
-    model.scale_shift = False
+    model.channels = 128  # of the first level
+    model.channel_multipliers = (1, 2, 2, 2)  # one for each level; the image is halved from one level to the next
+    model.num_res_blocks = 2  # residual blocks in each level
+    model.attention_resolutions = (16,)  # levels whose longer side is one of these have attention
+    model.attention_levels = ()  # on or off for each level, as in (False, True, False, False); replaces the resolutions
+    model.middle_attention = True  # attention between the two blocks in the middle
+    model.num_heads = 1  # of attention; divides the channels of every level that has it
+    model.attention_patch_size = 1  # attention among patches of so many pixels a side, not single ones
+    model.dropout = 0.1  # rate, in residual blocks
+    model.num_groups = 32  # of group normalisation; divides the channels of every level
+    model.scale_shift = False  # the time embedding scales and shifts norms (AdaGN), where the paper adds it
     model.downsample = "conv"  # conv, avg_pool or max_pool
     model.upsample = "nearest"  # nearest or transposed
     model.class_conditional = False  # learn the classes of the data set
-    model.dtype = "float32"  # bfloat16: what convolutions and matrix products compute in
+    model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.diffusion = diffusion = ConfigDict()
@@ -156,13 +157,13 @@ MAY_CHANGE = (
     "data.path",
 )
 _COMMON_OPTIMIZERS = ("adabelief", "adafactor", "adam", "adamax", "adamw", "lamb", "lion", "nadam", "radam", "sgd")
-_FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
+FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
 
 
 def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("section.field", value) of every leaf."""
     for name, value in config.items():
-        if isinstance(value, Mapping | ConfigDict) and prefix + name not in _FREE_FORM:
+        if isinstance(value, Mapping | ConfigDict) and prefix + name not in FREE_FORM:
             yield from fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, dict(value) if isinstance(value, Mapping | ConfigDict) else value
@@ -271,6 +272,7 @@ def _check_values(config: ConfigDict) -> None:
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
         ("log.sample_images", config.log.sample_images, 1),
         ("log.sample_steps", config.log.sample_steps, 0),
+        ("diffusion.vlb_weight", diffusion.vlb_weight, 0),
         ("evaluate.every_steps", config.evaluate.every_steps, 0),
         ("evaluate.likelihood_images", config.evaluate.likelihood_images, 0),
         ("evaluate.num_images", config.evaluate.num_images, 0),
@@ -281,6 +283,7 @@ def _check_values(config: ConfigDict) -> None:
         ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
         ("optimizer.grad_clip", optimizer.grad_clip, 0),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.every_minutes", config.checkpoint.every_minutes, 0),
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("sample.num_images", config.sample.num_images, 1),
         ("sample.batch_size", config.sample.batch_size, 1),
@@ -308,6 +311,7 @@ def _check_values(config: ConfigDict) -> None:
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
     check_guidance(config, **guidance_options(config))
+    _check_features(config)
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
@@ -317,6 +321,19 @@ def _check_values(config: ConfigDict) -> None:
         most = len(diffusion.betas) or diffusion.num_timesteps
         if steps > most:
             raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
+
+
+def _check_features(config: ConfigDict) -> None:
+    name, data = config.evaluate.features, config.data
+    if name == "digits" and (data.height, data.width, data.channels) != (8, 8, 1):
+        raise UserError(
+            "config.evaluate.features is 'digits', which judges images of 8x8x1, and these are "
+            f"{data.height}x{data.width}x{data.channels}; accepted: inception, or the file of its weights"
+        )
+    if name not in ("", "digits", "inception") and not Path(name).expanduser().is_file():
+        raise UserError(
+            f"config.evaluate.features is {name!r}; accepted: digits, inception, or the file of its weights"
+        )
 
 
 def validate(config: ConfigDict, num_devices: int | None = None) -> None:

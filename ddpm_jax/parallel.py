@@ -1,6 +1,7 @@
 """Devices and processes: the mesh, and how arrays lie on it."""
 
 import ctypes
+import importlib.util
 import math
 import os
 import platform
@@ -16,15 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddpm_jax import files
 from ddpm_jax.errors import UserError
 
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
+
 
 def keep_freed_memory() -> None:
     """Lets the C allocator keep what a step frees, on Linux.
 
     XLA's CPU backend asks for the temporary arrays of a program anew at every call, gigabytes for a training step. By
     default each request of that size comes from the kernel and goes back to it, and the page faults cost up to a sixth
-    of the step.
+    of the step. Where an accelerator's plug-in is installed nothing is done: there it would only have all threads that
+    decode images share one arena.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not any(map(importlib.util.find_spec, _PLUGINS)):
         try:
             libc = ctypes.CDLL("libc.so.6")
         except OSError:  # another C library, such as musl

@@ -47,6 +47,7 @@ TPUS = {
 # NVIDIA's data sheets, dense bfloat16.
 _GPUS = {
     "A100": Chip("A100", 312e12, 1555e9, 40e9),
+    "H100 PCIe": Chip("H100 PCIe", 756e12, 2000e9, 80e9),
     "H100": Chip("H100", 989e12, 3350e9, 80e9),
     "H200": Chip("H200", 989e12, 4800e9, 141e9),
 }

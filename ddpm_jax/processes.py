@@ -77,6 +77,11 @@ def job(
         )
     except (ValueError, RuntimeError, OSError) as error:  # nothing found, or what was found cannot be used
         found = f"could not start a job ({first_line(error)})"
+        if not automatic:
+            raise UserError(
+                f"--coordinator {coordinator} {found}; it wants the host and a free port of process 0, and on every "
+                "process --num_processes and its own --process_id"
+            ) from None
         raise UserError(
             f"--distributed {found}; it wants a TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or else use --coordinator, --num_processes and --process_id"

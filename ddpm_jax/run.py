@@ -262,7 +262,7 @@ class Run:
         """All that decides what `sample` makes of an image's number, as JSON values."""
         weights = 0
         for leaf in jax.tree.leaves(self.params):
-            weights = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), weights)
+            weights = zlib.crc32(to_host(leaf).tobytes(), weights)
         options = self._options(options)
         return {
             "step": self.step,

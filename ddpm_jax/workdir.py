@@ -3,9 +3,9 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
     workdir = Path(workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise UserError(f"{what} {str(workdir)!r} cannot be written to: {error.strerror}") from None
     return workdir

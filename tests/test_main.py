@@ -264,6 +264,7 @@ class TestInstalled:
 BAD = [
     (["--config.train.batch_sise=3"], "'train.batch_sise' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
+    (["--config.optimizer.options.b1=0.5"], "is set whole: --config.optimizer.options='{\"b1\": 0.5}'"),
     (["--config.train.batch_size=many"], "config.train.batch_size=many"),
     (["--workdri=x"], "Did you mean: workdir"),
     (["--mode=sample"], "--config does nothing with --mode=sample"),

@@ -1,10 +1,13 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from tiny import PICTURES, QUICK, RNG, make_run, near
 
+from ddpm_jax import parallel
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.errors import UserError
 
@@ -82,6 +85,19 @@ class TestImages:
         strong = classes.sample(6, guidance_scale=4.0, **QUICK)
         assert not near(strong, plain)
         assert near(classes.sample(6, guidance_scale=4.0, guidance_interval=(50, 60), **QUICK), plain)
+
+
+def test_settings_do_not_depend_on_how_the_weights_lie():
+    run = make_run()
+    mesh = parallel.make_mesh(data=1, fsdp=8)
+    params = jax.tree.map(lambda p: np.tile(p, (64, *(1,) * (p.ndim - 1))) if p.ndim else p, run.params)
+    places = parallel.state_shardings(mesh, params)
+    assert any(not place.is_fully_replicated for place in jax.tree.leaves(places))
+    sharded, whole = (
+        dataclasses.replace(run, params=jax.device_put(params, place)).settings(seed=0)
+        for place in (places, parallel.replicated(mesh))
+    )
+    assert sharded == whole
 
 
 class TestEdits:

@@ -146,6 +146,23 @@ class TestDisk:
         assert re.match(r"error: .*checkpoints", output.splitlines()[-1])
         assert "Traceback" not in output
 
+    def test_no_checkpoint_can_be_read(self, trained, call, tmp_path):
+        """What lies there stays where it is, for the reason may pass."""
+        workdir = shutil.copytree(trained[0], tmp_path / "run")
+        kept = {path: path.read_bytes() for path in (workdir / "checkpoints").rglob("d/*")}
+        lines = (workdir / "metrics.jsonl").read_bytes()
+        for file in kept:
+            file.write_bytes(b"")
+        status, output = call(f"--workdir={workdir}")
+        assert status == 1
+        assert re.match(r"error: none of the 3 checkpoints in .* can be read", output.splitlines()[-1])
+        assert (workdir / "metrics.jsonl").read_bytes() == lines
+        for file, content in kept.items():
+            file.write_bytes(content)
+        status, output = call(f"--workdir={workdir}")
+        assert status == 0, output
+        assert_nothing_lost(workdir, trained[0])
+
     def test_newest_checkpoint_is_corrupt(self, trained, call, tmp_path):
         workdir = shutil.copytree(trained[0], tmp_path / "run")
         for file in (workdir / "checkpoints" / "24").rglob("d/*"):

@@ -24,8 +24,8 @@ from ddpm_jax.parallel import mesh_shape
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 _GIB = 2**30
 _FEW_GIB = 5.0  # of a disk
-_EXTRAS = ("cuda", "tpu", "tensorflow", "wandb", "serve", "test", "peers", "docs")
-_PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
+_EXTRAS = ("cuda", "cuda12", "tpu", "tensorflow", "wandb", "serve", "test", "dev", "peers", "docs")
+_PLUGINS = {"cuda": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}  # of the extras that are jax's
 _TOLD = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_DIR")
 
 
@@ -131,12 +131,13 @@ def _devices() -> Iterator[Finding]:
         level, text = (OK, "computes") if worked else (WRONG, "computes wrong sums")
         yield Finding(level, "devices", f"{device}, {device.device_kind}{memory}: {text}")
     if devices[0].platform == "cpu":
-        for name, signs, extra in (
-            ("An NVIDIA GPU", ("/dev/nvidia0", "/proc/driver/nvidia/version"), "cuda"),
-            ("A TPU", ("/dev/accel0", "/dev/vfio/0"), "tpu"),
+        for name, signs, extras in (
+            ("An NVIDIA GPU", ("/dev/nvidia0", "/proc/driver/nvidia/version"), ("cuda", "cuda12")),
+            ("A TPU", ("/dev/accel0", "/dev/vfio/0"), ("tpu",)),
         ):
             if any(Path(sign).exists() for sign in signs):
-                advice = f"pip install -e '.[{extra}]'" if not _version(_PLUGINS[extra]) else "see what jax logs"
+                is_there = any(_version(_PLUGINS[extra]) for extra in extras)
+                advice = "see what jax logs" if is_there else f"pip install -e '.[{extras[0]}]'"
                 yield Finding(WARNING, "devices", f"{name} seems to be here, and jax does not use it: {advice}")
         text = "no GPU or TPU: digits train in minutes, a 32x32 run takes days (--mode=plan --config=... says how long)"
         yield Finding(WARNING, "devices", text)

@@ -301,7 +301,7 @@ def _ladder(config: ConfigDict, chip: Chip, program: Program, mesh: Mesh) -> lis
 
 
 def measure(config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: int) -> dict[str, Any]:
-    """The time of the programs on the devices of the mesh, with weights and images that are zero."""
+    """The time of the programs on the devices of the mesh, with random weights and images."""
     chip = planning.chip_of(jax.devices()[0].device_kind)
     result: dict[str, Any] = _header(config, num_classes, mesh.devices.size) | {
         "kind": "measurement",
@@ -331,12 +331,20 @@ def _timed(task: Task) -> tuple[float, float]:
     """Seconds of the first call, and of one of the network's calls after it."""
     print(f"measuring: {task.title} ...", file=sys.stderr, flush=True)
     shardings = jax.tree.map(lambda x: x.sharding, task.arguments)
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), task.arguments),
+
+    def values(x: jax.ShapeDtypeStruct) -> jax.Array:  # random, since products of zeros take less power, and less time
+        if x.dtype == jnp.uint8:
+            return jax.random.bits(jax.random.key(0), x.shape, jnp.uint8)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.random.uniform(jax.random.key(0), x.shape, x.dtype, maxval=0.02)
+        return jnp.zeros(x.shape, x.dtype)
+
+    make = jax.jit(
+        lambda: jax.tree.map(values, task.arguments),
         out_shardings=shardings,
         compiler_options=parallel.run_once_options(),
     )
-    arguments = zeros()
+    arguments = make()
 
     def call() -> None:
         nonlocal arguments
@@ -408,7 +416,7 @@ def table(result: dict[str, Any]) -> str:
         f"{where}, mesh data {mesh['data']} fsdp {mesh['fsdp']}",
         "A model, not a measurement: what the programs, compiled for these chips, ask of them at their peaks."
         if is_model
-        else "Measured here, with zeros for weights and images.",
+        else "Measured here, with random weights and images.",
     ]
     for program in result["programs"].values():
         lines += ["", program["title"], *(_model_lines if is_model else _measured_lines)(program, result["chip"])]
@@ -434,7 +442,9 @@ def _model_lines(program: dict[str, Any], chip: dict[str, Any]) -> list[str]:
 def _measured_lines(program: dict[str, Any], chip: dict[str, Any] | None) -> list[str]:
     rate = _amount(program["flops"] / program["seconds"], "FLOP/s")
     use = (
-        f"  {program['utilisation']:.1%} of the peak: model-FLOP utilisation" if chip else "  of a peak not known here"
+        f"  {program['utilisation']:.1%} of the bfloat16 peak: model-FLOP utilisation"
+        if chip
+        else "  of a peak not known here"
     )
     return [
         _line("arithmetic", _amount(program["flops"], "FLOP"), None),

@@ -174,13 +174,24 @@ class Levels:
             return 0.5 * self.log_abar - np.log(self.s)
 
 
-def _factors(rows: int, columns: Mapping[int, Any]) -> np.ndarray:
-    """[rows, 6] of the columns that are not zero."""
+def factors(rows: int, columns: Mapping[int, Any]) -> np.ndarray:
+    """float64 [rows, 6], the factors of (x, kept, D, D1, D2, D3), from the columns that are not zero.
+
+    Args:
+      rows: how many.
+      columns: {X, KEPT, D, D1, D2 or D3: [rows] or a number for all}.
+    """
     return np.stack([np.broadcast_to(columns.get(i, 0.0), rows) for i in range(6)], axis=-1).astype(np.float64)
 
 
-def _table(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTable:
-    """A table of one call at each level, from the first; what is not given is zero."""
+def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTable:
+    """A table of one call of the network at each level, from the first.
+
+    Args:
+      levels: to sample at.
+      next: [S, 6] of `factors`: of the next x.
+      rest: further columns of `SamplerTable`; what is not given is zero.
+    """
     rows = len(next)
     zeros = dict.fromkeys(("log_variance_min", "log_variance_max", "noise_scale", "noise_variance"), np.zeros(rows))
     columns = {"kept": np.zeros((rows, 6)), **zeros, **rest}
@@ -217,9 +228,9 @@ def ddpm(levels: Levels, variance: str = "fixed_large", x_0_mse: ArrayLike | Non
     if x_0_mse is not None:
         mse = np.asarray(x_0_mse, np.float64)[levels.t[:-1]]
         log_small = log_large = np.log(small + columns[D] ** 2 * mse)
-    return _table(
+    return table_of(
         levels,
-        _factors(len(beta), columns),
+        factors(len(beta), columns),
         log_variance_min=log_large if variance == "fixed_large" else log_small,
         log_variance_max=log_small if variance == "fixed_small" else log_large,
         noise_scale=noise_scale,
@@ -237,7 +248,7 @@ def ddim(levels: Levels, eta: float = 0.0) -> SamplerTable:
     share = -np.expm1(-np.diff(levels.log_abar)) if eta else np.zeros(len(s))  # upwards it means nothing
     variance = (eta * s_next / s) ** 2 * share
     eps = np.sqrt(np.maximum(s_next**2 - variance, 0.0))
-    return _table(levels, _factors(len(a), {D: a_next - eps * a / s, X: eps / s}), noise_variance=variance)
+    return table_of(levels, factors(len(a), {D: a_next - eps * a / s, X: eps / s}), noise_variance=variance)
 
 
 def _share_of_difference(levels: Levels) -> np.ndarray:
@@ -255,7 +266,7 @@ def dpmpp_2m(levels: Levels) -> SamplerTable:
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
     gain = a_next - a * s_next / s  # a_next (1 - exp(-h))
     share = _share_of_difference(levels)
-    return _table(levels, _factors(len(a), {X: s_next / s, D: gain * (1 + share), D1: -gain * share}))
+    return table_of(levels, factors(len(a), {X: s_next / s, D: gain * (1 + share), D1: -gain * share}))
 
 
 def dpmpp_2m_sde(levels: Levels) -> SamplerTable:
@@ -265,7 +276,7 @@ def dpmpp_2m_sde(levels: Levels) -> SamplerTable:
     gain = a_next * (1 - decay**2)
     share = _share_of_difference(levels)
     columns = {X: s_next / s * decay, D: gain * (1 + share), D1: -gain * share}
-    return _table(levels, _factors(len(a), columns), noise_variance=s_next**2 * (1 - decay**2))
+    return table_of(levels, factors(len(a), columns), noise_variance=s_next**2 * (1 - decay**2))
 
 
 def heun(levels: Levels) -> SamplerTable:
@@ -278,11 +289,11 @@ def heun(levels: Levels) -> SamplerTable:
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
     ratio = a * s_next / (s * a_next)  # sigma_next / sigma
     S = len(ratio)
-    euler = _factors(S, {X: s_next / s, D: a_next * (1 - ratio)})
+    euler = factors(S, {X: s_next / s, D: a_next * (1 - ratio)})
     # a_next (kept / a + (ratio - 1) / 2 ((kept / a - D1) + (x / a_next - D) / ratio)); from pure noise, x as it is.
     safe = np.where(ratio > 0, ratio, 1.0)
     back = (1 - safe) / (2 * safe)
-    mean = _factors(
+    mean = factors(
         S,
         {KEPT: np.where(ratio > 0, s_next / s * (1 + back), 0.0), D1: a_next * safe * back, X: -back, D: a_next * back},
     )
@@ -290,8 +301,8 @@ def heun(levels: Levels) -> SamplerTable:
     interleave = lambda first, second: np.stack([first, second], axis=1).reshape(2 * S, *first.shape[1:])  # noqa: E731
     calls = Levels(interleave(levels.t[:-1], levels.t[1:]), interleave(levels.log_abar[:-1], levels.log_abar[1:]))
     rows = 2 * S - 1 if levels.to_clean else 2 * S
-    keep_x = _factors(S, {X: 1.0})
-    return _table(calls, interleave(euler, mean)[:rows], kept=interleave(keep_x, np.zeros((S, 6)))[:rows])
+    keep_x = factors(S, {X: 1.0})
+    return table_of(calls, interleave(euler, mean)[:rows], kept=interleave(keep_x, np.zeros((S, 6)))[:rows])
 
 
 def unipc(levels: Levels, order: int = 2) -> SamplerTable:
@@ -308,7 +319,7 @@ def unipc(levels: Levels, order: int = 2) -> SamplerTable:
     for i in range(S):
         kept[i] = unit[X] if i == 0 else _unipc_step(levels, i - 1, unit[KEPT], (D1, D2, D3)[: orders[i - 1]], D)
         next[i] = _unipc_step(levels, i, kept[i], (D, D1, D2)[: orders[i]])
-    return _table(levels, next, kept=kept)
+    return table_of(levels, next, kept=kept)
 
 
 def _unipc_step(

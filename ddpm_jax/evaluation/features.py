@@ -296,7 +296,11 @@ def train_digits_classifier(steps: int = 400) -> Features:
 
 
 def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
-    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask."""
+    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask.
+
+    Raises:
+      UserError: none of these.
+    """
     if name == "digits" or (name is None and shape == (8, 8, 1)):
         return train_digits_classifier()
     return load_inception(None if name in (None, "inception") else name)

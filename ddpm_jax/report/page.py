@@ -123,9 +123,9 @@ def _summary(
     )
     if lines:
         last = lines[-1]
-        facts["Loss"] = next(
-            f"{line['loss']:.4f} at step {line['step']:,}" for line in reversed(lines) if "loss" in line
-        )
+        losses = [line for line in lines if "loss" in line]  # an evaluation's line has none
+        if losses:
+            facts["Loss"] = f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']:,}"
         if speeds:
             middle = statistics.median(speeds)
             facts["Speed"] = f"{middle:,.0f} images/s, {middle / train.batch_size:.3g} steps/s (median)"

@@ -1,5 +1,6 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
+import functools
 import itertools
 import signal
 import sys
@@ -7,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,10 @@ class _Training:
 
     def _report(self) -> None:
         if self.is_main:
-            with suppress(OSError):  # a full disk is told by what the run cannot do without
+            try:
                 report.write(self.folder)
+            except Exception as error:  # no run ends for its report; a full disk is told by what it cannot do without
+                logging.warning("report.html could not be written: %s", first_line(error))
 
     def _initial_state(self) -> tuple[int, TrainState]:
         config = self.config
@@ -227,6 +230,11 @@ class _Training:
                     f"--init_from {name!r} has {section}.{field} {theirs!r}, this config {ours!r}: "
                     "the same weights would mean something else"
                 )
+        theirs, ours = run.schedule.num_timesteps, self.schedule.num_timesteps
+        if theirs != ours:
+            raise UserError(
+                f"--init_from {name!r} has {theirs} timesteps, this config {ours}: the same t would mean something else"
+            )
         found = jax.tree_util.tree_flatten_with_path(run.params)[0]
         shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
         for path, value in found:
@@ -264,10 +272,7 @@ class _Training:
         if first_step:
             shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
             metrics = self.checkpoints.restore_unreported(first_step, shapes) or metrics
-        journal = Journal(self.folder, first_step, config) if self.is_main else None
-        evaluation = None
-        if config.evaluate.every_steps:
-            evaluation = Evaluation(config, self.net, self.schedule, self.mesh, self.source)
+        evaluation = self._evaluation if config.evaluate.every_steps else None
         batches = _Waited(self._batches(first_step))
 
         self._say("compiling the training step ...")
@@ -282,6 +287,7 @@ class _Training:
         interval_began, interval_step = time.monotonic(), first_step
         in_flight: deque[Metrics] = deque()
         with (
+            self._journal(first_step) as journal,
             _stop_signals() as stop,
             ProgressBar("step", num_steps, first_step, None, self.is_main) as bar,
             jax.transfer_guard("disallow"),  # nothing goes to or from the devices but what says so
@@ -300,12 +306,11 @@ class _Training:
                 self.checkpoints.check()
                 stopping = self._is_stopping(stop, step)
                 logging_now = is_due(log.every_steps) or step == num_steps
-                minutes = (time.monotonic() - last_save_time) / 60
                 saving = (
                     stopping
                     or step == num_steps
                     or is_due(checkpoint.every_steps)
-                    or (logging_now and 0 < checkpoint.every_minutes <= minutes and jax.process_count() == 1)
+                    or (logging_now and self._are_minutes_passed(last_save_time))
                 )
                 if logging_now or saving:
                     values = _summarise(jax.device_get(metrics))
@@ -325,7 +330,8 @@ class _Training:
                     if logging_now:
                         metrics = zero_metrics()
                 if saving and step != last_saved:
-                    self.checkpoints.save(step, state, metrics)
+                    with jax.transfer_guard("allow"):  # Orbax copies to the host without saying so
+                        self.checkpoints.save(step, state, metrics)
                     last_saved, last_save_time = step, time.monotonic()
                     self._report()
                 if stopping:
@@ -342,9 +348,20 @@ class _Training:
                     interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
                 if bar.is_live:
                     bar.update(step)
-        if journal:
-            journal.close()
         return state
+
+    @contextmanager
+    def _journal(self, first_step: int) -> Iterator[Journal | None]:
+        """The run's, of the process that writes it."""
+        if not self.is_main:
+            yield None
+            return
+        with closing(Journal(self.folder, first_step, self.config)) as journal:
+            yield journal
+
+    @functools.cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.config, self.net, self.schedule, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
@@ -383,6 +400,14 @@ class _Training:
         self._dispatches += 1  # jax wants a number that rises by one
         return multihost_utils.reached_preemption_sync_point(self._dispatches)
 
+    def _are_minutes_passed(self, since: float) -> bool:
+        """Whether checkpoint.every_minutes are, by process 0's clock; the same answer on all."""
+        every = self.config.checkpoint.every_minutes
+        if not every or jax.process_count() == 1:
+            return 0 < every <= (time.monotonic() - since) / 60
+        with jax.transfer_guard("allow"):
+            return bool(multihost_utils.broadcast_one_to_all(np.bool_(time.monotonic() - since >= 60 * every)))
+
     def _make_up(self, state: TrainState, step: int) -> None:
         """The picture and the evaluation of the step that the run goes on from, if it was cut off before them."""
         config, several = self.config, self.config.train.steps_per_dispatch
@@ -394,11 +419,10 @@ class _Training:
         if evaluate.every_steps and is_due(evaluate.every_steps):
             lines = read_json_lines(self.folder / METRICS)
             if not any(line.get("step") == step and "loss" not in line for line in lines):
-                values = self._evaluate(Evaluation(config, self.net, self.schedule, self.mesh, self.source), state)
-                if self.is_main:
-                    journal = Journal(self.folder, step, config)
-                    journal.write(step, values)
-                    journal.close()
+                values = self._evaluate(self._evaluation, state)
+                with self._journal(step) as journal:
+                    if journal:
+                        journal.write(step, values)
 
     def _picture(self, step: int) -> Path:
         return self.folder / "samples" / f"step_{step:08d}.png"

@@ -18,7 +18,6 @@ import inspect
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -129,26 +128,15 @@ def config_fields(_: str = "") -> str:
 
 
 def config_meanings() -> dict[str, str]:
-    """{field: the comment behind it in `default_config`}, in its order; where a field of the network has none, what the
-    UNet says of that attribute."""
+    """{field: the comment behind it in `default_config`}, in its order."""
     from ddpm_jax import config
-    from ddpm_jax.models.unet import UNet
 
-    attributes = {f"model.{name}": meaning for name, meaning in _attributes(inspect.getdoc(UNet) or "")}
     found = {}
     for line in inspect.getsource(config.default_config).splitlines():
         field = re.match(r"    (?:config\.)?([a-z_]+(?:\.[a-z_]+)?) = (?!.*ConfigDict\(\)$)", line)
         if field:
-            comment = line.partition("  # ")[2]
-            found[field[1]] = comment or attributes.get(field[1], "")
+            found[field[1]] = line.partition("  # ")[2]
     return found
-
-
-def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
-    section = textwrap.dedent(docstring.split("Attributes:\n")[1].split("\n\n")[0])
-    for entry in re.split(r"\n(?=\S)", section):
-        name, _, meaning = entry.partition(": ")
-        yield name, re.sub(r"\s+", " ", meaning).rstrip(".")
 
 
 def flags(_: str = "") -> str:

@@ -125,12 +125,11 @@ class TestCommands:
         """Against given images, with the history kept: samples, the same again, a file with itself, and a reference."""
         real, reference = tmp_path / "real.npz", tmp_path / "reference.npz"
         np.savez(real, image=RNG.integers(0, 256, (40, 8, 8, 1), np.uint8))
-        job = Job(run, tmp_path, options=QUICK)
 
-        def evaluate(**changes):
+        def evaluate(options=QUICK, **changes):
             arguments = {"num_images": 20, "features": None, "against": str(real), "generated": None, "batch_size": 16}
             arguments |= {"shard_size": 8, "likelihood": "none", "likelihood_images": 2, "save_reference": None}
-            return evaluation.evaluate(job, **arguments | changes)
+            return evaluation.evaluate(Job(run, tmp_path, options=options), **arguments | changes)
 
         name = "Frechet distance (digits classifier)"
         first = evaluate(save_reference=str(reference))
@@ -141,7 +140,7 @@ class TestCommands:
         assert len(times) == 6  # three shards and their features
         assert evaluate()[name] == first[name]
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == times
-        itself = evaluate(generated=str(real))
+        itself = evaluate(generated=str(real), num_images=None, options={})
         assert itself[name] == pytest.approx(0, abs=1e-6)
         assert (itself["precision"], itself["recall"]) == (1, 1)
         moments = evaluate(against=str(reference))
@@ -153,7 +152,8 @@ class TestCommands:
         assert re.search(rf"{re.escape(name)} +[\d.]+ \([\d.]+ to [\d.]+\)  floor [\d.]+\n", capsys.readouterr().out)
         for changes, said in (
             ({"features": "none.pth"}, "fetch https://"),
-            ({"generated": "none"}, "--generated:"),
+            ({"generated": "none", "num_images": None, "options": {}}, "--generated:"),
+            ({"generated": "none"}, "these would do nothing: num_images, num_steps"),
             ({"against": "none"}, "--against:"),
             ({"likelihood": "exact"}, "--likelihood is 'exact'; accepted: estimate, bound, flow, none"),
         ):

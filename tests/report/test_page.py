@@ -121,6 +121,10 @@ class TestWrite:
         assert curves["loss"][-1][0] == 300
         assert curves["grad_norm"] == [[310, 1.0]]
 
+    def test_an_evaluation_comes_before_the_first_loss(self, run):
+        write_text(run / "metrics.jsonl", json.dumps({"step": 50, "time": 1.8e9, "bits_per_dim": 4.0}) + "\n")
+        assert "Last line" in report.write(run).read_text()
+
     def test_evaluations_stand_side_by_side(self, run):
         for value in (3.25, 2.5):
             evaluate.record(

@@ -46,6 +46,18 @@ def test_nothing_is_compiled_twice_and_no_step_after_the_first_compiles(config, 
 
 
 @pytest.mark.slow
+def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, caplog):
+    config.train.num_steps, config.log.sample_every_steps = LOG, 0
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evaluation.json").write_text("half of a fi")
+    loop.train(config, run)
+    assert (run / "samples/final.png").exists()
+    assert not (run / "report.html").exists()
+    assert "report.html could not be written" in caplog.text
+
+
+@pytest.mark.slow
 def test_a_transfer_that_nobody_asked_for_is_an_error_in_the_loop(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_memory", lambda: {"one_more": float(jnp.ones(()) + np.float32(1))})
     config.log.sample_every_steps = 0
