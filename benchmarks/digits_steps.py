@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax.commands.job import training_images
+from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion.tables import SAMPLERS
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import train_digits_classifier
@@ -25,7 +25,7 @@ from ddpm_jax.files import atomic_path
 
 def measure(run, steps, long):
     """{sampler: {number of network calls: distance}}, and the floor."""
-    source, features = training_images(run), train_digits_classifier()
+    source, features = training_images(run.config, run.dataset), train_digits_classifier()
     real = np.stack([source[i]["image"] for i in range(len(source))])
     judge = lambda images: features.of([images], run.mesh, 256)["pool"]  # noqa: E731
     rows = judge(real)

@@ -45,12 +45,12 @@ def losses(steps):
 
 def distances(path, num_steps):
     """{dtype: Frechet distance of the samples}, of the weights of one run."""
-    from ddpm_jax.commands.job import training_images
+    from ddpm_jax.dataset import training_images
     from ddpm_jax.evaluation import metrics
     from ddpm_jax.evaluation.features import train_digits_classifier
 
     run, features = ddpm_jax.load(path), train_digits_classifier()
-    source = training_images(run)
+    source = training_images(run.config, run.dataset)
     real = np.stack([source[i]["image"] for i in range(len(source))])
     moments = lambda images: metrics.Moments.of(features.of([images], run.mesh, 256)["pool"])  # noqa: E731
     found, reference = {}, moments(real)

@@ -36,6 +36,7 @@ _NAMES = {
     "Run": "run",
     "load": "run",
     "show": "images",
+    "to_uint8": "images",
     "UserError": "errors",
 }
 

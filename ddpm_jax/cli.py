@@ -43,7 +43,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Folder of the run; only --mode=doctor, and --mode=plan with --config, can do without."
+    "workdir", "", "Folder of the run; only doctor, prepare and, with --config, plan can do without."
 )
 _MODES = {
     "train": "trains, or goes on from the last checkpoint",
@@ -56,6 +56,7 @@ _MODES = {
     "coarse_to_fine": "images that share the beginning of that way",
     "neighbours": "samples and the training images nearest to them",
     "evaluate": "samples, or given images, judged against real ones",
+    "prepare": "the images of a config, checked or fetched and prepared, and where they lie; trains nothing",
     "report": "report.html of a workdir, which training and evaluating keep up to date",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
@@ -71,9 +72,9 @@ _SOURCE = flags.DEFINE_string(
 )
 
 # Which weights, and how to sample with them.
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-_EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Which moving average; by default the config's first.")
-_RAW = flags.DEFINE_bool("raw", False, "The weights as trained instead of a moving average.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the newest.")
+_EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Decay of the moving average to use; by default the config's first.")
+_RAW = flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a moving average.")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -97,10 +98,10 @@ _CLASSES = flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; 
 
 # What to make, and where to write it.
 _NUM_IMAGES = flags.DEFINE_integer(
-    "num_images", None, "How many images; by default the config's, or 8 a row.", lower_bound=1
+    "num_images", None, "How many images; by default the config's, or 8 per row.", lower_bound=1
 )
 _IMAGES = flags.DEFINE_string("images", None, "sample: numbers FIRST-LAST, in .npz shards; goes on where it stopped.")
-_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1000, "sample with --images: images a shard.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1000, "sample with --images: images per shard.")
 _PART = flags.DEFINE_string("part", "0/1", "sample with --images: I/N, the I-th of N processes that share the shards.")
 _OUTPUT = flags.DEFINE_enum("output", "grid", ["grid", "png", "npz"], "sample: one picture, many, or an array.")
 _OUT = flags.DEFINE_string(
@@ -114,11 +115,11 @@ _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it sh
 _T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
 _WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
 _LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
-_JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps that RePaint runs again at a time.", lower_bound=1)
-_TIMES = flags.DEFINE_integer("times", 1, "inpaint: how often RePaint runs them; 1: not again.", lower_bound=1)
+_JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps in each of RePaint's jumps back.", lower_bound=1)
+_TIMES = flags.DEFINE_integer("times", 1, "inpaint: how many times RePaint runs each jump; 1: once.", lower_bound=1)
 _NUM_STAGES = flags.DEFINE_integer("num_stages", None, "progressive: pictures on the way, 10 or so.", lower_bound=2)
-_OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: what the network sees in the noise, or the noise.")
-_NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: a sample.", lower_bound=1)
+_OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0, or the noisy x_t.")
+_NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: how many per sample.", lower_bound=1)
 
 _FEATURES = flags.DEFINE_string(
     "features",
@@ -175,7 +176,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
-    if not _WORKDIR.value and _MODE.value != "doctor" and not (_MODE.value == "plan" and _CONFIG.value is not None):
+    if not _WORKDIR.value and _MODE.value not in ("doctor", "prepare", "plan" if _CONFIG.value is not None else ""):
         raise app.UsageError("--workdir must be given")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -242,7 +243,7 @@ _WITHOUT = {
 
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
-    from ddpm_jax.commands import doctor, editing, evaluation, plan, sampling, serve, weights
+    from ddpm_jax.commands import doctor, editing, evaluation, plan, prepare, sampling, serve, weights
     from ddpm_jax.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
@@ -256,6 +257,7 @@ def run_mode(mode: str) -> None:
         "coarse_to_fine": editing.coarse_to_fine,
         "neighbours": sampling.neighbours,
         "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
+        "prepare": prepare.prepare,
         "report": report,
         "import": weights.import_weights,
         "export": weights.export_weights,
@@ -275,8 +277,9 @@ def run_mode(mode: str) -> None:
     for name in sorted(known - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
+    told = {name: _as_text(name) for name in FLAGS if name in accepted - _NOT_IN_NAMES and FLAGS[name].present}
     arguments = {
-        name: make_job() if name == "job" else FLAGS[name].value
+        name: make_job(told) if name == "job" else FLAGS[name].value
         for name in inspect.signature(functions[mode]).parameters
     }
     functions[mode](**arguments)
@@ -295,7 +298,17 @@ def _flags_of(function: Callable[..., Any]) -> set[str]:
     return names - {"job", "workdir"} - _WITHOUT.get(function.__name__, set())
 
 
-def make_job() -> "Job":
+# Flags of a job that its file's name has in another place, or that decide nothing of its pictures.
+_NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard_size", "part"}
+
+
+def _as_text(name: str) -> str:
+    value = FLAGS[name].value
+    return "+".join(Path(part).name for part in value) if isinstance(value, list) else Path(str(value)).name
+
+
+def make_job(told: dict[str, str]) -> "Job":
+    """What the flags say of a run; `told` as in `Job`."""
     from ddpm_jax.commands.job import Job, parse_numbers
     from ddpm_jax.run import load
 
@@ -304,7 +317,7 @@ def make_job() -> "Job":
         if flag.value:
             options[name] = parse_numbers(flag.name, flag.value)
     run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
-    return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options)
+    return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 
 
 def train(config: ConfigDict | None, init_from: str | None) -> None:

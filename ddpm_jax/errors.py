@@ -20,3 +20,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, without what follows in further lines; its kind if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def reason(error: BaseException) -> str:
+    """The same beside the path of a file, which the operating system's errors repeat."""
+    return getattr(error, "strerror", None) or first_line(error)

@@ -12,7 +12,7 @@ from ddpm_jax.files import atomic_path
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:
-    """uint8 of images in [-1, 1], rounded to the nearest of 256 levels."""
+    """Pictures of images in [-1, 1], uint8 of the same shape: rounded to the nearest of 256 levels."""
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 

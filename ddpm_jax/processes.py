@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 from jax._src import distributed  # the key-value store has no public name
+from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError, first_line
 
@@ -93,6 +95,13 @@ def job(
         peers.end_with(error)
     else:
         peers.end()
+
+
+def agree(mine: bool) -> bool:
+    """What process 0 says, on all of them."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(mine)))
 
 
 def meet(name: str) -> None:

@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.data.sources import Fit, open_picture
+from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, reason
 from ddpm_jax.generate import divided, generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
@@ -28,7 +30,7 @@ from ddpm_jax.rng import named_key
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A trained run.
 
@@ -50,6 +52,11 @@ class Run:
     schedule: Schedule
     params: Any
     mesh: Mesh
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"Run({size} images, {count:,} parameters, {self.weights}, predicts {self.config.diffusion.prediction})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,8 +94,9 @@ class Run:
           labels: of a class-conditional run, repeated as needed; none: every class in turn.
           progress: told (network calls done, calls in all).
           options: in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip, dynamic_threshold
-            (see `ddpm_jax.sample`), guidance_scale, guidance_rescale, guidance_interval (see `guided`); or watch, with
-            snapshots_of, told of each batch as `ddpm_jax.sample` says.
+            (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`), guidance_scale,
+            guidance_rescale, guidance_interval (see `guided`); or watch, with snapshots_of, told of each batch as
+            `ddpm_jax.sample` says.
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -121,6 +129,31 @@ class Run:
         stages = self._generate(num_images, seed, None, num_images, labels, progress=progress, **options)[1]
         assert stages is not None
         return stages[:, :num_images]
+
+    def pictures(self, *names: str | Path) -> np.ndarray:
+        """uint8 [N, H, W, C] of pictures, as the edits take them.
+
+        Args:
+          names: files, which are scaled to cover the run's size and cropped; or "data:17", the training image of that
+            number, counted from 0 in the order of the data set or, in a folder, of the files' names.
+
+        Raises:
+          UserError: a picture that cannot be read, or an image that the data set does not have.
+        """
+        source, found = None, []
+        for name in names:
+            kind, _, number = str(name).partition(":")
+            if kind != "data":
+                try:
+                    found.append(open_picture(Path(name).expanduser(), Fit(*self.shape)))
+                except Exception as error:  # Pillow's decoders raise many kinds
+                    raise UserError(f"{str(name)!r} cannot be read as a picture: {reason(error)}") from None
+                continue
+            source = training_images(self.config, self.dataset) if source is None else source
+            if not number.isdecimal() or int(number) >= len(source):
+                raise UserError(f"{name!r} is no training image; the data set has data:0 to data:{len(source) - 1}")
+            found.append(source[int(number)]["image"])
+        return np.stack(found) if found else np.zeros((0, *self.shape), np.uint8)
 
     def vary(self, pictures: np.ndarray, t: int, seed: int = 0, **options: Any) -> np.ndarray:
         """Other pictures like these, uint8 like `pictures`: diffused to t and denoised again.
@@ -185,7 +218,7 @@ class Run:
           seed: of the noise, which all share.
           options: of `sample`.
         """
-        ends = images.to_float(self._check(np.stack([first, second])))
+        ends = self._ends(first, second)
         t = self.schedule.num_timesteps // 2 if t is None else t
         mix = functools.partial(
             editing.interpolate, key=named_key(seed, "interpolate"), x_0=ends[0], other=ends[1], weights=weights, t=t
@@ -209,26 +242,66 @@ class Run:
           first, second: uint8 [H, W, C].
           weights: of the second, 0 to 1.
           num_steps, spacing: of both ways; None: the config's.
-          progress, watch: as in `sample`; of the way from the noises.
+          progress: as in `sample`; of both ways.
+          watch: as in `sample`; of the way from the noises.
         """
-        ends = images.to_float(self._check(np.stack([first, second])))
-        given: dict[str, Any] = {
-            "sampler": "ddim",
-            "eta": 0.0,
-            "clip": False,
-            "num_steps": num_steps,
-            "spacing": spacing,
-        }
-        options = self._options(given)
-        same = {name: options[name] for name in ("num_steps", "prediction", "variance")}
-        same["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
 
-        def mix(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
-            noise = editing.encode(schedule, model_fn, ends, **same)
-            x_t = editing.slerp(noise[0], noise[1], weights)
+        def half(way: int) -> Progress | None:
+            return progress and (lambda done, calls: progress(way * calls + done, 2 * calls))
+
+        self._ends(first, second)
+        noise = self.encode(np.stack([first, second]), num_steps, spacing, half(0))
+        x_t = np.asarray(editing.slerp(noise[0], noise[1], weights))
+        return self.decode(x_t, num_steps, spacing, half(1), watch)
+
+    def encode(
+        self,
+        pictures: np.ndarray,
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """The noises that deterministic DDIM makes these pictures of, float32 like `pictures`; see
+        `ddpm_jax.diffusion.editing.encode`. `decode` makes pictures of them.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          num_steps, spacing: of the way; None: the config's.
+          progress: as in `sample`.
+        """
+        self._check_without_labels()
+        x_0 = images.to_float(self._check(pictures))
+        options = self._options(_deterministic(num_steps, spacing))
+        way = {name: options[name] for name in ("num_steps", "prediction", "variance")}
+        way["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
+        try:
+            return to_host(editing.encode(self.schedule, self.model_fn, x_0, progress=progress, **way))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def decode(
+        self,
+        noise: np.ndarray,
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> np.ndarray:
+        """The pictures that deterministic DDIM makes of noises, uint8 [N, H, W, C].
+
+        Args:
+          noise: float32 [N, H, W, C], such as `encode` gives.
+          num_steps, spacing: of the way; None: the config's.
+          progress, watch: as in `sample`.
+        """
+        if np.shape(noise)[1:] != self.shape:
+            raise UserError(f"the noise has shape {np.shape(noise)}; accepted: (N, {', '.join(map(str, self.shape))})")
+
+        def draw(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
+            x_t = jax.numpy.asarray(noise, jax.numpy.float32)
             return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
 
-        return self._call(mix, len(weights), progress=progress, watch=watch, **given)
+        return self._call(draw, len(noise), progress=progress, watch=watch, **_deterministic(num_steps, spacing))
 
     def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
         """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
@@ -277,7 +350,7 @@ class Run:
     def _options(self, given: Mapping[str, Any], t: int | None = None) -> dict[str, Any]:
         """The config's sampling options and those given instead, None standing for the config's.
 
-        Where sampling starts from t, the config's num_steps are at most the timesteps from there.
+        Where sampling starts from t, num_steps are at most the timesteps from there.
         """
         options = config_lib.sampling_options(self.config) | config_lib.guidance_options(self.config)
         given = {name: value for name, value in given.items() if value is not None}
@@ -287,9 +360,9 @@ class Run:
             options["num_steps"] = None
         if "clip" in given:
             options["dynamic_threshold"] = None
+        options |= given
         if t is not None and options["num_steps"]:
             options["num_steps"] = min(options["num_steps"], t + 1)
-        options |= given
         options |= {name: options[name] or None for name in ("dynamic_threshold", "order")}  # 0: off, as in a config
         config_lib.check_guidance(self.config, **{name: options[name] for name in _GUIDANCE})
         return options
@@ -301,6 +374,19 @@ class Run:
         wrong = [label for label in labels if not 0 <= label < (classes or 0)]
         if wrong:
             raise UserError(f"class {wrong[0]} does not exist; this run has classes 0 to {(classes or 0) - 1}")
+
+    def _check_without_labels(self) -> None:
+        if self.net.num_classes is not None and not self.config.train.label_dropout:
+            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+
+    def _ends(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        for picture in (first, second):
+            if np.shape(picture) != self.shape:
+                raise UserError(
+                    f"a picture has shape {np.shape(picture)}; accepted: {self.shape} for each end, such as "
+                    "run.pictures(...)[0]"
+                )
+        return images.to_float(self._check(np.stack([first, second])))
 
     def _check(self, pictures: np.ndarray) -> np.ndarray:
         pictures = np.asarray(pictures)
@@ -351,8 +437,8 @@ class Run:
     ) -> np.ndarray:
         """uint8 of function(schedule, model_fn, **sampling options), whose batch has num_images; it starts from t."""
         self._check_labels(labels)
-        if self.net.num_classes is not None and not len(labels) and not self.config.train.label_dropout:
-            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+        if not len(labels):
+            self._check_without_labels()
         options = self._options(options, t)
         guidance = {name: options.pop(name) for name in _GUIDANCE}
         if not len(labels) and guidance["guidance_scale"] != 1.0:
@@ -392,6 +478,10 @@ class Run:
 
             done.append(self._call(edit, size, labels=batch_labels, **options))
         return np.concatenate(done)[: len(pictures)]
+
+
+def _deterministic(num_steps: int | None, spacing: str | None) -> dict[str, Any]:
+    return {"sampler": "ddim", "eta": 0.0, "clip": False, "num_steps": num_steps, "spacing": spacing}
 
 
 def load(path: str | Path, step: int | None = None, ema_decay: float | None = None, raw: bool = False) -> Run:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import add_json_line, read_json, write_text
+from ddpm_jax.files import add_json_line, read_json, read_json_lines, write_text
 
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -34,9 +34,11 @@ def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
 
 def read_config(workdir: str | Path) -> ConfigDict:
     """The config that a run was started with; UserError if the folder is no workdir."""
-    path = Path(workdir).expanduser() / CONFIG
+    folder = Path(workdir).expanduser()
+    path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{str(workdir)!r} holds no run: there is no {CONFIG} in it")
+        lacking = f"there is no {CONFIG} in it" if folder.is_dir() else f"there is no folder {str(folder.absolute())!r}"
+        raise UserError(f"{str(workdir)!r} holds no run: {lacking}")
     try:
         return config_lib.from_json(path.read_text())
     except ValueError as error:
@@ -72,6 +74,14 @@ def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
             f"--workdir {str(workdir)!r} holds a run that learned from other images: "
             f"{old['num_images']} then, {description['num_images']} now; their names, sizes or contents differ"
         )
+
+
+def is_finished(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the run in the workdir came to its end with this very config, and nothing else since."""
+    history = read_json_lines(workdir / HISTORY)
+    if not history or history[-1]["event"] != "finished":
+        return False
+    return config_lib.to_json(read_config(workdir)) == config_lib.to_json(config)
 
 
 def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ REPLACED = {
     "--config=...": (["--config=configs/digits.py"], "an ellipsis"),
     "--workdir=...": (["--workdir=runs/elsewhere"], "an ellipsis"),
     "--workdir=/mnt/shared/cifar10": (["--workdir=runs/shared"], "a folder that is not here"),
+    "--config.data.data_dir=/mnt/shared/tensorflow_datasets": ([], "a folder that is not here"),
     "--config.data.source=tfds": (["--config.data.source=digits"], "would download"),
     "--source=google/ddpm-cifar10-32": (["--source=a-diffusers-folder"], "would download; the folder is of an export"),
     "--features=inception": (["--features=digits"], "its weights would be downloaded"),

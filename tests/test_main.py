@@ -179,6 +179,19 @@ class TestSampling:
         expected = run.vary(tiles[:1, ..., None].repeat(5, axis=0), 20, num_steps=4)
         assert np.max(np.abs(tiles[1:, ..., None].astype(int) - expected)) <= 1
 
+    def test_a_finished_run_is_left_as_it_is(self, trained, call, tmp_path):
+        workdir = shutil.copytree(trained[0], tmp_path / "run")
+        before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        status, output = call(f"--workdir={workdir}")
+        assert status == 0, output
+        assert "finished before; pictures are in" in output
+        after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
+        assert changed <= {"environment.json"}
+        status, output = call(f"--workdir={workdir}", "--config.sample.num_images=4")
+        assert status == 0, output
+        assert "sampling 4 images" in output
+
     def test_edits_training_images(self, trained, call, data_dir, tmp_path):
         """As a command, from pictures of the data set."""
         out = tmp_path / "a.png"
@@ -190,6 +203,20 @@ class TestSampling:
         assert all(min(np.abs(tile - digit).max() for digit in digits) <= 1 for tile in (tiles[0], tiles[3]))
         status, text = call("--mode=interpolate", f"--workdir={trained[0]}", "--input=data:0", config=None)
         assert (status, text) == (1, "error: --input has 1 values; accepted: 2\n")
+
+    def test_each_command_has_a_file_and_the_report_shows_them(self, trained, call, tmp_path):
+        workdir = shutil.copytree(trained[0], tmp_path / "run")
+        before = set((workdir / "samples").iterdir())
+        for number in (1, 2):
+            flags = (f"--input=data:{number}", "--t=20", "--num_images=1", "--num_steps=4")
+            status, text = call("--mode=vary", f"--workdir={workdir}", *flags, config=None)
+            assert status == 0, text
+        made = sorted(path.name for path in set((workdir / "samples").iterdir()) - before)
+        assert made == [
+            f"vary_step_00000024_seed_0_input_data-{number}_num_images_1_num_steps_4_t_20.png" for number in (1, 2)
+        ]
+        page = (workdir / "report.html").read_text()
+        assert all(name in page for name in made)
 
     def test_step_and_weights_can_be_chosen(self, trained):
         newest, older, raw = (ddpm_jax.load(trained[0], **options) for options in ({}, {"step": 12}, {"raw": True}))
@@ -221,6 +248,21 @@ class TestSampling:
     def test_refuses_bad_requests(self, trained, options, message):
         with pytest.raises(ddpm_jax.UserError, match=message):
             ddpm_jax.load(trained[0]).sample(**options)
+
+
+class TestPrepare:
+    def test_says_what_and_where_the_images_are(self, call, data_dir):
+        status, output = call("--mode=prepare")
+        assert status == 0, output
+        assert "1,797 images of 8x8x1" in output
+        assert f"in {data_dir}/digits/" in output
+
+    def test_an_image_that_cannot_be_read(self, call, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"no picture")
+        folder = ("--config.data.source=folder", f"--config.data.path={tmp_path}")
+        status, output = call("--mode=prepare", *folder)
+        assert status == 1
+        assert re.match(r"error: 1 of 1 images in .* cannot be read, the first 'a.png'", output.splitlines()[-1])
 
 
 class TestInstalled:

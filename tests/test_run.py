@@ -1,13 +1,16 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import PICTURES, QUICK, RNG, make_run, near
 
 from ddpm_jax import parallel
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.errors import UserError
 
@@ -100,6 +103,37 @@ def test_settings_do_not_depend_on_how_the_weights_lie():
     assert sharded == whole
 
 
+def test_a_run_is_a_line(run):
+    assert re.fullmatch(r"Run\(8x8x1 images, [\d,]+ parameters, step 3, EMA 0.99, predicts eps\)", repr(run))
+
+
+class TestPictures:
+    def test_files_are_fitted(self, run, tmp_path):
+        Image.fromarray(np.full((20, 30, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.png")
+        (picture,) = run.pictures(tmp_path / "red.png")
+        assert picture.shape == (8, 8, 1)
+        assert np.unique(picture).tolist() == [76]  # as grey
+        assert run.pictures().shape == (0, 8, 8, 1)
+
+    def test_training_images_by_number(self, tmp_path):
+        np.save(tmp_path / "some.npy", RNG.integers(0, 256, (5, 8, 8), np.uint8))
+        run = make_run()
+        run.config.data.update(source="array", path=str(tmp_path / "some.npy"))
+        source = open_source("array", path=run.config.data.path, height=8, width=8, channels=1)
+        run = dataclasses.replace(run, dataset={**run.dataset, **source.describe()})
+        np.testing.assert_array_equal(
+            run.pictures("data:4", "data:0"), np.load(tmp_path / "some.npy")[[4, 0], ..., None]
+        )
+        for name in ("data:5", "data:-1", "data:x", "data:"):
+            with pytest.raises(UserError, match=f"'{name}' is no training image; the data set has data:0 to data:4"):
+                run.pictures(name)
+
+    def test_a_file_that_is_not_there(self, run):
+        with pytest.raises(UserError) as caught:
+            run.pictures("none.png")
+        assert str(caught.value) == "'none.png' cannot be read as a picture: No such file or directory"
+
+
 class TestEdits:
     def test_variations_differ_and_keep_little_at_large_t(self, run):
         same = PICTURES[:1].repeat(4, axis=0)
@@ -182,6 +216,16 @@ class TestEdits:
         run = make_run(num_steps=20)
         assert run.vary(PICTURES, 5).shape == PICTURES.shape
         assert run.interpolate(PICTURES[0], PICTURES[1], [0.0, 1.0], t=3).shape == (2, 8, 8, 1)
+
+    def test_noises_of_pictures_and_back(self, run):
+        said = []
+        noise = run.encode(PICTURES, num_steps=40, progress=lambda done, of: said.append((done, of)))
+        assert (noise.dtype, noise.shape) == (np.float32, PICTURES.shape)
+        assert said[-1][0] == said[-1][1]
+        again = run.decode(noise, num_steps=40)
+        assert np.abs(again.astype(int) - PICTURES).mean() < np.abs(run.decode(noise, num_steps=4) - 127.5).mean()
+        between = run.interpolate_latents(PICTURES[0], PICTURES[1], [0, 1], num_steps=40)
+        assert near(between, run.decode(noise[:2], num_steps=40))
 
     def test_latents_are_deterministic_whatever_the_config(self):
         plain, noisy = make_run(), make_run(sampler="ddim", eta=0.7)

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from ddpm_jax import config as config_lib
 from ddpm_jax import files, workdir
 from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.data.sources import open_source, tfds_folder
+from ddpm_jax.data.sources import check_network, open_source, tfds_folder
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import INCEPTION_FILE
 from ddpm_jax.parallel import mesh_shape
@@ -161,7 +161,8 @@ def _disks(folder: Path | None) -> Iterator[Finding]:
         yield Finding(WARNING, "compiled", "no programs are kept, so that each start compiles them anew")
     else:
         sizes = [path.stat().st_size for path in Path(compiled).glob("*") if path.is_file()]
-        yield Finding(OK, "compiled", f"{len(sizes)} programs, {_size(sum(sizes))} of at most 4 GiB, in {compiled}")
+        count = f"{len(sizes)} program{'s' * (len(sizes) != 1)}"
+        yield Finding(OK, "compiled", f"{count}, {_size(sum(sizes))} of at most 4 GiB, in {compiled}")
 
 
 def _disk(subject: str, folder: Path) -> Finding:
@@ -184,7 +185,7 @@ def _weights() -> Iterator[Finding]:
 
 def _workdir(folder: Path) -> Iterator[Finding]:
     if not (folder / workdir.CONFIG).exists():
-        yield Finding(OK, "run", f"{folder} holds none yet")
+        yield Finding(OK, "run", f"{folder} holds none yet" if folder.exists() else f"{folder} is not there yet")
         return
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
@@ -214,6 +215,10 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
         if data.source in ("digits", "tfds"):  # what is not there is not fetched: that may be many gigabytes
             name = "digits" if data.source == "digits" else data.name
             place, is_there = tfds_folder(name, data.data_dir or None)
+            if not is_there:
+                check_network(name, data.data_dir or None)
+                if data.data_dir and not Path(data.data_dir).expanduser().exists():
+                    yield Finding(WARNING, "data", f"data.data_dir {data.data_dir!r} is not there; it will be made")
             text = f"{name} is prepared in {place}" if is_there else f"{name} will first be prepared in {place}"
             yield Finding(OK, "data", text)
         else:

@@ -18,11 +18,10 @@ def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Se
     lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
     T = job.run.schedule.num_timesteps
     chosen = parse_numbers("t", t) or [T * eighths // 8 for eighths in range(1, 8)]
-    with calls_bar("interpolating") as bar:
-        rows = [
-            job.run.interpolate(first, second, lambdas, t, job.seed, progress=bar.update, **job.options_from(t))
-            for t in chosen
-        ]
+    rows = []
+    for t_ in chosen:
+        with calls_bar(f"interpolating at t = {t_}") as bar:
+            rows.append(job.run.interpolate(first, second, lambdas, t_, job.seed, progress=bar.update, **job.options))
     return _between(target, first, second, rows)
 
 
@@ -62,12 +61,10 @@ def vary(
     pictures, target = job.pictures(input), job.target("vary_", ".png")
     repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
     rows = []
-    with calls_bar("varying") as bar:
-        for t_ in parse_numbers("t", t) or [job.run.schedule.num_timesteps // 2]:
-            varied = job.run.vary(
-                repeated, t_, job.seed, batch_size=batch_size, progress=bar.update, **job.options_from(t_)
-            )
-            rows += _rows(pictures, varied)
+    for t_ in parse_numbers("t", t) or [job.run.schedule.num_timesteps // 2]:
+        with calls_bar(f"varying at t = {t_}") as bar:
+            varied = job.run.vary(repeated, t_, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
+        rows += _rows(pictures, varied)
     return _save(target, rows)
 
 
@@ -79,9 +76,7 @@ def denoise(job: Job, *, input: Sequence[str], t: Sequence[str], batch_size: int
     if not given and jax.process_index() == 0:
         print(f"the noise is estimated to be that of t = {start}")
     with calls_bar("denoising") as bar:
-        clean = job.run.denoise(
-            pictures, start, job.seed, batch_size=batch_size, progress=bar.update, **job.options_from(start)
-        )
+        clean = job.run.denoise(pictures, start, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
     return _save(target, _rows(pictures, clean))
 
 
@@ -116,6 +111,8 @@ def coarse_to_fine(job: Job, *, num_images: int | None, t: Sequence[str]) -> Pat
     T, target = job.run.schedule.num_timesteps, job.target("coarse_to_fine_", ".png")
     chosen = parse_numbers("t", t) or [T - 1, T * 3 // 4, T // 2, T // 4]
     count = num_images or IMAGES_A_ROW
-    with calls_bar("sampling") as bar:
-        rows = [job.run.coarse_to_fine(count, t, job.seed, progress=bar.update, **job.options) for t in chosen]
+    rows = []
+    for t_ in chosen:
+        with calls_bar(f"sampling from x_{t_}") as bar:
+            rows.append(job.run.coarse_to_fine(count, t_, job.seed, progress=bar.update, **job.options))
     return _save(target, rows)

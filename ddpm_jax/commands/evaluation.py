@@ -10,8 +10,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from ddpm_jax import parallel, report
-from ddpm_jax.commands.job import Job, training_images
+from ddpm_jax.commands.job import Job
 from ddpm_jax.commands.sampling import make_shards
+from ddpm_jax.dataset import training_images
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import image_sets, likelihood, plots
@@ -123,7 +124,7 @@ def _open(flag: str, path: str, judge: Features, run: Run | None, batch_size: in
 
 
 def _training_summary(run: Run, judge: Features, batch_size: int) -> Summary:
-    images = image_sets.of_source(training_images(run))
+    images = image_sets.of_source(training_images(run.config, run.dataset))
     with _bar("judging real images") as bar:
         tell: Callable[[int], None] = lambda done: bar.update(done, images.count)  # noqa: E731
         return summarize(judge, images, run.mesh, batch_size=batch_size, source=images.source, progress=tell)
@@ -147,7 +148,7 @@ def _samples(
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Bits/dim of training images by the run."""
     run = job.run
-    images, labels = image_sets.spread(training_images(run), count)
+    images, labels = image_sets.spread(training_images(run.config, run.dataset), count)
     measure: Any = {
         "estimate": likelihood.estimate_bound,
         "bound": likelihood.evaluate_bound,
@@ -190,7 +191,7 @@ def _finish(
         return
     evaluate_lib.record(folder, {**result, **told})
     if (folder / CONFIG).exists():  # of a run
-        report.write(folder)
+        report.update(folder)
     if save_reference:
         write_reference(save_reference, real)
     for line in evaluate_lib.lines(result):

@@ -1,6 +1,8 @@
 """What the modes share: the run and its sampling options, pictures that exist, and where the result goes."""
 
 import dataclasses
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import workdir
-from ddpm_jax.data.sources import Fit, Source, open_picture
-from ddpm_jax.errors import UserError, first_line
+from ddpm_jax import report, workdir
+from ddpm_jax.data.sources import Fit, open_picture
+from ddpm_jax.errors import UserError, reason
 from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
-from ddpm_jax.training.loop import open_images
 
 IMAGES_A_ROW = 8
 
@@ -28,6 +29,7 @@ class Job:
       seed: of all noise.
       out: where to write; None: a name in the workdir's samples/.
       options: further ones of `Run.sample`: sampler, num_steps, labels, guidance_scale, ...
+      told: what else decides the result, for its name in samples/: {flag: its value as text}.
     """
 
     run: Run
@@ -35,54 +37,42 @@ class Job:
     seed: int = 0
     out: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def target(self, what: str, suffix: str) -> "Target":
-        """Where the result of a mode goes; `what` begins the file's name in samples/."""
-        chosen = "".join(f"_{self.options[name]}" for name in ("sampler", "num_steps") if name in self.options)
-        name = f"{what}step_{self.run.step:08d}_seed_{self.seed}{chosen}{suffix}"
+        """Where the result of a mode goes; `what` begins the file's name in samples/, which says all that was told, so
+        that another command has another file."""
+        name = f"{what}step_{self.run.step:08d}_seed_{self.seed}{_in_a_name(self.told)}{suffix}"
         path = Path(self.out).expanduser() if self.out else self.folder / "samples" / name
         if suffix and path.suffix != suffix:
             raise UserError(f"--out is {str(path)!r}; it must end in {suffix}")
         if suffix and path.is_dir():
             raise UserError(f"--out is {str(path)!r}, which is a folder")
         workdir.check_writable(path.parent, "the folder of --out" if self.out else "--workdir")
-        return Target(self.run, path)
-
-    def options_from(self, t: int) -> dict[str, Any]:
-        """The options, num_steps at most the timesteps from t on."""
-        steps = self.options.get("num_steps")
-        return {**self.options, **({} if steps is None else {"num_steps": min(steps, t + 1)})}
+        return Target(self.run, path, self.folder)
 
     def pictures(self, names: Sequence[str], least: int = 1, most: int | None = None) -> np.ndarray:
-        """uint8 [N, H, W, C] of --input: files, cropped and scaled to the run's size, and "data:17", the 17th training
-        image."""
-        height, width, channels = self.run.shape
-        fit, source = Fit(height, width, channels), None
-        pictures = []
-        for name in check_count("input", names, least, most):
-            kind, _, number = name.partition(":")
-            if kind == "data":
-                (index,) = parse_numbers("input", [number])
-                source = source or training_images(self.run)
-                if not 0 <= index < len(source):
-                    raise UserError(f"--input has {name!r}; the data set has the images 0 to {len(source) - 1}")
-                pictures.append(source[index]["image"])
-                continue
-            pictures.append(open_flag("input", name, fit))
-        return np.stack(pictures)
+        """uint8 [N, H, W, C] of --input, as `Run.pictures` has them."""
+        try:
+            return self.run.pictures(*check_count("input", names, least, most))
+        except UserError as error:
+            raise UserError(str(error) if str(error).startswith("--") else f"--input {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where the pictures of a mode go."""
+    """Where the pictures of a mode go, and the workdir whose report shows them."""
 
     run: Run
     path: Path
+    folder: Path
 
     def done(self, write: Callable[[Path], Any], *others: Path) -> Path:
         """Writes by process 0, and says what was written."""
         if jax.process_index() == 0:
             write(self.path)
+            if (self.folder / workdir.CONFIG).exists():
+                report.update(self.folder)
             print(f"{self.run.weights}: {', '.join(map(str, (self.path, *others)))}")
         return self.path
 
@@ -92,17 +82,14 @@ def calls_bar(description: str) -> ProgressBar:
     return ProgressBar(f"{description}, calls", 0, enabled=jax.process_index() == 0)
 
 
-def training_images(run: Run) -> Source:
-    """The images that a run learned from; UserError if they are not there or not the same."""
-    if "imported" in run.dataset:
-        raise UserError("this run was imported, so the images that it learned from are not known")
-    source = open_images(run.config, run.dataset)
-    if source.describe()["fingerprint"] != run.dataset["fingerprint"]:
-        raise UserError("the images that this run learned from have changed: their names, sizes or contents differ")
-    return source
-
-
 # Flags.
+
+
+def _in_a_name(told: Mapping[str, str]) -> str:
+    """Values of flags as a part of a file's name: of at most 100 characters, and different for different values."""
+    parts = (f"_{value}" if name == "sampler" else f"_{name}_{value}" for name, value in told.items())
+    text = re.sub(r"[^\w.+-]+", "-", "".join(parts))
+    return text if len(text) <= 100 else f"{text[:80]}_{zlib.crc32(text.encode()):08x}"
 
 
 def parse_numbers(flag: str, values: Sequence[str], kind: Callable[[str], Any] = int) -> list[Any]:
@@ -132,4 +119,4 @@ def open_flag(flag: str, name: str, fit: Fit) -> np.ndarray:
     try:
         return open_picture(Path(name).expanduser(), fit)
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"--{flag} {name!r} cannot be read as a picture: {first_line(error)}") from None
+        raise UserError(f"--{flag} {name!r} cannot be read as a picture: {reason(error)}") from None

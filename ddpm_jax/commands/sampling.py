@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from ddpm_jax import images, shards
-from ddpm_jax.commands.job import IMAGES_A_ROW, Job, calls_bar, parse_range, training_images
+from ddpm_jax.commands.job import IMAGES_A_ROW, Job, calls_bar, parse_range
 from ddpm_jax.data import neighbours as neighbours_lib
+from ddpm_jax.dataset import training_images
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import atomic_path, new_folder
 from ddpm_jax.progress import ProgressBar
@@ -130,7 +131,7 @@ def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of:
 def neighbours(job: Job, *, num_images: int | None, num_neighbours: int) -> Path:
     """Samples and the training images nearest to them, to see memorising: one row a sample, the sample first."""
     run = job.run
-    source = training_images(run)
+    source = training_images(run.config, run.dataset)
     target = job.target("neighbours_", ".png")
     with calls_bar("sampling") as bar:
         pictures = run.sample(num_images or IMAGES_A_ROW, job.seed, progress=bar.update, **job.options)

@@ -373,6 +373,12 @@ def _suggestion(name: str) -> str:
     return nearest(dataset, datasets)
 
 
+def check_network(name: str, data_dir: str | None = None) -> None:
+    """UserError, within seconds, if a data set that is not prepared cannot be fetched from here."""
+    with _quiet():
+        _check_network(_builder(name, data_dir))
+
+
 def _check_network(builder: Any) -> None:
     """Fails within seconds where a download would be retried for minutes."""
     import requests
@@ -384,7 +390,8 @@ def _check_network(builder: Any) -> None:
             host = url.split("/")[2]
             raise UserError(
                 f"data set {builder.info.name!r} is not prepared in {builder.data_dir} and {host} cannot be reached; "
-                "prepare it on a machine with network and copy that folder, or name its place with data.data_dir"
+                "prepare it where there is a network, by --mode=prepare, and copy that folder, or name its place by "
+                "--config.data.data_dir"
             ) from None
 
 

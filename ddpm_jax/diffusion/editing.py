@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import Array, ModelFn, normal, q_sample
-from ddpm_jax.diffusion.samplers import plan, run_table, sample
+from ddpm_jax.diffusion.samplers import Progress, plan, run_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import ddim_inverse
 
@@ -90,6 +90,7 @@ def encode(
     spacing: str = "linspace",
     prediction: str = "eps",
     variance: str = "fixed_large",
+    progress: Progress | None = None,
 ) -> Array:
     """The noise x_T that deterministic DDIM turns into these pictures (Song et al. 2021, section 5.4).
 
@@ -101,12 +102,21 @@ def encode(
       x_0: [B, H, W, C].
       num_steps, spacing: see `spaced_timesteps`; of the way back too.
       prediction, variance: what the network's output means.
+      progress: told (network calls done, calls in all).
     """
     x_0 = jnp.asarray(x_0)
     table = ddim_inverse(plan(schedule, num_steps=num_steps, spacing=spacing))
     # The method draws no noise, so any key will do.
     return run_table(
-        table, model_fn, jax.random.key(0), x_0.shape, x_t=x_0, prediction=prediction, variance=variance, clip=False
+        table,
+        model_fn,
+        jax.random.key(0),
+        x_0.shape,
+        x_t=x_0,
+        prediction=prediction,
+        variance=variance,
+        clip=False,
+        progress=progress,
     )
 
 

@@ -1,5 +1,5 @@
 """report.html: a run on one page, which opens from the disk and asks for nothing else."""
 
-from ddpm_jax.report.page import write
+from ddpm_jax.report.page import update, write
 
-__all__ = ["write"]
+__all__ = ["update", "write"]

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, workdir
+from ddpm_jax.errors import first_line
 from ddpm_jax.evaluation import evaluate
 from ddpm_jax.files import read_json, read_json_lines, write_text
 from ddpm_jax.training.journal import METRICS
@@ -24,6 +27,8 @@ from ddpm_jax.training.journal import METRICS
 REPORT = "report.html"
 _MOST_POINTS = 600  # of a curve
 _MOST_PICTURES = 24  # of the samples on the way
+_MOST_MADE = 12  # pictures that were made of the run
+_OF_TRAINING = re.compile(r"(step_\d{8}|data|final|denoising)\.png")
 _LARGE = 60_000  # bytes from which a picture is compressed with loss
 
 
@@ -39,6 +44,14 @@ def write(folder: str | Path) -> Path:
     return path
 
 
+def update(folder: str | Path) -> None:
+    """The same for what has other work to do: nothing ends for a report that cannot be written."""
+    try:
+        write(folder)
+    except Exception as error:  # a full disk is told by what cannot do without
+        logging.warning("%s could not be written: %s", REPORT, first_line(error))
+
+
 def _page(folder: Path) -> str:
     config = workdir.read_config(folder)
     dataset = workdir.read_dataset(folder) or {}
@@ -51,6 +64,7 @@ def _page(folder: Path) -> str:
         "data": _data(folder, dataset),
         "samples": _slider("samples", drawn, "The same noise every time, so that the pictures can be compared."),
         "denoising": _slider("denoising", stages, "The same images on the way from noise, x_t by x_t."),
+        "pictures": _pictures(folder),
         "curves": _curves(lines),
         "evaluation": _evaluations(folder),
         "history": _history(history, config.train.num_steps, lines, folder),
@@ -80,6 +94,7 @@ _TITLES = {
     "data": "Data",
     "samples": "Samples over time",
     "denoising": "From noise to image",
+    "pictures": "Pictures made of it",
     "curves": "Curves",
     "evaluation": "Evaluation",
     "history": "What happened",
@@ -189,6 +204,16 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
         shown = images.show(pictures, columns=-(-len(pictures) // 2), gap=gap)
         found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(shown)})
     return found
+
+
+def _pictures(folder: Path) -> str:
+    """What sampling and editing left, the newest first."""
+    paths = [path for path in (folder / "samples").glob("*.png") if not _OF_TRAINING.fullmatch(path.name)]
+    paths = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    figures = [_figure(_encoded(path), f"Pictures, {path.stem}", path.name) for path in paths[:_MOST_MADE]]
+    if len(paths) > _MOST_MADE:
+        figures.append(f"<p>and {len(paths) - _MOST_MADE} older ones in samples/</p>")
+    return "".join(figures)
 
 
 def _slider(name: str, pictures: Pictures, caption: str) -> str:

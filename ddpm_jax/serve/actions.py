@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.commands.job import training_images
 from ddpm_jax.data.sources import Fit, Source, open_picture, tfds_folder
+from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.run import Run
@@ -283,7 +283,7 @@ def _training_images(run: Run) -> Source:
         folder, is_there = tfds_folder(data.name if data.source == "tfds" else "digits", data.data_dir or None)
         if not is_there:
             raise UserError(f"the images that this run learned from are not in {str(folder)!r}")
-    return training_images(run)
+    return training_images(run.config, run.dataset)
 
 
 # Of forms.

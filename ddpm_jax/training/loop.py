@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import signal
 import sys
 import threading
 import time
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -24,15 +22,17 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, processes, report, workdir
 from ddpm_jax.checkpoints import Checkpoints, newest_step
 from ddpm_jax.data import pipeline
-from ddpm_jax.data.sources import FolderSource, Source, open_source
+from ddpm_jax.data.sources import Source
+from ddpm_jax.dataset import open_dataset
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.files import read_json_lines
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
-from ddpm_jax.run import load
 from ddpm_jax.training.evaluation import Evaluation
 from ddpm_jax.training.journal import METRICS, Journal
+from ddpm_jax.training.signals import stop_signals
+from ddpm_jax.training.start import start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 
@@ -40,13 +40,6 @@ _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
 _DATA_IMAGES = 64
 _IN_FLIGHT = 2
-# What changes the meaning of weights, but not their shapes.
-_SAME_SHAPES = (
-    ("model", "num_heads"),
-    ("model", "num_groups"),
-    ("model", "downsample"),
-    ("diffusion", "prediction"),
-)
 
 
 class DivergedError(UserError):
@@ -71,54 +64,19 @@ def train(config: ConfigDict, path: str | Path) -> None:
     config_lib.validate(config, jax.device_count())
     folder = workdir.check_writable(path)
     workdir.check_config(folder, config)
-    source = open_images(config, workdir.read_dataset(folder))
+    source = open_dataset(config, workdir.read_dataset(folder))
     description = source.describe()
     workdir.check_dataset(folder, description)
+    was_finished = processes.agree(workdir.is_finished(folder, config))
     try:
         if jax.process_index() == 0:
             workdir.record(folder, config, description)
-        _Training(config, folder, source).run()
+        _Training(config, folder, source).run(was_finished)
     except OSError as error:
         raise UserError(
             f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from the "
             "last checkpoint"
         ) from None
-
-
-def open_images(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
-    """The source that the config names; a folder's images are all decoded once to find broken ones.
-
-    Args:
-      config: of the run.
-      known: the description that an earlier start of the run left; its folder is not checked again.
-
-    Raises:
-      UserError: a broken image, unless config.data.skip_broken.
-    """
-    data = config.data
-    arguments = {
-        **{name: data[name] for name in ("name", "split", "path", "height", "width", "channels")},
-        "data_dir": data.data_dir or None,
-        "labels": config.model.class_conditional,
-    }
-    if known is not None:
-        return open_source(data.source, skipped=known.get("skipped", ()), **arguments)
-    source = open_source(data.source, **arguments)
-    if isinstance(source, FolderSource):
-        with ProgressBar("checking images", len(source), enabled=jax.process_index() == 0) as bar:
-            broken = source.find_broken(bar.update)
-        if broken:
-            first, error = next(iter(broken.items()))
-            if not data.skip_broken:
-                raise UserError(
-                    f"{len(broken)} of {len(source)} images in {data.path!r} cannot be read, the first {first!r}: "
-                    f"{error}; remove them, or go on without them with --config.data.skip_broken"
-                )
-            logging.warning("Going on without %d of %d images that cannot be read:", len(broken), len(source))
-            for name, error in broken.items():
-                logging.warning("  %s: %s", name, error)
-            source = open_source(data.source, skipped=sorted(broken), **arguments)
-    return source
 
 
 class _Training:
@@ -135,10 +93,11 @@ class _Training:
         self.decay = str(config.train.ema_decays[0])
         self._dispatches = 0
 
-    def run(self) -> None:
+    def run(self, was_finished: bool) -> None:
+        """To the end; of a run that `was_finished` only what is lacking."""
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         try:
-            self._run()
+            self._run(was_finished)
         except Exception as error:
             with suppress(UserError, OSError):  # of several, the first is told
                 self.checkpoints.wait()
@@ -146,11 +105,15 @@ class _Training:
             raise
         self.checkpoints.close()
 
-    def _run(self) -> None:
+    def _run(self, was_finished: bool) -> None:
         config, began = self.config, time.monotonic()
         step, state = self._initial_state()
         num_steps = config.train.num_steps
         num_parameters = sum(p.size for p in jax.tree.leaves(state.params))
+        if was_finished and step >= num_steps:
+            self._make_up(state, step)
+            self._say(f"finished before; pictures are in {self.folder / 'samples'}")
+            return
         self._begin(step, num_parameters)
         self._say(
             f"{num_parameters:,} parameters, {len(self.source):,} images of "
@@ -187,10 +150,7 @@ class _Training:
 
     def _report(self) -> None:
         if self.is_main:
-            try:
-                report.write(self.folder)
-            except Exception as error:  # no run ends for its report; a full disk is told by what it cannot do without
-                logging.warning("report.html could not be written: %s", first_line(error))
+            report.update(self.folder)
 
     def _initial_state(self) -> tuple[int, TrainState]:
         config = self.config
@@ -211,47 +171,12 @@ class _Training:
             return restored
         jit = partial(jax.jit, compiler_options=parallel.run_once_options())
         if config.train.init_from:
-            start = jax.device_put(self._start_weights(shapes.params), shardings.params)
+            run = start_weights(config, shapes.params)
+            self._say(f"starting from the weights of {config.train.init_from}, step {run.step}")
+            start = jax.device_put(run.params, shardings.params)
         else:
             start = jit(init, out_shardings=shardings.params)()
         return 0, jit(create, out_shardings=shardings)(start)
-
-    def _start_weights(self, wanted: Params) -> Params:
-        """The weights of config.train.init_from; UserError if they are of another network."""
-        name = self.config.train.init_from
-        try:
-            run = load(name)
-        except UserError as error:
-            raise UserError(f"--init_from {name!r}: {error}") from None
-        for section, field in _SAME_SHAPES:
-            theirs, ours = run.config[section][field], self.config[section][field]
-            if theirs != ours:
-                raise UserError(
-                    f"--init_from {name!r} has {section}.{field} {theirs!r}, this config {ours!r}: "
-                    "the same weights would mean something else"
-                )
-        theirs, ours = run.schedule.num_timesteps, self.schedule.num_timesteps
-        if theirs != ours:
-            raise UserError(
-                f"--init_from {name!r} has {theirs} timesteps, this config {ours}: the same t would mean something else"
-            )
-        found = jax.tree_util.tree_flatten_with_path(run.params)[0]
-        shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
-        for path, value in found:
-            expected = shapes.pop(path, None)
-            if expected is None or value.shape != expected.shape:
-                raise UserError(
-                    f"--init_from {name!r} has {jax.tree_util.keystr(path, simple=True, separator='/')} of shape "
-                    f"{value.shape}; this config's network has {'none' if expected is None else expected.shape}"
-                )
-        if shapes:
-            path = next(iter(shapes))
-            raise UserError(
-                f"--init_from {name!r} has no {jax.tree_util.keystr(path, simple=True, separator='/')}, "
-                "which this config's network has"
-            )
-        self._say(f"starting from the weights of {name}, step {run.step}")
-        return run.params
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""
@@ -288,7 +213,7 @@ class _Training:
         in_flight: deque[Metrics] = deque()
         with (
             self._journal(first_step) as journal,
-            _stop_signals() as stop,
+            stop_signals() as stop,
             ProgressBar("step", num_steps, first_step, None, self.is_main) as bar,
             jax.transfer_guard("disallow"),  # nothing goes to or from the devices but what says so
         ):
@@ -313,7 +238,7 @@ class _Training:
                     or (logging_now and self._are_minutes_passed(last_save_time))
                 )
                 if logging_now or saving:
-                    values = _summarise(jax.device_get(metrics))
+                    values = _means(jax.device_get(metrics))
                     if logging_now and journal:
                         now = time.monotonic()
                         speed = (step - interval_step) / (now - interval_began)
@@ -403,10 +328,10 @@ class _Training:
     def _are_minutes_passed(self, since: float) -> bool:
         """Whether checkpoint.every_minutes are, by process 0's clock; the same answer on all."""
         every = self.config.checkpoint.every_minutes
-        if not every or jax.process_count() == 1:
-            return 0 < every <= (time.monotonic() - since) / 60
+        if not every:
+            return False
         with jax.transfer_guard("allow"):
-            return bool(multihost_utils.broadcast_one_to_all(np.bool_(time.monotonic() - since >= 60 * every)))
+            return processes.agree(time.monotonic() - since >= 60 * every)
 
     def _make_up(self, state: TrainState, step: int) -> None:
         """The picture and the evaluation of the step that the run goes on from, if it was cut off before them."""
@@ -500,7 +425,7 @@ class _Waited:
             self.waited += time.monotonic() - began
 
 
-def _summarise(metrics: Metrics) -> dict[str, float]:
+def _means(metrics: Metrics) -> dict[str, float]:
     """Means of the sums; DivergedError if a step was not finite."""
     if metrics.bad_step >= 0:
         raise DivergedError(
@@ -530,31 +455,3 @@ def _memory() -> dict[str, float]:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect.
-
-    In a multi-host job SIGTERM is jax's, which tells the other processes, and Ctrl-C becomes one.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    alone = jax.process_count() == 1
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, previous[number])
-        if not alone:
-            signal.raise_signal(signal.SIGTERM)
-
-    for number in (int(signal.SIGINT), *([int(signal.SIGTERM)] if alone else [])):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,35 @@
+"""The images of a run, before anything is trained: on a machine with a network, for those that have none."""
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.data.sources import tfds_folder
+from ddpm_jax.dataset import open_dataset
+from ddpm_jax.errors import UserError
+
+
+def prepare(config: ConfigDict | None, workdir: str) -> None:
+    """Fetches and prepares a config's images if they are not there, opens them, and prints what and where they are.
+
+    Args:
+      config: of a run; None: that of the workdir.
+      workdir: of a run, if there is no config; "": none.
+
+    Raises:
+      UserError: no config, or images that cannot be had or read.
+    """
+    if config is None:
+        if not workdir:
+            raise UserError("--mode=prepare needs --config, or the --workdir of a run")
+        config = workdir_lib.read_config(workdir)
+    config_lib.validate(config)
+    source, data = open_dataset(config), config.data
+    print(f"{len(source):,} images of {'x'.join(map(str, source.shape))}")
+    if data.source in ("digits", "tfds"):
+        folder, _ = tfds_folder("digits" if data.source == "digits" else data.name, data.data_dir or None)
+        print(
+            f"in {folder}; a machine that sees that folder elsewhere takes --config.data.data_dir for the one above it"
+        )
+    else:
+        print(f"in {data.path}")

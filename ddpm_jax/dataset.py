@@ -1,0 +1,65 @@
+"""The images of a run: opened as its config says, and found again by what it left of them."""
+
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from ddpm_jax.data.sources import FolderSource, Source, open_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.progress import ProgressBar
+
+
+def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
+    """The source that the config names; a folder's images are all decoded once to find broken ones.
+
+    Args:
+      config: of the run.
+      known: the description that an earlier start of the run left; its folder is not checked again.
+
+    Raises:
+      UserError: a broken image, unless config.data.skip_broken.
+    """
+    data = config.data
+    arguments = {
+        **{name: data[name] for name in ("name", "split", "path", "height", "width", "channels")},
+        "data_dir": data.data_dir or None,
+        "labels": config.model.class_conditional,
+    }
+    if known is not None:
+        return open_source(data.source, skipped=known.get("skipped", ()), **arguments)
+    source = open_source(data.source, **arguments)
+    if isinstance(source, FolderSource):
+        with ProgressBar("checking images", len(source), enabled=jax.process_index() == 0) as bar:
+            broken = source.find_broken(bar.update)
+        if broken:
+            first, error = next(iter(broken.items()))
+            if not data.skip_broken:
+                raise UserError(
+                    f"{len(broken)} of {len(source)} images in {data.path!r} cannot be read, the first {first!r}: "
+                    f"{error}; remove them, or go on without them with --config.data.skip_broken"
+                )
+            logging.warning("Going on without %d of %d images that cannot be read:", len(broken), len(source))
+            for name, error in broken.items():
+                logging.warning("  %s: %s", name, error)
+            source = open_source(data.source, skipped=sorted(broken), **arguments)
+    return source
+
+
+def training_images(config: ConfigDict, description: dict[str, Any]) -> Source:
+    """The images that a run learned from.
+
+    Args:
+      config: of the run.
+      description: of the images, as the run left it.
+
+    Raises:
+      UserError: they are not there, or not the same.
+    """
+    if "imported" in description:
+        raise UserError("this run was imported, so the images that it learned from are not known")
+    source = open_dataset(config, description)
+    if source.describe()["fingerprint"] != description["fingerprint"]:
+        raise UserError("the images that this run learned from have changed: their names, sizes or contents differ")
+    return source

@@ -1,0 +1,62 @@
+"""Where a run's weights may come from: another run."""
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax.config import make_betas_from
+from ddpm_jax.errors import UserError
+from ddpm_jax.run import Run, load
+from ddpm_jax.training.state import Params
+
+# What changes the meaning of weights, but not their shapes.
+_SAME_SHAPES = (
+    ("model", "num_heads"),
+    ("model", "num_groups"),
+    ("model", "downsample"),
+    ("diffusion", "prediction"),
+)
+
+
+def start_weights(config: ConfigDict, wanted: Params) -> Run:
+    """The run of config.train.init_from, whose weights another run starts from.
+
+    Args:
+      config: of the run that starts.
+      wanted: the shapes of its weights.
+
+    Raises:
+      UserError: no run is there, or it has another network, or one of the same shapes that means something else.
+    """
+    name = config.train.init_from
+    try:
+        run = load(name)
+    except UserError as error:
+        raise UserError(f"--init_from {name!r}: {error}") from None
+    for section, field in _SAME_SHAPES:
+        theirs, ours = run.config[section][field], config[section][field]
+        if theirs != ours:
+            raise UserError(
+                f"--init_from {name!r} has {section}.{field} {theirs!r}, this config {ours!r}: "
+                "the same weights would mean something else"
+            )
+    theirs, ours = run.schedule.num_timesteps, len(make_betas_from(config))
+    if theirs != ours:
+        raise UserError(
+            f"--init_from {name!r} has {theirs} timesteps, this config {ours}: the same t would mean something else"
+        )
+    found = jax.tree_util.tree_flatten_with_path(run.params)[0]
+    shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
+    for path, value in found:
+        expected = shapes.pop(path, None)
+        if expected is None or value.shape != expected.shape:
+            raise UserError(
+                f"--init_from {name!r} has {jax.tree_util.keystr(path, simple=True, separator='/')} of shape "
+                f"{value.shape}; this config's network has {'none' if expected is None else expected.shape}"
+            )
+    if shapes:
+        path = next(iter(shapes))
+        raise UserError(
+            f"--init_from {name!r} has no {jax.tree_util.keystr(path, simple=True, separator='/')}, "
+            "which this config's network has"
+        )
+    return run
