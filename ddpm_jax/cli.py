@@ -277,7 +277,7 @@ def run_mode(mode: str) -> None:
     for name in sorted(known - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
-    told = {name: _as_text(name) for name in FLAGS if name in accepted - _NOT_IN_NAMES and FLAGS[name].present}
+    told = {name: _as_text(name) for name in sorted(accepted - _NOT_IN_NAMES) if FLAGS[name].present}
     arguments = {
         name: make_job(told) if name == "job" else FLAGS[name].value
         for name in inspect.signature(functions[mode]).parameters

@@ -1,5 +1,6 @@
 """Images judged against real ones, and how well a run explains real ones."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -136,7 +137,7 @@ def _samples(
     """The first `count` samples' summary; shards and features that are there are not made again."""
     shard_size = min(shard_size, count)
     digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # what is made otherwise has its own folder
-    folder = job.target(f"evaluation_{digest:08x}_", "").path
+    folder = dataclasses.replace(job, told={}).target(f"evaluation_{digest:08x}_", "").path
     make_shards(job, folder, 0, count - 1, shard_size, (0, 1), batch_size)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples to judge")
