@@ -21,7 +21,8 @@ from PIL import Image
 
 from ddpm_jax import parallel
 from ddpm_jax.data import pipeline
-from ddpm_jax.data.sources import Fit, TfdsSource, open_source
+from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.sources import TfdsSource, open_source
 
 
 def picture(rng, height, width):

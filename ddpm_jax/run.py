@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, parallel, workdir
 from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.data.sources import Fit, open_picture
+from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from ddpm_jax import config as config_lib
 from ddpm_jax import files, workdir
 from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.data.sources import check_network, open_source, tfds_folder
+from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import INCEPTION_FILE
 from ddpm_jax.parallel import mesh_shape
@@ -212,8 +212,8 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
         config_lib.validate(config, jax.device_count())
         if folder is not None:
             workdir.check_config(folder, config)
-        if data.source in ("digits", "tfds"):  # what is not there is not fetched: that may be many gigabytes
-            name = "digits" if data.source == "digits" else data.name
+        name = prepared_name(data.source, data.name)
+        if name:  # what is not there is not fetched: that may be many gigabytes
             place, is_there = tfds_folder(name, data.data_dir or None)
             if not is_there:
                 check_network(name, data.data_dir or None)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ddpm_jax import images
 from ddpm_jax.commands.job import IMAGES_A_ROW, Job, Target, calls_bar, check_count, open_flag, parse_numbers
-from ddpm_jax.data.sources import Fit
+from ddpm_jax.data.pictures import Fit
 from ddpm_jax.errors import UserError
 
 

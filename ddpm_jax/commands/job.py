@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import report, workdir
-from ddpm_jax.data.sources import Fit, open_picture
+from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.errors import UserError, reason
 from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.data.sources import tfds_folder
+from ddpm_jax.data.sources import prepared_name, tfds_folder
 from ddpm_jax.dataset import open_dataset
 from ddpm_jax.errors import UserError
 
@@ -26,8 +26,9 @@ def prepare(config: ConfigDict | None, workdir: str) -> None:
     config_lib.validate(config)
     source, data = open_dataset(config), config.data
     print(f"{len(source):,} images of {'x'.join(map(str, source.shape))}")
-    if data.source in ("digits", "tfds"):
-        folder, _ = tfds_folder("digits" if data.source == "digits" else data.name, data.data_dir or None)
+    name = prepared_name(data.source, data.name)
+    if name:
+        folder, _ = tfds_folder(name, data.data_dir or None)
         print(
             f"in {folder}; a machine that sees that folder elsewhere takes --config.data.data_dir for the one above it"
         )

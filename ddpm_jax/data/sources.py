@@ -4,96 +4,27 @@ A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all
 It is cheap to open and decodes an image only when that is asked for, from any thread or worker process.
 """
 
-import dataclasses
 import hashlib
-import io
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.errors import UserError, nearest
 
 SOURCES = ("digits", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 Example = dict[str, Any]
-
-# A JPEG is decoded no smaller than so many times the size wanted: below that, what its decoder averages would show.
-_DRAFT = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """The size every image is brought to: scaled to cover it, then cropped at the centre.
-
-    Attributes:
-      height, width: in pixels.
-      channels: 1 (grey) or 3 (RGB).
-      background: what transparent parts become.
-    """
-
-    height: int
-    width: int
-    channels: int
-    background: str = "white"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.height, self.width, self.channels)
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """uint8 [H, W, C] of a PIL image."""
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
-        mode = "L" if self.channels == 1 else "RGB"
-        image = image if image.mode == mode else image.convert(mode)  # which would copy it
-        if image.size != (self.width, self.height):
-            scale = max(self.width / image.width, self.height / image.height)
-            width = max(self.width, round(image.width * scale))
-            height = max(self.height, round(image.height * scale))
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-            left, top = (width - self.width) // 2, (height - self.height) // 2
-            image = image.crop((left, top, left + self.width, top + self.height))
-        return np.asarray(image, np.uint8).reshape(self.shape)
-
-
-def open_picture(
-    file: str | Path | BinaryIO, fit: Fit, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
-) -> np.ndarray:
-    """uint8 [H, W, C] of a picture's file, turned as its EXIF data say.
-
-    Args:
-      file: its path, or itself.
-      fit: the size it is brought to.
-      formats: Pillow's names of those that are accepted; None: all.
-      max_pixels: None: Pillow's limit.
-
-    Raises:
-      ValueError: more pixels than that, said before any is decoded.
-      Exception: whatever Pillow raises if it is broken.
-    """
-    with Image.open(file, formats=formats) as image:
-        limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
-        if image.width * image.height > limit:
-            whose = "the limit" if max_pixels else "Pillow's limit"
-            raise ValueError(f"{image.width}x{image.height} is more than {whose} of {limit} pixels")
-        # A JPEG much larger than wanted, on either side, is decoded at a half, a quarter or an eighth of its size.
-        image.draft(image.mode, (_DRAFT * max(fit.shape[:2]),) * 2)
-        ImageOps.exif_transpose(image, in_place=True)
-        return fit(image)
 
 
 class Source(Protocol):
@@ -286,8 +217,8 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         example = self._data[index]
-        with Image.open(io.BytesIO(example["image"])) as image:
-            return {"image": self.fit(image), "label": int(example["label"]) if self._labels else 0}
+        picture = open_picture(example["image"], self.fit)
+        return {"image": picture, "label": int(example["label"]) if self._labels else 0}
 
     def describe(self) -> dict[str, Any]:
         # tensorflow-datasets writes the same bytes for the same version, so name and split are the examples' identity.
@@ -318,6 +249,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def prepared_name(kind: str, name: str) -> str | None:
+    """What tensorflow-datasets calls a source of this kind and name; None for those that it does not prepare."""
+    return {"digits": "digits", "tfds": name}.get(kind)
 
 
 def tfds_folder(name: str, data_dir: str | None = None) -> tuple[Path, bool]:
@@ -430,8 +366,9 @@ def open_source(
         return FolderSource(path, fit, labels, skipped)
     if kind == "array":
         return ArraySource(path, fit, labels)
-    if kind in ("digits", "tfds"):
-        builder = _prepared_builder("digits" if kind == "digits" else name, data_dir)
+    prepared = prepared_name(kind, name)
+    if prepared:
+        builder = _prepared_builder(prepared, data_dir)
         try:
             return TfdsSource(builder, split, fit, labels)
         except (ValueError, NotImplementedError) as error:

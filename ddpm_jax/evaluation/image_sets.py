@@ -12,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax.data.sources import ArraySource, Fit, FolderSource, Source, open_source
+from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.sources import ArraySource, FolderSource, Source, open_source
 from ddpm_jax.errors import UserError, first_line
 
 PORTION = 256  # images

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ddpm_jax import images
-from ddpm_jax.data.sources import Fit, Source, open_picture, tfds_folder
+from ddpm_jax.data.pictures import Fit, open_picture
+from ddpm_jax.data.sources import Source, prepared_name, tfds_folder
 from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.errors import UserError, first_line
@@ -279,8 +280,9 @@ class Playground:
 def _training_images(run: Run) -> Source:
     """What lies on this machine of the images that the run learned from; they are not fetched for a page."""
     data = run.config.data
-    if data.source in ("digits", "tfds"):
-        folder, is_there = tfds_folder(data.name if data.source == "tfds" else "digits", data.data_dir or None)
+    name = prepared_name(data.source, data.name)
+    if name:
+        folder, is_there = tfds_folder(name, data.data_dir or None)
         if not is_there:
             raise UserError(f"the images that this run learned from are not in {str(folder)!r}")
     return training_images(run.config, run.dataset)
