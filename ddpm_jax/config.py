@@ -21,6 +21,7 @@ from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.samplers import plan_table
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
+from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.errors import UserError, first_line, nearest
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import mesh_shape
@@ -242,7 +243,7 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.variance", diffusion.variance, VARIANCES),
         ("diffusion.loss", diffusion.loss, losses.LOSSES),
         ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
-        ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
+        ("diffusion.timestep_sampler", diffusion.timestep_sampler, TIMESTEP_SAMPLERS),
         ("optimizer.decay", optimizer.decay, LEARNING_RATES),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
         ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),

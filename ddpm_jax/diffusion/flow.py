@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.diffusion.bound import fold_in, mean_flat, segments, vb_term_bpd
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
     VARIANCES,
@@ -40,7 +41,6 @@ from ddpm_jax.diffusion.gaussian import (
     q_sample,
     split_output,
 )
-from ddpm_jax.diffusion.losses import fold_in, mean_flat, segments, vb_term_bpd
 from ddpm_jax.diffusion.schedules import Schedule, extract
 from ddpm_jax.diffusion.tables import log_alphas_cumprod
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ddpm_jax import images as images_lib
-from ddpm_jax.diffusion import flow, losses
+from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
@@ -129,7 +129,7 @@ class Bound(_Sums):
 
     def proposal(self, uniform: float = 0.1) -> np.ndarray:
         """[T], the best probabilities of t for `estimate_bound` of such images."""
-        return losses.term_proposal(self.terms.rms, uniform)
+        return bound.term_proposal(self.terms.rms, uniform)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -239,7 +239,7 @@ def evaluate_bound(
       UserError: no images, images that are not uint8 [N, H, W, C], another number of labels than of images, a bound
         that is not finite, or an unknown option.
     """
-    measured = partial(losses.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
+    measured = partial(bound.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
     parts = (
         Bound(
             Statistics.of(found["total"]),
@@ -273,11 +273,11 @@ def estimate_bound(
     clip: bool = False,
     progress: Progress | None = None,
 ) -> BoundEstimate:
-    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `losses.sampled_bound`.
+    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `bound.sampled_bound`.
 
     Args:
       num_terms: KL terms drawn for each image, an even number.
-      proposal: [T], the probabilities of t, from `Bound.proposal` or `losses.term_proposal`; None: learnt from the
+      proposal: [T], the probabilities of t, from `Bound.proposal` or `bound.term_proposal`; None: learnt from the
         first 16 images by at most 32 calls.
       progress: told (network calls done, calls in all) after every batch.
       schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, clip: as in
@@ -291,7 +291,7 @@ def estimate_bound(
         images, chosen = _first_images(images, _PILOT)
 
         def pilot(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Any) -> dict[str, jax.Array]:
-            return losses.bound_terms(schedule, model_fn, keys, x_0, losses.pilot_timesteps(schedule), **options)
+            return bound.bound_terms(schedule, model_fn, keys, x_0, bound.pilot_timesteps(schedule), **options)
 
         pilot_labels = labels[: len(chosen)]
         found = _first(
@@ -299,10 +299,10 @@ def estimate_bound(
                 pilot, "pilot", model_fn, chosen, mesh, seed, max(len(chosen), 1), first, None, pilot_labels, None
             )
         )
-        proposal = losses.pilot_proposal(schedule, found["terms"].T)
+        proposal = bound.pilot_proposal(schedule, found["terms"].T)
 
     def measured(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Progress | None) -> dict[str, jax.Array]:
-        result = losses.sampled_bound(schedule, model_fn, keys, x_0, proposal=proposal, num_terms=num_terms, **options)
+        result = bound.sampled_bound(schedule, model_fn, keys, x_0, proposal=proposal, num_terms=num_terms, **options)
         if progress:
             jax.block_until_ready(result)
             progress(num_terms + 1, num_terms + 1)
