@@ -10,7 +10,7 @@ from ddpm_jax.commands.job import IMAGES_A_ROW, Job, calls_bar, parse_range, tra
 from ddpm_jax.data import neighbours as neighbours_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import atomic_path, new_folder
-from ddpm_jax.progress import ProgressBar
+from ddpm_jax.progress import ProgressBar, part_of
 
 _STAGES = 10
 
@@ -91,10 +91,7 @@ def make_shards(
         print(f"{there} shards are there already")
     with calls_bar("sampling") as bar:
         for done, (low, high) in enumerate(mine):
-
-            def progress(calls: int, of: int, done: int = done) -> None:
-                bar.update(done * of + calls, len(mine) * of)
-
+            progress = part_of(bar.update, done, len(mine))
             indices = range(low, high + 1)
             pictures = run.sample(
                 seed=job.seed, indices=indices, batch_size=batch_size, progress=progress, **job.options

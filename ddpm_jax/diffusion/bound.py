@@ -28,6 +28,7 @@ from ddpm_jax.diffusion.gaussian import (
     check_option,
     clip_x_0,
     convert_prediction,
+    fold_in,
     normal,
     p_mean_variance,
     q_posterior,
@@ -115,12 +116,6 @@ def vb_term_bpd(
 
 
 # The bound of given images: every term, or a few drawn.
-
-
-def fold_in(key: Array, number: Array | int) -> Array:
-    """`jax.random.fold_in` of one key, or of each of [B]."""
-    fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
-    return jax.vmap(fold)(key) if key.ndim else fold(key)
 
 
 def _term(schedule, model_fn, x_0, t, noise, **options):

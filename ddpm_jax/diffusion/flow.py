@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion.bound import fold_in, mean_flat, segments, vb_term_bpd
+from ddpm_jax.diffusion.bound import mean_flat, segments, vb_term_bpd
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
     VARIANCES,
@@ -37,6 +37,7 @@ from ddpm_jax.diffusion.gaussian import (
     ModelFn,
     as_argument,
     check_option,
+    fold_in,
     normal,
     q_sample,
     split_output,

@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ddpm_jax import images as images_lib
+from ddpm_jax import parallel
 from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.batches import regroup
-from ddpm_jax.generate import divided, image_keys, to_host
+from ddpm_jax.generate import image_keys, to_host
+from ddpm_jax.progress import part_of
 
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
@@ -406,9 +408,8 @@ def _over_batches(
         raise ValueError("progress over an iterable of images needs num_images")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
-    devices = mesh.devices.size
-    most = min(batch_size, num_images) if num_images else batch_size
-    size = -(-most // devices) * devices
+    size = parallel.rounded(min(batch_size, num_images) if num_images else batch_size, mesh)
+    rows = parallel.batch_sharding(mesh)
     batches, done = -(-(num_images or 0) // size), 0
     for batch, pictures in enumerate(regroup(_checked(images), size)):
         chosen = np.resize(np.arange(len(pictures)), size)
@@ -417,12 +418,12 @@ def _over_batches(
             if done + len(pictures) > len(labels):
                 raise UserError(f"there are {len(labels)} labels, fewer than images")
             of_batch = np.asarray(labels[done : done + len(pictures)], np.int32)[chosen]
-            model = _with_labels(model_fn, divided(mesh, of_batch))
+            model = _with_labels(model_fn, parallel.place(of_batch, rows))
         found = function(
             model,
             image_keys(mesh, seed, purpose, first + done + chosen),
-            divided(mesh, images_lib.to_float(pictures[chosen])),
-            progress=_part(progress, batch, batches),
+            parallel.place(images_lib.to_float(pictures[chosen]), rows),
+            progress=part_of(progress, batch, batches),
         )
         values = {name: np.moveaxis(to_host(value), -1, 0)[: len(pictures)] for name, value in found.items()}
         for name, value in values.items():
@@ -474,8 +475,3 @@ def _with_labels(model_fn: Any, labels: jax.Array) -> jax.tree_util.Partial:
     if isinstance(model_fn, jax.tree_util.Partial):
         return jax.tree_util.Partial(model_fn.func, *model_fn.args, **model_fn.keywords, cond={"label": labels})
     return jax.tree_util.Partial(model_fn, cond={"label": labels})
-
-
-def _part(progress: Progress | None, batch: int, batches: int) -> Progress | None:
-    """What one of several equal batches tells of its own calls, told of all."""
-    return progress and (lambda done, calls: progress(batch * calls + done, batches * calls))

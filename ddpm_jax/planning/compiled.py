@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -49,8 +48,7 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # whatever the plugin has to say
         raise UserError(f"--topology is {name!r}, which libtpu does not know: {first_line(error)}") from None
-    shape = parallel.mesh_shape(len(devices), **config.mesh)
-    return TPUS[version], Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return TPUS[version], parallel.make_mesh(**config.mesh, devices=devices)
 
 
 def model(

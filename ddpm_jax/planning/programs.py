@@ -95,7 +95,7 @@ def sampling(config: ConfigDict, mesh: Mesh, num_classes: int, calls: int | None
     if calls is not None:
         config = config.copy_and_resolve_references()
         config.sample.num_steps = options["num_steps"] = min(calls, schedule.num_timesteps)
-    size, in_all = _rounded(config.sample.batch_size, mesh), config_lib.sampling_calls(config, schedule)
+    size, in_all = parallel.rounded(config.sample.batch_size, mesh), config_lib.sampling_calls(config, schedule)
 
     def function(params: Any, numbers: jax.Array, labels: jax.Array | None) -> jax.Array:
         keys = jax.vmap(lambda number: named_key(0, "image", number))(numbers)
@@ -112,7 +112,7 @@ def sampling(config: ConfigDict, mesh: Mesh, num_classes: int, calls: int | None
 
 def judging(config: ConfigDict, mesh: Mesh) -> Planned:
     """Features of generated images, by Inception or, of the embedded digits, their classifier."""
-    shape, size = _shape(config), _rounded(_FEATURES_BATCH, mesh)
+    shape, size = _shape(config), parallel.rounded(_FEATURES_BATCH, mesh)
     if shape == (8, 8, 1):
         name, apply = "digits classifier", features.train_digits_classifier().apply
     else:
@@ -127,11 +127,6 @@ def judging(config: ConfigDict, mesh: Mesh) -> Planned:
 
 def _shape(config: ConfigDict) -> tuple[int, int, int]:
     return config.data.height, config.data.width, config.data.channels
-
-
-def _rounded(size: int, mesh: Mesh) -> int:
-    """As batches are: up to a multiple of the devices."""
-    return -(-size // mesh.devices.size) * mesh.devices.size
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
