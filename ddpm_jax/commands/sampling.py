@@ -83,8 +83,7 @@ def make_shards(
     """Makes the shards of images first..last that are not in the folder; see `sample_shards`."""
     run, labels = job.run, job.options.get("labels", ())
     settings = run.settings(seed=job.seed, batch_size=batch_size, **job.options)
-    if not 0 <= part[0] < part[1]:
-        raise UserError(f"--part is {part[0]}/{part[1]}; accepted: 0/N to N-1/N")
+    shards.check_part(part)
     todo, there = shards.missing(folder, first, last, shard_size, settings)
     mine = [span for span in todo if span[0] // shard_size % part[1] == part[0]]
     if there and jax.process_index() == 0:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ddpm_jax import shards
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.image_sets import Shape, open_images, shard_files
+from ddpm_jax.evaluation.image_sets import Shape, open_images
 from ddpm_jax.evaluation.metrics import Moments, split_distance
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
 from ddpm_jax.files import atomic_path
@@ -116,7 +117,7 @@ def open_summary(
       UserError: nothing there, or something that cannot be judged.
     """
     path = Path(path).expanduser()
-    if path.is_dir() and shard_files(path):
+    if path.is_dir() and shards.files(path):
         share_features(path, features, mesh, batch_size=batch_size, progress=progress)
         return shard_summary(path, features, count=count, keep=keep)
     names = _names_in(path)

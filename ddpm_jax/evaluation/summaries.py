@@ -16,9 +16,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from ddpm_jax import shards
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.image_sets import read_array, shard_files
+from ddpm_jax.evaluation.image_sets import read_array
 from ddpm_jax.evaluation.metrics import Accumulator, Moments
 from ddpm_jax.files import atomic_path
 
@@ -198,9 +199,8 @@ def shard_features(
     Raises:
       UserError: no shards there, one that cannot be read, or a part that is none.
     """
+    shards.check_part(part)
     index, parts = part
-    if not 0 <= index < parts:
-        raise UserError(f"--part is {index}/{parts}; accepted: 0/N to N-1/N")
     mine = _shards_of(folder)[index::parts]
     for done, shard in enumerate(mine):
         if progress:
@@ -225,7 +225,7 @@ def share_features(folder: str | Path, features: Features, mesh: Mesh, **options
 
 
 def _shards_of(folder: str | Path) -> list[Path]:
-    found = shard_files(folder)
+    found = [path for path, _, _ in shards.files(folder)]
     if not found:
         raise UserError(f"{str(folder)!r} holds no shards, images_000000000-000000999.npz and so on")
     return found
