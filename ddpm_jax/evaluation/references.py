@@ -96,7 +96,6 @@ def open_summary(
     *,
     shape: Shape | None = None,
     batch_size: int = 64,
-    count: int | None = None,
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
@@ -110,7 +109,6 @@ def open_summary(
       path: of the folder or file.
       features, mesh, batch_size, keep: as in `summarize`.
       shape: as in `open_images`; None: that of the features, if they have one.
-      count: only of a folder's shards: the first so many images.
       progress: told (images done, images in all), or shards of a folder of such.
 
     Raises:
@@ -119,7 +117,7 @@ def open_summary(
     path = Path(path).expanduser()
     if path.is_dir() and shards.files(path):
         share_features(path, features, mesh, batch_size=batch_size, progress=progress)
-        return shard_summary(path, features, count=count, keep=keep)
+        return shard_summary(path, features, keep=keep)
     names = _names_in(path)
     reference = read_reference(path) if {"mu", "sigma"} <= names else None
     if reference and "arr_0" not in names:

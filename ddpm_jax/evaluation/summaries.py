@@ -1,9 +1,7 @@
-"""What is kept of a set of images to judge it by, put together batch by batch, shard by shard, process by process."""
+"""What is kept of a set of images to judge it by, put together batch by batch and shard by shard."""
 
 import dataclasses
-import functools
 import hashlib
-import operator
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,15 +45,6 @@ class Summary:
     count: int | None
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     halves: float | None = None
-
-    def __add__(self, other: "Summary") -> "Summary":
-        """Of both sets together, with the first one's source."""
-        if self.features != other.features or self.count is None or other.count is None:
-            raise ValueError("summaries of other features, or of no known number of images, cannot be added")
-        moments = {name: self.moments[name] + other.moments[name] for name in self.moments}
-        shared = [name for name in self.rows if name in other.rows]
-        rows = {name: np.concatenate([self.rows[name], other.rows[name]]) for name in shared}
-        return Summary(self.features, moments, rows, self.count + other.count, self.source)
 
 
 def summarize(
@@ -119,39 +108,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-# Several processes.
-
-
-def local_mesh() -> Mesh:
-    """This process's own devices, for images that it alone has."""
-    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
-
-
-def gathered(summary: Summary) -> Summary:
-    """The summary of all processes' images on each of them, in the order of the processes; all must call it."""
-    if jax.process_count() == 1:
-        return summary
-    counts = _of_all(np.array([summary.count or 0]))[:, 0]
-    moments = {}
-    for name, own in summary.moments.items():
-        scatters = _of_all(own.scatter)
-        parts = map(Moments, counts.tolist(), _of_all(own.mean), scatters)
-        moments[name] = functools.reduce(operator.add, parts)
-    rows = {}
-    for name, values in summary.rows.items():
-        padded = np.zeros((counts.max(), *values.shape[1:]), values.dtype)
-        padded[: len(values)] = values
-        rows[name] = np.concatenate([part[:n] for part, n in zip(_of_all(padded), counts, strict=True)])
-    return dataclasses.replace(summary, moments=moments, rows=rows, count=int(counts.sum()))
-
-
-def _of_all(values: np.ndarray) -> np.ndarray:
-    """[processes, ...] of an array of one shape on each, to the bit."""
-    # JAX would make float64 float32; as bytes they pass.
-    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return np.asarray(multihost_utils.process_allgather(raw)).view(values.dtype).reshape(-1, *values.shape)
-
-
 # Shards, whose features are kept beside them.
 
 
@@ -212,6 +168,11 @@ def shard_features(
                 np.savez(file, shard=name, **found)  # type: ignore[arg-type]
     if progress:
         progress(len(mine), len(mine))
+
+
+def local_mesh() -> Mesh:
+    """This process's own devices, for images that it alone has."""
+    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
 
 
 def share_features(folder: str | Path, features: Features, mesh: Mesh, **options: Any) -> None:
