@@ -27,7 +27,8 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import mesh_shape
 
 DTYPES = ("float32", "bfloat16")
-LEARNING_RATES = ("constant", "cosine", "linear")
+DECAYS = ("constant", "cosine", "linear")  # of the learning rate
+ANY_NUM_CLASSES = 10  # of a class-conditional network where no images are opened to say how many there are
 
 
 def default_config() -> ConfigDict:
@@ -244,7 +245,7 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.loss", diffusion.loss, losses.LOSSES),
         ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
         ("diffusion.timestep_sampler", diffusion.timestep_sampler, TIMESTEP_SAMPLERS),
-        ("optimizer.decay", optimizer.decay, LEARNING_RATES),
+        ("optimizer.decay", optimizer.decay, DECAYS),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
         ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),
         ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
@@ -357,7 +358,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         _check_pure_noise(config, schedule)
         sampling_calls(config, schedule)
         optimizer = make_optimizer(config)
-        net = make_model(config, num_classes=10)
+        net = make_model(config, num_classes=ANY_NUM_CLASSES)
         shape = (1, config.data.height, config.data.width, config.data.channels)
 
         def start(key: jax.Array) -> Any:

@@ -17,7 +17,6 @@ from ddpm_jax.planning.programs import PROGRAMS
 from ddpm_jax.planning.table import table
 
 FILE = "plan.json"
-_NUM_CLASSES = 10  # of a class-conditional run whose images are not looked at
 
 
 def plan(config: ConfigDict | None, workdir: str, topology: str | None, programs: Sequence[str]) -> None:
@@ -53,5 +52,5 @@ def _open(config: ConfigDict | None, path: str) -> tuple[ConfigDict, int]:
         if not path:
             raise UserError("--mode=plan needs --config, or the --workdir of a run")
         config = workdir_lib.read_config(path)
-    known = workdir_lib.read_dataset(path) if path else None
-    return config, len(known["class_names"]) if known and "class_names" in known else _NUM_CLASSES
+    names = ((workdir_lib.read_dataset(path) if path else None) or {}).get("class_names")
+    return config, config_lib.ANY_NUM_CLASSES if names is None else len(names)
