@@ -15,6 +15,7 @@ _BYTES |= {"s32": 4, "u32": 4, "f32": 4}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # sizes and order of axes, such as [4,2]T(1,0)
 # What moves nothing, or whose bytes count where it started.
 _FREE = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"}
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
@@ -260,18 +261,24 @@ def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[C
 
 def _groups(attributes: str) -> np.ndarray:
     """The groups of devices that a collective joins, int [groups, devices], in any of the ways to write them."""
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, source, order = (_numbers(text or "") for text in iota.groups())
-        return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape)
-    if along := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}:]*)\}", attributes):  # names of axes
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes):
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    order = rf"(?:, device_ids=\({_IOTA}\))?"
+    if along := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}:]*)\}}", attributes):  # names of axes
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", along[1])}
-        joined = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", along[2])]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        joined = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", along[4])]
+        ids = _iota(along[2] or str(math.prod(sizes.values())), along[3]).reshape(list(sizes.values()))
         ids = np.moveaxis(ids, joined, range(-len(joined), 0))
         return ids.reshape(-1, math.prod(ids.shape[-len(joined) :]))
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes):
         return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     raise ValueError(f"no groups of devices in {attributes[:200]!r}")
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 in an array of these sizes, its axes then in that order."""
+    source = _numbers(sizes)
+    return np.arange(math.prod(source)).reshape(source).transpose(_numbers(order or "") or None)
 
 
 def _numbers(text: str) -> list[int]:

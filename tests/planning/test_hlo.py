@@ -107,6 +107,27 @@ class TestCollectives:
         (found,) = hlo.parse_collectives(compiled_text(function, (1024,)))
         assert (found.kind, found.bytes, found.sent) == ("collective-permute", 512, 512)
 
+    @pytest.mark.parametrize(
+        ("groups", "devices", "along_data"),
+        [
+            ("{{0,1},{2,3},{4,5},{6,7}}", 2, False),
+            ("[4,2]<=[8]", 2, False),
+            ("[2,4]<=[4,2]T(1,0)", 4, True),
+            ("mesh['x'=4,'y'=2] {'y'}", 2, False),
+            ("mesh['x'=4,'y'=2] {'x'}", 4, True),
+            ("mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'y'}", 2, False),
+            ("mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'z'}", 4, True),
+        ],
+    )
+    def test_groups_in_each_way_that_xla_writes_them(self, groups, devices, along_data):
+        text = f"""
+ENTRY %main (x: f32[256]) -> f32[256] {{
+  %x = f32[256]{{0}} parameter(0)
+  ROOT %sum = f32[256]{{0}} all-reduce(%x), channel_id=7, replica_groups={groups}, to_apply=%add
+}}
+"""
+        assert hlo.parse_collectives(text, fsdp=2) == [Collective("all-reduce", 4 * 256, devices, along_data)]
+
     def test_the_gradient_of_a_divided_batch_is_reduced_once(self):
         mesh = parallel.make_mesh()
         whole, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
