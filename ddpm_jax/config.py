@@ -21,12 +21,14 @@ from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.samplers import plan_table
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
+from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.errors import UserError, first_line, nearest
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.parallel import mesh_shape
 
 DTYPES = ("float32", "bfloat16")
-LEARNING_RATES = ("constant", "cosine", "linear")
+DECAYS = ("constant", "cosine", "linear")  # of the learning rate
+ANY_NUM_CLASSES = 10  # of a class-conditional network where no images are opened to say how many there are
 
 
 def default_config() -> ConfigDict:
@@ -242,8 +244,8 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.variance", diffusion.variance, VARIANCES),
         ("diffusion.loss", diffusion.loss, losses.LOSSES),
         ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
-        ("diffusion.timestep_sampler", diffusion.timestep_sampler, losses.TIMESTEP_SAMPLERS),
-        ("optimizer.decay", optimizer.decay, LEARNING_RATES),
+        ("diffusion.timestep_sampler", diffusion.timestep_sampler, TIMESTEP_SAMPLERS),
+        ("optimizer.decay", optimizer.decay, DECAYS),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
         ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),
         ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
@@ -356,7 +358,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         _check_pure_noise(config, schedule)
         sampling_calls(config, schedule)
         optimizer = make_optimizer(config)
-        net = make_model(config, num_classes=10)
+        net = make_model(config, num_classes=ANY_NUM_CLASSES)
         shape = (1, config.data.height, config.data.width, config.data.channels)
 
         def start(key: jax.Array) -> Any:

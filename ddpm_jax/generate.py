@@ -16,6 +16,7 @@ from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.samplers import Progress, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.progress import part_of
 from ddpm_jax.rng import named_key
 
 
@@ -88,10 +89,10 @@ def generate(
       uint8 [N, H, W, C], and the snapshots uint8 [num_snapshots, first batch, H, W, C] or None.
     """
     numbers = np.asarray(indices)
-    devices = mesh.devices.size
-    batch_size = -(-min(batch_size, len(numbers)) // devices) * devices
+    batch_size = parallel.rounded(min(batch_size, len(numbers)), mesh)
     batches = -(-len(numbers) // batch_size)
 
+    rows = parallel.batch_sharding(mesh)
     done, snapshots = [], None
     for batch in range(batches):
         chosen = np.resize(numbers[batch * batch_size : (batch + 1) * batch_size], batch_size)
@@ -100,7 +101,7 @@ def generate(
             make_model_fn(
                 net,
                 params,
-                None if net.num_classes is None else divided(mesh, labels_of(net, chosen, labels)),
+                None if net.num_classes is None else parallel.place(labels_of(net, chosen, labels), rows),
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
                 guidance_interval=guidance_interval,
@@ -108,7 +109,7 @@ def generate(
             image_keys(mesh, seed, "image", chosen),
             (batch_size, *shape),
             num_snapshots=num_snapshots if batch == 0 else 0,
-            progress=progress and partial(_report, progress, batch, batches),
+            progress=part_of(progress, batch, batches),
             **sampling_options,
         )
         if num_snapshots and batch == 0:
@@ -124,25 +125,14 @@ def labels_of(net: UNet, indices: Sequence[int] | np.ndarray, labels: Sequence[i
     return classes[np.asarray(indices) % len(classes)]
 
 
-def divided(mesh: Mesh, values: np.ndarray) -> jax.Array:
-    """An array that every process has, its first axis divided over the mesh."""
-    values = np.asarray(values)
-    return jax.make_array_from_callback(values.shape, parallel.batch_sharding(mesh), lambda index: values[index])
-
-
 def image_keys(mesh: Mesh, seed: int, purpose: str, numbers: np.ndarray) -> jax.Array:
     """`named_key` of each number, divided over the mesh."""
-    return _keys_of(np.uint32(seed), purpose, divided(mesh, np.asarray(numbers, np.int32)))
+    return _keys_of(np.uint32(seed), purpose, parallel.place(numbers.astype(np.int32), parallel.batch_sharding(mesh)))
 
 
 @partial(jax.jit, static_argnames="purpose")
 def _keys_of(seed: np.uint32, purpose: str, numbers: jax.Array) -> jax.Array:
     return jax.vmap(lambda number: named_key(seed, purpose, number))(numbers)
-
-
-def _report(progress: Progress, batch: int, batches: int, done: int, calls: int) -> None:
-    """What one of several equal batches tells of its own calls, told of all."""
-    progress(batch * calls + done, batches * calls)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -7,12 +7,14 @@ import os
 import platform
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from ddpm_jax import files
 from ddpm_jax.errors import UserError
@@ -102,20 +104,29 @@ def mesh_shape(num_devices: int, data: int = -1, fsdp: int = 1) -> tuple[int, in
     return sizes["data"], sizes["fsdp"]
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """All devices of the job, in two axes.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices in two axes.
 
     A batch is divided over both. Parameters, their averages and the optimiser's state are the same on every device
     along "data" and divided along "fsdp" (fully sharded data parallelism; ZeRO-3, Rajbhandari et al. 2020).
 
     Args:
       data, fsdp: how many devices along each; -1: what the other leaves.
+      devices: those of a machine that need not be here, kept in their order; None: all of the job.
 
     Raises:
       UserError: sizes that do not multiply to the number of devices.
     """
-    shape = mesh_shape(jax.device_count(), data, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    axes: Any = {"axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto,) * 2}
+    if devices is None:
+        return jax.make_mesh(mesh_shape(jax.device_count(), data, fsdp), **axes)
+    # jax.make_mesh would look for their best order, which it refuses to do for the cores of a v4 that is not here.
+    return Mesh(np.array(devices).reshape(mesh_shape(len(devices), data, fsdp)), **axes)
+
+
+def rounded(size: int, mesh: Mesh) -> int:
+    """A batch's size, up to the next multiple of the devices that it is divided over."""
+    return -(-size // mesh.devices.size) * mesh.devices.size
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -159,6 +170,12 @@ def laid(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def place(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, laid onto the devices."""
+    array = np.asarray(value)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -15,6 +15,17 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def part_of(progress: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
+    """What one of several equal parts tells of its own steps, made out of `progress`, which hears of all; None of None.
+
+    Args:
+      progress: told (done, in all).
+      part: which one, from 0.
+      parts: how many there are.
+    """
+    return progress and (lambda done, steps: progress(part * steps + done, parts * steps))
 
 
 class ProgressBar:

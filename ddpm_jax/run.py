@@ -23,7 +23,7 @@ from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.errors import UserError, reason
-from ddpm_jax.generate import divided, generate, image_keys, labels_of, make_model_fn, to_host
+from ddpm_jax.generate import generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
 
@@ -463,9 +463,8 @@ class Run:
     ) -> np.ndarray:
         """function(schedule, model_fn, keys, x_0, ...) of all pictures, in batches divided over the devices."""
         pictures = self._check(pictures)
-        devices = self.mesh.devices.size
-        size = -(-min(batch_size or self.config.sample.batch_size, len(pictures)) // devices) * devices
-        place = functools.partial(divided, self.mesh)
+        size = parallel.rounded(min(batch_size or self.config.sample.batch_size, len(pictures)), self.mesh)
+        place = functools.partial(parallel.place, sharding=parallel.batch_sharding(self.mesh))
         done = []
         for first in range(0, len(pictures), size):
             chosen = np.resize(np.arange(first, min(first + size, len(pictures))), size)

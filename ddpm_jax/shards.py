@@ -21,6 +21,19 @@ def _path(folder: Path, first: int, last: int) -> Path:
     return folder / f"images_{first:09d}-{last:09d}.npz"
 
 
+def files(folder: str | Path) -> list[tuple[Path, int, int]]:
+    """(path, first, last) of the shards in a folder, by the numbers of their images."""
+    found = ((path, _NAME.fullmatch(path.name)) for path in sorted(Path(folder).expanduser().glob("images_*.npz")))
+    return [(path, int(match[1]), int(match[2])) for path, match in found if match]
+
+
+def check_part(part: tuple[int, int]) -> None:
+    """UserError unless the part is one of 0/N to N-1/N."""
+    index, parts = part
+    if not 0 <= index < parts:
+        raise UserError(f"--part is {index}/{parts}; accepted: 0/N to N-1/N")
+
+
 def missing(
     folder: Path, first: int, last: int, size: int, settings: Mapping[str, Any]
 ) -> tuple[list[tuple[int, int]], int]:
@@ -38,10 +51,7 @@ def missing(
         raise UserError(f"--shard_size is {size}; at least 1 is needed")
     wanted = [(low, low + size - 1) for low in range(first // size * size, last + 1, size)]
     there = set()
-    for path in sorted(folder.glob("images_*.npz")):
-        match = _NAME.fullmatch(path.name)
-        if not match:
-            continue
+    for path, low, high in files(folder):
         try:
             with np.load(path) as file:
                 old = dict(json.loads(str(file["settings"])))
@@ -53,7 +63,6 @@ def missing(
         ]
         if changed:
             raise UserError(f"{str(folder)!r} holds images made otherwise ({'; '.join(changed)}); choose another --out")
-        low, high = int(match[1]), int(match[2])
         if low % size or high - low + 1 != size:
             raise UserError(f"{str(folder)!r} has {path.name}, a shard of another size; use that size or another --out")
         there.add((low, high))

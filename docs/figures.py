@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
+from sklearn.datasets import load_sample_image
 
 from configs import cifar10
 from ddpm_jax import config as config_lib
+from ddpm_jax.data import digits
 from ddpm_jax.diffusion.gaussian import q_sample
 from ddpm_jax.diffusion.schedules import SCHEDULES, make_schedule
 from ddpm_jax.images import to_float, to_uint8
@@ -45,8 +46,7 @@ def pictures() -> list[np.ndarray]:
     photograph = Image.fromarray(load_sample_image("china.jpg"))
     left = (photograph.width - photograph.height) // 2
     square = photograph.crop((left, 0, left + photograph.height, photograph.height)).resize((64, 64), Image.LANCZOS)
-    digit = np.round(load_digits().images[3] / 16 * 255).astype(np.uint8)
-    return [np.asarray(square), digit[..., None]]
+    return [np.asarray(square), digits.load()[0][3]]
 
 
 def draw_forward(path: Path) -> None:

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
 SECTIONS = {
     "tests/diffusion/test_schedules.py": "Schedules",
     "tests/diffusion/test_gaussian.py": "Forward process, posterior, variances",
-    "tests/diffusion/test_losses.py": "Losses and bits/dim",
+    "tests/diffusion/test_bound.py": "The bound in bits/dim",
     "tests/diffusion/test_tables.py": "Samplers' coefficients",
     "tests/diffusion/test_samplers.py": "Sampling",
     "tests/models/test_blocks.py": "Layers and their initialisation",

@@ -39,6 +39,29 @@ def test_mesh_shapes_refused(given, message):
         parallel.make_mesh(**given)
 
 
+def test_given_devices_keep_their_order():
+    devices = jax.devices()[::-2]
+    mesh = parallel.make_mesh(fsdp=2, devices=devices)
+    assert tuple(mesh.shape.values()) == (2, 2)
+    assert mesh.devices.ravel().tolist() == devices
+    with pytest.raises(UserError, match="do not make up 4 devices"):
+        parallel.make_mesh(data=8, devices=devices)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, 8), (8, 8), (9, 16)])
+def test_batches_are_rounded_up_to_the_devices(size, expected):
+    assert parallel.rounded(size, parallel.make_mesh(4, 2)) == expected
+
+
+def test_an_array_is_placed_as_asked():
+    mesh, values = parallel.make_mesh(4, 2), np.arange(32, dtype=np.float32).reshape(16, 2)
+    for sharding, rows in ((parallel.batch_sharding(mesh), 2), (parallel.replicated(mesh), 16)):
+        placed = parallel.place(values, sharding)
+        assert placed.sharding == sharding
+        np.testing.assert_array_equal(placed, values)
+        assert {len(shard.data) for shard in placed.addressable_shards} == {rows}
+
+
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [

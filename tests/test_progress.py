@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.progress import format_seconds
+from ddpm_jax.progress import format_seconds, part_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +66,14 @@ def live(code, status=0):
 )
 def test_format_seconds(seconds, expected):
     assert format_seconds(seconds) == expected
+
+
+def test_parts_tell_of_the_whole():
+    told = []
+    for part in range(3):
+        part_of(lambda *told_of: told.append(told_of), part, 3)(10, 20)
+    assert told == [(10, 60), (30, 60), (50, 60)]
+    assert part_of(None, 0, 3) is None
 
 
 def test_report_is_a_line_with_position_text_and_time_left():

@@ -26,7 +26,11 @@ from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
 from ddpm_jax.workdir import CONFIG, check_writable
 
-LIKELIHOODS = ("estimate", "bound", "flow", "none")
+LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
+    "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),
+    "bound": (likelihood.evaluate_bound, "bits/dim of training images, bound"),
+    "flow": (likelihood.evaluate_flow, "bits/dim of training images, bound by the probability flow"),
+}
 _NUM_IMAGES = 1000
 _TERMS, _CURVE, _BOUND = "evaluation_terms.png", "evaluation_rate_distortion.png", "evaluation_bound.json"
 
@@ -68,8 +72,8 @@ def evaluate(
       The numbers by name.
     """
     run = job.run
-    if likelihood not in LIKELIHOODS:
-        raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}")
+    if likelihood not in (*LIKELIHOODS, "none"):
+        raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
     told: dict[str, Any] = {}
@@ -150,11 +154,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
     """Bits/dim of training images by the run."""
     run = job.run
     images, labels = image_sets.spread(training_images(run.config, run.dataset), count)
-    measure: Any = {
-        "estimate": likelihood.estimate_bound,
-        "bound": likelihood.evaluate_bound,
-        "flow": likelihood.evaluate_flow,
-    }[kind]
+    measure, name = LIKELIHOODS[kind]
     with _bar("likelihood", "calls") as bar:
         found = measure(
             run.schedule,
@@ -172,11 +172,6 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
         plots.save_terms(folder / _TERMS, found)
         plots.save_rate_distortion(folder / _CURVE, found)
         write_text(folder / _BOUND, json.dumps(found.to_json()) + "\n")
-    name = {
-        "estimate": "bits/dim of training images, estimated bound",
-        "bound": "bits/dim of training images, bound",
-        "flow": "bits/dim of training images, bound by the probability flow",
-    }[kind]
     return {
         name: float(found.total.mean),
         f"{name}, standard error": float(found.total.standard_error),

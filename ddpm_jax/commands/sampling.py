@@ -11,7 +11,7 @@ from ddpm_jax.data import neighbours as neighbours_lib
 from ddpm_jax.dataset import training_images
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import atomic_path, new_folder
-from ddpm_jax.progress import ProgressBar
+from ddpm_jax.progress import ProgressBar, part_of
 
 _STAGES = 10
 
@@ -84,18 +84,14 @@ def make_shards(
     """Makes the shards of images first..last that are not in the folder; see `sample_shards`."""
     run, labels = job.run, job.options.get("labels", ())
     settings = run.settings(seed=job.seed, batch_size=batch_size, **job.options)
-    if not 0 <= part[0] < part[1]:
-        raise UserError(f"--part is {part[0]}/{part[1]}; accepted: 0/N to N-1/N")
+    shards.check_part(part)
     todo, there = shards.missing(folder, first, last, shard_size, settings)
     mine = [span for span in todo if span[0] // shard_size % part[1] == part[0]]
     if there and jax.process_index() == 0:
         print(f"{there} shards are there already")
     with calls_bar("sampling") as bar:
         for done, (low, high) in enumerate(mine):
-
-            def progress(calls: int, of: int, done: int = done) -> None:
-                bar.update(done * of + calls, len(mine) * of)
-
+            progress = part_of(bar.update, done, len(mine))
             indices = range(low, high + 1)
             pictures = run.sample(
                 seed=job.seed, indices=indices, batch_size=batch_size, progress=progress, **job.options

@@ -11,6 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.image_classification import cifar
 
+from ddpm_jax.data import digits
+
 
 def _png(image: np.ndarray) -> bytes:
     data = io.BytesIO()
@@ -49,12 +51,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
-        for index, (image, label) in enumerate(zip(images, digits.target, strict=True)):
-            yield index, {"image": _png(image), "label": int(label)}
+        for index, (image, label) in enumerate(zip(*digits.load(), strict=True)):
+            yield index, {"image": _png(image[..., 0]), "label": int(label)}
 
 
 with tfds.core.registered.skip_registration():

@@ -23,6 +23,8 @@ from ddpm_jax.errors import UserError, nearest
 
 SOURCES = ("digits", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_KEYS = ("image", "images", "x", "arr_0")  # what the images of a .npz are called
+_LABEL_KEYS = ("label", "labels", "y", "arr_1")
 
 Example = dict[str, Any]
 
@@ -61,9 +63,6 @@ def _description(source: Source, kind: str, fingerprint: str, **details: Any) ->
 class ArraySource:
     """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and, if it has classes, `label`."""
 
-    _IMAGE_KEYS = ("image", "images", "x", "arr_0")
-    _LABEL_KEYS = ("label", "labels", "y", "arr_1")
-
     def __init__(self, path: str, fit: Fit, labels: bool):
         self.path, self.fit, self.shape = path, fit, fit.shape
         images, label = self._read(Path(path), labels)
@@ -89,16 +88,16 @@ class ArraySource:
                     raise UserError(f"data.path {str(path)!r} is one array without labels; use an .npz with 'label'")
                 return loaded, None
             with loaded:
-                key = next((k for k in self._IMAGE_KEYS if k in loaded), None)
+                key = next((k for k in IMAGE_KEYS if k in loaded), None)
                 if key is None:
                     raise UserError(
                         f"data.path {str(path)!r} has the arrays {sorted(loaded)}; "
-                        f"the images must be called one of {', '.join(self._IMAGE_KEYS)}"
+                        f"the images must be called one of {', '.join(IMAGE_KEYS)}"
                     )
                 images = loaded[key]
                 if not labels:
                     return images, None
-                label_key = next((k for k in self._LABEL_KEYS if k in loaded), None)
+                label_key = next((k for k in _LABEL_KEYS if k in loaded), None)
                 label = None if label_key is None else loaded[label_key]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(
@@ -109,7 +108,7 @@ class ArraySource:
         if label is None or label.shape != images.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
             found = "no labels" if label is None else f"labels {label.dtype} {label.shape}"
             raise UserError(
-                f"data.path {str(path)!r} has {found}; one of {', '.join(self._LABEL_KEYS)} must hold "
+                f"data.path {str(path)!r} has {found}; one of {', '.join(_LABEL_KEYS)} must hold "
                 f"non-negative integers [{len(images)}]"
             )
         return images, label

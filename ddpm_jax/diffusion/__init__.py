@@ -1,1 +1,1 @@
-"""The diffusion core: pure functions of arrays. See `schedules`, `gaussian`, `losses` and `samplers`."""
+"""The diffusion core: pure functions of arrays. See `schedules`, `gaussian`, `bound`, `losses` and `samplers`."""

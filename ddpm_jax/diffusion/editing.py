@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ddpm_jax.diffusion.gaussian import Array, ModelFn, normal, q_sample
+from ddpm_jax.diffusion.gaussian import Array, ModelFn, fold_in, normal, q_sample
 from ddpm_jax.diffusion.samplers import Progress, plan, run_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import ddim_inverse
@@ -27,9 +27,7 @@ def diffuse(schedule: Schedule, key: Array, x_0: Array, t: int) -> Array:
     """x_t ~ q(x_t | x_0), the same t for all."""
     _check_t(schedule, t)
     # Of another stream than sampling's noise with the same key.
-    fold = lambda k: jax.random.fold_in(k, 2**31)  # noqa: E731
-    keys = jax.vmap(fold)(key) if key.ndim else fold(key)
-    return q_sample(schedule, x_0, jnp.full(x_0.shape[:1], t), normal(keys, x_0.shape))
+    return q_sample(schedule, x_0, jnp.full(x_0.shape[:1], t), normal(fold_in(key, 2**31), x_0.shape))
 
 
 def vary(schedule: Schedule, model_fn: ModelFn, key: Array, x_0: Array, t: int, **options: Any) -> Array:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.diffusion.bound import mean_flat, segments, vb_term_bpd
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
     VARIANCES,
@@ -36,11 +37,11 @@ from ddpm_jax.diffusion.gaussian import (
     ModelFn,
     as_argument,
     check_option,
+    fold_in,
     normal,
     q_sample,
     split_output,
 )
-from ddpm_jax.diffusion.losses import fold_in, mean_flat, segments, vb_term_bpd
 from ddpm_jax.diffusion.schedules import Schedule, extract
 from ddpm_jax.diffusion.tables import log_alphas_cumprod
 

@@ -54,6 +54,12 @@ def normal(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
 
 
+def fold_in(key: Array, number: Array | int) -> Array:
+    """`jax.random.fold_in` of one key, or of each of [B]."""
+    fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
+    return jax.vmap(fold)(key) if key.ndim else fold(key)
+
+
 # Forward process.
 
 

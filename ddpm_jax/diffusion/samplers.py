@@ -18,6 +18,7 @@ from ddpm_jax.diffusion.gaussian import (
     as_argument,
     check_option,
     clip_x_0,
+    fold_in,
     interpolate_log_variance,
     normal,
     split_output,
@@ -335,12 +336,9 @@ def _filled(rows: _Rows, length: int) -> _Rows:
 
 
 def _noise(keys: Array, shape: tuple[int, ...], *purpose: int | Array) -> Array:
-    def fold(key: Array) -> Array:
-        for number in purpose:
-            key = jax.random.fold_in(key, number)
-        return key
-
-    return normal(jax.vmap(fold)(keys), shape)
+    for number in purpose:
+        keys = fold_in(keys, number)
+    return normal(keys, shape)
 
 
 def _beside(model_fn: Any, keys: Array) -> tuple[Array, NamedSharding | None]:

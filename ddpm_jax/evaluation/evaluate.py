@@ -1,9 +1,8 @@
 """Samples judged against real images: all metrics, and what a reader must know beside the numbers."""
 
 import datetime
-import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from jax.sharding import Mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.image_sets import ImageSet, Shape
-from ddpm_jax.evaluation.references import halves_of, open_summary
+from ddpm_jax.evaluation.image_sets import ImageSet
+from ddpm_jax.evaluation.references import halves_of
 from ddpm_jax.evaluation.summaries import Summary, summarize
 from ddpm_jax.files import read_json, write_text
 
@@ -72,35 +71,6 @@ def compare(
         result["not computed"] = ", ".join(absent)
     note = " ".join(_notes(features, theirs, ours, result))
     return result | ({"note": note} if note else {})
-
-
-def compare_paths(
-    features: Features,
-    real: str | Path,
-    fake: str | Path,
-    mesh: Mesh,
-    *,
-    shape: Shape | None = None,
-    batch_size: int = 64,
-    count: int | None = None,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
-    """`compare` of what lies at two paths, without a model: folders of pictures or of shards, arrays, reference files.
-
-    Args:
-      features, mesh, batch_size, seed: as in `compare`.
-      real, fake: paths, see `open_summary`.
-      shape, count: of `open_summary`; the count is that of generated images.
-      progress: told ("real" or "generated", done, in all).
-    """
-
-    def open_one(path: str | Path, what: str, count: int | None = None) -> Summary:
-        tell = functools.partial(progress, what) if progress else None
-        options: dict[str, Any] = {"shape": shape, "batch_size": batch_size, "count": count, "progress": tell}
-        return open_summary(path, features, mesh, **options)
-
-    return compare(features, open_one(real, "real"), open_one(fake, "generated", count), mesh, seed=seed)
 
 
 def _summary(features: Features, images: Images, mesh: Mesh, batch_size: int) -> Summary:

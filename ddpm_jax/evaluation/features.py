@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from safetensors import safe_open
 
 from ddpm_jax import parallel
+from ddpm_jax.data import digits
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation import inception
 from ddpm_jax.evaluation.batches import regroup
@@ -76,16 +77,15 @@ class Features:
           UserError: no images; such as are not 8-bit or not of a size that the network takes; features that are not
             finite.
         """
-        devices = mesh.devices.size
-        size = -(-batch_size // devices) * devices
+        size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
         apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
-        apply = jax.tree.map(functools.partial(_place, sharding=parallel.replicated(mesh)), apply)
+        apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
         waiting: tuple[Output, int] | None = None
         done = 0
         for portion in regroup(map(self._checked, images), size):
             padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
             # The devices work on this batch while the one before it is fetched and used.
-            started = judge(apply, _place(padded, parallel.batch_sharding(mesh)), mesh)
+            started = judge(apply, parallel.place(padded, rows), mesh)
             if waiting:
                 yield self._fetched(*waiting, done)
                 done += waiting[1]
@@ -118,12 +118,6 @@ class Features:
             if not finite.all():
                 raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
         return found
-
-
-def _place(value: Any, sharding: NamedSharding) -> jax.Array:
-    """A value that every process has, on the devices."""
-    value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -264,10 +258,7 @@ def train_digits_classifier(steps: int = 400) -> Features:
     It lets an evaluation run from end to end with nothing to download. Its distances are its own, and comparable among
     themselves alone.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    images, labels = digits.load()
     net, optimizer = _Classifier(), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
     @jax.jit
@@ -277,7 +268,7 @@ def train_digits_classifier(steps: int = 400) -> Features:
         def step(carry, key):
             params, state = carry
             chosen = jax.random.randint(key, (128,), 0, len(images))
-            x, y = jnp.asarray(images)[chosen], jnp.asarray(digits.target)[chosen]
+            x, y = jnp.asarray(images)[chosen], jnp.asarray(labels)[chosen]
 
             def loss(params):
                 output: Any = net.apply({"params": params}, x)

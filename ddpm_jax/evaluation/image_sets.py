@@ -1,7 +1,6 @@
 """Sets of images to be judged, read in portions as often as needed: a source's, a folder's, shards', an array's."""
 
 import dataclasses
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +11,12 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddpm_jax import shards
 from ddpm_jax.data.pictures import Fit
-from ddpm_jax.data.sources import ArraySource, FolderSource, Source, open_source
+from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
 from ddpm_jax.errors import UserError, first_line
 
 PORTION = 256  # images
-_SHARD = re.compile(r"images_\d{9}-\d{9}\.npz")
-_KEYS = ArraySource._IMAGE_KEYS
 _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Shape = tuple[int, int, int]
@@ -84,7 +82,7 @@ def open_images(path: str | Path, shape: Shape | None = None) -> ImageSet:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _shards(path) if shard_files(path) else of_source(_pictures(path, shape))
+        return _shards(path) if shards.files(path) else of_source(_pictures(path, shape))
     if shape is not None:
         with _Array(path) as array:
             fits = array.shape[1:] == shape
@@ -119,22 +117,17 @@ def _pictures(path: Path, shape: Shape | None) -> FolderSource:
     return FolderSource(str(path), _SameSize(height, width, 3), labels=False)
 
 
-def shard_files(folder: str | Path) -> list[Path]:
-    """The shards in a folder by the numbers of their images; see `ddpm_jax.shards`."""
-    return sorted(path for path in Path(folder).expanduser().glob("images_*.npz") if _SHARD.fullmatch(path.name))
-
-
 def _shards(folder: Path) -> ImageSet:
-    paths = shard_files(folder)
-    counts = [int(last) - int(first) + 1 for first, last in (re.findall(r"\d{9}", path.name) for path in paths)]
-    read = lambda: (portion for path in paths for portion in read_array(path))  # noqa: E731
-    return ImageSet({"source": "shards", "path": str(folder), "num_images": sum(counts)}, sum(counts), read)
+    found = shards.files(folder)
+    count = sum(last - first + 1 for _, first, last in found)
+    read = lambda: (portion for path, _, _ in found for portion in read_array(path))  # noqa: E731
+    return ImageSet({"source": "shards", "path": str(folder), "num_images": count}, count, read)
 
 
 def read_array(path: str | Path) -> Iterator[np.ndarray]:
     """Portions of the images in a .npz or .npy file, of which no more is in memory at a time.
 
-    The array of a .npz is called `image`, `images`, `x` or `arr_0`, as `ddpm_jax.data.sources.ArraySource` has it.
+    The array of a .npz is called one of `ddpm_jax.data.sources.IMAGE_KEYS`.
 
     Raises:
       UserError: a file that is not there, is cut off, or holds something other than uint8 [N, H, W] or [N, H, W, C].
@@ -169,10 +162,12 @@ class _Array:
         return self
 
     def _member(self, archive: zipfile.ZipFile) -> IO[bytes]:
-        name = next((key for key in _KEYS if f"{key}.npy" in archive.namelist()), None)
+        name = next((key for key in IMAGE_KEYS if f"{key}.npy" in archive.namelist()), None)
         if name is None:
             names = [entry.removesuffix(".npy") for entry in archive.namelist()]
-            raise UserError(f"{str(self._path)!r} has the arrays {names}; images are called one of {', '.join(_KEYS)}")
+            raise UserError(
+                f"{str(self._path)!r} has the arrays {names}; images are called one of {', '.join(IMAGE_KEYS)}"
+            )
         return archive.open(f"{name}.npy")
 
     def __iter__(self) -> Iterator[np.ndarray]:

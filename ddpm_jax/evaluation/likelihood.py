@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ddpm_jax import images as images_lib
-from ddpm_jax.diffusion import flow, losses
+from ddpm_jax import parallel
+from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.batches import regroup
-from ddpm_jax.generate import divided, image_keys, to_host
+from ddpm_jax.generate import image_keys, to_host
+from ddpm_jax.progress import part_of
 
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
@@ -129,7 +131,7 @@ class Bound(_Sums):
 
     def proposal(self, uniform: float = 0.1) -> np.ndarray:
         """[T], the best probabilities of t for `estimate_bound` of such images."""
-        return losses.term_proposal(self.terms.rms, uniform)
+        return bound.term_proposal(self.terms.rms, uniform)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -239,7 +241,7 @@ def evaluate_bound(
       UserError: no images, images that are not uint8 [N, H, W, C], another number of labels than of images, a bound
         that is not finite, or an unknown option.
     """
-    measured = partial(losses.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
+    measured = partial(bound.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
     parts = (
         Bound(
             Statistics.of(found["total"]),
@@ -273,11 +275,11 @@ def estimate_bound(
     clip: bool = False,
     progress: Progress | None = None,
 ) -> BoundEstimate:
-    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `losses.sampled_bound`.
+    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `bound.sampled_bound`.
 
     Args:
       num_terms: KL terms drawn for each image, an even number.
-      proposal: [T], the probabilities of t, from `Bound.proposal` or `losses.term_proposal`; None: learnt from the
+      proposal: [T], the probabilities of t, from `Bound.proposal` or `bound.term_proposal`; None: learnt from the
         first 16 images by at most 32 calls.
       progress: told (network calls done, calls in all) after every batch.
       schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, clip: as in
@@ -291,7 +293,7 @@ def estimate_bound(
         images, chosen = _first_images(images, _PILOT)
 
         def pilot(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Any) -> dict[str, jax.Array]:
-            return losses.bound_terms(schedule, model_fn, keys, x_0, losses.pilot_timesteps(schedule), **options)
+            return bound.bound_terms(schedule, model_fn, keys, x_0, bound.pilot_timesteps(schedule), **options)
 
         pilot_labels = labels[: len(chosen)]
         found = _first(
@@ -299,10 +301,10 @@ def estimate_bound(
                 pilot, "pilot", model_fn, chosen, mesh, seed, max(len(chosen), 1), first, None, pilot_labels, None
             )
         )
-        proposal = losses.pilot_proposal(schedule, found["terms"].T)
+        proposal = bound.pilot_proposal(schedule, found["terms"].T)
 
     def measured(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Progress | None) -> dict[str, jax.Array]:
-        result = losses.sampled_bound(schedule, model_fn, keys, x_0, proposal=proposal, num_terms=num_terms, **options)
+        result = bound.sampled_bound(schedule, model_fn, keys, x_0, proposal=proposal, num_terms=num_terms, **options)
         if progress:
             jax.block_until_ready(result)
             progress(num_terms + 1, num_terms + 1)
@@ -406,9 +408,8 @@ def _over_batches(
         raise ValueError("progress over an iterable of images needs num_images")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
-    devices = mesh.devices.size
-    most = min(batch_size, num_images) if num_images else batch_size
-    size = -(-most // devices) * devices
+    size = parallel.rounded(min(batch_size, num_images) if num_images else batch_size, mesh)
+    rows = parallel.batch_sharding(mesh)
     batches, done = -(-(num_images or 0) // size), 0
     for batch, pictures in enumerate(regroup(_checked(images), size)):
         chosen = np.resize(np.arange(len(pictures)), size)
@@ -417,12 +418,12 @@ def _over_batches(
             if done + len(pictures) > len(labels):
                 raise UserError(f"there are {len(labels)} labels, fewer than images")
             of_batch = np.asarray(labels[done : done + len(pictures)], np.int32)[chosen]
-            model = _with_labels(model_fn, divided(mesh, of_batch))
+            model = _with_labels(model_fn, parallel.place(of_batch, rows))
         found = function(
             model,
             image_keys(mesh, seed, purpose, first + done + chosen),
-            divided(mesh, images_lib.to_float(pictures[chosen])),
-            progress=_part(progress, batch, batches),
+            parallel.place(images_lib.to_float(pictures[chosen]), rows),
+            progress=part_of(progress, batch, batches),
         )
         values = {name: np.moveaxis(to_host(value), -1, 0)[: len(pictures)] for name, value in found.items()}
         for name, value in values.items():
@@ -474,8 +475,3 @@ def _with_labels(model_fn: Any, labels: jax.Array) -> jax.tree_util.Partial:
     if isinstance(model_fn, jax.tree_util.Partial):
         return jax.tree_util.Partial(model_fn.func, *model_fn.args, **model_fn.keywords, cond={"label": labels})
     return jax.tree_util.Partial(model_fn, cond={"label": labels})
-
-
-def _part(progress: Progress | None, batch: int, batches: int) -> Progress | None:
-    """What one of several equal batches tells of its own calls, told of all."""
-    return progress and (lambda done, calls: progress(batch * calls + done, batches * calls))

@@ -49,16 +49,6 @@ class Moments:
         mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
         return cls(count, mean, covariance * (count - 1))
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """Those of both sets together (Chan, Golub & LeVeque 1979)."""
-        if not self.count or not other.count:
-            return self if self.count else other
-        count = self.count + other.count
-        difference = other.mean - self.mean
-        mean = self.mean + difference * (other.count / count)
-        between = np.outer(difference, difference) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
-
     @property
     def covariance(self) -> np.ndarray:
         """Unbiased, divided by count - 1."""

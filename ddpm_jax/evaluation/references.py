@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ddpm_jax import shards
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.image_sets import Shape, open_images, shard_files
+from ddpm_jax.evaluation.image_sets import Shape, open_images
 from ddpm_jax.evaluation.metrics import Moments, split_distance
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
 from ddpm_jax.files import atomic_path
@@ -95,7 +96,6 @@ def open_summary(
     *,
     shape: Shape | None = None,
     batch_size: int = 64,
-    count: int | None = None,
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
@@ -109,16 +109,15 @@ def open_summary(
       path: of the folder or file.
       features, mesh, batch_size, keep: as in `summarize`.
       shape: as in `open_images`; None: that of the features, if they have one.
-      count: only of a folder's shards: the first so many images.
       progress: told (images done, images in all), or shards of a folder of such.
 
     Raises:
       UserError: nothing there, or something that cannot be judged.
     """
     path = Path(path).expanduser()
-    if path.is_dir() and shard_files(path):
+    if path.is_dir() and shards.files(path):
         share_features(path, features, mesh, batch_size=batch_size, progress=progress)
-        return shard_summary(path, features, count=count, keep=keep)
+        return shard_summary(path, features, keep=keep)
     names = _names_in(path)
     reference = read_reference(path) if {"mu", "sigma"} <= names else None
     if reference and "arr_0" not in names:

@@ -1,9 +1,7 @@
-"""What is kept of a set of images to judge it by, put together batch by batch, shard by shard, process by process."""
+"""What is kept of a set of images to judge it by, put together batch by batch and shard by shard."""
 
 import dataclasses
-import functools
 import hashlib
-import operator
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,9 +14,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from ddpm_jax import shards
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.image_sets import read_array, shard_files
+from ddpm_jax.evaluation.image_sets import read_array
 from ddpm_jax.evaluation.metrics import Accumulator, Moments
 from ddpm_jax.files import atomic_path
 
@@ -46,15 +45,6 @@ class Summary:
     count: int | None
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     halves: float | None = None
-
-    def __add__(self, other: "Summary") -> "Summary":
-        """Of both sets together, with the first one's source."""
-        if self.features != other.features or self.count is None or other.count is None:
-            raise ValueError("summaries of other features, or of no known number of images, cannot be added")
-        moments = {name: self.moments[name] + other.moments[name] for name in self.moments}
-        shared = [name for name in self.rows if name in other.rows]
-        rows = {name: np.concatenate([self.rows[name], other.rows[name]]) for name in shared}
-        return Summary(self.features, moments, rows, self.count + other.count, self.source)
 
 
 def summarize(
@@ -118,39 +108,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-# Several processes.
-
-
-def local_mesh() -> Mesh:
-    """This process's own devices, for images that it alone has."""
-    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
-
-
-def gathered(summary: Summary) -> Summary:
-    """The summary of all processes' images on each of them, in the order of the processes; all must call it."""
-    if jax.process_count() == 1:
-        return summary
-    counts = _of_all(np.array([summary.count or 0]))[:, 0]
-    moments = {}
-    for name, own in summary.moments.items():
-        scatters = _of_all(own.scatter)
-        parts = map(Moments, counts.tolist(), _of_all(own.mean), scatters)
-        moments[name] = functools.reduce(operator.add, parts)
-    rows = {}
-    for name, values in summary.rows.items():
-        padded = np.zeros((counts.max(), *values.shape[1:]), values.dtype)
-        padded[: len(values)] = values
-        rows[name] = np.concatenate([part[:n] for part, n in zip(_of_all(padded), counts, strict=True)])
-    return dataclasses.replace(summary, moments=moments, rows=rows, count=int(counts.sum()))
-
-
-def _of_all(values: np.ndarray) -> np.ndarray:
-    """[processes, ...] of an array of one shape on each, to the bit."""
-    # JAX would make float64 float32; as bytes they pass.
-    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return np.asarray(multihost_utils.process_allgather(raw)).view(values.dtype).reshape(-1, *values.shape)
-
-
 # Shards, whose features are kept beside them.
 
 
@@ -198,9 +155,8 @@ def shard_features(
     Raises:
       UserError: no shards there, one that cannot be read, or a part that is none.
     """
+    shards.check_part(part)
     index, parts = part
-    if not 0 <= index < parts:
-        raise UserError(f"--part is {index}/{parts}; accepted: 0/N to N-1/N")
     mine = _shards_of(folder)[index::parts]
     for done, shard in enumerate(mine):
         if progress:
@@ -214,6 +170,11 @@ def shard_features(
         progress(len(mine), len(mine))
 
 
+def local_mesh() -> Mesh:
+    """This process's own devices, for images that it alone has."""
+    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+
+
 def share_features(folder: str | Path, features: Features, mesh: Mesh, **options: Any) -> None:
     """`shard_features` of all shards, shared among the processes of this job, which see the same folder; all must call
     it, and it returns when all are done."""
@@ -225,7 +186,7 @@ def share_features(folder: str | Path, features: Features, mesh: Mesh, **options
 
 
 def _shards_of(folder: str | Path) -> list[Path]:
-    found = shard_files(folder)
+    found = [path for path, _, _ in shards.files(folder)]
     if not found:
         raise UserError(f"{str(folder)!r} holds no shards, images_000000000-000000999.npz and so on")
     return found

@@ -1,0 +1,1 @@
+"""The network: the UNet, its blocks, and the layers that make it fast."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax.diffusion.losses import LossHistory
+from ddpm_jax.diffusion.timesteps import LossHistory
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate
-from ddpm_jax.evaluation.evaluate import compare, compare_paths, describe, record
+from ddpm_jax.evaluation.evaluate import compare, describe, record
 from ddpm_jax.evaluation.features import Features, custom_features
 from ddpm_jax.evaluation.image_sets import open_images
-from ddpm_jax.evaluation.references import read_reference, write_reference
+from ddpm_jax.evaluation.references import open_summary, read_reference, write_reference
 from ddpm_jax.evaluation.summaries import summarize
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
@@ -117,8 +117,12 @@ class TestCompare:
                 Image.fromarray(image).save(tmp_path / name / f"{index}.png")
         told = []
         progress = lambda *done: told.append(done)  # noqa: E731
-        found = compare_paths(JUDGE, tmp_path / "a", tmp_path / "b", MESH, batch_size=20, progress=progress)
-        assert told == [("real", 20, 20), ("generated", 20, 20)]
+        found = compare(
+            JUDGE,
+            *(open_summary(tmp_path / x, JUDGE, MESH, batch_size=20, progress=progress) for x in ("a", "b")),
+            MESH,
+        )
+        assert told == [(20, 20), (20, 20)]
         assert found["reference"] == f"folder {tmp_path / 'a'}"
         again = compare(JUDGE, open_images(tmp_path / "a"), open_images(tmp_path / "b"), MESH)
         assert again == found

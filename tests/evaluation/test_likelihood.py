@@ -12,7 +12,7 @@ from scipy import special, stats
 
 from ddpm_jax import parallel
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.diffusion import losses
+from ddpm_jax.diffusion.bound import term_proposal
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import likelihood, plots
@@ -106,7 +106,7 @@ def test_devices_and_batches_change_nothing(evaluation):
 def test_parts_add_up(evaluation):
     """By the images' numbers; the estimate of both with one proposal."""
     evaluate, whole = evaluation
-    options = {"proposal": losses.term_proposal(np.ones(T))} if "kl_variance" in vars(whole) else {}
+    options = {"proposal": term_proposal(np.ones(T))} if "kl_variance" in vars(whole) else {}
     whole = evaluate(**options) if options else whole
     sum_ = evaluate(PICTURES[:8], **options) + evaluate(PICTURES[8:], first=8, **options)
     close(sum_, whole, rtol=1e-8)

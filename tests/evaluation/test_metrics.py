@@ -22,16 +22,6 @@ class TestMoments:
         np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-13)
         np.testing.assert_allclose(moments.covariance, np.cov(features, rowvar=False), rtol=1e-10)
 
-    @pytest.mark.parametrize("cuts", [[10], [1, 2, 49], [25, 30]])
-    def test_add_up_over_shards(self, cuts):
-        features = RNG.standard_normal((50, 7)) * 3 + 100
-        first, *rest = (Moments.of(part) for part in np.split(features, cuts))
-        for part in rest:
-            first = first + part
-        assert first.count == 50
-        np.testing.assert_allclose(first.mean, features.mean(0), rtol=1e-13)
-        np.testing.assert_allclose(first.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-12)
-
     @pytest.mark.parametrize("offset", [0, 1e4])
     def test_streaming_is_the_batch_computation(self, offset):
         """To 1e-8 relative, rows sorted and in portions of any size, far from 0 too."""
@@ -49,12 +39,6 @@ class TestMoments:
         for count in (4, 9):
             total.add(features[total.moments().count : count])
             np.testing.assert_allclose(total.moments().scatter, Moments.of(features[:count]).scatter, rtol=1e-12)
-
-    def test_nothing_added(self):
-        moments = Moments.of(RNG.standard_normal((9, 3)))
-        nothing = Moments.of(np.zeros((0, 3)))
-        assert (moments + nothing) is moments
-        assert (nothing + moments) is moments
 
     def test_of_one_row(self):
         with pytest.raises(ValueError, match="2 rows or more, not 1"):

@@ -95,8 +95,8 @@ def test_of_folders(tmp_path, whole):
     assert told == [(32, 60), (60, 60)]
     folder = tmp_path / "shards"
     shards.write(folder, 0, 59, IMAGES, np.zeros(60), {})
-    found = open_summary(folder, JUDGE, MESH, count=50, keep=False)
-    assert (found.count, found.rows) == (50, {})
+    found = open_summary(folder, JUDGE, MESH, keep=False)
+    assert (found.count, found.rows) == (60, {})
     assert (folder / f"features_{JUDGE.digest}").is_dir()
 
 

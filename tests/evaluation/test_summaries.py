@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh
 
 from ddpm_jax import shards
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import metrics, summaries
+from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features, custom_features
-from ddpm_jax.evaluation.summaries import Summary, shard_features, shard_summary, summarize
+from ddpm_jax.evaluation.summaries import shard_features, shard_summary, summarize
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (90, 4, 4, 3), np.uint8)
@@ -66,12 +66,6 @@ class TestSummarize:
         found = summarize(JUDGE, np.split(IMAGES, [1, 50]), mesh, batch_size=16, progress=told.append)
         assert_same(found, whole)
         assert told == [16, 32, 48, 64, 80, 90]
-
-    def test_added_up(self, whole):
-        first, second = (summarize(JUDGE, [part], SINGLE, batch_size=16) for part in np.split(IMAGES, [30]))
-        assert_same(first + second, whole)
-        with pytest.raises(ValueError, match="cannot be added"):
-            _ = whole + Summary("other", whole.moments, whole.rows, 90)
 
     def test_moments_alone_need_little_memory(self):
         """Less than four arrays of the covariance's size and some blocks of rows, however many rows there are."""
@@ -166,14 +160,13 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from ddpm_jax import parallel
 from ddpm_jax.evaluation.features import custom_features
 from ddpm_jax.evaluation.references import open_summary
-from ddpm_jax.evaluation.summaries import gathered, local_mesh, summarize
+from ddpm_jax.evaluation.summaries import summarize
 
 images = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 3), np.uint8)
 judge = custom_features("pixels", lambda x: x.reshape(len(x), -1)[:, :12] / 255.0)
-own = gathered(summarize(judge, [np.split(images, [30])[index]], local_mesh(), batch_size=16))
 together = summarize(judge, [images], parallel.make_mesh(), batch_size=16)
 shared = open_summary(sys.argv[3], judge, parallel.make_mesh(), batch_size=16)
-for found in (own, together, shared):
+for found in (together, shared):
     moments = found.moments["pool"]
     told = [moments.mean.tolist(), moments.covariance.tolist(), found.rows["pool"].tolist()]
     print("RESULT" + json.dumps([jax.device_count(), found.count, *told]))
@@ -182,7 +175,7 @@ for found in (own, together, shared):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """Each with images of its own, both with the same ones on all devices, and sharing a folder's shards."""
+    """With the same images on all devices, and sharing a folder's shards."""
     for first in range(0, 90, 30):
         shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], np.zeros(30), {})
     with socket.socket() as probe:
@@ -212,13 +205,9 @@ def test_two_processes(tmp_path):
         for line in output.read_text().splitlines()
         if line.startswith("RESULT")
     ]
-    assert len(found) == 6
+    assert len(found) == 4
     for devices, count, mean, covariance, kept in found:
         assert (devices, count) == (4, 90)
         np.testing.assert_allclose(kept, rows, rtol=1e-6)
         np.testing.assert_allclose(mean, np.mean(kept, axis=0), rtol=1e-8)
         np.testing.assert_allclose(covariance, np.cov(kept, rowvar=False), rtol=1e-8, atol=1e-12)
-
-
-def test_gathered_of_one_process(whole):
-    assert summaries.gathered(whole) is whole

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_jax.models import blocks
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.planning import matrix_flops
+from ddpm_jax.planning.flops import matrix_flops
 
 SMALL = {
     "channels": 8,

@@ -1,8 +1,4 @@
-"""What a compiled program costs on a chip: its arithmetic, memory traffic and messages, and the time they bound.
-
-A roofline (Williams et al. 2009): a step takes at least as long as each of the chip's units is busy with it, at the
-unit's peak. It says what a program asks of a machine that need not be there, and is no measurement of it.
-"""
+"""What a compiled program moves from and to memory and sends to other devices, read from its text."""
 
 import dataclasses
 import math
@@ -13,101 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peaks of one chip.
-
-    Attributes:
-      name: as the maker calls it.
-      flops: bfloat16 multiplications and additions a second in matrix products.
-      bandwidth: bytes a second from and to its memory (HBM).
-      memory: bytes of that memory.
-      link: bytes a second that one port of the interconnect sends; 0: not known.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    link: float = 0.0
-
-
-# Google's pages on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). They give the interconnect's
-# bandwidth for all ports and both ways together: 400 GB/s for v5e's four ports, 1,200 for v5p's six, 800 for v6e's
-# four; v4's 2,400 Gbit/s are of six ports one way.
-TPUS = {
-    "v4": Chip("TPU v4", 275e12, 1200e9, 32e9, 50e9),
-    "v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, 50e9),
-    "v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, 100e9),
-    "v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, 100e9),
-}
-# NVIDIA's data sheets, dense bfloat16.
-_GPUS = {
-    "A100": Chip("A100", 312e12, 1555e9, 40e9),
-    "H100 PCIe": Chip("H100 PCIe", 756e12, 2000e9, 80e9),
-    "H100": Chip("H100", 989e12, 3350e9, 80e9),
-    "H200": Chip("H200", 989e12, 4800e9, 141e9),
-}
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-}
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls so, or None if its peaks are not in the table."""
-    if device_kind in _KINDS:
-        return TPUS[_KINDS[device_kind]]
-    return next((chip for name, chip in _GPUS.items() if name in device_kind), None)
-
-
-# Arithmetic, of the traced program.
-
-
-def matrix_flops(jaxpr: ClosedJaxpr) -> float:
-    """Multiplications and additions in the matrix products and convolutions of a traced program, of all devices.
-
-    All else is little beside them. A scan counts its body as often as it runs; of several branches the most expensive
-    counts, which is the formulation as written where a backend has a cheaper one.
-    """
-    return _flops(jaxpr)
-
-
-def _flops(jaxpr: Any) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
-        elif name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, params["dimension_numbers"]
-            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # of one output feature, channels and all
-            dilation = math.prod(params["lhs_dilation"])  # the zeros in between are not multiplied
-            total += 2.0 * taps * equation.outvars[0].aval.size / dilation
-        elif name == "cond":
-            total += max(_flops(branch) for branch in params["branches"])
-        else:
-            inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
-            total += params.get("length", 1) * sum(map(_flops, inner))
-    return total
-
-
-# Memory traffic and messages, of the compiled program's text.
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # sizes and order of axes, such as [4,2]T(1,0)
 # What moves nothing, or whose bytes count where it started.
 _FREE = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"}
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
@@ -187,33 +95,6 @@ class Program:
             collectives=tuple(dataclasses.replace(c, bytes=c.bytes / calls) for c in self.collectives),
             messages=self.messages / calls,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Seconds that each unit of a chip is busy at its peak; a step takes the longest of them, or more."""
-
-    arithmetic: float
-    memory: float
-    network: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.arithmetic, self.memory, self.network)
-
-    @property
-    def bound(self) -> str:
-        """The unit that takes longest."""
-        return max(("arithmetic", "memory", "network"), key=lambda unit: getattr(self, unit))
-
-
-def roofline(chip: Chip, flops: float, traffic: float, collectives: Iterable[Collective]) -> Roofline:
-    """The bounds on a call with so many FLOP, bytes and messages a chip.
-
-    Messages go around a ring along one axis of the chips, both ways: through two ports.
-    """
-    sent = sum(collective.sent for collective in collectives)
-    return Roofline(flops / chip.flops, traffic / chip.bandwidth, sent / (2 * chip.link) if sent else 0.0)
 
 
 def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Program:
@@ -380,18 +261,24 @@ def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[C
 
 def _groups(attributes: str) -> np.ndarray:
     """The groups of devices that a collective joins, int [groups, devices], in any of the ways to write them."""
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, source, order = (_numbers(text or "") for text in iota.groups())
-        return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape)
-    if along := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}:]*)\}", attributes):  # names of axes
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes):
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    order = rf"(?:, device_ids=\({_IOTA}\))?"
+    if along := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}:]*)\}}", attributes):  # names of axes
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", along[1])}
-        joined = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", along[2])]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        joined = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", along[4])]
+        ids = _iota(along[2] or str(math.prod(sizes.values())), along[3]).reshape(list(sizes.values()))
         ids = np.moveaxis(ids, joined, range(-len(joined), 0))
         return ids.reshape(-1, math.prod(ids.shape[-len(joined) :]))
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes):
         return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     raise ValueError(f"no groups of devices in {attributes[:200]!r}")
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 in an array of these sizes, its axes then in that order."""
+    source = _numbers(sizes)
+    return np.arange(math.prod(source)).reshape(source).transpose(_numbers(order or "") or None)
 
 
 def _numbers(text: str) -> list[int]:

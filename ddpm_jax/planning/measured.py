@@ -1,0 +1,82 @@
+"""The programs of a run as they run on the devices here."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ddpm_jax import parallel
+from ddpm_jax.planning import totals
+from ddpm_jax.planning.chips import chip_of
+from ddpm_jax.planning.programs import Planned, programs_of
+
+_CALLS = 10  # of the network, for the sampler's time
+_SECONDS, _FEWEST_CALLS = 2.0, 3  # that a measurement takes, at least
+
+
+def measure(config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: int) -> dict[str, Any]:
+    """The time of the programs on the devices of the mesh, with random weights and images."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    result: dict[str, Any] = totals.header(config, num_classes, mesh.devices.size) | {
+        "kind": "measurement",
+        "device": jax.devices()[0].device_kind,
+        "chip": dataclasses.asdict(chip) if chip else None,
+        "programs": {},
+    }
+    plain = config.copy_and_resolve_references()
+    plain.model.remat = "none"  # what is computed twice is no part of the model's arithmetic
+    as_written = programs_of(plain, mesh, names, num_classes, _CALLS)
+    for name, planned in programs_of(config, mesh, names, num_classes, _CALLS).items():
+        flops = as_written[name].flops() / planned.calls / mesh.devices.size
+        compiling, seconds = _timed(planned)
+        result["programs"][name] = {
+            "title": planned.title,
+            "images": planned.images,
+            "calls": planned.calls,
+            "compile_seconds": round(compiling, 1),
+            "flops": flops,
+            "seconds": seconds,
+            "utilisation": flops / seconds / chip.flops if chip else None,
+        }
+    return result | {"run": totals.of_run(config, result)}
+
+
+def _timed(planned: Planned) -> tuple[float, float]:
+    """Seconds of the first call, and of one of the network's calls after it."""
+    print(f"measuring: {planned.title} ...", file=sys.stderr, flush=True)
+    shardings = jax.tree.map(lambda x: x.sharding, planned.arguments)
+
+    def values(x: jax.ShapeDtypeStruct) -> jax.Array:  # random, since products of zeros take less power, and less time
+        if x.dtype == jnp.uint8:
+            return jax.random.bits(jax.random.key(0), x.shape, jnp.uint8)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.random.uniform(jax.random.key(0), x.shape, x.dtype, maxval=0.02)
+        return jnp.zeros(x.shape, x.dtype)
+
+    make = jax.jit(
+        lambda: jax.tree.map(values, planned.arguments),
+        out_shardings=shardings,
+        compiler_options=parallel.run_once_options(),
+    )
+    arguments = make()
+
+    def call() -> None:
+        nonlocal arguments
+        found = planned.function(*arguments)
+        if planned.donates:
+            arguments = (*found, *arguments[len(found) :])
+        jax.block_until_ready(found)
+
+    began = time.monotonic()
+    call()
+    compiling, began, calls = time.monotonic() - began, time.monotonic(), 0
+    while calls < _FEWEST_CALLS or time.monotonic() - began < _SECONDS:
+        call()
+        calls += 1
+    return compiling, (time.monotonic() - began) / calls / planned.calls

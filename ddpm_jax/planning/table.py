@@ -1,0 +1,97 @@
+"""A plan as text for people."""
+
+import math
+from typing import Any
+
+
+def table(result: dict[str, Any]) -> str:
+    """The plan for people."""
+    is_model, mesh = result["kind"] == "model", result["mesh"]
+    devices = f"{result['chips']} x {result['chip']['name'] if is_model else result['device']}"
+    where = f"{result['topology']}, {devices}" if is_model else devices
+    lines = [
+        f"{result['parameters']:,} parameters, {result['dtype']}, remat {result['remat']}, batch {result['batch']}, on "
+        f"{where}, mesh data {mesh['data']} fsdp {mesh['fsdp']}",
+        "A model, not a measurement: what the programs, compiled for these chips, ask of them at their peaks."
+        if is_model
+        else "Measured here, with random weights and images.",
+    ]
+    for program in result["programs"].values():
+        lines += ["", program["title"], *(_model_lines if is_model else _measured_lines)(program, result["chip"])]
+    lines += ["", *_run_lines(result)]
+    if "ladder" in result:
+        lines += ["", *_ladder_lines(result["ladder"])]
+    return "\n".join(lines)
+
+
+def _model_lines(program: dict[str, Any], chip: dict[str, Any]) -> list[str]:
+    lines = [
+        _line("arithmetic", _amount(program["flops"], "FLOP"), program["arithmetic"]),
+        _line("memory traffic", _amount(program["traffic"], "B"), program["memory"])
+        + f"  {_amount(program['xla_traffic'], 'B')} by XLA's count, which has the chip's own memory in it",
+        *(_line(f"{c['kind']} of {c['devices']}", _amount(c["bytes"], "B"), None) for c in program["collectives"]),
+        _line(f"{program['messages']:.0f} messages", "", program["network"]),
+        _line("a call", "", program["seconds"]) + f"  bound by {program['bound']}",
+        _line("peak memory", _amount(program["peak_memory"], "B"), None) + f"  of {_amount(chip['memory'], 'B')}",
+    ]
+    return lines
+
+
+def _measured_lines(program: dict[str, Any], chip: dict[str, Any] | None) -> list[str]:
+    rate = _amount(program["flops"] / program["seconds"], "FLOP/s")
+    use = (
+        f"  {program['utilisation']:.1%} of the bfloat16 peak: model-FLOP utilisation"
+        if chip
+        else "  of a peak not known here"
+    )
+    return [
+        _line("arithmetic", _amount(program["flops"], "FLOP"), None),
+        _line("a call", rate, program["seconds"]) + use,
+    ]
+
+
+def _line(name: str, amount: str, seconds: float | None) -> str:
+    time = "" if seconds is None else f"{1e3 * seconds:.3f} ms"
+    return f"  {name:22} {amount:>14} {time:>12}".rstrip()
+
+
+def _amount(value: float, unit: str) -> str:
+    power = min(int(math.log10(value) / 3), 5) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
+
+
+def _run_lines(result: dict[str, Any]) -> list[str]:
+    run, lines = result["run"], []
+    if "train" in run:
+        train = run["train"]
+        lines.append(
+            f"{result['steps']:,} steps: {train['steps_per_second']:.3g} steps/s, {train['images_per_second']:,.0f} "
+            f"images/s, {train['days']:.3g} days, {train['chip_hours']:,.3g} chip-hours"
+        )
+    for name, what in (("sample", "samples"), ("evaluate", "images judged")):
+        if name in run:
+            found = run[name]
+            lines.append(
+                f"{found['images']:,} {what}: {found['hours']:.3g} hours, {found['chip_hours']:.3g} chip-hours"
+            )
+    return lines
+
+
+def _ladder_lines(ladder: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "The training step on other slices, to as many images as the run's:",
+        f"{'chips':>5} {'batch':>6} {'arithmetic':>11} {'memory':>9} {'network':>9} {'steps/s':>8} {'images/s':>9} "
+        f"{'days':>7} {'chip-hours':>10}",
+    ]
+    for rung in ladder:
+        times = (f"{1e3 * rung[name]:.2f} ms" for name in ("arithmetic", "memory", "network"))
+        lines.append(
+            "{:>5} {:>6} {:>11} {:>9} {:>9}".format(rung["chips"], rung["batch"], *times)
+            + f" {rung['steps_per_second']:8.3g} {rung['images_per_second']:9,.0f} {rung['days']:7.3g} "
+            f"{rung['chip_hours']:10,.4g}  {rung['how']}"
+        )
+    return [
+        *lines,
+        "compiled: as above. same program: the compiled one, its all-reduce on more chips. estimated: its arithmetic "
+        "and memory traffic by the batch, but for the state's.",
+    ]

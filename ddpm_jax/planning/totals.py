@@ -1,0 +1,54 @@
+"""What a run costs in all, from the time of its programs."""
+
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import parallel
+
+_ENOUGH_IMAGES = 50_000  # that FID is reported with
+
+
+def header(config: ConfigDict, num_classes: int, chips: int) -> dict[str, Any]:
+    """What a plan says of the run and its network before any program."""
+    count = sum(math.prod(p.shape) for p in jax.tree.leaves(config_lib.param_shapes(config, num_classes)))
+    data, fsdp = parallel.mesh_shape(chips, **config.mesh)
+    return {
+        "parameters": count,
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "batch": config.train.batch_size,
+        "steps": config.train.num_steps,
+        "chips": chips,
+        "mesh": {"data": data, "fsdp": fsdp},
+    }
+
+
+def of_run(config: ConfigDict, result: dict[str, Any]) -> dict[str, Any]:
+    """What the run takes in all, and 50,000 samples of it."""
+    found: dict[str, Any] = {}
+    programs, chips = result["programs"], result["chips"]
+    if "train" in programs:
+        found["train"] = speed(config, programs["train"]["seconds"], config.train.batch_size, chips)
+    calls = config_lib.sampling_calls(config, config_lib.make_schedule_from(config))
+    for name, times in (("sample", calls), ("evaluate", 1)):
+        if name in programs:
+            batches = -(-_ENOUGH_IMAGES // programs[name]["images"])
+            found[name] = {"images": _ENOUGH_IMAGES, "hours": batches * times * programs[name]["seconds"] / 3600}
+            found[name]["chip_hours"] = found[name]["hours"] * chips
+    return found
+
+
+def speed(config: ConfigDict, seconds: float, batch: int, chips: int) -> dict[str, float]:
+    """Of training at so many seconds a step: until it has seen as many images as the config's run does."""
+    steps = config.train.num_steps * config.train.batch_size / batch
+    return {
+        "step_seconds": seconds,
+        "steps_per_second": 1 / seconds,
+        "images_per_second": batch / seconds,
+        "days": steps * seconds / 86400,
+        "chip_hours": steps * seconds / 3600 * chips,
+    }
