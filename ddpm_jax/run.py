@@ -26,6 +26,7 @@ from ddpm_jax.errors import UserError, reason
 from ddpm_jax.generate import generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.rng import named_key
+from ddpm_jax.validation import check_guidance, validate
 
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")
 
@@ -364,7 +365,7 @@ class Run:
         if t is not None and options["num_steps"]:
             options["num_steps"] = min(options["num_steps"], t + 1)
         options |= {name: options[name] or None for name in ("dynamic_threshold", "order")}  # 0: off, as in a config
-        config_lib.check_guidance(self.config, **{name: options[name] for name in _GUIDANCE})
+        check_guidance(self.config, **{name: options[name] for name in _GUIDANCE})
         return options
 
     def _check_labels(self, labels: Sequence[int]) -> None:
@@ -496,7 +497,7 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
       UserError: no run there, no such checkpoint, or no such average.
     """
     config = workdir.read_config(path)
-    config_lib.validate(config)
+    validate(config)
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay
     if ema_decay is not None and ema_decay not in decays:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.validation import validate
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 NAMES = [name for name in NAMES if name not in ("__init__", "common")]
@@ -31,7 +32,7 @@ def test_all_are_covered():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_valid(name):
-    config_lib.validate(load(name), num_devices=1)
+    validate(load(name), num_devices=1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""A tiny run of random weights, and pictures for it."""
+"""A small config, a tiny run of random weights, and pictures for it."""
 
 import jax
 import numpy as np
@@ -8,10 +8,26 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import parallel
 from ddpm_jax.run import Run
 from ddpm_jax.training.state import init_params
+from ddpm_jax.validation import validate
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)
 QUICK = {"num_steps": 4}
+
+
+def small(**changes):
+    """A config whose network is traced in a blink, with fields set as {"section__field": value}, whatever the type."""
+    config = config_lib.default_config()
+    config.data.update(height=8, width=8)
+    config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
+    for name, value in changes.items():
+        section, _, field = name.rpartition("__")
+        place = config[section] if section else config
+        with config.unlocked():
+            if field in place:
+                del place[field]  # else the value would be converted to the type of the old one
+            place[field] = value
+    return config
 
 
 def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
@@ -23,7 +39,7 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
     config.diffusion.num_timesteps = 40
     config.log.sample_steps = 0
     config.sample.update(batch_size=16, **sample)
-    config_lib.validate(config)
+    validate(config)
     names = [str(i) for i in range(3)]
     dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
     net = config_lib.make_model(config, 3)

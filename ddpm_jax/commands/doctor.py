@@ -20,6 +20,7 @@ from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfd
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import INCEPTION_FILE
 from ddpm_jax.parallel import mesh_shape
+from ddpm_jax.validation import validate
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 _GIB = 2**30
@@ -209,7 +210,7 @@ def _workdir(folder: Path) -> Iterator[Finding]:
 def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
     data = config.data
     try:
-        config_lib.validate(config, jax.device_count())
+        validate(config, jax.device_count())
         if folder is not None:
             workdir.check_config(folder, config)
         name = prepared_name(data.source, data.name)

@@ -15,8 +15,8 @@ from ddpm_jax.commands.job import Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.dataset import training_images
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation import image_sets, likelihood, plots
+from ddpm_jax.evaluation import image_sets, likelihood, plots, results
+from ddpm_jax.evaluation.comparison import compare
 from ddpm_jax.evaluation.features import Features, open_features
 from ddpm_jax.evaluation.references import open_summary, write_reference
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
@@ -86,7 +86,7 @@ def evaluate(
         told |= run.settings(seed=job.seed, batch_size=size, **job.options)
         fake = _samples(job, told, num_images or _NUM_IMAGES, judge, size, shard_size)
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
-    result = evaluate_lib.compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
+    result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
     if likelihood != "none":
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
     _finish(folder, result, told, real, save_reference)
@@ -109,7 +109,7 @@ def compare_paths(
     real, fake = (
         _open(flag, path, judge, None, size) for flag, path in (("against", against), ("generated", generated))
     )
-    result = evaluate_lib.compare(judge, real, fake, mesh, batch_size=size, seed=seed)
+    result = compare(judge, real, fake, mesh, batch_size=size, seed=seed)
     _finish(folder, result, {}, real, save_reference)
     return result
 
@@ -185,11 +185,11 @@ def _finish(
     """Process 0 writes and prints."""
     if jax.process_index() != 0:
         return
-    evaluate_lib.record(folder, {**result, **told})
+    results.record(folder, result, told)
     if (folder / CONFIG).exists():  # of a run
         report.update(folder)
     if save_reference:
         write_reference(save_reference, real)
-    for line in evaluate_lib.lines(result):
+    for line in results.lines(result):
         print(line)
-    print(f"all results: {folder / evaluate_lib.TABLE}")
+    print(f"all results: {folder / results.TABLE}")

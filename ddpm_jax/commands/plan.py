@@ -15,6 +15,7 @@ from ddpm_jax.planning.compiled import model, open_topology
 from ddpm_jax.planning.measured import measure
 from ddpm_jax.planning.programs import PROGRAMS
 from ddpm_jax.planning.table import table
+from ddpm_jax.validation import validate
 
 FILE = "plan.json"
 
@@ -36,7 +37,7 @@ def plan(config: ConfigDict | None, workdir: str, topology: str | None, programs
         if program not in PROGRAMS:
             raise UserError(f"--programs has {program!r}; accepted: {', '.join(PROGRAMS)}")
     if topology is None:
-        config_lib.validate(config, jax.device_count())
+        validate(config, jax.device_count())
         result = measure(config, parallel.make_mesh(**config.mesh), programs, num_classes)
     else:
         chip, mesh = open_topology(topology, config)

@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.data.sources import prepared_name, tfds_folder
 from ddpm_jax.dataset import open_dataset
 from ddpm_jax.errors import UserError
+from ddpm_jax.validation import validate
 
 
 def prepare(config: ConfigDict | None, workdir: str) -> None:
@@ -23,7 +23,7 @@ def prepare(config: ConfigDict | None, workdir: str) -> None:
         if not workdir:
             raise UserError("--mode=prepare needs --config, or the --workdir of a run")
         config = workdir_lib.read_config(workdir)
-    config_lib.validate(config)
+    validate(config)
     source, data = open_dataset(config), config.data
     print(f"{len(source):,} images of {'x'.join(map(str, source.shape))}")
     name = prepared_name(data.source, data.name)

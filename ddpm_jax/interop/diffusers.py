@@ -22,6 +22,7 @@ from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.files import new_folder, write_text
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.validation import validate
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _FILES = ("config.json", "scheduler_config.json", "model_index.json", *WEIGHTS)
@@ -197,7 +198,7 @@ def to_config(
         raise UserError(f"{where[0]!r} or {where[1]!r} has no field {error}") from None
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{where[0]!r} or {where[1]!r} holds a value that does not fit: {error}") from None
-    config_lib.validate(config)
+    validate(config)
     learned = config.diffusion.variance == "learned"
     expected = config.data.channels * (2 if learned else 1)
     if unet.get("out_channels") != expected:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.validation import validate
 
 
 def write(
@@ -53,7 +54,7 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
             raise ValueError("a step, or a whole description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
-    config_lib.validate(config)
+    validate(config)
     shapes = flatten_dict(config_lib.param_shapes(config, num_classes), sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
     return config, dataset, step, unflatten_dict(tensors, sep=".")

@@ -14,12 +14,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
 from ddpm_jax import parallel
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.planning import hlo, totals
 from ddpm_jax.planning.chips import TPUS, Chip, Roofline, roofline
 from ddpm_jax.planning.programs import Planned, programs_of
+from ddpm_jax.validation import validate
 
 _LADDER = (8, 16, 32, 64, 128, 256)  # chips
 
@@ -41,7 +41,7 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what it keeps of programs for a TPU
-    config_lib.validate(config, chips)
+    validate(config, chips)
     from jax.experimental import topologies
 
     try:

@@ -20,7 +20,8 @@ from PIL import Image
 from ddpm_jax import config as config_lib
 from ddpm_jax import images, workdir
 from ddpm_jax.errors import first_line
-from ddpm_jax.evaluation import evaluate
+from ddpm_jax.evaluation import results
+from ddpm_jax.evaluation.comparison import describe
 from ddpm_jax.files import read_json, read_json_lines, write_text
 from ddpm_jax.training.journal import METRICS
 
@@ -122,9 +123,7 @@ def _summary(
     facts: dict[str, Any] = {}
     if dataset.get("shape"):
         classes = f", {len(dataset['class_names'])} classes" if dataset.get("class_names") else ""
-        facts["Data"] = (
-            f"{evaluate.describe(dataset)}: {dataset.get('num_images', 0):,} images of {_size(dataset)}{classes}"
-        )
+        facts["Data"] = f"{describe(dataset)}: {dataset.get('num_images', 0):,} images of {_size(dataset)}{classes}"
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
     levels = " ".join(str(model.channels * multiplier) for multiplier in model.channel_multipliers)
     facts["Network"] = f"UNet of {size}{levels} channels by level, {model.num_res_blocks} blocks each, {model.dtype}"
@@ -315,12 +314,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _evaluations(folder: Path) -> str:
     """The evaluations, a column each, the newest first."""
-    found = list(reversed(read_json(folder / evaluate.RESULTS, [])))
+    found = list(reversed(read_json(folder / results.RESULTS, [])))
     if not found:
         return ""
-    names = dict.fromkeys(name for entry in found for name in evaluate.metric_names(entry))
+    names = dict.fromkeys(name for entry in found for name in entry["metrics"])
     settings = ("step", "sampler", "num_steps", "seed", "num_generated", "num_real", "reference", "features")
-    rows = [[name, *(evaluate.with_spread(entry, name) for entry in found)] for name in names]
+    rows = [[name, *(results.with_spread(entry, name) for entry in found)] for name in names]
     rows += [[name, *(entry.get(name, "") for entry in found)] for name in settings]
     body = _table(["", *(entry["time"][:16].replace("T", " ") for entry in found)], rows)
     notes = dict.fromkeys(entry["note"] for entry in found if "note" in entry)

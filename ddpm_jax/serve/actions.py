@@ -16,7 +16,7 @@ from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.run import Run
-from ddpm_jax.serve.queue import Job
+from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 16_000_000  # of a picture that is brought; a telephone's have 12 million
@@ -35,7 +35,7 @@ class Action:
     Attributes:
       call: the pictures, uint8 [batch, H, W, C], given `watch` of `ddpm_jax.sample`.
       num_images: how many of them were asked for.
-      calls, weight, program: as of a `Job`.
+      calls, weight, program: as of a `Task`.
     """
 
     call: Callable[..., np.ndarray]
@@ -44,20 +44,20 @@ class Action:
     weight: float
     program: tuple[Any, ...]
 
-    def job(self, changed: Callable[[], None]) -> Job:
-        return Job(self._work, self.calls, self.weight, self.program, changed)
+    def task(self, changed: Callable[[], None]) -> Task:
+        return Task(self._work, self.calls, self.weight, self.program, changed)
 
-    def _work(self, job: Job) -> dict[str, Any]:
+    def _work(self, task: Task) -> dict[str, Any]:
         shown = -1
 
         def watch(done: int, calls: int, batch: Any) -> None:
             nonlocal shown
-            job.progress(done, calls)
+            task.progress(done, calls)
             frame = done * _FRAMES // calls
             if frame > shown:
                 shown = frame
                 pictures = images.to_uint8(np.asarray(batch)[: self.num_images])
-                job.tell("running", done=done, calls=calls, pictures=[*map(data_url, pictures)])
+                task.tell("running", done=done, calls=calls, pictures=[*map(data_url, pictures)])
 
         return {"pictures": [*map(data_url, self.call(watch=watch)[: self.num_images])]}
 

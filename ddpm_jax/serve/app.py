@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.serve.actions import Action, Playground
-from ddpm_jax.serve.queue import FullError, Job, Queue
+from ddpm_jax.serve.queue import FullError, Queue, Task
 
 _MAX_BODY = 16 << 20  # bytes of a request
 _BODY_SECONDS = 30  # in which it must have come
@@ -80,9 +80,9 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
         def tell() -> None:
             loop.call_soon_threadsafe(changed.set)
 
-        job = action.job(tell)
-        queue.submit(job)
-        return Told(queue, job, changed)
+        task = action.task(tell)
+        queue.submit(task)
+        return Told(queue, task, changed)
 
     async def fit(request: Request) -> Response:
         return JSONResponse(await checked(request, playground.fitted))
@@ -154,22 +154,22 @@ async def _form(request: Request) -> FormData:
 
 
 class Told(StreamingResponse):
-    """A line for each event of a job, and for its place or its progress while there is none."""
+    """A line for each event of a task, and for its place or its progress while there is none."""
 
-    def __init__(self, queue: Queue, job: Job, changed: asyncio.Event):
+    def __init__(self, queue: Queue, task: Task, changed: asyncio.Event):
         super().__init__(self._lines(), media_type="application/x-ndjson")
-        self._queue, self._job, self._changed = queue, job, changed
+        self._queue, self._task, self._changed = queue, task, changed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # who has hung up waits no more
-            self._queue.cancel(self._job)
+            self._queue.cancel(self._task)
 
     async def _lines(self) -> AsyncIterator[str]:
         while True:
             self._changed.clear()
-            for event in self._job.events() or self._meanwhile():
+            for event in self._task.events() or self._meanwhile():
                 yield json.dumps(event) + "\n"
                 if event["state"] in ("done", "failed"):
                     return
@@ -177,10 +177,10 @@ class Told(StreamingResponse):
                 await asyncio.wait_for(self._changed.wait(), _PULSE_SECONDS)
 
     def _meanwhile(self) -> list[dict[str, Any]]:
-        place = self._queue.place(self._job)
+        place = self._queue.place(self._task)
         if place is not None:
             return [{"state": "waiting", "ahead": place[0], "seconds": place[1]}]
-        return [{"state": "running", "done": self._job.done, "calls": self._job.calls}] if self._job.done else []
+        return [{"state": "running", "done": self._task.done, "calls": self._task.calls}] if self._task.done else []
 
 
 # Who may ask.

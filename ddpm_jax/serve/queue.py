@@ -24,23 +24,23 @@ class FullError(Exception):
 
 
 class CancelledError(Exception):
-    """Nobody waits for this job any more."""
+    """Nobody waits for this task any more."""
 
 
-class Job:
+class Task:
     """Work that waits for its turn, is done, and tells about it on the way.
 
     Args:
-      work: called with the job when its turn has come; returns what the last event carries besides its state.
+      work: called with the task when its turn has come; returns what the last event carries besides its state.
       calls: how often it will call the network, as far as that can be told beforehand.
       weight: of a call, in the time that the network takes for a batch.
-      program: what it compiles, if no job before it had the same.
+      program: what it compiles, if no task before it had the same.
       changed: called, from any thread, whenever there is something to tell.
     """
 
     def __init__(
         self,
-        work: Callable[["Job"], dict[str, Any]],
+        work: Callable[["Task"], dict[str, Any]],
         calls: int,
         weight: float,
         program: Hashable,
@@ -77,7 +77,7 @@ class Job:
 class Queue:
     """Jobs in the order of their arrival, and one thread that does them.
 
-    A job's last event has the state "done" or "failed"; before it come "compiling" or "running", once, and what the
+    A task's last event has the state "done" or "failed"; before it come "compiling" or "running", once, and what the
     work tells.
 
     Args:
@@ -87,8 +87,8 @@ class Queue:
     def __init__(self, limit: int):
         self.limit = limit
         self._condition = threading.Condition()
-        self._waiting: collections.deque[Job] = collections.deque()
-        self._running: Job | None = None
+        self._waiting: collections.deque[Task] = collections.deque()
+        self._running: Task | None = None
         self._closed = False
         self._compiled: set[Hashable] = set()
         self._compile_seconds = 0.0  # of the last program that was new
@@ -102,8 +102,8 @@ class Queue:
             if len(self._waiting) + (self._running is not None) > self.limit:
                 raise FullError(len(self._waiting), self._seconds([*self._waiting]))
 
-    def submit(self, job: Job) -> None:
-        """Gives a job its place.
+    def submit(self, task: Task) -> None:
+        """Gives a task its place.
 
         Raises:
           FullError: there is none.
@@ -113,48 +113,48 @@ class Queue:
             if self._closed:
                 raise UserError("the playground is ending")
             self.check()
-            self._waiting.append(job)
+            self._waiting.append(task)
             self._condition.notify()
 
-    def place(self, job: Job) -> tuple[int, float | None] | None:
-        """How many jobs come before it and in how many seconds, if that is known, they are done; None: it is its
+    def place(self, task: Task) -> tuple[int, float | None] | None:
+        """How many tasks come before it and in how many seconds, if that is known, they are done; None: it is its
         turn."""
         with self._condition:
-            if job not in self._waiting:
+            if task not in self._waiting:
                 return None
-            before = [*self._waiting][: self._waiting.index(job)]
+            before = [*self._waiting][: self._waiting.index(task)]
             return len(before) + (self._running is not None), self._seconds(before)
 
-    def cancel(self, job: Job) -> None:
-        """Leaves the job, or the rest of it, undone."""
+    def cancel(self, task: Task) -> None:
+        """Leaves the task, or the rest of it, undone."""
         with self._condition:
-            job.cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
+            task.cancelled = True
+            if task in self._waiting:
+                self._waiting.remove(task)
 
     def close(self) -> None:
-        """Lets no more jobs in, ends those that wait, and the one that is being done at its next call."""
+        """Lets no more tasks in, ends those that wait, and the one that is being done at its next call."""
         with self._condition:
             self._closed = True
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
+            tasks = [*self._waiting, *([self._running] if self._running else [])]
             self._waiting.clear()
             self._condition.notify()
-        for job in jobs:
-            job.tell("failed", error="the playground is ending")
-            job.cancelled = True
+        for task in tasks:
+            task.tell("failed", error="the playground is ending")
+            task.cancelled = True
 
     def join(self) -> None:
         """Waits for the worker of a closed queue."""
         self._thread.join()
 
-    def _seconds(self, jobs: list[Job]) -> float | None:
+    def _seconds(self, tasks: list[Task]) -> float | None:
         """What these and the rest of the running one take."""
         if self._call_seconds is None:
             return None
         seconds = 0.0
-        for job in [self._running, *jobs] if self._running else jobs:
-            compiling = job.first is None and job.program not in self._compiled
-            seconds += (job.calls - job.done) * job.weight * self._call_seconds + compiling * self._compile_seconds
+        for task in [self._running, *tasks] if self._running else tasks:
+            compiling = task.first is None and task.program not in self._compiled
+            seconds += (task.calls - task.done) * task.weight * self._call_seconds + compiling * self._compile_seconds
         return seconds
 
     def _work(self) -> None:
@@ -165,11 +165,11 @@ class Queue:
                     if self._closed:
                         return
                     self._condition.wait()
-                job = self._running = self._waiting.popleft()
+                task = self._running = self._waiting.popleft()
             began = time.monotonic()
-            job.tell("running" if job.program in self._compiled else "compiling")
+            task.tell("running" if task.program in self._compiled else "compiling")
             try:
-                told = {"state": "done", **job.work(job)}
+                told = {"state": "done", **task.work(task)}
             except CancelledError:
                 told = {"state": "failed", "error": "nobody waits for this"}
             except UserError as error:
@@ -177,17 +177,17 @@ class Queue:
             except Exception as error:  # such as too little memory on the device
                 traceback.print_exc()
                 told = {"state": "failed", "error": f"computing this failed: {first_line(error)}"}
-            if job.first is not None:
-                self._learn(job, began, *job.first)
-            job.tell(**told)
+            if task.first is not None:
+                self._learn(task, began, *task.first)
+            task.tell(**told)
 
-    def _learn(self, job: Job, began: float, first: float, calls: int) -> None:
-        """What the time that a job took says about the next."""
+    def _learn(self, task: Task, began: float, first: float, calls: int) -> None:
+        """What the time that a task took says about the next."""
         with self._condition:
-            if job.done > calls:
-                seconds = (time.monotonic() - first) / (job.done - calls) / job.weight
+            if task.done > calls:
+                seconds = (time.monotonic() - first) / (task.done - calls) / task.weight
                 old = seconds if self._call_seconds is None else self._call_seconds
                 self._call_seconds = (old + seconds) / 2
-            if job.program not in self._compiled:
-                self._compiled.add(job.program)
+            if task.program not in self._compiled:
+                self._compiled.add(task.program)
                 self._compile_seconds = first - began

@@ -29,12 +29,13 @@ from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.files import read_json_lines
 from ddpm_jax.generate import generate
 from ddpm_jax.progress import ProgressBar, format_seconds
-from ddpm_jax.training.evaluation import Evaluation
 from ddpm_jax.training.journal import METRICS, Journal
+from ddpm_jax.training.monitor import Monitor
 from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.validation import validate
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
@@ -61,7 +62,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
       UserError: anything wrong with the config, the images or the workdir, before any compile starts.
       DivergedError: the loss became NaN or infinite; the last good checkpoint stays.
     """
-    config_lib.validate(config, jax.device_count())
+    validate(config, jax.device_count())
     folder = workdir.check_writable(path)
     workdir.check_config(folder, config)
     source = open_dataset(config, workdir.read_dataset(folder))
@@ -197,7 +198,7 @@ class _Training:
         if first_step:
             shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
             metrics = self.checkpoints.restore_unreported(first_step, shapes) or metrics
-        evaluation = self._evaluation if config.evaluate.every_steps else None
+        monitor = self._monitor if config.evaluate.every_steps else None
         batches = _Waited(self._batches(first_step))
 
         self._say("compiling the training step ...")
@@ -264,9 +265,9 @@ class _Training:
                 if log.sample_every_steps and is_due(log.sample_every_steps) and step < num_steps:
                     with bar.aside(), jax.transfer_guard("allow"):
                         self._sample_grid(state, step)
-                if evaluation and is_due(config.evaluate.every_steps):
+                if monitor and is_due(config.evaluate.every_steps):
                     with bar.aside(), jax.transfer_guard("allow"):
-                        values = self._evaluate(evaluation, state)
+                        values = self._evaluate(monitor, state)
                     if journal:
                         journal.write(step, values)
                 if logging_now:
@@ -285,8 +286,8 @@ class _Training:
             yield journal
 
     @functools.cached_property
-    def _evaluation(self) -> Evaluation:
-        return Evaluation(self.config, self.net, self.schedule, self.mesh, self.source)
+    def _monitor(self) -> Monitor:
+        return Monitor(self.config, self.net, self.schedule, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
@@ -344,7 +345,7 @@ class _Training:
         if evaluate.every_steps and is_due(evaluate.every_steps):
             lines = read_json_lines(self.folder / METRICS)
             if not any(line.get("step") == step and "loss" not in line for line in lines):
-                values = self._evaluate(self._evaluation, state)
+                values = self._evaluate(self._monitor, state)
                 with self._journal(step) as journal:
                     if journal:
                         journal.write(step, values)
@@ -362,9 +363,9 @@ class _Training:
             images.save(self._picture(step), images.grid(grid))
         self._report()
 
-    def _evaluate(self, evaluation: Evaluation, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, monitor: Monitor, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
-            values = evaluation(state.ema[self.decay], bar.update)
+            values = monitor(state.ema[self.decay], bar.update)
         self._say("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         return values
 

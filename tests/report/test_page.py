@@ -13,7 +13,7 @@ from ddpm_jax import images, report, workdir
 from ddpm_jax.config import default_config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import evaluate
+from ddpm_jax.evaluation import results
 from ddpm_jax.files import add_json_line, write_text
 
 STAGES, ROWS = 5, 4
@@ -127,9 +127,8 @@ class TestWrite:
 
     def test_evaluations_stand_side_by_side(self, run):
         for value in (3.25, 2.5):
-            evaluate.record(
-                run, {"FID": value, "FID, 95 % interval": [2.0, 4.0], "note": "<few>", "eta": 0.5, "step": 7}
-            )
+            result = {"FID": value, "FID, 95 % interval": [2.0, 4.0], "note": "<few>"}
+            results.record(run, result, {"eta": 0.5, "step": 7})
         text, _ = page_of(run)
         assert "<td>2.5 (2 to 4)</td><td>3.25 (2 to 4)</td>" in text
         assert text.count("&lt;few&gt;") == 1

@@ -1,32 +1,32 @@
-"""Turns, places, refusals and ends of the queue, by jobs that wait for the test."""
+"""Turns, places, refusals and ends of the queue, by tasks that wait for the test."""
 
 import threading
 
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.serve.queue import FullError, Job, Queue
+from ddpm_jax.serve.queue import FullError, Queue, Task
 
 SECONDS = 30
 
 
 class Held:
-    """A job that begins when its turn comes, and ends when it is let."""
+    """A task that begins when its turn comes, and ends when it is let."""
 
     def __init__(self, queue, order=None, error=None, program="a"):
         self.begun, self.let, self.changed = threading.Event(), threading.Event(), threading.Event()
         self.told, self.order, self.error = [], [] if order is None else order, error
-        self.job = Job(self.work, calls=10, weight=1.0, program=program, changed=self.changed.set)
-        queue.submit(self.job)
+        self.task = Task(self.work, calls=10, weight=1.0, program=program, changed=self.changed.set)
+        queue.submit(self.task)
 
-    def work(self, job):
+    def work(self, task):
         self.order.append(self)
         self.begun.set()
-        job.progress(5, 10)
+        task.progress(5, 10)
         assert self.let.wait(SECONDS)
         if self.error:
             raise self.error
-        job.progress(10, 10)
+        task.progress(10, 10)
         return {"pictures": []}
 
     def end(self):
@@ -35,7 +35,7 @@ class Held:
         while not self.told or self.told[-1]["state"] not in ("done", "failed"):
             assert self.changed.wait(SECONDS)
             self.changed.clear()
-            self.told += self.job.events()
+            self.told += self.task.events()
         return self.told
 
 
@@ -52,7 +52,7 @@ def test_jobs_take_turns_and_know_their_place(queue):
     held = [Held(queue, order)]
     assert held[0].begun.wait(SECONDS)
     held += [Held(queue, order), Held(queue, order)]
-    assert [queue.place(one.job) for one in held] == [None, (1, None), (2, None)]
+    assert [queue.place(one.task) for one in held] == [None, (1, None), (2, None)]
     for one in held:
         assert one.end()[-1] == {"state": "done", "pictures": []}
     assert order == held
@@ -68,7 +68,7 @@ def test_a_full_queue_refuses_and_says_how_long_it_is(queue):
     assert (refusal.value.waiting, refusal.value.seconds) == (2, None)
     first.end()
     assert held[0].begun.wait(SECONDS)
-    ahead, seconds = queue.place(held[1].job)
+    ahead, seconds = queue.place(held[1].task)
     assert ahead == 1
     assert seconds > 0  # from what the first took
     held += [Held(queue)]
@@ -83,13 +83,13 @@ def test_a_full_queue_refuses_and_says_how_long_it_is(queue):
 def test_cancelling_a_job_that_waits_and_one_that_runs(queue):
     running, waiting, last = Held(queue), Held(queue), Held(queue)
     assert running.begun.wait(SECONDS)
-    queue.cancel(waiting.job)
-    queue.cancel(running.job)
+    queue.cancel(waiting.task)
+    queue.cancel(running.task)
     running.let.set()  # its next call ends it
     assert last.end()[-1]["state"] == "done"
     assert not waiting.begun.is_set()
-    assert running.job.done == 10
-    assert "done" not in [event["state"] for event in running.job.events()]
+    assert running.task.done == 10
+    assert "done" not in [event["state"] for event in running.task.events()]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import evaluate
-from ddpm_jax.evaluation.evaluate import compare, describe, record
+from ddpm_jax.evaluation.comparison import compare, describe
 from ddpm_jax.evaluation.features import Features, custom_features
 from ddpm_jax.evaluation.image_sets import open_images
 from ddpm_jax.evaluation.references import open_summary, read_reference, write_reference
@@ -148,24 +147,3 @@ class TestCompare:
 def test_describe():
     assert describe({"source": "tfds", "name": "cifar10:3.0.2", "split": "train"}) == "tfds cifar10:3.0.2 train"
     assert describe({}) == "images"
-
-
-class TestRecord:
-    def test_adds_up(self, tmp_path, result):
-        record(tmp_path, result)
-        record(tmp_path, {"features": "x", "FID": 3.17, "FID, 95 % interval": [3.1, 3.25], "FID, floor": 0.5})
-        history = json.loads((tmp_path / evaluate.RESULTS).read_text())
-        assert [entry["features"] for entry in history] == ["pixels", "x"]
-        table = (tmp_path / evaluate.TABLE).read_text()
-        head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
-        columns = [cell.strip() for cell in head.strip("|").split("|")]
-        assert columns[columns.index("FID") + 1] == "FID, floor"
-        assert not any("interval" in name or "deviation" in name or name == "note" for name in columns)
-        assert "| 3.17 (3.1 to 3.25) | 0.5 |" in rows[1]
-        assert all(row.count("|") == head.count("|") for row in rows)
-        assert f"- {history[0]['time']}: {result['note']}" in table
-
-    def test_refuses_a_broken_history(self, tmp_path, result):
-        (tmp_path / evaluate.RESULTS).write_text("[")
-        with pytest.raises(UserError, match="is not valid JSON"):
-            record(tmp_path, result)

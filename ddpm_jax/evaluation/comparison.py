@@ -1,9 +1,6 @@
 """Samples judged against real images: all metrics, and what a reader must know beside the numbers."""
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +11,9 @@ from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.evaluation.references import halves_of
+from ddpm_jax.evaluation.results import FLOOR, INTERVAL
 from ddpm_jax.evaluation.summaries import Summary, summarize
-from ddpm_jax.files import read_json, write_text
 
-RESULTS, TABLE = "evaluation.json", "evaluation.md"
-_SETTINGS = ("ema_decay", "eta", "dynamic_threshold", "guidance_scale", "guidance_rescale")  # that are no metrics
-INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name
 _ENOUGH = 50_000  # images that FID is reported with
 _KID_SUBSET, _SPLITS = 1000, 10
 _FEWEST = 10  # images of each kind for all but the distance itself
@@ -185,71 +179,3 @@ def describe(source: Mapping[str, Any]) -> str:
     kind = source.get("source", "images")
     what = source.get("path", source.get("name", ""))
     return " ".join(str(part) for part in (kind, what, source.get("split", "")) if part)
-
-
-def record(folder: Path, result: Mapping[str, Any]) -> None:
-    """Adds a result to evaluation.json, which keeps all, and writes the table of all to evaluation.md."""
-    path = folder / RESULTS
-    history = read_json(path, [])
-    history.append({"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **result})
-    write_text(path, json.dumps(history, indent=2) + "\n")
-    write_text(folder / TABLE, _table(history))
-
-
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """A result as text: a line a metric, its interval or deviation behind it and then its floor; notes at the end."""
-    rows = []
-    for name in result:
-        if _is_beside(name) or name.endswith(FLOOR) or name in _REMARKS:
-            continue
-        floor = f"floor {_cell(result[name + FLOOR])}" if name + FLOOR in result else ""
-        rows.append((name, with_spread(result, name), floor))
-    width = max(len(name) for name, _, _ in rows)
-    text = [f"{name:{width}}  {value}{'  ' * bool(floor)}{floor}" for name, value, floor in rows]
-    remarks = [result.get("note", ""), f"Not computed: {result['not computed']}." if "not computed" in result else ""]
-    return text + [remark for remark in remarks if remark]
-
-
-_REMARKS = ("note", "not computed")
-
-
-def metric_names(result: Mapping[str, Any]) -> list[str]:
-    """The numbers of a result that are no setting, no interval and no remark."""
-    return [
-        name
-        for name, value in result.items()
-        if isinstance(value, float) and not _is_beside(name) and name not in _SETTINGS
-    ]
-
-
-def _is_beside(name: str) -> bool:
-    """Whether a number stands in brackets behind another."""
-    return name.endswith((INTERVAL, ", standard error")) or ", deviation of " in name
-
-
-def with_spread(entry: Mapping[str, Any], name: str) -> str:
-    """A number of a result as text, what stands beside it in brackets."""
-    spread = [more for more in entry if _is_beside(more) and more.startswith(f"{name}, ")]
-    return " ".join([_cell(entry.get(name, "")), *(f"({_cell(entry[more])})" for more in spread)])
-
-
-def _table(history: list[dict[str, Any]]) -> str:
-    """One line an evaluation: a metric's interval or deviation behind its value, its floor in the next column."""
-    names = dict.fromkeys(name for entry in history for name in entry)
-    columns = [name for name in names if not _is_beside(name) and name not in _REMARKS]
-    text = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]
-    text += [f"| {' | '.join(with_spread(entry, name) for name in columns)} |" for entry in history]
-    notes = [f"- {entry['time']}: {entry['note']}" for entry in history if "note" in entry]
-    notes += [
-        f"- {entry['time']}: not computed: {entry['not computed']}." for entry in history if "not computed" in entry
-    ]
-    key = (
-        "In brackets: a bootstrap interval of 95 %, as a to b, a standard error, or a deviation over subsets or splits."
-    )
-    return "\n".join([*text, "", key, "", *notes, ""])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, float) for x in value):
-        return f"{value[0]:.5g} to {value[1]:.5g}"
-    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -18,7 +18,7 @@ from ddpm_jax.models.unet import UNet
 _BATCH = 64
 
 
-class Evaluation:
+class Monitor:
     """What the config's `evaluate` asks for, prepared once.
 
     Few images and few steps: the numbers follow a run, and are no results of it.

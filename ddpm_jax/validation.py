@@ -1,0 +1,209 @@
+"""What no run can be told: everything in a config that could not run, said before anything is compiled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.sources import SOURCES
+from ddpm_jax.diffusion import losses, tables
+from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
+from ddpm_jax.errors import UserError, first_line, nearest
+from ddpm_jax.parallel import mesh_shape
+
+_ELEMENTS: dict[str, type] = {
+    "model.channel_multipliers": int,
+    "model.attention_resolutions": int,
+    "model.attention_levels": bool,
+    "diffusion.betas": float,
+    "train.ema_decays": float,
+    "sample.guidance_interval": int,
+}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    accepted: Any = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_types(config: ConfigDict) -> None:
+    known = dict(config_lib.fields(config_lib.default_config()))
+    found = dict(config_lib.fields(config))
+    for name, value in found.items():
+        if name not in known:
+            raise UserError(f"config field {name!r} does not exist.{nearest(name, known)}")
+        default = known[name]
+        if not _fits(value, type(default)):
+            raise UserError(f"config.{name} is {value!r}; accepted: a value of type {type(default).__name__}")
+        if name in _ELEMENTS and not all(_fits(element, _ELEMENTS[name]) for element in value):
+            raise UserError(f"config.{name} is {value!r}; accepted: values of type {_ELEMENTS[name].__name__}")
+    for name in known:
+        if name not in found:
+            raise UserError(f"config field {name!r} is missing")
+
+
+def _check_values(config: ConfigDict) -> None:
+    diffusion, optimizer, train = config.diffusion, config.optimizer, config.train
+    for name, value, accepted in (
+        ("diffusion.prediction", diffusion.prediction, PREDICTIONS),
+        ("diffusion.variance", diffusion.variance, VARIANCES),
+        ("diffusion.loss", diffusion.loss, losses.LOSSES),
+        ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
+        ("diffusion.timestep_sampler", diffusion.timestep_sampler, TIMESTEP_SAMPLERS),
+        ("optimizer.decay", optimizer.decay, config_lib.DECAYS),
+        ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
+        ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),
+        ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
+        ("model.dtype", config.model.dtype, config_lib.DTYPES),
+        ("data.source", config.data.source, SOURCES),
+    ):
+        if value not in accepted:
+            raise UserError(f"config.{name} is {value!r}; accepted: {', '.join(accepted)}.{nearest(value, accepted)}")
+    for name, value, least in (
+        ("train.batch_size", train.batch_size, 1),
+        ("train.num_steps", train.num_steps, 1),
+        ("train.accumulation", train.accumulation, 1),
+        ("train.steps_per_dispatch", train.steps_per_dispatch, 1),
+        ("seed", config.seed, 0),
+        ("data.height", config.data.height, 1),
+        ("data.width", config.data.width, 1),
+        ("data.channels", config.data.channels, 1),
+        ("data.cache_gib", config.data.cache_gib, 0),
+        ("data.num_workers", config.data.num_workers, 0),
+        ("model.channels", config.model.channels, 2),
+        ("model.num_res_blocks", config.model.num_res_blocks, 1),
+        ("model.num_heads", config.model.num_heads, 1),
+        ("model.num_groups", config.model.num_groups, 1),
+        ("model.attention_patch_size", config.model.attention_patch_size, 1),
+        ("log.every_steps", config.log.every_steps, 1),
+        ("log.sample_every_steps", config.log.sample_every_steps, 0),
+        ("log.sample_images", config.log.sample_images, 1),
+        ("log.sample_steps", config.log.sample_steps, 0),
+        ("diffusion.vlb_weight", diffusion.vlb_weight, 0),
+        ("evaluate.every_steps", config.evaluate.every_steps, 0),
+        ("evaluate.likelihood_images", config.evaluate.likelihood_images, 0),
+        ("evaluate.num_images", config.evaluate.num_images, 0),
+        ("evaluate.num_real", config.evaluate.num_real, 2),
+        ("evaluate.num_steps", config.evaluate.num_steps, 1),
+        ("optimizer.learning_rate", optimizer.learning_rate, 0),
+        ("optimizer.decay_steps", optimizer.decay_steps, 0),
+        ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+        ("optimizer.grad_clip", optimizer.grad_clip, 0),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.every_minutes", config.checkpoint.every_minutes, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("sample.num_images", config.sample.num_images, 1),
+        ("sample.batch_size", config.sample.batch_size, 1),
+        ("sample.num_steps", config.sample.num_steps, 0),
+    ):
+        if not value >= least:  # NaN too
+            raise UserError(f"config.{name} is {value}; at least {least} is needed")
+    if not 0.0 <= config.model.dropout < 1.0:
+        raise UserError(f"config.model.dropout is {config.model.dropout}; accepted: 0 to below 1")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed is {config.seed}; accepted: 0 to {2**32 - 1}")
+    decays = train.ema_decays
+    if not decays or not all(0.0 <= decay < 1.0 for decay in decays):
+        raise UserError(f"config.train.ema_decays is {decays}; accepted: one or more values from 0 to below 1")
+    if not config.model.channel_multipliers or min(config.model.channel_multipliers) < 1:
+        raise UserError(
+            f"config.model.channel_multipliers is {config.model.channel_multipliers}; accepted: integers of 1 or more"
+        )
+    for name, share in (
+        ("train.label_dropout", train.label_dropout),
+        ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
+    ):
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
+    if train.label_dropout and not config.model.class_conditional:
+        raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
+    check_guidance(config, **config_lib.guidance_options(config))
+    _check_features(config)
+    if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
+        raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
+    steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
+    if config.evaluate.every_steps:
+        steps_of["evaluate.num_steps"] = config.evaluate.num_steps
+    for name, steps in steps_of.items():
+        most = len(diffusion.betas) or diffusion.num_timesteps
+        if steps > most:
+            raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
+
+
+def _check_features(config: ConfigDict) -> None:
+    name, data = config.evaluate.features, config.data
+    if name == "digits" and (data.height, data.width, data.channels) != (8, 8, 1):
+        raise UserError(
+            "config.evaluate.features is 'digits', which judges images of 8x8x1, and these are "
+            f"{data.height}x{data.width}x{data.channels}; accepted: inception, or the file of its weights"
+        )
+    if name not in ("", "digits", "inception") and not Path(name).expanduser().is_file():
+        raise UserError(
+            f"config.evaluate.features is {name!r}; accepted: digits, inception, or the file of its weights"
+        )
+
+
+def validate(config: ConfigDict, num_devices: int | None = None) -> None:
+    """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing.
+
+    With num_devices, also for what so many devices could not train.
+    """
+    _check_types(config)
+    _check_values(config)
+    if num_devices is not None:
+        mesh_shape(num_devices, **config.mesh)
+        batch_size, parts = config.train.batch_size, config.train.accumulation
+        if batch_size % (num_devices * parts):
+            times = f" times the {parts} parts of config.train.accumulation" if parts > 1 else ""
+            raise UserError(
+                f"config.train.batch_size is {batch_size}; it must be divisible by the {num_devices} devices{times}"
+            )
+    try:
+        schedule = config_lib.make_schedule_from(config)
+        _check_pure_noise(config, schedule)
+        config_lib.sampling_calls(config, schedule)
+        optimizer = config_lib.make_optimizer(config)
+        net = config_lib.make_model(config, num_classes=config_lib.ANY_NUM_CLASSES)
+        shape = (1, config.data.height, config.data.width, config.data.channels)
+
+        def start(key: jax.Array) -> Any:
+            x, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+            out, variables = net.init_with_output(key, x, t)
+            loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **config_lib.loss_options(config))
+            return loss, optimizer.update(variables, optimizer.init(variables), variables)
+
+        jax.eval_shape(lambda: start(jax.random.key(0)))
+    except (ValueError, TypeError, MemoryError, OverflowError) as error:
+        raise UserError(f"config: {first_line(error)}") from None
+
+
+def check_guidance(
+    config: ConfigDict, guidance_scale: float, guidance_rescale: float, guidance_interval: Sequence[int]
+) -> None:
+    """UserError for guidance that the run of this config cannot have, or that is none."""
+    if not 0.0 <= guidance_rescale <= 1.0:
+        raise UserError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
+    if len(guidance_interval) not in (0, 2) or list(guidance_interval) != sorted(guidance_interval):
+        raise UserError(
+            f"guidance_interval is {tuple(guidance_interval)}; accepted: the lowest and the highest timestep"
+        )
+    if guidance_scale == 1.0 and (guidance_rescale or len(guidance_interval)):
+        raise UserError("guidance_rescale and guidance_interval need a guidance_scale other than 1")
+    if guidance_scale != 1.0 and not (config.model.class_conditional and config.train.label_dropout):
+        raise UserError(
+            f"guidance_scale is {guidance_scale}; other than 1 it needs a run with model.class_conditional and a "
+            "train.label_dropout above 0"
+        )
+
+
+def _check_pure_noise(config: ConfigDict, schedule: Schedule) -> None:
+    if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "diffusion.prediction 'eps' says nothing at the last timestep, which is pure noise; accepted there: x_0, v"
+        )
