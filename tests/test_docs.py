@@ -402,7 +402,7 @@ class TestSite:
         table = hook.config_fields()
         assert all(f"| `{name}` |" in table for name in names)
         assert "| `train.batch_size` | `128` | of all devices together |" in table
-        assert "| `model.channels` | `128` | base width;" in table
+        assert "| `model.channels` | `128` | of the first level |" in table
 
     def test_every_flag_is_listed(self, hook):
         assert "| `--num_steps` |" in hook.flags()
