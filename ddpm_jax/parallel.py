@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -119,7 +120,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
     """
     axes: Any = {"axis_names": ("data", "fsdp"), "axis_types": (AxisType.Auto,) * 2}
     if devices is None:
-        return jax.make_mesh(mesh_shape(jax.device_count(), data, fsdp), **axes)
+        shape = mesh_shape(jax.device_count(), data, fsdp)
+        try:
+            return jax.make_mesh(shape, **axes)
+        except NotImplementedError:  # no axis of the slice's torus has these sizes
+            return Mesh(mesh_utils.create_device_mesh(shape, allow_split_physical_axes=True), **axes)
     # jax.make_mesh would look for their best order, which it refuses to do for the cores of a v4 that is not here.
     return Mesh(np.array(devices).reshape(mesh_shape(len(devices), data, fsdp)), **axes)
 

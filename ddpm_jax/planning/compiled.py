@@ -44,8 +44,9 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
     validate(config, chips)
     from jax.experimental import topologies
 
+    joined = {"chip_config_name": "megacore"} if version == "v4" else {}  # both cores of a chip as one device
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **joined).devices
     except Exception as error:  # whatever the plugin has to say
         raise UserError(f"--topology is {name!r}, which libtpu does not know: {first_line(error)}") from None
     return TPUS[version], parallel.make_mesh(**config.mesh, devices=devices)
