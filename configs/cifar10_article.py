@@ -3,7 +3,7 @@
 
     python main.py --config=configs/cifar10_article.py --workdir=runs/cifar10_article
 
-The recipe is otherwise that of configs/cifar10.py. No result is published for it.
+The recipe is otherwise that of configs/cifar10.py. No time and no result are published for it.
 """
 
 from configs import common

@@ -6,7 +6,7 @@ from ddpm_jax.config import default_config
 
 
 def paper_32() -> ConfigDict:
-    """The paper's CIFAR-10 recipe; the defaults are just that."""
+    """The paper's recipe at 32x32, CIFAR-10's: the defaults, by a name that says so."""
     return default_config()
 
 

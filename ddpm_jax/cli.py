@@ -227,18 +227,9 @@ def advice() -> str:
     return f"{again}: " + ("it begins anew" if step is None else f"it goes on from the checkpoint of step {step}")
 
 
-# What a mode's function has no use for among the flags of a job.
-_WITHOUT = {
-    "interpolate": {"timesteps"},
-    "interpolate_latents": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"} - {"num_steps", "spacing"},
-    "vary": {"timesteps"},
-    "denoise": {"timesteps"},
-    "inpaint": {"timesteps"},
-    "coarse_to_fine": {"timesteps"},
-    "evaluate": {"out"},
-    "export_weights": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval"},
-    "serve": {*_OPTIONS, "timesteps", "seed", "classes", "guidance_interval", "out"},
-}
+# The flags that a job is made of: which weights and where to, and how to sample with them.
+_OF_SAMPLING = {"seed", "classes", "guidance_interval", "timesteps", *_OPTIONS}
+_OF_A_JOB = {"step", "ema_decay", "raw", "out", *_OF_SAMPLING}
 
 
 def run_mode(mode: str) -> None:
@@ -265,7 +256,23 @@ def run_mode(mode: str) -> None:
         "plan": plan.plan,
         "serve": serve.serve,
     }
-    accepted = _flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
+    without: dict[Callable[..., Any], set[str]] = {  # what a function has no use for among the flags of a job
+        editing.interpolate: {"timesteps"},
+        editing.interpolate_latents: _OF_SAMPLING - {"num_steps", "spacing"},
+        editing.vary: {"timesteps"},
+        editing.denoise: {"timesteps"},
+        editing.inpaint: {"timesteps"},
+        editing.coarse_to_fine: {"timesteps"},
+        evaluation.evaluate: {"out"},
+        weights.export_weights: _OF_SAMPLING,
+        serve.serve: {"out", *_OF_SAMPLING},
+    }
+
+    def flags_of(function: Callable[..., Any]) -> set[str]:
+        names = set(inspect.signature(function).parameters)
+        return (names | (_OF_A_JOB if "job" in names else set())) - {"job", "workdir"} - without.get(function, set())
+
+    accepted = flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
     every: list[Callable[..., Any]] = [
         *functions.values(),
@@ -273,7 +280,7 @@ def run_mode(mode: str) -> None:
         sampling.sample_shards,
         editing.interpolate,
     ]
-    known = {"latents"}.union(*(_flags_of(function) for function in every))
+    known = {"latents"}.union(*map(flags_of, every))
     for name in sorted(known - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
@@ -289,13 +296,6 @@ def _compares_paths() -> bool:
     """Whether --mode=evaluate is told of two sets of images and of no run."""
     given = FLAGS["against"].present and FLAGS["generated"].present
     return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
-
-
-def _flags_of(function: Callable[..., Any]) -> set[str]:
-    names = set(inspect.signature(function).parameters)
-    if "job" in names:
-        names |= {"step", "ema_decay", "raw", "seed", "out", "classes", "guidance_interval", "timesteps", *_OPTIONS}
-    return names - {"job", "workdir"} - _WITHOUT.get(function.__name__, set())
 
 
 # Flags of a job that its file's name has in another place, or that decide nothing of its pictures.

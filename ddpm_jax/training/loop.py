@@ -344,6 +344,7 @@ class _Training:
             self._sample_grid(state, step)
         if evaluate.every_steps and is_due(evaluate.every_steps):
             lines = read_json_lines(self.folder / METRICS)
+            # An evaluation's line has no loss.
             if not any(line.get("step") == step and "loss" not in line for line in lines):
                 values = self._evaluate(self._monitor, state)
                 with self._journal(step) as journal:
