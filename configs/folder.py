@@ -4,8 +4,8 @@
 
 Images are scaled to cover the size and cropped at the centre. A network for 64x64 of 20.1 M parameters; a few thousand
 pictures want a GPU for some hours. Change what you need: size (--config.data.height, --config.data.width; divisible by
-8), --config.data.channels=1 for grey, --config.data.flip=False where left and right differ, --config.model.channels. Nobody
-has trained it to its end here.
+8), --config.data.channels=1 for grey, --config.data.flip=False where left and right differ, --config.model.channels.
+Nobody has trained it to its end here.
 """
 
 from configs import common

@@ -3,7 +3,8 @@
     python main.py --config=configs/folder_small.py --workdir=runs/small --config.data.path=path/to/pictures
 
 A network of 1.7 M parameters and the digits' recipe, to see whether pictures and command are right before
-configs/folder.py is given a GPU: of 4,000 emoji about half of the samples could be recognised. A run that has ended goes on with a larger --config.train.num_steps.
+configs/folder.py is given a GPU: of 4,000 emoji half of the samples could be recognised. A run that has ended goes
+on with a larger --config.train.num_steps.
 """
 
 from configs import digits, folder

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from filelock import FileLock
+from forks import Forks
 from tensorboardX.proto import event_pb2
 
 from ddpm_jax.data.sources import open_source
@@ -63,24 +64,33 @@ def data_dir(shared):
     return folder
 
 
+def xla_flags(devices):
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
+def _arguments(flags, config, data_dir):
+    return [str(flag) for flag in ([*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags)]
+
+
 @pytest.fixture(scope="session")
-def start(data_dir, shared):
-    """Starts main.py with a tiny run's flags; returns the process."""
-    # The same few programs again and again.
+def compiled(shared):
+    """What keeps compiled programs from process to process: they are the same few again and again."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(shared / "compiled")}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+    return cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
+
+
+@pytest.fixture(scope="session")
+def start(data_dir, compiled):
+    """Starts main.py with a tiny run's flags; returns the process."""
 
     def start(*flags, devices=1, config=TINY, **environment):
-        flags = [*config, *flags, f"--config.data.data_dir={data_dir}"] if config else flags
         return subprocess.Popen(
-            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py", *map(str, flags)],
+            [
+                *(sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "main.py"),
+                *_arguments(flags, config, data_dir),
+            ],
             cwd=ROOT,
-            env={
-                **os.environ,
-                **cache,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-                **environment,
-            },
+            env={**os.environ, **compiled, "XLA_FLAGS": xla_flags(devices), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -90,13 +100,20 @@ def start(data_dir, shared):
 
 
 @pytest.fixture(scope="session")
-def call(start):
-    """Runs main.py to its end; (exit status, output)."""
+def forks(compiled, tmp_path_factory):
+    """Runs commands in processes that need not import anything."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), compiled)
+    yield forks
+    forks.close()
 
-    def call(*flags, **options):
-        process = start(*flags, **options)
-        output, _ = process.communicate(timeout=300)
-        return process.returncode, output
+
+@pytest.fixture(scope="session")
+def call(forks, data_dir):
+    """Runs main.py with a tiny run's flags to its end; (exit status, output)."""
+
+    def call(*flags, devices=1, config=TINY):
+        arguments = ["python", "main.py", *_arguments(flags, config, data_dir)]
+        return forks.run(arguments, ROOT, {"XLA_FLAGS": xla_flags(devices)})
 
     return call
 

@@ -13,10 +13,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from documents import PAGES, ROOT, Forks, anchors, blocks, commands, links
+from documents import PAGES, ROOT, anchors, blocks, commands, links
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from runs import free_port
+from runs import free_port, xla_flags
 
 from configs import celebahq256, cifar10, cifar10_article, digits
 from ddpm_jax import config as config_lib
@@ -99,33 +99,23 @@ INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs woul
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory, shared, data_dir):
-    folder = tmp_path_factory.mktemp("forks")
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "XDG_CACHE_HOME": str(folder),
-        "TFDS_DATA_DIR": str(data_dir),
-    }
-    forks = Forks(folder, environment)
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="module")
 def kept():
     """{config: a run of it}, from page to page."""
     return {}
 
 
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory, data_dir):
+    """The environment of a page's commands, with caches of its own."""
+    folder = str(tmp_path_factory.mktemp("caches"))
+    return {"XLA_FLAGS": xla_flags(1), "XDG_CACHE_HOME": folder, "TFDS_DATA_DIR": str(data_dir)}
+
+
 class Workspace:
     """A folder in which a page's commands find what they name."""
 
-    def __init__(self, folder, forks, kept):
-        self.folder, self.forks, self.kept = folder, forks, kept
+    def __init__(self, folder, forks, kept, surroundings):
+        self.folder, self.forks, self.kept, self.surroundings = folder, forks, kept, surroundings
         self.server, self.address = None, ""
         for name in ("main.py", "configs", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
@@ -155,7 +145,7 @@ class Workspace:
         self.close()
         self.prepare(dict(word.partition("=")[::2] for word in words[2:])["--workdir"])
         command = [sys.executable, *words[1:], "--port=0"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.forks.environment
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.forks.environment | self.surroundings
         self.server = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, text=True)
         self.address = re.search(r"http://127.0.0.1:\d+", self.server.stdout.readline())[0]
 
@@ -174,9 +164,9 @@ class Workspace:
     def adapted(self, flags):
         """(the flags to run with, the environment)."""
         given = [new for flag in flags for new in _replaced(flag)]
-        environment = {}
+        environment = dict(self.surroundings)
         if "--distributed" in given:  # what a pod, Slurm and the like would say
-            environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1"}
+            environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1"}
             environment["JAX_PROCESS_ID"] = "0"
         value = dict(flag.partition("=")[::2] for flag in given)
         names = set(value)
@@ -274,9 +264,9 @@ def check_help(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_commands_and_code_run(page, forks, kept, tmp_path, monkeypatch):
+def test_commands_and_code_run(page, forks, kept, surroundings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    workspace, namespace = Workspace(tmp_path, forks, kept), {}
+    workspace, namespace = Workspace(tmp_path, forks, kept, surroundings), {}
     for block in blocks(page):
         if block.kind == "sh":
             for words in commands(block):

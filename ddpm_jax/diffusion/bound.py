@@ -36,9 +36,10 @@ from ddpm_jax.diffusion.gaussian import (
     split_output,
 )
 from ddpm_jax.diffusion.schedules import Schedule, extract
+from ddpm_jax.diffusion.shapes import Images, Keys, Outputs, PerExample, Timesteps
 
 
-def mean_flat(x: Array) -> Array:
+def mean_flat(x: Images) -> Array:
     """Mean over all axes but the first."""
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
@@ -52,7 +53,7 @@ def normal_kl(mean_1: Array, log_variance_1: Array, mean_2: Array, log_variance_
     return 0.5 * (excess + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
 
 
-def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
+def discretized_gaussian_log_likelihood(x: Images, mean: Array, log_scale: Array) -> Array:
     """log-probability, in nats, of 8-bit values under a Gaussian integrated over their bins (DDPM, eq. 13).
 
     Args:
@@ -79,7 +80,7 @@ def discretized_gaussian_log_likelihood(x: Array, mean: Array, log_scale: Array)
     return log_upper + jnp.log1p(-ratio)
 
 
-def prior_bpd(schedule: Schedule, x_0: Array) -> Array:
+def prior_bpd(schedule: Schedule, x_0: Images) -> PerExample:
     """L_T [B] in bits/dim: how far q(x_T | x_0) is from N(0, I)."""
     last = jnp.full(x_0.shape[:1], schedule.num_timesteps - 1)
     mean = extract(schedule.sqrt_alphas_cumprod, last, x_0.ndim) * x_0
@@ -89,15 +90,15 @@ def prior_bpd(schedule: Schedule, x_0: Array) -> Array:
 
 def vb_term_bpd(
     schedule: Schedule,
-    model_output: Array,
-    x_0: Array,
-    x_t: Array,
-    t: Array,
+    model_output: Outputs,
+    x_0: Images,
+    x_t: Images,
+    t: Timesteps,
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool = False,
-) -> Array:
+) -> PerExample:
     """The bound's term of each example's t, [B] in bits/dim: L_0 where t = 0, else KL(q || p_theta).
 
     Args:
@@ -141,8 +142,8 @@ def _bound_terms(schedule, model_fn, key, x_0, timesteps, **options):
 def bound_terms(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
+    key: Keys,
+    x_0: Images,
     timesteps: ArrayLike | None = None,
     *,
     prediction: str = "eps",
@@ -199,8 +200,8 @@ def segments(rows: int, most: int = 25) -> list[tuple[int, np.ndarray]]:
 def variational_bound(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
+    key: Keys,
+    x_0: Images,
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
@@ -274,8 +275,8 @@ def pilot_proposal(schedule: Schedule, terms: ArrayLike, num_calls: int = 32, un
 def sampled_bound(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
+    key: Keys,
+    x_0: Images,
     *,
     proposal: ArrayLike,
     num_terms: int = 8,

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from ddpm_jax.diffusion.gaussian import Array, ModelFn, fold_in, normal, q_sample
 from ddpm_jax.diffusion.samplers import Progress, plan, run_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.shapes import Images, Keys, Masks
 from ddpm_jax.diffusion.tables import ddim_inverse
 
 
@@ -23,14 +24,14 @@ def _check_t(schedule: Schedule, t: int) -> None:
         raise ValueError(f"t is {t}; accepted: 0 to {schedule.num_timesteps - 1}")
 
 
-def diffuse(schedule: Schedule, key: Array, x_0: Array, t: int) -> Array:
+def diffuse(schedule: Schedule, key: Keys, x_0: Images, t: int) -> Images:
     """x_t ~ q(x_t | x_0), the same t for all."""
     _check_t(schedule, t)
     # Of another stream than sampling's noise with the same key.
     return q_sample(schedule, x_0, jnp.full(x_0.shape[:1], t), normal(fold_in(key, 2**31), x_0.shape))
 
 
-def vary(schedule: Schedule, model_fn: ModelFn, key: Array, x_0: Array, t: int, **options: Any) -> Array:
+def vary(schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, t: int, **options: Any) -> Images:
     """Other pictures like these: diffused to t and denoised again. The larger t, the less is kept."""
     return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), t_start=t, **options)
 
@@ -38,13 +39,13 @@ def vary(schedule: Schedule, model_fn: ModelFn, key: Array, x_0: Array, t: int, 
 def interpolate(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
-    other: Array,
+    key: Keys,
+    x_0: Images,
+    other: Images,
     weights: ArrayLike | Sequence[float],
     t: int,
     **options: Any,
-) -> Array:
+) -> Images:
     """Between two pictures: both diffused to t, mixed, and denoised (DDPM, section 4.3).
 
     Args:
@@ -89,7 +90,7 @@ def encode(
     prediction: str = "eps",
     variance: str = "fixed_large",
     progress: Progress | None = None,
-) -> Array:
+) -> Images:
     """The noise x_T that deterministic DDIM turns into these pictures (Song et al. 2021, section 5.4).
 
     `sample(..., sampler="ddim", x_t=that, clip=False)` with the same steps gives them back, but for the error of the
@@ -136,7 +137,7 @@ def estimate_sigma(x: ArrayLike) -> float:
     return float(np.median(np.abs(detail)) / 0.6744897501960817)
 
 
-def denoise(schedule: Schedule, model_fn: ModelFn, key: Array, x: Array, t: int, **options: Any) -> Array:
+def denoise(schedule: Schedule, model_fn: ModelFn, key: Keys, x: Images, t: int, **options: Any) -> Images:
     """Clean pictures from pictures with white noise of standard deviation s / a at t, see `nearest_timestep`.
 
     x is scaled to what the diffusion has at t. Draws one of the possible clean pictures.
@@ -149,14 +150,14 @@ def denoise(schedule: Schedule, model_fn: ModelFn, key: Array, x: Array, t: int,
 def inpaint(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
-    mask: Array,
+    key: Keys,
+    x_0: Images,
+    mask: Masks,
     *,
     jump: int = 10,
     times: int = 1,
     **options: Any,
-) -> Array:
+) -> Images:
     """Paints anew where the mask is true, fitting the rest, which stays as it is.
 
     Args:
@@ -175,8 +176,8 @@ def inpaint(
 
 
 def coarse_to_fine(
-    schedule: Schedule, model_fn: ModelFn, key: Array, shape: tuple[int, ...], t: int, **options: Any
-) -> Array:
+    schedule: Schedule, model_fn: ModelFn, key: Keys, shape: tuple[int, ...], t: int, **options: Any
+) -> Images:
     """Images that share their x_t and part from there: a large t leaves the coarse features in common, a small one all
     but the details (DDPM, section 4.3 and figure 7).
 

@@ -43,6 +43,7 @@ from ddpm_jax.diffusion.gaussian import (
     split_output,
 )
 from ddpm_jax.diffusion.schedules import Schedule, extract
+from ddpm_jax.diffusion.shapes import Images, Keys
 from ddpm_jax.diffusion.tables import log_alphas_cumprod
 
 # Explicit Runge-Kutta methods in which each stage takes up the slope of the one before: where the stages lie in a step,
@@ -119,8 +120,8 @@ def flow_table(schedule: Schedule, num_steps: int, method: str = "rk4", predicti
 def flow_log_density(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x: Array,
+    key: Keys,
+    x: Images,
     *,
     num_steps: int = 50,
     method: str = "rk4",
@@ -173,7 +174,7 @@ def _calls_at_once() -> int:
 
 
 @jax.jit
-def _standard_normal(x: Array) -> Array:
+def _standard_normal(x: Images) -> Array:
     """log N(x; 0, I) in nats, [B]."""
     return -0.5 * math.prod(x.shape[1:]) * (math.log(2 * math.pi) + mean_flat(x**2))
 
@@ -205,14 +206,14 @@ def _integrate(model_fn, table, key, state, divergence, learned):
     return state, growth.sum(0)
 
 
-def _signs(key: Array, shape: tuple[int, ...]) -> Array:
+def _signs(key: Keys, shape: tuple[int, ...]) -> Array:
     """+1 and -1, from one key or from one key an example."""
     if key.ndim == 0:
         return jax.random.rademacher(key, shape, jnp.float32)
     return jax.vmap(lambda k: jax.random.rademacher(k, shape[1:], jnp.float32))(key)
 
 
-def _trace(pull_back: Callable[[Array], Any], x: Array) -> Array:
+def _trace(pull_back: Callable[[Array], Any], x: Images) -> Array:
     """The trace of each example's Jacobian, [B], a row of it at a time."""
     size = math.prod(x.shape[1:])
 
@@ -227,8 +228,8 @@ def _trace(pull_back: Callable[[Array], Any], x: Array) -> Array:
 def flow_bound(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_0: Array,
+    key: Keys,
+    x_0: Images,
     *,
     num_steps: int = 50,
     method: str = "rk4",

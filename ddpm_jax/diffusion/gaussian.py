@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.diffusion.schedules import Schedule, extract
+from ddpm_jax.diffusion.shapes import Factors, Images, Keys, Outputs, Timesteps
 
 Array = jax.Array
-ModelFn = Callable[[Array, Array], Array]
+ModelFn = Callable[[Images, Timesteps], Outputs]
 
 PREDICTIONS = ("eps", "x_0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
@@ -33,10 +34,10 @@ class Gaussian:
     """p_theta(x_{t-1} | x_t): mean, variance and log_variance as [B, H, W, C] (variances may broadcast), and the x_0
     that the mean was computed from."""
 
-    mean: Array
-    variance: Array
-    log_variance: Array
-    x_0: Array
+    mean: Images
+    variance: Images | Factors
+    log_variance: Images | Factors
+    x_0: Images
 
 
 def check_option(name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -44,7 +45,7 @@ def check_option(name: str, value: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
 
 
-def normal(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+def normal(key: Keys, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """Standard normal noise of `shape`, from one key or from one key an example ([B] keys).
 
     With one key an example, an image's noise does not depend on which other images share its batch.
@@ -54,7 +55,7 @@ def normal(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
 
 
-def fold_in(key: Array, number: Array | int) -> Array:
+def fold_in(key: Keys, number: Array | int) -> Array:
     """`jax.random.fold_in` of one key, or of each of [B]."""
     fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
     return jax.vmap(fold)(key) if key.ndim else fold(key)
@@ -63,13 +64,13 @@ def fold_in(key: Array, number: Array | int) -> Array:
 # Forward process.
 
 
-def q_step(schedule: Schedule, x_prev: Array, t: Array, noise: Array) -> Array:
+def q_step(schedule: Schedule, x_prev: Images, t: Timesteps, noise: Images) -> Images:
     """One noising step, x_t ~ q(x_t | x_{t-1}) (DDPM, eq. 2), given its standard normal noise."""
     beta = extract(schedule.betas, t, x_prev.ndim)
     return jnp.sqrt(1.0 - beta) * x_prev + jnp.sqrt(beta) * noise
 
 
-def q_sample(schedule: Schedule, x_0: Array, t: Array, noise: Array) -> Array:
+def q_sample(schedule: Schedule, x_0: Images, t: Timesteps, noise: Images) -> Images:
     """x_t ~ q(x_t | x_0) in closed form (DDPM, eq. 4), given its standard normal noise.
 
     Args:
@@ -86,7 +87,7 @@ def q_sample(schedule: Schedule, x_0: Array, t: Array, noise: Array) -> Array:
     return a * x_0 + s * noise
 
 
-def q_posterior(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> tuple[Array, Array, Array]:
+def q_posterior(schedule: Schedule, x_0: Images, x_t: Images, t: Timesteps) -> tuple[Images, Factors, Factors]:
     """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7).
 
     The mean is [B, H, W, C], the variances [B, 1, 1, 1]. At t = 0 the variance is 0 and the log-variance that of t = 1.
@@ -101,7 +102,7 @@ def q_posterior(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> tuple[A
 # What the network's output means.
 
 
-def to_x_0(prediction: str, output: Array, x_t: Array, a: Array, s: Array) -> Array:
+def to_x_0(prediction: str, output: Images, x_t: Images, a: Factors, s: Factors) -> Images:
     """x_0 from a network output of the given meaning, where x_t = a x_0 + s eps."""
     check_option("prediction", prediction, PREDICTIONS)
     if prediction == "eps":
@@ -111,7 +112,7 @@ def to_x_0(prediction: str, output: Array, x_t: Array, a: Array, s: Array) -> Ar
     return output
 
 
-def from_x_0(prediction: str, x_0: Array, x_t: Array, a: Array, s: Array) -> Array:
+def from_x_0(prediction: str, x_0: Images, x_t: Images, a: Factors, s: Factors) -> Images:
     """The inverse of `to_x_0`: the eps, x_0 or v that x_0 and x_t stand for."""
     check_option("prediction", prediction, PREDICTIONS)
     if prediction == "eps":
@@ -121,7 +122,9 @@ def from_x_0(prediction: str, x_0: Array, x_t: Array, a: Array, s: Array) -> Arr
     return x_0
 
 
-def convert_prediction(schedule: Schedule, output: Array, x_t: Array, t: Array, source: str, target: str) -> Array:
+def convert_prediction(
+    schedule: Schedule, output: Images, x_t: Images, t: Timesteps, source: str, target: str
+) -> Images:
     """Turns a network output meaning `source` ("eps", "x_0" or "v") into what it says of `target`."""
     check_option("target", target, PREDICTIONS)
     if source == target:
@@ -131,7 +134,7 @@ def convert_prediction(schedule: Schedule, output: Array, x_t: Array, t: Array, 
     return from_x_0(target, to_x_0(source, output, x_t, a, s), x_t, a, s)
 
 
-def clip_x_0(x_0: Array, clip: bool = True, dynamic_threshold: float | None = None) -> Array:
+def clip_x_0(x_0: Images, clip: bool = True, dynamic_threshold: float | None = None) -> Images:
     """Keeps a predicted x_0 where images are.
 
     Args:
@@ -147,7 +150,7 @@ def clip_x_0(x_0: Array, clip: bool = True, dynamic_threshold: float | None = No
     return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
 
 
-def split_output(model_output: Array, variance: str) -> tuple[Array, Array | None]:
+def split_output(model_output: Outputs, variance: str) -> tuple[Images, Images | None]:
     """(prediction, interpolation) of a network with learned variance, whose channels hold both; else (output, None)."""
     check_option("variance", variance, VARIANCES)
     if variance != "learned":
@@ -158,7 +161,7 @@ def split_output(model_output: Array, variance: str) -> tuple[Array, Array | Non
     return model_output[..., : channels // 2], model_output[..., channels // 2 :]
 
 
-def interpolate_log_variance(interpolation: Array, smallest: Array, largest: Array) -> Array:
+def interpolate_log_variance(interpolation: Images, smallest: Factors, largest: Factors) -> Images:
     """exp of it lies between the two bounds, geometrically: interpolation -1 gives the smallest, 1 the largest
     (Improved DDPM, eq. 15)."""
     fraction = (interpolation + 1.0) / 2.0
@@ -170,9 +173,9 @@ def interpolate_log_variance(interpolation: Array, smallest: Array, largest: Arr
 
 def p_mean_variance(
     schedule: Schedule,
-    model_output: Array,
-    x_t: Array,
-    t: Array,
+    model_output: Outputs,
+    x_t: Images,
+    t: Timesteps,
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
@@ -222,15 +225,15 @@ def as_argument(model_fn: Callable[..., Array]) -> jax.tree_util.Partial:
 def p_sample(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
-    x_t: Array,
-    t: Array,
+    key: Keys,
+    x_t: Images,
+    t: Timesteps,
     *,
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool = True,
     dynamic_threshold: float | None = None,
-) -> Array:
+) -> Images:
     """One ancestral step, x_{t-1} ~ p_theta(x_{t-1} | x_t) (DDPM, algorithm 2), jit-compiled.
 
     No noise is added where t = 0.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from ddpm_jax.diffusion.bound import mean_flat, vb_term_bpd
 from ddpm_jax.diffusion.gaussian import (
     PREDICTIONS,
-    Array,
     ModelFn,
     check_option,
     convert_prediction,
@@ -17,13 +16,14 @@ from ddpm_jax.diffusion.gaussian import (
     split_output,
 )
 from ddpm_jax.diffusion.schedules import Schedule, extract
+from ddpm_jax.diffusion.shapes import Images, Keys, PerExample, Timesteps
 from ddpm_jax.diffusion.timesteps import sample_timesteps
 
 LOSSES = ("simple", "hybrid", "vlb")
 WEIGHTINGS = ("none", "min_snr", "p2", "truncated_snr")
 
 
-def loss_weight(schedule: Schedule, t: Array, prediction: str, weighting: str) -> Array:
+def loss_weight(schedule: Schedule, t: Timesteps, prediction: str, weighting: str) -> PerExample:
     """[B] weights of the squared error of the given prediction.
 
     "none": 1. The others are defined on the error of x_0 and converted, with snr = abar_t / (1 - abar_t):
@@ -55,17 +55,17 @@ def loss_weight(schedule: Schedule, t: Array, prediction: str, weighting: str) -
 def training_loss(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array | None,
-    x_0: Array,
+    key: Keys | None,
+    x_0: Images,
     *,
-    t: Array | None = None,
-    noise: Array | None = None,
+    t: Timesteps | None = None,
+    noise: Images | None = None,
     prediction: str = "eps",
     variance: str = "fixed_large",
     loss: str = "simple",
     weighting: str = "none",
     vlb_weight: float = 1e-3,
-) -> Array:
+) -> PerExample:
     """The per-example loss (DDPM, algorithm 1 and eq. 14; Improved DDPM, eq. 16).
 
     Args:

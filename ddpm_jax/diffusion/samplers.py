@@ -25,6 +25,7 @@ from ddpm_jax.diffusion.gaussian import (
     to_x_0,
 )
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.shapes import Images, Keys
 from ddpm_jax.diffusion.tables import (
     DEFAULT_SPACING,
     SAMPLERS,
@@ -119,7 +120,7 @@ def plan_table(
 def sample(
     schedule: Schedule,
     model_fn: ModelFn,
-    key: Array,
+    key: Keys,
     shape: Sequence[int],
     *,
     sampler: str = "ddpm",
@@ -129,7 +130,7 @@ def sample(
     eta: float | None = None,
     order: int | None = None,
     x_0_mse: ArrayLike | None = None,
-    x_t: Array | None = None,
+    x_t: Images | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
     known: tuple[Array, Array] | None = None,
@@ -234,10 +235,10 @@ def sample(
 def run_table(
     table: SamplerTable,
     model_fn: ModelFn,
-    key: Array,
+    key: Keys,
     shape: tuple[int, ...],
     *,
-    x_t: Array | None = None,
+    x_t: Images | None = None,
     known: tuple[Array, Array] | None = None,
     prediction: str = "eps",
     variance: str = "fixed_large",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.diffusion.gaussian import Array, check_option
+from ddpm_jax.diffusion.shapes import Keys, PerExample, Timesteps
 
 TIMESTEP_SAMPLERS = ("uniform", "stratified", "importance")
 
@@ -27,7 +28,7 @@ class LossHistory:
     def create(num_timesteps: int, length: int = 10) -> "LossHistory":
         return LossHistory(jnp.zeros((num_timesteps, length)), jnp.zeros(num_timesteps, jnp.int32))
 
-    def update(self, t: Array, losses: Array) -> "LossHistory":
+    def update(self, t: Timesteps, losses: PerExample) -> "LossHistory":
         """With a batch's losses [B] at t [B]; of more than 10 at one timestep the last 10 stay."""
         length = self.losses.shape[1]
         same = t[:, None] == t[None, :]
@@ -50,8 +51,8 @@ class LossHistory:
 
 
 def sample_timesteps(
-    key: Array, batch_size: int, num_timesteps: int, method: str = "uniform", history: LossHistory | None = None
-) -> tuple[Array, Array]:
+    key: Keys, batch_size: int, num_timesteps: int, method: str = "uniform", history: LossHistory | None = None
+) -> tuple[Timesteps, PerExample]:
     """Draws a batch's timesteps.
 
     Args:
