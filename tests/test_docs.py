@@ -1,5 +1,6 @@
 """The documentation: commands and code run, links lead somewhere, the site and its figures are right."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from documents import PAGES, ROOT, anchors, blocks, commands, links
+from filelock import FileLock
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from runs import free_port, xla_flags
@@ -81,6 +83,11 @@ FEW = {
     "neighbours": ["--num_images=4"],
     "plan": ["--programs=sample"],
 }
+# Modes whose results no command after them needs.
+LEAVES_NOTHING = (
+    *("sample", "interpolate", "vary", "denoise", "inpaint", "progressive", "coarse_to_fine", "neighbours", "evaluate"),
+    *("prepare", "doctor", "plan", "report"),
+)
 FROM_NETWORK = ("cifar10", "celebahq256", "lsun")  # configs whose images would be downloaded: digits in their place
 # Commands of other kinds that are not run here.
 ELSEWHERE = {
@@ -99,9 +106,11 @@ INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs woul
 
 
 @pytest.fixture(scope="module")
-def kept():
-    """{config: a run of it}, from page to page."""
-    return {}
+def done(shared):
+    """A folder for what one page leaves to the others, whichever worker has it: runs, and which commands were run."""
+    folder = shared / "documents"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +123,8 @@ def surroundings(tmp_path_factory, data_dir):
 class Workspace:
     """A folder in which a page's commands find what they name."""
 
-    def __init__(self, folder, forks, kept, surroundings):
-        self.folder, self.forks, self.kept, self.surroundings = folder, forks, kept, surroundings
+    def __init__(self, folder, forks, done, surroundings):
+        self.folder, self.forks, self.done, self.surroundings = folder, forks, done, surroundings
         self.server, self.address = None, ""
         for name in ("main.py", "configs", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
@@ -132,13 +141,27 @@ class Workspace:
         np.savez(folder / "pictures.npz", image=rng.integers(0, 256, (12, 8, 8, 1), np.uint8))
 
     def main(self, words):
-        """Runs a command line of main.py to its end, as the tables above say."""
+        """Runs a command line of main.py to its end, as the tables above say.
+
+        One that leaves nothing to the commands after it is run once, though several pages have it.
+        """
         count = 3 if words[1] == "-m" else 2
+        if any(f"--mode={mode}" in words for mode in LEAVES_NOTHING) and not self.is_first(words):
+            return
         flags, environment = self.adapted(words[count:])
         began = time.monotonic()
         status, output = self.forks.run([*words[:count], *flags], self.folder, environment)
         print(f"{time.monotonic() - began:5.1f} s  {' '.join(words[count:])}")
         assert status == 0, f"{' '.join([*words[:count], *flags])}\n{output}"
+
+    def is_first(self, words):
+        """Whether no page before had this very command."""
+        name = self.done / hashlib.sha256(" ".join(words).encode()).hexdigest()
+        try:
+            name.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def serve(self, words):
         """Starts a server, which goes on until `close`."""
@@ -194,11 +217,13 @@ class Workspace:
         if workdir == "results" or (self.folder / workdir).exists() or workdir == "runs/imported":
             return
         name = "digits_classes" if workdir == "runs/classes" else "digits"
-        if name not in self.kept:
-            self.main(["python", "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}"])
-            self.kept[name] = shutil.copytree(self.folder / workdir, self.forks.folder / name)
-        else:
-            shutil.copytree(self.kept[name], self.folder / workdir)
+        kept = self.done / name
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                self.main(["python", "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}"])
+                shutil.copytree(self.folder / workdir, kept)
+        if not (self.folder / workdir).exists():
+            shutil.copytree(kept, self.folder / workdir)
 
 
 def _replaced(flag):
@@ -264,9 +289,9 @@ def check_help(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_commands_and_code_run(page, forks, kept, surroundings, tmp_path, monkeypatch):
+def test_commands_and_code_run(page, forks, done, surroundings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    workspace, namespace = Workspace(tmp_path, forks, kept, surroundings), {}
+    workspace, namespace = Workspace(tmp_path, forks, done, surroundings), {}
     for block in blocks(page):
         if block.kind == "sh":
             for words in commands(block):
@@ -401,7 +426,7 @@ class TestSite:
 
     def test_code_is_the_source_s(self, hook):
         assert hook.source("ddpm_jax.diffusion.gaussian.q_sample").splitlines()[1:] == [
-            "def q_sample(schedule: Schedule, x_0: Array, t: Array, noise: Array) -> Array:",
+            "def q_sample(schedule: Schedule, x_0: Images, t: Timesteps, noise: Images) -> Images:",
             "    a = extract(schedule.sqrt_alphas_cumprod, t, x_0.ndim)",
             "    s = extract(schedule.sqrt_one_minus_alphas_cumprod, t, x_0.ndim)",
             "    return a * x_0 + s * noise",

@@ -277,9 +277,10 @@ class TestInstalled:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["digits_classes", "configs/digits_classes.py"])
     def test_finds_the_configs(self, tmp_path, name):
-        tiny = ("model.channels=8", "model.num_groups=4", "train.num_steps=1", "sample.num_images=8")
-        flags = (f"--config={name}", "--workdir=run", "--config.sample.num_steps=2")
-        status, output = self.call(tmp_path, *flags, *(f"--config.{field}" for field in tiny))
+        network = ("model.channels=8", "model.num_groups=4", "model.channel_multipliers=(1,)")
+        small = (*network, "train.num_steps=1", "train.batch_size=8", "sample.num_images=8", "sample.num_steps=2")
+        flags = (f"--config={name}", "--workdir=run", *(f"--config.{field}" for field in small))
+        status, output = self.call(tmp_path, *flags, "--config.model.middle_attention=False")
         assert status == 0, output
         assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["label_dropout"] == 0.15
 
@@ -366,6 +367,7 @@ class TestEvaluation:
 
 
 class TestInterchange:
+    @pytest.mark.slow
     def test_export_import_and_training_from_there(self, trained, call, tmp_path):
         """Through diffusers' folder and back: the same images; and training goes on from these weights."""
         workdir, folder, again = trained[0], tmp_path / "diffusers", tmp_path / "again"
@@ -411,6 +413,7 @@ class TestInterchange:
         assert message in output
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_weights_of_another_network(self, trained, call, tmp_path):
         status, output = call(
             f"--workdir={tmp_path / 'run'}", f"--init_from={trained[0]}", "--config.model.channels=16"
@@ -419,6 +422,7 @@ class TestInterchange:
         assert f"--init_from {str(trained[0])!r} has conv_in/bias of shape (8,)" in output
         assert "this config's network has (16,)" in output
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("flag", "said"),
         [("model.num_groups=2", "num_groups 4, this"), ("diffusion.prediction=eps", "'v', this config")],

@@ -72,8 +72,11 @@ def open_picture(
     """
     if isinstance(file, str | Path):
         data = Path(file).read_bytes()
+    elif isinstance(file, bytes):
+        data = file
     else:
-        data = file if isinstance(file, bytes) else file.read()
+        file.seek(0)  # it may have been read before
+        data = file.read()
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
     if formats is None or "JPEG" in formats:
         plain = _plain_jpeg(data, fit, limit)

@@ -30,6 +30,7 @@ def call(*arguments):
     return process.returncode, process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_without_a_topology_it_measures(tmp_path, capsys):
     config = make_run(class_conditional=True).config
     plan.plan(config, str(tmp_path), None, ["train", "sample", "evaluate"])

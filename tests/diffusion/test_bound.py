@@ -210,6 +210,7 @@ def test_bound_is_made_of_vb_terms():
         np.testing.assert_allclose(got["x_0_mse"][step], ((predicted - x_0) ** 2).mean((1, 2, 3)), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_bound_with_a_key_an_image_and_in_segments():
     """An image's terms do not depend on the others; chosen timesteps, and the progress between segments."""
     schedule, told = make_schedule("cosine", 30), []

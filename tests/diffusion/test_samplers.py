@@ -161,6 +161,7 @@ def test_sample_is_p_sample_repeated():
 # Distributions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variance", "num_steps", "discretisation"),
     [("fixed_large", None, 0.01), ("fixed_small", None, -0.03), ("fixed_large", 50, 0.2)],
@@ -185,6 +186,7 @@ def test_gaussian_data(measure, gaussian_model, variance, num_steps, discretisat
     assert 0 < (var / v - 1) / discretisation < 1
 
 
+@pytest.mark.slow
 def test_gaussian_with_a_covariance(measure):
     """Pairs of pixels of correlation 0.8, by the exact network: along both eigenvectors of the covariance the result's
     variance follows the recursion of a single pixel."""
@@ -242,6 +244,7 @@ def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_st
     assert abs(x.var() / var - 1) < 5 * np.sqrt(2 / n)
 
 
+@pytest.mark.slow
 def test_mixture_of_two(measure):
     """Mean, variance and the weights of both modes, from the exact score of a mixture."""
     weights, means, v, n = np.array([0.3, 0.7]), np.array([-0.6, 0.4]), 0.02, 96 * 96

@@ -132,6 +132,7 @@ def test_seeds_draw_other_noise(evaluation):
     assert evaluate(seed=4).total.mean != whole.total.mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_bound_of_a_gaussian_network(variance):
     """Given x_0, the error of the predicted x_0 is Gaussian: its KL terms and L_0 in closed form or by quadrature."""
@@ -183,6 +184,7 @@ def test_rate_and_distortion():
     assert len(json_["rate"]) == len(json_["distortion"]) == len(json_["terms"]["mean"]) == T
 
 
+@pytest.mark.slow
 def test_estimate_agrees_with_the_bound_and_knows_its_error():
     """Over many draws: the mean is that of all terms, and their spread is the error that one says it has."""
     pictures = draw_pictures(64, seed=2)
@@ -206,6 +208,7 @@ def test_estimate_agrees_with_the_bound_and_knows_its_error():
     assert totals.std(ddof=1) == pytest.approx(said, rel=5 / np.sqrt(2 * 59))
 
 
+@pytest.mark.slow
 def test_the_flow_s_bound_lies_below_the_variational_one():
     """20 steps of ancestral sampling lose what the flow with small steps does not; that one is close to the entropy."""
     pictures = draw_pictures(256, seed=3)
@@ -218,6 +221,7 @@ def test_the_flow_s_bound_lies_below_the_variational_one():
     assert abs(flow.total.mean - entropy - 0.01) < 0.01 + 4 * flow.total.standard_error
 
 
+@pytest.mark.slow
 def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
     """Of a model of digits whose density is known: Gaussians around 400 of them."""
     source = open_source("digits", height=8, width=8, channels=1)
@@ -246,6 +250,7 @@ def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
     assert least < flow.total.mean < bound.total.mean
 
 
+@pytest.mark.slow
 def test_labels_reach_the_network():
     """A network that adds its class to the exact noise: each image by its own label, in whatever batch."""
 
@@ -267,6 +272,7 @@ def test_labels_reach_the_network():
             likelihood.evaluate_bound(SCHEDULE, model, PICTURES, EIGHT, labels=[0] * count, **SHARDS)
 
 
+@pytest.mark.slow
 def test_flow_of_convolutions():
     """Through the UNet's convolution, which has a gradient in reverse mode only: Hutchinson's mean over the images is
     the exact divergence."""

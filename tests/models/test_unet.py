@@ -147,6 +147,7 @@ def test_shapes_and_parameters_of_options(options, shape, cond, channels, parame
 # Values.
 
 
+@pytest.mark.slow
 def test_wiring():
     """The network from its blocks, which have tests of their own, as drawn: two levels, two blocks each."""
     net = UNet(channels=8, channel_multipliers=(1, 2), attention_resolutions=(4,), num_groups=4, num_heads=2)

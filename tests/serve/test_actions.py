@@ -31,11 +31,11 @@ def decoded(urls):
 
 
 class Told:
-    """Stands where the queue's job would: keeps what the work tells."""
+    """Stands where the queue's task would: keeps what the work tells."""
 
     def __init__(self, action, cancelled=False):
         self.frames, self.positions, self.cancelled = [], [], cancelled
-        self.pictures = decoded(action.job(lambda: None).work(self)["pictures"])
+        self.pictures = decoded(action.task(lambda: None).work(self)["pictures"])
 
     def progress(self, done, calls):
         self.positions.append((done, calls))
