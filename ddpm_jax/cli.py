@@ -304,7 +304,7 @@ _NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard
 
 def _as_text(name: str) -> str:
     value = FLAGS[name].value
-    return "+".join(Path(part).name for part in value) if isinstance(value, list) else Path(str(value)).name
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def make_job(told: dict[str, str]) -> "Job":

@@ -1,7 +1,6 @@
 """What a run can be told: every field with its default, and the objects that a config stands for.
 
-This is the only module that knows the config's fields and the library's arguments at once; everything below it takes
-arguments.
+`diffusion/`, `models/` and `data/` know nothing of it: they take the arguments that this module makes of the fields.
 """
 
 import inspect

@@ -25,6 +25,7 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.errors import UserError, reason
 from ddpm_jax.generate import generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.progress import part_of
 from ddpm_jax.rng import named_key
 from ddpm_jax.validation import check_guidance, validate
 
@@ -247,13 +248,10 @@ class Run:
           watch: as in `sample`; of the way from the noises.
         """
 
-        def half(way: int) -> Progress | None:
-            return progress and (lambda done, calls: progress(way * calls + done, 2 * calls))
-
         self._ends(first, second)
-        noise = self.encode(np.stack([first, second]), num_steps, spacing, half(0))
+        noise = self.encode(np.stack([first, second]), num_steps, spacing, part_of(progress, 0, 2))
         x_t = np.asarray(editing.slerp(noise[0], noise[1], weights))
-        return self.decode(x_t, num_steps, spacing, half(1), watch)
+        return self.decode(x_t, num_steps, spacing, part_of(progress, 1, 2), watch)
 
     def encode(
         self,
@@ -273,6 +271,7 @@ class Run:
         self._check_without_labels()
         x_0 = images.to_float(self._check(pictures))
         options = self._options(_deterministic(num_steps, spacing))
+        self._check_unguided(options)
         way = {name: options[name] for name in ("num_steps", "prediction", "variance")}
         way["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
         try:
@@ -376,6 +375,10 @@ class Run:
         if wrong:
             raise UserError(f"class {wrong[0]} does not exist; this run has classes 0 to {(classes or 0) - 1}")
 
+    def _check_unguided(self, options: Mapping[str, Any]) -> None:
+        if options["guidance_scale"] != 1.0:
+            raise UserError("guidance needs the classes that it goes towards; name them")
+
     def _check_without_labels(self) -> None:
         if self.net.num_classes is not None and not self.config.train.label_dropout:
             raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
@@ -442,8 +445,8 @@ class Run:
             self._check_without_labels()
         options = self._options(options, t)
         guidance = {name: options.pop(name) for name in _GUIDANCE}
-        if not len(labels) and guidance["guidance_scale"] != 1.0:
-            raise UserError("guidance needs the classes that it goes towards; name them")
+        if not len(labels):
+            self._check_unguided(guidance)
         chosen = labels_of(self.net, range(num_images), labels) if len(labels) else None
         try:
             model_fn = make_model_fn(self.net, self.params, chosen, **guidance)

@@ -124,7 +124,6 @@ def _check_values(config: ConfigDict) -> None:
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
     check_guidance(config, **config_lib.guidance_options(config))
-    _check_features(config)
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
@@ -136,8 +135,17 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
 
 
-def _check_features(config: ConfigDict) -> None:
-    name, data = config.evaluate.features, config.data
+def _check_training(config: ConfigDict) -> None:
+    """What only a run that is trained must have: another is opened without."""
+    diffusion, evaluate, data = config.diffusion, config.evaluate, config.data
+    if diffusion.loss == "vlb" and diffusion.weighting != "none":
+        raise UserError(
+            f"config.diffusion.weighting is {diffusion.weighting!r}, of the squared error, which loss 'vlb' does not "
+            "have; accepted there: none"
+        )
+    if not (evaluate.every_steps and evaluate.num_images):
+        return
+    name = evaluate.features
     if name == "digits" and (data.height, data.width, data.channels) != (8, 8, 1):
         raise UserError(
             "config.evaluate.features is 'digits', which judges images of 8x8x1, and these are "
@@ -157,6 +165,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _check_types(config)
     _check_values(config)
     if num_devices is not None:
+        _check_training(config)
         mesh_shape(num_devices, **config.mesh)
         batch_size, parts = config.train.batch_size, config.train.accumulation
         if batch_size % (num_devices * parts):

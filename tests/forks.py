@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Importing jax and its company takes longer than main.py on a tiny run: so one process imports them, touches no device,
 # and forks for each command.
 _SERVER = """
-import importlib, json, os, runpy, sys, traceback
+import importlib, json, os, runpy, signal, sys, traceback
 
 for module in "cli", "training.loop", "commands.editing", "commands.evaluation", "commands.plan", "commands.weights":
     importlib.import_module("ddpm_jax." + module)
@@ -39,6 +39,7 @@ for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.alarm(300)  # it ends, whatever it waits for
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
@@ -74,7 +75,9 @@ class Forks:
         job = {"argv": argv, "folder": str(folder), "output": str(self._output), "environment": environment}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
-        status = int(self._server.stdout.readline())
+        answer = self._server.stdout.readline()
+        assert answer, "the process that forks is gone"
+        status = int(answer)
         return status, self._output.read_text()
 
     def close(self) -> None:

@@ -87,13 +87,16 @@ def test_an_int_is_a_float():
         ({"diffusion__weighting": "snr"}, "Did you mean 'min_snr'?"),
         (
             {"diffusion__loss": "vlb", "diffusion__variance": "learned", "diffusion__weighting": "p2"},
-            "weighting 'p2' is of the squared error, which loss 'vlb' does not have",
+            "weighting is 'p2', of the squared error, which loss 'vlb' does not have",
         ),
         ({"diffusion__vlb_weight": -1.0}, "config.diffusion.vlb_weight is -1.0; at least 0"),
         ({"checkpoint__every_minutes": math.nan}, "config.checkpoint.every_minutes is nan; at least 0"),
-        ({"evaluate__features": "digits"}, "'digits', which judges images of 8x8x1, and these are 8x8x3"),
         (
-            {"evaluate__features": "nope"},
+            {"evaluate__features": "digits", "evaluate__every_steps": 1},
+            "'digits', which judges images of 8x8x1, and these are 8x8x3",
+        ),
+        (
+            {"evaluate__features": "nope", "evaluate__every_steps": 1},
             "config.evaluate.features is 'nope'; accepted: digits, inception, or the file",
         ),
         ({"diffusion__timestep_sampler": "even"}, "accepted: uniform, stratified, importance"),

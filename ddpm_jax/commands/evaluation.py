@@ -77,9 +77,6 @@ def evaluate(
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
     told: dict[str, Any] = {}
-    if generated is not None and (num_images is not None or job.options):
-        given = ", ".join(["num_images"] * (num_images is not None) + [*job.options])
-        raise UserError(f"--generated takes the place of samples, so these would do nothing: {given}")
     if generated is not None:
         fake = _open("generated", generated, judge, run, size)
     else:

@@ -56,7 +56,7 @@ class Job:
         try:
             return self.run.pictures(*check_count("input", names, least, most))
         except UserError as error:
-            raise UserError(str(error) if str(error).startswith("--") else f"--input {error}") from None
+            raise UserError(f"--input {error}" if str(error).startswith("'") else str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +86,12 @@ def calls_bar(description: str) -> ProgressBar:
 
 
 def _in_a_name(told: Mapping[str, str]) -> str:
-    """Values of flags as a part of a file's name: of at most 100 characters, and different for different values."""
-    parts = (f"_{value}" if name == "sampler" else f"_{name}_{value}" for name, value in told.items())
-    text = re.sub(r"[^\w.+-]+", "-", "".join(parts))
-    return text if len(text) <= 100 else f"{text[:80]}_{zlib.crc32(text.encode()):08x}"
+    """Values of flags as a part of a file's name: of at most 100 characters, and others for other values."""
+    text = "".join(f"_{value}" if name == "sampler" else f"_{name}_{value}" for name, value in told.items())
+    if len(text) <= 100 and re.fullmatch(r"[\w.,:-]*", text, re.ASCII):
+        return text.replace(",", "+").replace(":", "-")
+    plain = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+    return f"{plain[:80]}_{zlib.crc32(text.encode()):08x}"
 
 
 def parse_numbers(flag: str, values: Sequence[str], kind: Callable[[str], Any] = int) -> list[Any]:

@@ -29,8 +29,7 @@ def prepare(config: ConfigDict | None, workdir: str) -> None:
     name = prepared_name(data.source, data.name)
     if name:
         folder, _ = tfds_folder(name, data.data_dir or None)
-        print(
-            f"in {folder}; a machine that sees that folder elsewhere takes --config.data.data_dir for the one above it"
-        )
+        root = folder.parents[name.count("/") + 1]  # folder is root/name/version
+        print(f"in {folder}; where there is no network: --config.data.data_dir={root}")
     else:
         print(f"in {data.path}")

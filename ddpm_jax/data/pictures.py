@@ -96,7 +96,8 @@ def _plain_jpeg(data: bytes, fit: Fit, limit: float) -> np.ndarray | None:
 
     None for what Pillow shall see to: other formats and colours, pictures that may be turned, large or damaged ones.
     """
-    if not data.startswith(b"\xff\xd8") or b"Exif" in data[: 1 << 16]:
+    head = data[: 1 << 16]
+    if not head.startswith(b"\xff\xd8") or b"Exif" in head or b"Orientation" in head:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -95,8 +95,6 @@ def training_loss(
         raise ValueError(f"loss 'hybrid' trains a learned variance; variance is {variance!r}")
     if loss == "simple" and variance == "learned":
         raise ValueError("loss 'simple' does not train a learned variance; use 'hybrid' or 'vlb'")
-    if loss == "vlb" and weighting != "none":
-        raise ValueError(f"weighting {weighting!r} is of the squared error, which loss 'vlb' does not have")
     if t is None or noise is None:
         if key is None:
             raise ValueError("training_loss needs a key to draw t and noise; None is for where both are given")

@@ -75,7 +75,7 @@ class Task:
 
 
 class Queue:
-    """Jobs in the order of their arrival, and one thread that does them.
+    """Tasks in the order of their arrival, and one thread that does them.
 
     A task's last event has the state "done" or "failed"; before it come "compiling" or "running", once, and what the
     work tells.

@@ -68,6 +68,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
     source = open_dataset(config, workdir.read_dataset(folder))
     description = source.describe()
     workdir.check_dataset(folder, description)
+    processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
     was_finished = processes.agree(workdir.is_finished(folder, config))
     try:
         if jax.process_index() == 0:

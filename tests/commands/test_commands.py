@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import PICTURES, QUICK, RNG, make_run, near
 
 from ddpm_jax.commands import editing, evaluation, job, sampling
-from ddpm_jax.commands.job import Job
+from ddpm_jax.commands.job import Job, _in_a_name
 from ddpm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -23,6 +23,26 @@ def run():
 @pytest.fixture(scope="module")
 def classes():
     return make_run(class_conditional=True, label_dropout=0.1)
+
+
+def test_names_of_files_differ_as_what_was_told():
+    told = [
+        {},
+        {"input": "data:1"},
+        {"input": "a/1.png"},
+        {"input": "b/1.png"},
+        {"input": "a.png,b.png"},
+        {"input": "a.png+b.png"},
+        {"input": "\u732b" * 200},
+        {"input": "x" * 200},
+        {"input": "x" * 201},
+        {"sampler": "ddim", "t": "3"},
+    ]
+    names = [_in_a_name(each) for each in told]
+    assert len(set(names)) == len(names)
+    assert all(len(name.encode()) <= 100 for name in names)
+    assert names[:2] == ["", "_input_data-1"]
+    assert names[-1] == "_ddim_t_3"
 
 
 class TestCommands:
@@ -153,7 +173,7 @@ class TestCommands:
         for changes, said in (
             ({"features": "none.pth"}, "fetch https://"),
             ({"generated": "none", "num_images": None, "options": {}}, "--generated:"),
-            ({"generated": "none"}, "these would do nothing: num_images, num_steps"),
+            ({"generated": "none"}, "these would do nothing: --num_images, --num_steps"),
             ({"against": "none"}, "--against:"),
             ({"likelihood": "exact"}, "--likelihood is 'exact'; accepted: estimate, bound, flow, none"),
         ):
