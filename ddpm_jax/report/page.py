@@ -317,7 +317,7 @@ def _evaluations(folder: Path) -> str:
     found = list(reversed(read_json(folder / results.RESULTS, [])))
     if not found:
         return ""
-    names = dict.fromkeys(name for entry in found for name in entry.get("metrics", ()))
+    names = dict.fromkeys(name for entry in found for name in entry.get("metrics") or results.metric_names(entry))
     settings = ("step", "sampler", "num_steps", "seed", "num_generated", "num_real", "reference", "features")
     rows = [[name, *(results.with_spread(entry, name) for entry in found)] for name in names]
     rows += [[name, *(entry.get(name, "") for entry in found)] for name in settings]

@@ -155,3 +155,13 @@ def test_jpeg_has_pillow_s_bits(mode, options, width, height, channels):
         image.draft(image.mode, (128, 128))
         expected = fit(image)
     np.testing.assert_array_equal(open_picture(buffer.getvalue(), fit), expected)
+
+
+def test_jpeg_turned_by_xmp():
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (20, 1))).save(buffer, "jpeg", quality=95)
+    data = buffer.getvalue()
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = data[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + data[2:]
+    picture = open_picture(data, Fit(40, 20, 1))
+    assert (np.diff(picture[:, 0, 0].astype(int)) >= 0).mean() > 0.9  # it grows downwards now
