@@ -72,6 +72,10 @@ def evaluate(
       The numbers by name.
     """
     run = job.run
+    if generated is not None and (num_images is not None or job.options):
+        names = {"labels": "classes"}  # that flags have
+        given = ["num_images"] * (num_images is not None) + [names.get(name, name) for name in job.options]
+        raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
