@@ -222,8 +222,12 @@ class TestEdits:
         noise = run.encode(PICTURES, num_steps=40, progress=lambda done, of: said.append((done, of)))
         assert (noise.dtype, noise.shape) == (np.float32, PICTURES.shape)
         assert said[-1][0] == said[-1][1]
-        again = run.decode(noise, num_steps=40)
-        assert np.abs(again.astype(int) - PICTURES).mean() < np.abs(run.decode(noise, num_steps=4) - 127.5).mean()
+        errors = [np.abs(run.decode(noise, num_steps=40).astype(int) - PICTURES).mean()]
+        errors.append(
+            np.abs(run.decode(run.encode(PICTURES, num_steps=10), num_steps=10).astype(int) - PICTURES).mean()
+        )
+        assert errors[0] < 0.6  # 0.41 grey levels measured, 1.24 in 10 steps
+        assert errors[1] > 2 * errors[0]
         between = run.interpolate_latents(PICTURES[0], PICTURES[1], [0, 1], num_steps=40)
         assert near(between, run.decode(noise[:2], num_steps=40))
 

@@ -92,7 +92,7 @@ def open_picture(
 
 
 def _plain_jpeg(data: bytes, fit: Fit, limit: float) -> np.ndarray | None:
-    """A JPEG in RGB or grey by libjpeg-turbo itself: Pillow's very bits in half the time (`benchmarks/input.py`).
+    """A JPEG in RGB or grey by libjpeg-turbo itself: Pillow's very bits, sooner.
 
     None for what Pillow shall see to: other formats and colours, pictures that may be turned, large or damaged ones.
     """
