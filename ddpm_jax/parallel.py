@@ -125,7 +125,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
             return jax.make_mesh(shape, **axes)
         except NotImplementedError:  # no axis of the slice's torus has these sizes
             return Mesh(mesh_utils.create_device_mesh(shape, allow_split_physical_axes=True), **axes)
-    # jax.make_mesh would look for their best order, which it refuses to do for the cores of a v4 that is not here.
+    # jax.make_mesh would look for a better order, which it does not find for every slice that is not here.
     return Mesh(np.array(devices).reshape(mesh_shape(len(devices), data, fsdp)), **axes)
 
 
