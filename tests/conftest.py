@@ -1,7 +1,4 @@
-"""Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported.
-
-Most of a test's time is compiling programs that run once or twice, so LLVM is told not to optimise them.
-"""
+"""Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported."""
 
 import os
 import subprocess
@@ -9,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from xla import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 pytest_plugins = ["browser", "exactness", "runs"]
 

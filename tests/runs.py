@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 from forks import Forks
 from tensorboardX.proto import event_pb2
+from xla import xla_flags
 
 from ddpm_jax.data.sources import open_source
 
@@ -62,10 +63,6 @@ def data_dir(shared):
     with FileLock(f"{folder}.lock"):
         open_source("digits", height=8, width=8, channels=1, data_dir=str(folder))
     return folder
-
-
-def xla_flags(devices):
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
 def _arguments(flags, config, data_dir):

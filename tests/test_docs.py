@@ -18,7 +18,8 @@ from documents import PAGES, ROOT, anchors, blocks, commands, links
 from filelock import FileLock
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from runs import free_port, xla_flags
+from runs import free_port
+from xla import xla_flags
 
 from configs import celebahq256, cifar10, cifar10_article, digits
 from ddpm_jax import config as config_lib

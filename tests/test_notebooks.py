@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from xla import xla_flags
 
 import ddpm_jax
 from configs import digits, digits_classes
@@ -114,7 +115,7 @@ def test_run_and_show_what_is_committed(tmp_path):
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONPATH": str(ROOT),
         "TFDS_DATA_DIR": str(tmp_path / "data"),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",  # quick to compile
+        "XLA_FLAGS": xla_flags(1),
     }
     for name in ("train_and_sample", "what_a_diffusion_model_can_do"):
         notebook = read(name)

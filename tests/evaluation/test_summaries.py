@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from xla import xla_flags
 
 from ddpm_jax import shards
 from ddpm_jax.errors import UserError
@@ -184,7 +185,7 @@ def test_two_processes(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
     }
     # Their output goes to files: each waits for the other to end, and a full pipe would stop one of them.
     outputs = [tmp_path / f"output{index}" for index in range(2)]

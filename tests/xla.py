@@ -1,0 +1,13 @@
+"""XLA's flags of the tests, whose time goes into compiling programs that run once or twice."""
+
+from importlib.metadata import version
+
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+   
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+
+
+def xla_flags(devices: int) -> str:
+    """For so many CPU devices in one process."""
+    return f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
