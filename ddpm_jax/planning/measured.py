@@ -1,6 +1,7 @@
 """The programs of a run as they run on the devices here."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def measure(config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: i
 
 
 def _timed(planned: Planned) -> tuple[float, float]:
-    """Seconds of the first call, and of one of the network's calls after it."""
+    """Seconds of the first call, which compiles, and of one of the network's calls in those after it."""
     print(f"measuring: {planned.title} ...", file=sys.stderr, flush=True)
     shardings = jax.tree.map(lambda x: x.sharding, planned.arguments)
 
@@ -66,17 +67,16 @@ def _timed(planned: Planned) -> tuple[float, float]:
     )
     arguments = make()
 
-    def call() -> None:
+    def call(times: int) -> float:
         nonlocal arguments
-        found = planned.function(*arguments)
-        if planned.donates:
-            arguments = (*found, *arguments[len(found) :])
+        began = time.monotonic()
+        for _ in range(times):  # the device computes one while the host asks for the next, as in a run
+            found = planned.function(*arguments)
+            if planned.donates:
+                arguments = (*found, *arguments[len(found) :])
         jax.block_until_ready(found)
+        return time.monotonic() - began
 
-    began = time.monotonic()
-    call()
-    compiling, began, calls = time.monotonic() - began, time.monotonic(), 0
-    while calls < _FEWEST_CALLS or time.monotonic() - began < _SECONDS:
-        call()
-        calls += 1
-    return compiling, (time.monotonic() - began) / calls / planned.calls
+    compiling = call(1)
+    calls = max(_FEWEST_CALLS, math.ceil(_SECONDS / call(1)))
+    return compiling, call(calls) / calls / planned.calls

@@ -60,19 +60,26 @@ def _amount(value: float, unit: str) -> str:
     return f"{value / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"
 
 
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
 def _run_lines(result: dict[str, Any]) -> list[str]:
     run, lines = result["run"], []
     if "train" in run:
         train = run["train"]
         lines.append(
             f"{result['steps']:,} steps: {train['steps_per_second']:.3g} steps/s, {train['images_per_second']:,.0f} "
-            f"images/s, {train['days']:.3g} days, {train['chip_hours']:,.3g} chip-hours"
+            f"images/s, {_duration(24 * 3600 * train['days'])}, {train['chip_hours']:,.3g} chip-hours"
         )
     for name, what in (("sample", "samples"), ("evaluate", "images judged")):
         if name in run:
             found = run[name]
             lines.append(
-                f"{found['images']:,} {what}: {found['hours']:.3g} hours, {found['chip_hours']:.3g} chip-hours"
+                f"{found['images']:,} {what}: {_duration(3600 * found['hours'])}, {found['chip_hours']:.3g} chip-hours"
             )
     return lines
 
@@ -81,14 +88,14 @@ def _ladder_lines(ladder: list[dict[str, Any]]) -> list[str]:
     lines = [
         "The training step on other slices, to as many images as the run's:",
         f"{'chips':>5} {'batch':>6} {'arithmetic':>11} {'memory':>9} {'network':>9} {'steps/s':>8} {'images/s':>9} "
-        f"{'days':>7} {'chip-hours':>10}",
+        f"{'time':>12} {'chip-hours':>10}",
     ]
     for rung in ladder:
         times = (f"{1e3 * rung[name]:.2f} ms" for name in ("arithmetic", "memory", "network"))
         lines.append(
             "{:>5} {:>6} {:>11} {:>9} {:>9}".format(rung["chips"], rung["batch"], *times)
-            + f" {rung['steps_per_second']:8.3g} {rung['images_per_second']:9,.0f} {rung['days']:7.3g} "
-            f"{rung['chip_hours']:10,.4g}  {rung['how']}"
+            + f" {rung['steps_per_second']:8.3g} {rung['images_per_second']:9,.0f} "
+            f"{_duration(24 * 3600 * rung['days']):>12} {rung['chip_hours']:10,.4g}  {rung['how']}"
         )
     return [
         *lines,
