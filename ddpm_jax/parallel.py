@@ -20,6 +20,8 @@ from jax.typing import ArrayLike
 from ddpm_jax import files
 from ddpm_jax.errors import UserError
 
+IN_FLIGHT = 2  # calls of a program that wait in the queue of the devices while the host goes on
+
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 
 

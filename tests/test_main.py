@@ -92,7 +92,7 @@ class TestTraining:
         ours, reference = checkpoint(tmp_path)["params"], checkpoint(trained[0])["params"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
 
-    def test_several_steps_at_once_on_a_mesh_that_divides_the_state(self, trained, call, tmp_path):
+    def test_several_steps_at_once_on_a_mesh_of_two_axes(self, trained, call, tmp_path):
         """From a checkpoint within a group of steps, to an end within another; logged where the groups end."""
         shutil.copytree(trained[0], tmp_path / "run")
         for step in (18, 24):
@@ -104,6 +104,32 @@ class TestTraining:
         ours, reference = checkpoint(tmp_path / "run")["params"], checkpoint(trained[0])["params"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
         assert [line["step"] for line in metrics(tmp_path / "run")] == [*range(2, 13, 2), 15, 20, 24]
+
+    def test_two_processes_that_divide_the_state(self, start, call, tmp_path):
+        """Each keeps its part of the wide layers, and saves it; one process goes on from what the two have saved."""
+        flags = (
+            "--config.model.channels=48",
+            "--config.train.num_steps=6",
+            "--config.checkpoint.every_steps=3",
+            "--config.log.every_steps=1",
+            "--config.log.sample_every_steps=0",
+            "--config.sample.num_images=4",
+            "--config.sample.num_steps=2",
+        )
+        whole, divided = tmp_path / "whole", tmp_path / "divided"
+        status, output = call(f"--workdir={whole}", *flags)
+        assert status == 0, output
+        in_two_processes(start, f"--workdir={divided}", *flags, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+        parts = [list((divided / "checkpoints" / "6" / "params").glob(f"ocdbt.process_{i}/d/*")) for i in range(2)]
+        sizes = [sum(path.stat().st_size for path in part) for part in parts]
+        assert min(sizes) > 0.4 * sum(sizes)
+        shutil.rmtree(divided / "checkpoints" / "6")
+        status, output = call(f"--workdir={divided}", *flags)
+        assert status == 0, output
+        assert "going on from the checkpoint of step 3" in output
+        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (whole, divided)]
+        assert len(losses[0]) == 6
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -40,7 +40,6 @@ from ddpm_jax.validation import validate
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
 _DATA_IMAGES = 64
-_IN_FLIGHT = 2
 
 
 class DivergedError(UserError):
@@ -228,7 +227,7 @@ class _Training:
                 is_due = partial(_is_passed, before, step)
                 # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.
                 in_flight.append(metrics)
-                if len(in_flight) > _IN_FLIGHT:
+                if len(in_flight) > parallel.IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 self.checkpoints.check()
                 stopping = self._is_stopping(stop, step)
