@@ -239,12 +239,13 @@ class _Training:
                     or (logging_now and self._are_minutes_passed(last_save_time))
                 )
                 if logging_now or saving:
+                    measured = measure(state) if logging_now else {}  # by all: each may have a part of the parameters
                     values = _means(jax.device_get(metrics))
                     if logging_now and journal:
                         now = time.monotonic()
                         speed = (step - interval_step) / (now - interval_began)
                         values |= {
-                            **{name: float(value) for name, value in jax.device_get(measure(state)).items()},
+                            **{name: float(value) for name, value in jax.device_get(measured).items()},
                             "steps_per_second": speed,
                             "images_per_second": speed * config.train.batch_size,
                             "input_wait": batches.waited / (now - interval_began),
