@@ -16,6 +16,7 @@ import importlib, json, os, runpy, signal, sys, traceback
 
 for module in "cli", "training.loop", "commands.editing", "commands.evaluation", "commands.plan", "commands.weights":
     importlib.import_module("ddpm_jax." + module)
+importlib.import_module("tensorboardX.event_file_writer")
 
 def status_of(argv):
     sys.argv = argv[1:]

@@ -13,13 +13,6 @@ from runs import STEPS, assert_same_checkpoint, metrics, results, start_two, wai
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[1] / "docs" / "survival.md"
-LONG = (
-    "--config.train.num_steps=1000",
-    "--config.checkpoint.every_steps=20",
-    "--config.log.every_steps=5",
-    "--config.log.sample_every_steps=250",
-    "--config.sample.num_steps=5",
-)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +48,27 @@ def small_disk(tmp_path):
 class TestKills:
     def test_at_random_moments_and_while_saving(self, start, call, tmp_path, request):
         """By SIGKILL and SIGTERM, as often as --kills says; the end is that of the uninterrupted run, bit for bit."""
+        kills = request.config.getoption("--kills")
+        num_steps = 50 * kills
+        flags = (
+            f"--config.train.num_steps={num_steps}",
+            "--config.checkpoint.every_steps=20",
+            "--config.log.every_steps=5",
+            f"--config.log.sample_every_steps={num_steps // 4}",
+            "--config.sample.num_steps=5",
+        )
         whole, killed = tmp_path / "whole", tmp_path / "killed"
-        status, output = call(f"--workdir={whole}", *LONG)
+        status, output = call(f"--workdir={whole}", *flags)
         assert status == 0, output
-        rng, kills = np.random.default_rng(0), request.config.getoption("--kills")
+        rng = np.random.default_rng(0)
         outputs, half_written = [], 0
         for number in range(kills):
-            process = start(f"--workdir={killed}", *LONG)
+            process = start(f"--workdir={killed}", *flags)
             kind = ("running", "saving", "told to stop", "starting")[number % 4]
             if kind == "starting":
                 time.sleep(rng.uniform(0, 5))
             else:
-                wait_for_step(process, killed, (number + 1) * 800 // kills)
+                wait_for_step(process, killed, 40 * (number + 1))
                 time.sleep(rng.uniform(0, 0.3))
             while kind == "saving" and process.poll() is None and not list(killed.glob("checkpoints/*-tmp*")):
                 pass
@@ -74,7 +76,7 @@ class TestKills:
             outputs.append(process.communicate(timeout=60)[0])
             assert process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM), outputs[-1]
             half_written += bool(list(killed.glob("checkpoints/*-tmp*")))
-        status, output = call(f"--workdir={killed}", *LONG)
+        status, output = call(f"--workdir={killed}", *flags)
         assert status == 0, output
         outputs = "".join(outputs) + output
         print(f"{kills} kills, {half_written} of them left a half-written checkpoint")
@@ -82,7 +84,7 @@ class TestKills:
         assert half_written
         assert outputs.count("was half-written when the run was cut off; it is removed") == half_written
         assert not list(killed.glob("checkpoints/*-tmp*"))
-        assert_nothing_lost(killed, whole, 1000)
+        assert_nothing_lost(killed, whole, num_steps)
 
     def test_told_to_stop_between_two_lines_of_metrics(self, trained, start, call, tmp_path):
         process = start(f"--workdir={tmp_path}", "--config.checkpoint.every_steps=1000")
