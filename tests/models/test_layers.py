@@ -212,10 +212,13 @@ def test_dropout_rate_and_scale(rate, shape):
 
 
 def test_dropout_of_neighbours_is_independent():
-    """Also of the two that share a random number."""
+    """Of channels, rows and columns, and of the two rows that share a random number."""
     kept = np.asarray(dropout(jax.random.key(2), jnp.ones((64, 32, 32, 4)), 0.3)) != 0
-    correlations = np.corrcoef(kept.reshape(-1, 4), rowvar=False)
-    np.testing.assert_allclose(correlations, np.eye(4), atol=5 / np.sqrt(64 * 32 * 32))
+    atol = 5 / np.sqrt(64 * 32 * 32)
+    np.testing.assert_allclose(np.corrcoef(kept.reshape(-1, 4), rowvar=False), np.eye(4), atol=atol)
+    pairs = ((kept[:, :16], kept[:, 16:]), (kept[:, 1:], kept[:, :-1]), (kept[:, :, 1:], kept[:, :, :-1]))
+    for first, second in pairs:
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < atol
 
 
 def test_dropout_depends_on_the_key_and_keeps_the_dtype():
