@@ -82,6 +82,7 @@ TINY = {
 FEW = {
     "evaluate": ["--num_images=24", "--likelihood_images=2"],
     "neighbours": ["--num_images=4"],
+    "sample": ["--num_steps=4"],
     "plan": ["--programs=sample"],
 }
 # Modes whose results no command after them needs.
