@@ -3,7 +3,10 @@
 import json
 import math
 import secrets
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,8 +63,9 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: Path, first_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _absent("torch"):  # tensorboardX would import it, which takes seconds, for a type annotation
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
@@ -115,3 +119,16 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Lets imports of a module fail, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

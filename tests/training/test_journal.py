@@ -80,3 +80,23 @@ def records(path):
 
 def loss(history):
     return next(json.loads(item.value_json) for item in history.item if "loss" in (item.key, *item.nested_key))
+
+
+def test_tensorboard_does_not_wait_for_torch(tmp_path, python):
+    """Which imports it where it is installed; a user's own import of it works afterwards."""
+    (tmp_path / "torch.py").write_text("print('TORCH')\nTensor = int\n")
+    code = """
+import sys
+from pathlib import Path
+from ddpm_jax.config import default_config
+from ddpm_jax.training.journal import Journal
+
+sys.path.insert(0, sys.argv[1])
+journal = Journal(Path(sys.argv[1]), 0, default_config())
+journal.write(1, {"loss": 1.0})
+journal.close()
+print("written")
+import torch
+"""
+    assert python(code, tmp_path).split() == ["written", "TORCH"]
+    assert list((tmp_path / "tensorboard").iterdir())
