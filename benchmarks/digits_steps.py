@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax.dataset import training_images
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.diffusion.tables import SAMPLERS
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import train_digits_classifier
 from ddpm_jax.evaluation.metrics import Moments
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.files import atomic_path
 
 
 def measure(run, steps, long):

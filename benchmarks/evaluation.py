@@ -47,7 +47,7 @@ def theirs(path, batch, size):
 
 
 def ours(path, batch, size):
-    from ddpm_jax import parallel
+    from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     from ddpm_jax.evaluation.features import load_inception

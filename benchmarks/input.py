@@ -19,10 +19,10 @@ import numpy as np
 from common import print_json
 from PIL import Image
 
-from ddpm_jax import parallel
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.data.sources import TfdsSource, open_source
+from ddpm_jax.runtime import parallel
 
 
 def picture(rng, height, width):

@@ -14,7 +14,7 @@ CONV = [(32, 128, 128), (32, 256, 128), (16, 256, 256), (8, 256, 256), (4, 256, 
 
 
 def _inputs(size, channels, features):
-    from ddpm_jax import parallel
+    from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     import jax

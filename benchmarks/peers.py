@@ -86,7 +86,7 @@ def _sinusoids(t, width):
 
 def _train(net, inputs, **options):
     """The same training around a peer's network: `inputs` makes the arguments of its call of x_t and t."""
-    from ddpm_jax import parallel
+    from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     import jax

@@ -45,7 +45,7 @@ def losses(steps):
 
 def distances(path, num_steps):
     """{dtype: Frechet distance of the samples}, of the weights of one run."""
-    from ddpm_jax.dataset import training_images
+    from ddpm_jax.data.dataset import training_images
     from ddpm_jax.evaluation import metrics
     from ddpm_jax.evaluation.features import train_digits_classifier
 

@@ -13,7 +13,7 @@ BATCH = {"digits": 64, "cifar10": 16}
 
 
 def _setup(network):
-    from ddpm_jax import parallel
+    from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     import sys

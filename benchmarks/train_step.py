@@ -25,7 +25,7 @@ NETWORKS = {
 
 
 def ours(network, batch_size, dtype, steps):
-    from ddpm_jax import parallel
+    from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     import jax

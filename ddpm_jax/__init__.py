@@ -35,9 +35,9 @@ _NAMES = {
     "train": "training.loop",
     "Run": "run",
     "load": "run",
-    "show": "images",
-    "to_uint8": "images",
-    "UserError": "errors",
+    "show": "runtime.images",
+    "to_uint8": "runtime.images",
+    "UserError": "runtime.errors",
 }
 
 __version__ = "0.1.0"

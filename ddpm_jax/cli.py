@@ -182,8 +182,8 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         hush_checkpoints()
     # Imported here so that --help and a misspelt flag are answered at once.
-    from ddpm_jax import parallel, processes
-    from ddpm_jax.errors import UserError
+    from ddpm_jax.runtime import parallel, processes
+    from ddpm_jax.runtime.errors import UserError
 
     try:
         parallel.keep_freed_memory()
@@ -221,7 +221,7 @@ def advice() -> str:
     again = "start the same command on every host again"
     if _MODE.value != "train":
         return again
-    from ddpm_jax.checkpoints import newest_step
+    from ddpm_jax.runtime.checkpoints import newest_step
 
     step = newest_step(Path(_WORKDIR.value).expanduser())
     return f"{again}: " + ("it begins anew" if step is None else f"it goes on from the checkpoint of step {step}")
@@ -235,7 +235,7 @@ _OF_A_JOB = {"step", "ema_decay", "raw", "out", *_OF_SAMPLING}
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
     from ddpm_jax.commands import doctor, editing, evaluation, plan, prepare, sampling, serve, weights
-    from ddpm_jax.errors import UserError
+    from ddpm_jax.runtime.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
         "train": train,
@@ -321,7 +321,7 @@ def make_job(told: dict[str, str]) -> "Job":
 
 
 def train(config: ConfigDict | None, init_from: str | None) -> None:
-    from ddpm_jax import workdir
+    from ddpm_jax.runtime import workdir
     from ddpm_jax.training.loop import train
 
     config = config if config is not None else workdir.read_config(_WORKDIR.value)
@@ -348,7 +348,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "'get_config'" in str(error):
             sys.exit("error: the file of --config has no function get_config; configs/digits.py shows one")
         from ddpm_jax.config import FREE_FORM, default_config, fields
-        from ddpm_jax.errors import nearest
+        from ddpm_jax.runtime.errors import nearest
 
         known = dict(fields(default_config()))
         for argument in argv[1:]:

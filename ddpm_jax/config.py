@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.diffusion.samplers import plan_table
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
-from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.runtime.errors import UserError, nearest
 
 DTYPES = ("float32", "bfloat16")
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate

@@ -14,19 +14,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import images, parallel, workdir
-from ddpm_jax.checkpoints import Checkpoints
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.pictures import Fit, open_picture
-from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion import editing
 from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
-from ddpm_jax.errors import UserError, reason
-from ddpm_jax.generate import generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.progress import part_of
-from ddpm_jax.rng import named_key
+from ddpm_jax.runtime import images, parallel, workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.errors import UserError, reason
+from ddpm_jax.runtime.progress import part_of
+from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.generate import generate, image_keys, labels_of, make_model_fn, to_host
 from ddpm_jax.validation import check_guidance, validate
 
 _GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")

@@ -14,8 +14,8 @@ from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
-from ddpm_jax.errors import UserError, first_line, nearest
-from ddpm_jax.parallel import mesh_shape
+from ddpm_jax.runtime.errors import UserError, first_line, nearest
+from ddpm_jax.runtime.parallel import mesh_shape
 
 _ELEMENTS: dict[str, type] = {
     "model.channel_multipliers": int,

@@ -24,8 +24,8 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data import digits
 from ddpm_jax.diffusion.gaussian import q_sample
 from ddpm_jax.diffusion.schedules import SCHEDULES, make_schedule
-from ddpm_jax.images import to_float, to_uint8
 from ddpm_jax.models import blocks
+from ddpm_jax.runtime.images import to_float, to_uint8
 
 IMAGES = Path(__file__).parent / "images"
 TIMESTEPS = (0, 50, 100, 200, 300, 500, 700, 999)

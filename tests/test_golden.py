@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.interop import diffusers as interop
+from ddpm_jax.runtime import parallel
 
 
 def model_fn(name):

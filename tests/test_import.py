@@ -44,7 +44,7 @@ def test_every_public_name_resolves(name):
 def test_public_names_are_imported_from_the_module():
     from ddpm_jax import UserError, make_schedule
     from ddpm_jax.diffusion import schedules
-    from ddpm_jax.errors import UserError as Original
+    from ddpm_jax.runtime.errors import UserError as Original
 
     assert UserError is Original
     assert make_schedule is schedules.make_schedule

@@ -16,8 +16,8 @@ from runs import ROOT, STEPS, assert_same_checkpoint, checkpoint, in_two_process
 from sklearn.datasets import load_digits
 
 import ddpm_jax
-from ddpm_jax import parallel
-from ddpm_jax.files import read_json_lines
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.files import read_json_lines
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from tiny import PICTURES, QUICK, RNG, make_run, near
 
-from ddpm_jax import parallel
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.diffusion import samplers
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import small
 
 from ddpm_jax.config import default_config, differences, from_json, to_json
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.validation import validate
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
 from ddpm_jax.run import Run
+from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import init_params
 from ddpm_jax.validation import validate
 

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import files, workdir
-from ddpm_jax.checkpoints import Checkpoints
 from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import INCEPTION_FILE
-from ddpm_jax.parallel import mesh_shape
+from ddpm_jax.runtime import files, workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.validation import validate
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ddpm_jax import images
 from ddpm_jax.commands.job import IMAGES_A_ROW, Job, Target, calls_bar, check_count, open_flag, parse_numbers
 from ddpm_jax.data.pictures import Fit
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime.errors import UserError
 
 
 def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Sequence[str]) -> Path:

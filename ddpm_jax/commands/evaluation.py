@@ -10,21 +10,22 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from ddpm_jax import parallel, report
+from ddpm_jax import report
 from ddpm_jax.commands.job import Job
 from ddpm_jax.commands.sampling import make_shards
-from ddpm_jax.dataset import training_images
-from ddpm_jax.errors import UserError
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.evaluation import image_sets, likelihood, plots, results
 from ddpm_jax.evaluation.comparison import compare
 from ddpm_jax.evaluation.features import Features, open_features
 from ddpm_jax.evaluation.references import open_summary, write_reference
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
-from ddpm_jax.files import write_text
-from ddpm_jax.generate import make_model_fn
-from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
-from ddpm_jax.workdir import CONFIG, check_writable
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import write_text
+from ddpm_jax.runtime.progress import ProgressBar
+from ddpm_jax.runtime.workdir import CONFIG, check_writable
+from ddpm_jax.sampling.generate import make_model_fn
 
 LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
     "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import report, workdir
+from ddpm_jax import report
 from ddpm_jax.data.pictures import Fit, open_picture
-from ddpm_jax.errors import UserError, reason
-from ddpm_jax.progress import ProgressBar
 from ddpm_jax.run import Run
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError, reason
+from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
 

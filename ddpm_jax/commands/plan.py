@@ -7,14 +7,14 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
-from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_text
 from ddpm_jax.planning.compiled import model, open_topology
 from ddpm_jax.planning.measured import measure
 from ddpm_jax.planning.programs import PROGRAMS
 from ddpm_jax.planning.table import table
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import workdir as workdir_lib
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import write_text
 from ddpm_jax.validation import validate
 
 FILE = "plan.json"

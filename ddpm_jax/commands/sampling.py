@@ -5,13 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ddpm_jax import images, shards
 from ddpm_jax.commands.job import IMAGES_A_ROW, Job, calls_bar, parse_range
 from ddpm_jax.data import neighbours as neighbours_lib
-from ddpm_jax.dataset import training_images
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import atomic_path, new_folder
-from ddpm_jax.progress import ProgressBar, part_of
+from ddpm_jax.data.dataset import training_images
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import atomic_path, new_folder
+from ddpm_jax.runtime.progress import ProgressBar, part_of
+from ddpm_jax.sampling import shards
 
 _STAGES = 10
 

@@ -7,7 +7,7 @@ import socket
 import jax
 
 from ddpm_jax.commands.job import Job
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 _BATCH_SIZE = 8
 _PACKAGES = ("starlette", "uvicorn", "python_multipart")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ddpm_jax.commands.job import Job
-from ddpm_jax.errors import UserError
 from ddpm_jax.interop import workdirs
+from ddpm_jax.runtime.errors import UserError
 
 
 def import_weights(source: str | None, workdir: str | Path) -> Path:

@@ -113,7 +113,7 @@ def host_batches(
       seed: of the shuffling.
       batch_size: of the global batch.
       first_step, last_step: the steps wanted.
-      rows: of each batch, those that this process wants; see `ddpm_jax.parallel.local_rows`.
+      rows: of each batch, those that this process wants; see `ddpm_jax.runtime.parallel.local_rows`.
       cache_bytes: of sets that take at most this much when decoded, every image is decoded once, when it is needed
         for the first time, and kept; images of larger ones are decoded by grain whenever they are needed.
       num_workers: processes that decode a larger set; 0: threads of this process.

@@ -19,7 +19,7 @@ from absl import logging
 from PIL import Image
 
 from ddpm_jax.data.pictures import Fit, open_picture
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.runtime.errors import UserError, nearest
 
 SOURCES = ("digits", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.evaluation.references import halves_of
 from ddpm_jax.evaluation.results import FLOOR, INTERVAL
 from ddpm_jax.evaluation.summaries import Summary, summarize
+from ddpm_jax.runtime.errors import UserError
 
 _ENOUGH = 50_000  # images that FID is reported with
 _KID_SUBSET, _SPLITS = 1000, 10

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from safetensors import safe_open
 
-from ddpm_jax import parallel
 from ddpm_jax.data import digits
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation import inception
 from ddpm_jax.evaluation.batches import regroup
-from ddpm_jax.files import atomic_path, user_cache
 from ddpm_jax.interop import tensors as tensors_lib
-from ddpm_jax.progress import ProgressBar
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import atomic_path, user_cache
+from ddpm_jax.runtime.progress import ProgressBar
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"

@@ -11,10 +11,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax import shards
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
-from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.sampling import shards
 
 PORTION = 256  # images
 _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -17,15 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ddpm_jax import images as images_lib
-from ddpm_jax import parallel
 from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn
 from ddpm_jax.diffusion.schedules import Schedule
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.batches import regroup
-from ddpm_jax.generate import image_keys, to_host
-from ddpm_jax.progress import part_of
+from ddpm_jax.runtime import images as images_lib
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.progress import part_of
+from ddpm_jax.sampling.generate import image_keys, to_host
 
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
@@ -226,7 +226,7 @@ def evaluate_bound(
 
     Args:
       schedule: T timesteps.
-      model_fn: (x_t, t) -> output; see `ddpm_jax.generate.make_model_fn`, without labels.
+      model_fn: (x_t, t) -> output; see `ddpm_jax.sampling.generate.make_model_fn`, without labels.
       images: uint8 [N, H, W, C], or an iterable of such portions, each of any N.
       mesh: the devices to divide each batch over.
       seed: of the noise.

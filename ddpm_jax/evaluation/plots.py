@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.evaluation.likelihood import Bound
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.files import atomic_path
 
 _BLUE, _ORANGE, _GREY = "#2a6f97", "#d1600b", "#555555"
 

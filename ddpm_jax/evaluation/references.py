@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax import shards
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import Shape, open_images
 from ddpm_jax.evaluation.metrics import Moments, split_distance
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import atomic_path
+from ddpm_jax.sampling import shards
 
 _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _UNKNOWN_COUNT = 2  # of moments read from a file that does not say; a covariance does not depend on it

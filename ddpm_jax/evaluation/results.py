@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax.files import read_json, write_text
+from ddpm_jax.runtime.files import read_json, write_text
 
 RESULTS, TABLE = "evaluation.json", "evaluation.md"
 INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name

@@ -14,12 +14,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from ddpm_jax import shards
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.image_sets import read_array
 from ddpm_jax.evaluation.metrics import Accumulator, Moments
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import atomic_path
+from ddpm_jax.sampling import shards
 
 _SUMMED, _KEPT = ("pool", "spatial"), ("pool", "logits")
 _CACHE_FORMAT = 1  # of the features beside shards

@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.errors import UserError, first_line
-from ddpm_jax.files import new_folder, write_text
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import new_folder, write_text
 from ddpm_jax.validation import validate
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.errors import UserError
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.validation import validate
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax.errors import UserError, first_line
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import atomic_path
 
 Tensors = dict[str, np.ndarray]
 

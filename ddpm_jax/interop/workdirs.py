@@ -12,12 +12,12 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import workdir
-from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import new_folder
 from ddpm_jax.interop import diffusers, plain
 from ddpm_jax.run import Run
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import new_folder
 from ddpm_jax.training.state import create_state
 
 

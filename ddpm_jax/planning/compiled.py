@@ -14,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm_jax import parallel
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.planning import hlo, totals
 from ddpm_jax.planning.chips import TPUS, Chip, Roofline, roofline
 from ddpm_jax.planning.programs import Planned, programs_of
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.validation import validate
 
 _LADDER = (8, 16, 32, 64, 128, 256)  # chips

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm_jax import parallel
 from ddpm_jax.planning import totals
 from ddpm_jax.planning.chips import chip_of
 from ddpm_jax.planning.programs import Planned, programs_of
+from ddpm_jax.runtime import parallel
 
 _CALLS = 10  # of the network, for the sampler's time
 _SECONDS, _FEWEST_CALLS = 2.0, 3  # that a measurement takes, at least

@@ -13,12 +13,12 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.evaluation import features, inception
-from ddpm_jax.generate import make_model_fn
 from ddpm_jax.planning.flops import matrix_flops
-from ddpm_jax.rng import named_key
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.generate import make_model_fn
 from ddpm_jax.training.state import create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step
 

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import parallel
+from ddpm_jax.runtime import parallel
 
 _ENOUGH_IMAGES = 50_000  # that FID is reported with
 

@@ -18,11 +18,11 @@ from absl import logging
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import images, workdir
-from ddpm_jax.errors import first_line
 from ddpm_jax.evaluation import results
 from ddpm_jax.evaluation.comparison import describe
-from ddpm_jax.files import read_json, read_json_lines, write_text
+from ddpm_jax.runtime import images, workdir
+from ddpm_jax.runtime.errors import first_line
+from ddpm_jax.runtime.files import read_json, read_json_lines, write_text
 from ddpm_jax.training.journal import METRICS
 
 REPORT = "report.html"

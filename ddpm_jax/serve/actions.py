@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ddpm_jax import images
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.data.sources import Source, prepared_name, tfds_folder
-from ddpm_jax.dataset import training_images
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.run import Run
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

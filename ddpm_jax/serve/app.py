@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.serve.actions import Action, Playground
 from ddpm_jax.serve.queue import FullError, Queue, Task
 

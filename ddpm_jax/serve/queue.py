@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.runtime.errors import UserError, first_line
 
 
 class FullError(Exception):

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.errors import UserError, first_line
-from ddpm_jax.files import read_json_lines, write_text
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import read_json_lines, write_text
 
 METRICS = "metrics.jsonl"
 

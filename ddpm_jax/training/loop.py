@@ -19,16 +19,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import images, parallel, processes, report, workdir
-from ddpm_jax.checkpoints import Checkpoints, newest_step
+from ddpm_jax import report
 from ddpm_jax.data import pipeline
+from ddpm_jax.data.dataset import open_dataset
 from ddpm_jax.data.sources import Source
-from ddpm_jax.dataset import open_dataset
-from ddpm_jax.errors import UserError, first_line
 from ddpm_jax.evaluation.image_sets import spread
-from ddpm_jax.files import read_json_lines
-from ddpm_jax.generate import generate
-from ddpm_jax.progress import ProgressBar, format_seconds
+from ddpm_jax.runtime import images, parallel, processes, workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints, newest_step
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import read_json_lines
+from ddpm_jax.runtime.progress import ProgressBar, format_seconds
+from ddpm_jax.sampling.generate import generate
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor
 from ddpm_jax.training.signals import stop_signals

@@ -12,8 +12,8 @@ from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation import image_sets, likelihood, metrics
 from ddpm_jax.evaluation.features import open_features
 from ddpm_jax.evaluation.summaries import summarize
-from ddpm_jax.generate import generate, make_model_fn
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.sampling.generate import generate, make_model_fn
 
 _BATCH = 64
 

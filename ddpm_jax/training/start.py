@@ -4,8 +4,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import make_betas_from
-from ddpm_jax.errors import UserError
 from ddpm_jax.run import Run, load
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
 
 # What changes the meaning of weights, but not their shapes.

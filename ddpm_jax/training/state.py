@@ -10,7 +10,7 @@ import optax
 
 from ddpm_jax.diffusion.timesteps import LossHistory
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.rng import named_key
+from ddpm_jax.runtime.rng import named_key
 
 Params = Any
 

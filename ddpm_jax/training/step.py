@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ddpm_jax import parallel
 from ddpm_jax.diffusion.gaussian import normal
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.timesteps import sample_timesteps
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.rng import named_key
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.training.state import Params, TrainState, update_ema
 
 Batch = dict[str, jax.Array]

@@ -10,7 +10,7 @@ from tiny import PICTURES, QUICK, RNG, make_run, near
 
 from ddpm_jax.commands import editing, evaluation, job, sampling
 from ddpm_jax.commands.job import Job, _in_a_name
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 

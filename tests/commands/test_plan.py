@@ -13,7 +13,7 @@ from tiny import make_run
 
 from ddpm_jax.commands import plan
 from ddpm_jax.config import default_config
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

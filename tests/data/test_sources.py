@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.data.sources import TfdsSource, open_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 
 def sentence(call, *args, **kwargs):

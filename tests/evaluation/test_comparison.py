@@ -8,12 +8,12 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.comparison import compare, describe
 from ddpm_jax.evaluation.features import Features, custom_features
 from ddpm_jax.evaluation.image_sets import open_images
 from ddpm_jax.evaluation.references import open_summary, read_reference, write_reference
 from ddpm_jax.evaluation.summaries import summarize
+from ddpm_jax.runtime.errors import UserError
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
 NAME = "Frechet distance (pixels)"

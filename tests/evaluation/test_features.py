@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.tree_util import Partial
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import features as features_lib
 from ddpm_jax.evaluation.features import custom_features, load_inception, train_digits_classifier
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (37, 4, 4, 3), np.uint8)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import shards
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import image_sets
 from ddpm_jax.evaluation.image_sets import of_source, open_images, read_array
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling import shards
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (21, 6, 5, 3), np.uint8)

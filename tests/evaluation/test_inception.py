@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception
+from ddpm_jax.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from scipy import special, stats
 
-from ddpm_jax import parallel
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.diffusion.bound import term_proposal
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import likelihood, plots
 from ddpm_jax.evaluation.likelihood import Statistics
 from ddpm_jax.models import layers
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
 
 T, M, V, LN2 = 20, 0.1, 0.04, math.log(2.0)
 BETAS = make_betas("linear", T, 1e-3, 0.3)

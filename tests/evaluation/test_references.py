@@ -8,12 +8,12 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from ddpm_jax import shards
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import custom_features
 from ddpm_jax.evaluation.references import open_summary, read_reference, write_reference
 from ddpm_jax.evaluation.summaries import summarize
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling import shards
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 4, 4, 3), np.uint8)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.results import RESULTS, TABLE, lines, metric_names, record
+from ddpm_jax.runtime.errors import UserError
 
 RESULT = {
     "features": "pixels",

@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from xla import xla_flags
 
-from ddpm_jax import shards
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import metrics
 from ddpm_jax.evaluation.features import Features, custom_features
 from ddpm_jax.evaluation.summaries import shard_features, shard_summary, summarize
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling import shards
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (90, 4, 4, 3), np.uint8)
@@ -158,7 +158,7 @@ import json, sys
 import jax, numpy as np
 port, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
-from ddpm_jax import parallel
+from ddpm_jax.runtime import parallel
 from ddpm_jax.evaluation.features import custom_features
 from ddpm_jax.evaluation.references import open_summary
 from ddpm_jax.evaluation.summaries import summarize

@@ -11,7 +11,6 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from ddpm_jax import parallel
 from ddpm_jax.diffusion import gaussian, samplers, tables
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule, rescale_to_zero_terminal_snr
@@ -19,6 +18,7 @@ from ddpm_jax.diffusion.tables import Levels
 from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import workdirs
 from ddpm_jax.run import load
+from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import update_ema
 
 WHY = "diffusers and PyTorch are not installed (pip install -e '.[peers]')"

@@ -4,8 +4,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.runtime.errors import UserError
 
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(2.5, np.float32)}
 

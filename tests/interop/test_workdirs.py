@@ -8,10 +8,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.errors import UserError
 from ddpm_jax.interop import diffusers, workdirs
 from ddpm_jax.run import load
-from ddpm_jax.workdir import check_dataset
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.workdir import check_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -248,7 +248,7 @@ def test_hub_name_offline(tmp_path, monkeypatch, python):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     said = python(
         "from ddpm_jax.interop import workdirs\n"
-        "from ddpm_jax.errors import UserError\n"
+        "from ddpm_jax.runtime.errors import UserError\n"
         "try:\n    workdirs.import_weights('google/ddpm-cifar10-32', sys.argv[1])\n"
         "except UserError as error:\n    print(error)\n",
         tmp_path / "run",

@@ -7,9 +7,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ddpm_jax import parallel
 from ddpm_jax.planning import hlo
 from ddpm_jax.planning.hlo import Collective
+from ddpm_jax.runtime import parallel
 
 
 def compiled_text(function, *shapes, **options):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import images, report, workdir
+from ddpm_jax import report
 from ddpm_jax.config import default_config
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import results
-from ddpm_jax.files import add_json_line, write_text
+from ddpm_jax.runtime import images, workdir
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import add_json_line, write_text
 
 STAGES, ROWS = 5, 4
 

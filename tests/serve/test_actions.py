@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny import PICTURES, make_run, near
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.serve.actions import Playground
 from ddpm_jax.serve.queue import CancelledError
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.serve.queue import FullError, Queue, Task
 
 SECONDS = 30

@@ -19,7 +19,7 @@ from tiny import make_run, near
 import ddpm_jax
 from ddpm_jax.commands.job import Job
 from ddpm_jax.commands.serve import serve
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 QUICK = {"num_steps": "6", "sampler": "ddim"}

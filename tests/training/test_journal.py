@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from ddpm_jax.config import default_config
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import read_json_lines
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import read_json_lines
 from ddpm_jax.training.journal import METRICS, Journal
 
 

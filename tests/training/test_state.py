@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import parallel
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import create_state, init_params, update_ema
 
 NET = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4)

@@ -5,9 +5,9 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from ddpm_jax import parallel
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.models.unet import UNet
+from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import create_state, init_params
 from ddpm_jax.training.step import Metrics, make_train_step, random_flip
 

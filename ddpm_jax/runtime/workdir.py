@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import add_json_line, read_json, read_json_lines, write_text
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, write_text
 
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")

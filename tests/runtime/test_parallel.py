@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from ddpm_jax import parallel
-from ddpm_jax.checkpoints import Checkpoints
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import create_state
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]

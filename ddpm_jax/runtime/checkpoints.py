@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.training.step import Metrics
 

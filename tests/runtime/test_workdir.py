@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import workdir
 from ddpm_jax.config import default_config
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError
 
 
 def sentence(call, *args):

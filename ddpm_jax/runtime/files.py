@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
 
 
 def user_cache() -> Path:

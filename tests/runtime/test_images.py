@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import images
-from ddpm_jax.files import atomic_path, write_text
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime.files import atomic_path, write_text
 
 LEVELS = np.arange(256, dtype=np.uint8)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import atomic_path
 
 _NAME = re.compile(r"images_(\d{9})-(\d{9})\.npz")
 

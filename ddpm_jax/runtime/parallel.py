@@ -17,8 +17,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ddpm_jax import files
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import files
+from ddpm_jax.runtime.errors import UserError
 
 IN_FLIGHT = 2  # calls of a program that wait in the queue of the devices while the host goes on
 

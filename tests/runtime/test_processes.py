@@ -9,8 +9,8 @@ import sys
 import pytest
 from runs import free_port
 
-from ddpm_jax import processes
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import processes
+from ddpm_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_process_0_does_not_answer():
 
 JOB = """
 import sys
-from ddpm_jax import processes
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import processes
+from ddpm_jax.runtime.errors import UserError
 
 try:
     with processes.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=2, advice=lambda: "go on"):

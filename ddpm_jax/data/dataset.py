@@ -7,8 +7,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_jax.data.sources import FolderSource, Source, open_source
-from ddpm_jax.errors import UserError
-from ddpm_jax.progress import ProgressBar
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.progress import ProgressBar
 
 
 def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:

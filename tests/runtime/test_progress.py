@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.progress import format_seconds, part_of
+from ddpm_jax.runtime.progress import format_seconds, part_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # A clock that moves only when it is told to.
 PRELUDE = """
 import sys, time
 now = 1000.0
 time.monotonic = lambda: now
-from ddpm_jax.progress import ProgressBar
+from ddpm_jax.runtime.progress import ProgressBar
 """
 
 
@@ -34,7 +34,7 @@ def plain(code):
 def live(code, status=0):
     """What a program writes to stdout, and what its terminal has received."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", "from ddpm_jax.progress import ProgressBar\n" + code]
+    command = [sys.executable, "-c", "from ddpm_jax.runtime.progress import ProgressBar\n" + code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment())
     os.close(terminal)
     received = b""

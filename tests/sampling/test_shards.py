@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ddpm_jax import shards
-from ddpm_jax.errors import UserError
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling import shards
 
 
 def test_files_are_those_of_images_in_their_order(tmp_path):

@@ -11,13 +11,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ddpm_jax import images, parallel
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.samplers import Progress, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.progress import part_of
-from ddpm_jax.rng import named_key
+from ddpm_jax.runtime import images, parallel
+from ddpm_jax.runtime.progress import part_of
+from ddpm_jax.runtime.rng import named_key
 
 
 def make_model_fn(

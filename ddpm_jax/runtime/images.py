@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
-from ddpm_jax.files import atomic_path
+from ddpm_jax.runtime.files import atomic_path
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:

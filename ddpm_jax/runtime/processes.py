@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from ddpm_jax.errors import UserError, first_line
+from ddpm_jax.runtime.errors import UserError, first_line
 
 _ALIVE, _STOPPED = "ddpm_jax/alive", "ddpm_jax/stopped"
 _WEEK_MS = 7 * 24 * 3600 * 1000
