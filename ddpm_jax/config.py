@@ -3,25 +3,30 @@
 `diffusion/`, `models/` and `data/` know nothing of it: they take the arguments that this module makes of the fields.
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax.diffusion.samplers import plan_table
+from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
+from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
+from ddpm_jax.sampling.decoder import Decoder, Pixels
+from ddpm_jax.sampling.generate import Model, Request
 
 DTYPES = ("float32", "bfloat16")
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate
-ANY_NUM_CLASSES = 10  # of a class-conditional network where no images are opened to say how many there are
+_ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
 
 
 def default_config() -> ConfigDict:
@@ -201,9 +206,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def sampling_calls(config: ConfigDict, schedule: Schedule) -> int:
     """How often sampling calls the network; ValueError for sampler options that do not go together."""
-    options = sampling_options(config)
-    names = ("sampler", "num_steps", "spacing", "variance", "eta", "order")
-    return len(plan_table(schedule, **{name: options[name] for name in names}).t)
+    return len(sampling_steps(config).table(schedule, config.diffusion.variance).t)
 
 
 def make_betas_from(config: ConfigDict) -> np.ndarray:
@@ -231,26 +234,45 @@ def history_timesteps(config: ConfigDict) -> int | None:
     return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
 
 
-def make_model(config: ConfigDict, num_classes: int) -> UNet:
-    """The network; `num_classes` of the data set counts only if the config is class-conditional."""
+def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Condition:
+    """What can be said to the run.
+
+    Args:
+      config: of the run.
+      dataset: the description of its images; None: there is none yet, and the classes are any.
+    """
+    if not config.model.class_conditional:
+        return NoCondition()
+    names = (dataset or {}).get("class_names")
+    return ClassCondition(tuple(_ANY_CLASSES if names is None else names), config.train.label_dropout)
+
+
+def make_decoder(config: ConfigDict) -> Decoder:
+    """What lies between pictures and what the run diffuses."""
+    data = config.data
+    return Pixels((data.height, data.width, data.channels), data.flip)
+
+
+def make_network(config: ConfigDict, condition: Condition | None = None) -> UNet:
+    """The network; None: of any condition that the config can have."""
     options = dict(config.model)
-    class_conditional = options.pop("class_conditional")
+    del options["class_conditional"]
+    condition = make_condition(config) if condition is None else condition
     return UNet(
         **{
             **options,
             "attention_levels": options["attention_levels"] or None,
             "dtype": jnp.dtype(options["dtype"]),
             "learned_variance": config.diffusion.variance == "learned",
-            "num_classes": num_classes if class_conditional else None,
+            **condition.network_options(),
         }
     )
 
 
-def param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """The network's parameters as `jax.ShapeDtypeStruct`s."""
-    x = jax.ShapeDtypeStruct((1, config.data.height, config.data.width, config.data.channels), jnp.float32)
-    init = make_model(config, num_classes).init
-    return jax.eval_shape(init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
+def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Model:
+    """The run's three parts; `dataset` as in `make_condition`."""
+    condition = make_condition(config, dataset)
+    return Model(condition, make_network(config, condition), make_schedule_from(config), make_decoder(config))
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -300,37 +322,42 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `make_train_step` that the config fixes, but for the steps per dispatch."""
     return {
         "seed": config.seed,
-        "flip": config.data.flip,
-        "class_conditional": config.model.class_conditional,
-        "label_dropout": config.train.label_dropout,
         "timestep_sampler": config.diffusion.timestep_sampler,
         "accumulation": config.train.accumulation,
         **loss_options(config),
     }
 
 
-def sampling_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `sample` that the config fixes."""
-    diffusion, sample = config.diffusion, config.sample
-    return {
-        "sampler": sample.sampler,
-        "num_steps": sample.num_steps or None,
-        "spacing": sample.spacing or None,
-        "eta": sample.eta or None,
-        "order": sample.order or None,
-        "prediction": diffusion.prediction,
-        "variance": diffusion.variance,
-        "clip": diffusion.clip,
-        "dynamic_threshold": diffusion.dynamic_threshold or None,
-    }
+def sampling_steps(config: ConfigDict) -> Steps:
+    """The steps that the run samples by."""
+    sample = config.sample
+    return Steps(
+        sampler=sample.sampler,
+        num_steps=sample.num_steps or None,
+        spacing=sample.spacing or None,
+        eta=sample.eta or None,
+        order=sample.order or None,
+    )
 
 
-def evaluation_sampling(config: ConfigDict) -> dict[str, Any]:
-    """The sampling options of the evaluation during training."""
-    own = {"sampler": config.evaluate.sampler, "num_steps": config.evaluate.num_steps}
-    return {**sampling_options(config), **guidance_options(config), "spacing": None, "eta": None, "order": None, **own}
+def parameterization(config: ConfigDict) -> Parameterization:
+    """What the network's output means."""
+    diffusion = config.diffusion
+    threshold = diffusion.dynamic_threshold or None
+    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold)
 
 
-def guidance_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `make_model_fn` that the config fixes."""
-    return {f"guidance_{name}": config.sample[f"guidance_{name}"] for name in ("scale", "rescale", "interval")}
+def guidance(config: ConfigDict) -> Guidance:
+    """The guidance that the run samples with."""
+    return Guidance(*(config.sample[f"guidance_{name}"] for name in ("scale", "rescale", "interval")))
+
+
+def sampling_request(config: ConfigDict, condition: Condition) -> Request:
+    """How the run samples where nothing else is asked for."""
+    return Request(condition, sampling_steps(config), parameterization(config), guidance(config))
+
+
+def evaluation_request(config: ConfigDict, condition: Condition) -> Request:
+    """How the evaluation during training samples."""
+    steps = Steps(config.evaluate.sampler, config.evaluate.num_steps)
+    return dataclasses.replace(sampling_request(config, condition), steps=steps)

@@ -20,7 +20,7 @@ from ddpm_jax.runtime import parallel
 def model_fn(name):
     config = golden.config(name)
     tensors = golden.tensors(interop.tensor_shapes(config))
-    net = config_lib.make_model(config, num_classes=0)
+    net = config_lib.make_network(config)
     return jax.tree_util.Partial(net.apply, {"params": interop.to_params(name, tensors, config)})
 
 

@@ -74,9 +74,9 @@ class TestImages:
         assert samplers._scan._cache_size() == before + 2
 
     def test_of_classes_go_round(self, classes):
-        labels = classes.labels_of(range(8))
-        np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1, 2, 0, 1])
-        np.testing.assert_array_equal(classes.labels_of([5, 6], [2, 0]), [0, 2])
+        said = classes.request(labels=[2, 0]).condition
+        np.testing.assert_array_equal(classes.condition.of_images(np.arange(8))["label"], [0, 1, 2, 0, 1, 2, 0, 1])
+        np.testing.assert_array_equal(said.of_images(np.array([5, 6]))["label"], [0, 2])
         mixed = classes.sample(8, **QUICK)
         for label in range(3):
             assert near(classes.sample(8, labels=[label], **QUICK)[label::3], mixed[label::3])
@@ -188,6 +188,8 @@ class TestEdits:
         [
             (lambda run: run.sample(0), "the number of images is 0; at least 1"),
             (lambda run: run.sample(1, labels=[1]), "not class-conditional"),
+            (lambda run: run.sample(num_image=4), "no option 'num_image'. Did you mean 'num_images'"),
+            (lambda run: run.vary(PICTURES, 4, smapler="ddim"), "no option 'smapler'. Did you mean 'sampler'"),
             (lambda run: run.sample(1, num_steps=41), "num_steps is 41; accepted: 1 to 40"),
             (lambda run: run.sample(1, sampler="euler"), "sampler is 'euler'; accepted: ddpm, ddim"),
             (lambda run: run.sample(1, eta=0.5), "sampler 'ddpm' takes no eta"),

@@ -18,6 +18,7 @@ from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
+FLAGS = {"labels": "classes"}  # options of `Run.sample` whose flags have another name
 
 
 @dataclasses.dataclass(frozen=True)

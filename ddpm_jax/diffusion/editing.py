@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ddpm_jax.diffusion.gaussian import Array, ModelFn, fold_in, normal, q_sample
-from ddpm_jax.diffusion.samplers import Progress, plan, run_table, sample
+from ddpm_jax.diffusion.gaussian import Array, ModelFn, Parameterization, fold_in, normal, q_sample
+from ddpm_jax.diffusion.samplers import Observer, Progress, plan, run_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.shapes import Images, Keys, Masks
 from ddpm_jax.diffusion.tables import ddim_inverse
@@ -111,11 +111,9 @@ def encode(
         model_fn,
         jax.random.key(0),
         x_0.shape,
+        output=Parameterization(prediction, variance, clip=False),
+        observer=Observer(progress),
         x_t=x_0,
-        prediction=prediction,
-        variance=variance,
-        clip=False,
-        progress=progress,
     )
 
 

@@ -340,7 +340,7 @@ def _to_ours(name: str, value: np.ndarray) -> np.ndarray:
 
 def tensor_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a `UNet2DModel` of this config has."""
-    shapes = config_lib.param_shapes(config, num_classes=0)
+    shapes = config_lib.make_model(config).param_shapes()
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
     return {name: value.shape for name, value in to_tensors(empty, len(config.model.channel_multipliers)).items()}
 
@@ -351,7 +351,7 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict
     Raises:
       UserError: a tensor that is missing, too many, or of another shape or dtype than the config's network has.
     """
-    shapes = config_lib.param_shapes(config, num_classes=0)
+    shapes = config_lib.make_model(config).param_shapes()
     names = dict(_names(shapes, len(config.model.channel_multipliers)))
     wanted = tensor_shapes(config)
     old = any(".attentions." in name and ".query." in name for name in tensors)

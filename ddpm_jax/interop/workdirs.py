@@ -79,4 +79,4 @@ def export_weights(run: Run, out: str | Path) -> Path:
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         return plain.write(out, run.config, run.dataset, run.step, params)
-    return diffusers.write(out, run.config, run.net, params)
+    return diffusers.write(out, run.config, config_lib.make_network(run.config, run.condition), params)

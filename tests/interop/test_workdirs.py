@@ -30,7 +30,7 @@ def small_config(**model):
 
 def random_params(config, num_classes=0, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = config_lib.param_shapes(config, num_classes)
+    shapes = config_lib.make_model(config, {"class_names": range(num_classes)}).param_shapes()
     return jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
 
@@ -44,7 +44,7 @@ def assert_same(params, expected):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     config = small_config()
-    net = config_lib.make_model(config, 0)
+    net = config_lib.make_network(config)
     return diffusers.write(tmp_path_factory.mktemp("original") / "theirs", config, net, random_params(config))
 
 
@@ -264,7 +264,7 @@ def test_hub_name_offline(tmp_path, monkeypatch, python):
 def test_what_diffusers_does_not_have(tmp_path, field, value):
     config = small_config(**{field: value})
     with pytest.raises(UserError, match=f"config.model.{field} is {value!r}"):
-        diffusers.write(tmp_path / "out", config, config_lib.make_model(config, 2), random_params(config, 2))
+        diffusers.write(tmp_path / "out", config, config_lib.make_network(config), random_params(config, 2))
     assert not list(tmp_path.iterdir())
 
 
@@ -283,13 +283,14 @@ def test_configs_there_and_back(name):
     model, diffusion = CONFIGS[name]
     config = small_config(**model)
     config.diffusion.update(diffusion)
-    net = config_lib.make_model(config, 0)
+    net = config_lib.make_network(config)
     found = diffusers.to_config(*(json.loads(json.dumps(part)) for part in diffusers.from_config(config, net)))
-    assert config_lib.make_model(found, 0).clone(attention_levels=None, attention_resolutions=()) == net.clone(
+    assert config_lib.make_network(found).clone(attention_levels=None, attention_resolutions=()) == net.clone(
         attention_levels=None, attention_resolutions=()
     )
-    assert config_lib.make_model(found, 0).levels_with_attention(8, 8) == net.levels_with_attention(8, 8)
-    assert config_lib.sampling_options(found) == config_lib.sampling_options(config)
+    assert config_lib.make_network(found).levels_with_attention(8, 8) == net.levels_with_attention(8, 8)
+    assert config_lib.sampling_steps(found) == config_lib.sampling_steps(config)
+    assert config_lib.parameterization(found) == config_lib.parameterization(config)
     ours, theirs = config_lib.make_schedule_from(config), config_lib.make_schedule_from(found)
     np.testing.assert_array_equal(ours.betas, theirs.betas)
     np.testing.assert_array_equal(ours.posterior_variance, theirs.posterior_variance)

@@ -160,10 +160,10 @@ def test_training_images_are_not_fetched(tmp_path):
 
 def test_a_run_that_knows_its_images_by_class_alone(classes):
     alone = Playground(make_run(devices=1, class_conditional=True), "tiny", 8)
-    assert (alone.facts()["classless"], classes.facts()["classless"]) == (False, True)
-    with pytest.raises(UserError, match="by their class alone; choose one"):
+    assert (alone.facts()["unconditional"], classes.facts()["unconditional"]) == (False, True)
+    with pytest.raises(UserError, match="by their class alone"):
         alone.vary({"picture": upload(PICTURES[0])})
-    with pytest.raises(UserError, match="the arc has no classes"):
+    with pytest.raises(UserError, match="by their class alone"):
         alone.interpolate_latents({})
     with pytest.raises(UserError, match="guidance needs the class"):
         classes.vary({"picture": upload(PICTURES[0]), "guidance_scale": "2"})
