@@ -22,6 +22,7 @@ Batch = Mapping[str, jax.Array]
 
 # What can be said to a run of any kind, by the keyword of `say`; and why a run of another kind refuses it.
 KEYWORDS = {"labels": "this run is not class-conditional, so there are no classes to choose"}
+FIELDS = {"label": "labels"}  # the fields of the playground's page, and the keyword that a value of each is
 
 
 def _refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
@@ -36,14 +37,12 @@ class Control:
     """An input of the playground's page.
 
     Attributes:
-      name: of the field in the page's form.
-      keyword: of `Condition.say`, which takes a sequence of values.
+      name: of the field in the page's form, of FIELDS.
       title: what the page calls it.
       choices: the names of the values 0, 1, ... that it may have.
     """
 
     name: str
-    keyword: str
     title: str
     choices: Sequence[str]
 
@@ -235,7 +234,7 @@ class ClassCondition:
         return dict(self.of_images(numbers) or {})
 
     def controls(self) -> list[Control]:
-        return [Control("label", "labels", "Class", self.class_names)]
+        return [Control("label", "Class", self.class_names)]
 
 
 def check_guidance(condition: Condition, guidance: Guidance) -> None:

@@ -16,6 +16,7 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.sampling.condition import FIELDS
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -226,9 +227,13 @@ class Playground:
         }
         scale = number(form, "guidance_scale", 0.0, MAX_GUIDANCE)
         options |= {} if scale is None else {"guidance_scale": scale}
-        for control in self.run.condition.controls():
-            chosen = integer(form, control.name, 0, len(control.choices) - 1)
-            options |= {} if chosen is None else {control.keyword: (chosen,)}
+        controls = {control.name: control for control in self.run.condition.controls()}
+        for name, keyword in FIELDS.items():
+            if name in controls:
+                said = integer(form, name, 0, len(controls[name].choices) - 1)
+            else:
+                said = text(form, name) or None  # which the run refuses
+            options |= {} if said is None else {keyword: (said,)}
         return options
 
     def _edit_options(self, form: Form, t: int | None = None) -> dict[str, Any]:

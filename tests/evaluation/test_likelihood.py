@@ -299,7 +299,9 @@ def test_flow_of_convolutions():
     model_fn = jax.tree_util.Partial(model)
     options = {"num_steps": 2, "method": "heun", "batch_size": 256}
     drawn, whole = (
-        likelihood.evaluate_flow(SCHEDULE, model_fn, draw_pictures(256), ONE, divergence=divergence, **options)
+        likelihood.evaluate_flow(
+            SCHEDULE, model_fn, Examples(draw_pictures(256)), ONE, divergence=divergence, **options
+        )
         for divergence in ("hutchinson", "exact")
     )
     # Of the same images and noise, so that the divergence alone differs.
