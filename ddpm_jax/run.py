@@ -95,10 +95,10 @@ class Run:
           batch_size: images at a time; None: the config's.
           labels: of a class-conditional run, repeated as needed; none: every class in turn.
           progress: told (network calls done, calls in all).
-          options: in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip, dynamic_threshold
-            (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`), guidance_scale,
-            guidance_rescale, guidance_interval (see `guided`); or watch, with snapshots_of, told of each batch as
-            `ddpm_jax.sample` says.
+          options: in place of the config's: sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first,
+            timesteps, eta, order, clip, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see
+            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`); or
+            watch, with snapshots_of, told of each batch as `ddpm_jax.sample` says.
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -272,7 +272,8 @@ class Run:
         x_0 = images.to_float(self._check(pictures))
         options = self._options(_deterministic(num_steps, spacing))
         self._check_unguided(options)
-        way = {name: options[name] for name in ("num_steps", "prediction", "variance")}
+        names = (*config_lib.STEPS, "prediction", "variance")
+        way = {name: options[name] for name in names if name in options}
         way["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
         try:
             return to_host(editing.encode(self.schedule, self.model_fn, x_0, progress=progress, **way))
@@ -322,10 +323,10 @@ class Run:
     def calls(self, **options: Any) -> int:
         """How often `sample` calls the network for an image, with these of its options."""
         options = self._options({name: value for name, value in options.items() if name != "labels"})
-        names = ("num_steps", "timesteps", "spacing", "variance", "eta", "order")
+        names = (*config_lib.PLANNING, "timesteps")
         planned = {name: options[name] for name in names if options.get(name) is not None}
         try:
-            return len(plan_table(self.schedule, options["sampler"], **planned).t)
+            return len(plan_table(self.schedule, **planned).t)
         except ValueError as error:
             raise UserError(str(error)) from None
 
