@@ -35,7 +35,7 @@ NETWORKS = {
     "residual resampling": {
         "block_out_channels": (8, 8, 16, 16),
         "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
         "downsample_type": "resnet",
         "upsample_type": "resnet",
         "resnet_time_scale_shift": "scale_shift",
