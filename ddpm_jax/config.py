@@ -51,18 +51,31 @@ def default_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.channels = 128  # of the first level
     model.channel_multipliers = (1, 2, 2, 2)  # one for each level; the image is halved from one level to the next
+    model.level_channels = ()  # the channels of each level themselves, as in (32, 48, 64); replaces the multipliers
     model.num_res_blocks = 2  # residual blocks in each level
     model.attention_resolutions = (16,)  # levels whose longer side is one of these have attention
     model.attention_levels = ()  # on or off for each level, as in (False, True, False, False); replaces the resolutions
     model.middle_attention = True  # attention between the two blocks in the middle
+    model.middle_attention_groups = -1  # of the norm before that attention; 0: no norm; -1: num_groups
     model.num_heads = 1  # of attention; divides the channels of every level that has it
+    model.head_channels = 0  # channels of a head, as many as fit; replaces num_heads; 0: off
     model.attention_patch_size = 1  # attention among patches of so many pixels a side, not single ones
     model.dropout = 0.1  # rate, in residual blocks
     model.num_groups = 32  # of group normalisation; divides the channels of every level
+    model.norm_epsilon = 1e-6  # of group normalisation
+    model.activation = "swish"  # in residual blocks: swish, gelu, mish or relu
+    model.time_embedding = "sinusoids"  # or learned: a vector for each timestep
+    model.time_frequency_shift = 1.0  # of the sinusoids: 0, as in Stable Diffusion, to 1, as in the paper
+    model.time_cosines_first = False  # the embedding is cosines, then sines
     model.scale_shift = False  # the time embedding scales and shifts norms (AdaGN), where the paper adds it
-    model.downsample = "conv"  # conv, avg_pool or max_pool
-    model.upsample = "nearest"  # nearest or transposed
+    model.downsample = "conv"  # conv, avg_pool, max_pool or residual
+    model.downsample_padding = "same"  # of conv: same, at the right and bottom, or symmetric, as PyTorch's
+    model.downsample_levels = ()  # one for each halving of the size, as in ("conv", "residual"); replaces downsample
+    model.upsample = "nearest"  # nearest, transposed or residual
+    model.upsample_levels = ()  # one for each doubling, in the order of downsample_levels; replaces upsample
+    model.center_input = False  # the network sees 2 x - 1
     model.class_conditional = False  # learn the classes of the data set
+    model.null_class = True  # a class-conditional network also knows no class, which guidance needs
     model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
@@ -131,6 +144,9 @@ def default_config() -> ConfigDict:
     sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
     sample.num_steps = 0  # timesteps to call the network at; 0: every one
     sample.spacing = ""  # linspace, leading, trailing, quadratic, logsnr or karras; "": as suits the sampler
+    sample.spacing_offset = 0  # added to the timesteps of the leading spacing
+    sample.skip_lowest = False  # of num_steps + 1 timesteps, the lowest is left out
+    sample.stop_at_first = False  # end at the first timestep's noise level, not at the clean image
     sample.eta = 0.0  # of ddim: 0, deterministic, to 1
     sample.order = 0  # of unipc: 1, 2 or 3; 0: 2
     sample.guidance_scale = 1.0  # of a class-conditional run: 1 is the class alone, more exaggerates it
@@ -157,6 +173,7 @@ MAY_CHANGE = (
     "data.path",
 )
 _COMMON_OPTIMIZERS = ("adabelief", "adafactor", "adam", "adamax", "adamw", "lamb", "lion", "nadam", "radam", "sgd")
+# The options of sampling that a table of coefficients is made of.
 FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
 
 
@@ -244,7 +261,8 @@ def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None)
     if not config.model.class_conditional:
         return NoCondition()
     names = (dataset or {}).get("class_names")
-    return ClassCondition(tuple(_ANY_CLASSES if names is None else names), config.train.label_dropout)
+    names = tuple(_ANY_CLASSES if names is None else names)
+    return ClassCondition(names, config.train.label_dropout, config.model.null_class)
 
 
 def make_decoder(config: ConfigDict) -> Decoder:
@@ -258,10 +276,14 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> UNet
     options = dict(config.model)
     del options["class_conditional"]
     condition = make_condition(config) if condition is None else condition
+    off = ("level_channels", "attention_levels", "downsample_levels", "upsample_levels", "head_channels")
+    groups = options["middle_attention_groups"]
     return UNet(
         **{
             **options,
-            "attention_levels": options["attention_levels"] or None,
+            **{name: options[name] or None for name in off},
+            "middle_attention_groups": None if groups < 0 else groups,
+            "num_timesteps": len(make_betas_from(config)) if options["time_embedding"] == "learned" else None,
             "dtype": jnp.dtype(options["dtype"]),
             "learned_variance": config.diffusion.variance == "learned",
             **condition.network_options(),
@@ -335,6 +357,9 @@ def sampling_steps(config: ConfigDict) -> Steps:
         sampler=sample.sampler,
         num_steps=sample.num_steps or None,
         spacing=sample.spacing or None,
+        spacing_offset=sample.spacing_offset,
+        skip_lowest=sample.skip_lowest,
+        stop_at_first=sample.stop_at_first,
         eta=sample.eta or None,
         order=sample.order or None,
     )
@@ -359,5 +384,6 @@ def sampling_request(config: ConfigDict, condition: Condition) -> Request:
 
 def evaluation_request(config: ConfigDict, condition: Condition) -> Request:
     """How the evaluation during training samples."""
-    steps = Steps(config.evaluate.sampler, config.evaluate.num_steps)
+    evaluate, stop = config.evaluate, config.sample.stop_at_first
+    steps = Steps(evaluate.sampler, evaluate.num_steps, stop_at_first=stop)
     return dataclasses.replace(sampling_request(config, condition), steps=steps)

@@ -119,9 +119,9 @@ class Run:
           progress: told (network calls done, calls in all).
           watch, snapshots_of: told of each batch as `ddpm_jax.sample` says.
           options: labels, the classes of a class-conditional run, repeated as needed (without them every class comes in
-            turn); and in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip,
-            dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
-            guidance_scale, guidance_rescale, guidance_interval (see `guided`).
+            turn); and in place of the config's: sampler, num_steps, spacing, spacing_offset, skip_lowest,
+            stop_at_first, timesteps, eta, order, clip, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see
+            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -297,12 +297,9 @@ class Run:
         if request.guidance.is_on:
             request.condition.require()
         model_fn = self.model.model_fn(self.params, request.condition.null(len(x_0)))
-        way: dict[str, Any] = {
-            "num_steps": request.steps.num_steps,
-            "spacing": request.steps.spacing or DEFAULT_SPACING["ddim"],
-            "prediction": request.output.prediction,
-            "variance": request.output.variance,
-        }
+        of_steps = ("num_steps", "spacing", "spacing_offset", "skip_lowest", "stop_at_first")
+        way = {name: request.keywords()[name] for name in (*of_steps, "prediction", "variance")}
+        way["spacing"] = way["spacing"] or DEFAULT_SPACING["ddim"]
         try:
             return parallel.to_host(editing.encode(self.schedule, model_fn, x_0, progress=progress, **way))
         except ValueError as error:

@@ -20,7 +20,10 @@ from ddpm_jax.sampling.condition import check_guidance
 
 _ELEMENTS: dict[str, type] = {
     "model.channel_multipliers": int,
+    "model.level_channels": int,
     "model.attention_resolutions": int,
+    "model.downsample_levels": str,
+    "model.upsample_levels": str,
     "model.attention_levels": bool,
     "diffusion.betas": float,
     "train.ema_decays": float,
@@ -80,7 +83,9 @@ def _check_values(config: ConfigDict) -> None:
         ("model.channels", config.model.channels, 2),
         ("model.num_res_blocks", config.model.num_res_blocks, 1),
         ("model.num_heads", config.model.num_heads, 1),
+        ("model.head_channels", config.model.head_channels, 0),
         ("model.num_groups", config.model.num_groups, 1),
+        ("model.middle_attention_groups", config.model.middle_attention_groups, -1),
         ("model.attention_patch_size", config.model.attention_patch_size, 1),
         ("log.every_steps", config.log.every_steps, 1),
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
@@ -102,6 +107,7 @@ def _check_values(config: ConfigDict) -> None:
         ("sample.num_images", config.sample.num_images, 1),
         ("sample.batch_size", config.sample.batch_size, 1),
         ("sample.num_steps", config.sample.num_steps, 0),
+        ("sample.spacing_offset", config.sample.spacing_offset, 0),
     ):
         if not value >= least:  # NaN too
             raise UserError(f"config.{name} is {value}; at least {least} is needed")
@@ -116,7 +122,14 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.channel_multipliers is {config.model.channel_multipliers}; accepted: integers of 1 or more"
         )
+    if any(width < 1 for width in config.model.level_channels):
+        raise UserError(
+            f"config.model.level_channels is {config.model.level_channels}; accepted: integers of 1 or more"
+        )
+    if not config.model.norm_epsilon > 0:
+        raise UserError(f"config.model.norm_epsilon is {config.model.norm_epsilon}; accepted: above 0")
     for name, share in (
+        ("model.time_frequency_shift", config.model.time_frequency_shift),
         ("train.label_dropout", train.label_dropout),
         ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
     ):
@@ -124,6 +137,8 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
+    if train.label_dropout and not config.model.null_class:
+        raise UserError("config.train.label_dropout needs a null class; accepted with model.null_class=False: 0")
     check_guidance(config_lib.make_condition(config), config_lib.guidance(config))
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")

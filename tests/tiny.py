@@ -50,6 +50,11 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
     return Run(config, dataset, 3, 0.99, model, params, mesh)
 
 
+def of_classes(number):
+    """The description of a data set of so many classes."""
+    return {"class_names": [str(i) for i in range(number)]}
+
+
 def near(a, b):
     """To one grey level."""
     return a.shape == b.shape and np.max(np.abs(a.astype(int) - b)) <= 1

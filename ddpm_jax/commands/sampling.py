@@ -32,6 +32,8 @@ def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: 
     """
     run, condition = job.run, job.run.request(**job.options).condition
     target = job.target("", {"grid": ".png", "png": "", "npz": ".npz"}[output])
+    if output == "png":
+        job.check_pictures()
     if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
         raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
     if num_images is None:

@@ -49,6 +49,9 @@ def plan(
     *,
     num_steps: int | None = None,
     spacing: str = "linspace",
+    spacing_offset: int = 0,
+    skip_lowest: bool = False,
+    stop_at_first: bool = False,
     timesteps: Sequence[int] | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
@@ -57,8 +60,10 @@ def plan(
 
     Args:
       schedule: T timesteps.
-      num_steps, spacing: see `spaced_timesteps`.
-      timesteps: the user's own, descending, in the place of those three.
+      num_steps, spacing, spacing_offset, skip_lowest: see `spaced_timesteps`.
+      stop_at_first: end at the noise level of timestep 0 instead of the clean image, as with diffusers'
+        set_alpha_to_one=False. A call at timestep 0 itself would leave x as it is and is left out.
+      timesteps: the user's own, descending, in the place of num_steps and spacing.
       t_start: the first timestep; None: T - 1.
       t_end: the timestep to stop at, whose x is the result; None: the clean image.
 
@@ -68,12 +73,13 @@ def plan(
     if timesteps is not None:
         if num_steps is not None or t_start is not None:
             raise ValueError("timesteps take the place of num_steps and t_start; give either")
-        return Levels.of(schedule, timesteps, t_end)
+        return _ending(schedule, timesteps, t_end, stop_at_first)
     if t_end is None:
-        chosen = spaced_timesteps(schedule, num_steps, spacing, t_start)
+        options: dict[str, Any] = {"offset": spacing_offset, "skip_lowest": skip_lowest}
+        chosen = spaced_timesteps(schedule, num_steps, spacing, t_start, **options)
         if t_start is not None:
             chosen[0] = t_start  # x_t has that noise, whatever the spacing starts from
-        return Levels.of(schedule, chosen)
+        return _ending(schedule, chosen, None, stop_at_first)
     t_start = schedule.num_timesteps - 1 if t_start is None else t_start
     if not 0 <= t_end < t_start:
         raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
@@ -85,17 +91,33 @@ def plan(
     return Levels.of(schedule, spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)[:-1], t_end)
 
 
+def _ending(
+    schedule: Schedule, timesteps: Sequence[int] | np.ndarray, t_end: int | None, stop_at_first: bool
+) -> Levels:
+    if not stop_at_first or t_end is not None:
+        return Levels.of(schedule, timesteps, t_end)
+    timesteps = np.asarray(timesteps)
+    timesteps = timesteps[:-1] if timesteps.size and timesteps[-1] == 0 else timesteps
+    if not timesteps.size:
+        raise ValueError("stop_at_first ends at timestep 0, and sampling starts there; accepted: a later start")
+    return Levels.of(schedule, timesteps, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """Which steps a sampling run takes.
 
     Attributes:
-      sampler, num_steps, spacing, timesteps, eta, order, x_0_mse: as in `sample`.
+      sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse: as in
+        `sample`.
     """
 
     sampler: str = "ddpm"
     num_steps: int | None = None
     spacing: str | None = None
+    spacing_offset: int = 0
+    skip_lowest: bool = False
+    stop_at_first: bool = False
     timesteps: Sequence[int] | None = None
     eta: float | None = None
     order: int | None = None
@@ -128,6 +150,9 @@ class Steps:
             schedule,
             num_steps=self.num_steps,
             spacing=DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing,
+            spacing_offset=self.spacing_offset,
+            skip_lowest=self.skip_lowest,
+            stop_at_first=self.stop_at_first,
             timesteps=self.timesteps,
             t_start=t_start,
             t_end=t_end,
@@ -168,6 +193,9 @@ def sample(
     sampler: str = "ddpm",
     num_steps: int | None = None,
     spacing: str | None = None,
+    spacing_offset: int = 0,
+    skip_lowest: bool = False,
+    stop_at_first: bool = False,
     timesteps: Sequence[int] | None = None,
     eta: float | None = None,
     order: int | None = None,
@@ -200,6 +228,8 @@ def sample(
       num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
         "linspace" for ddpm and ddim, "logsnr" for the others.
+      spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
+      stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
       timesteps: the user's own, descending, in their place.
       eta: of "ddim", 0 (the default) to 1.
       order: of "unipc", 1, 2 (the default) or 3.
@@ -220,7 +250,7 @@ def sample(
         the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
+      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end or timestep 0; with num_snapshots also
       [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start. The last is what the
       last call gave, before known pixels are put in their places.
 
@@ -233,7 +263,9 @@ def sample(
         raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
-    steps = Steps(sampler, num_steps, spacing, timesteps, eta, order, x_0_mse)
+    steps = Steps(
+        sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse
+    )
     table = steps.table(schedule, variance, t_start=t_start, t_end=t_end, resampling=resampling)
     if known is not None and t_end is not None:
         raise ValueError("known pixels need sampling to the clean image; leave t_end out")

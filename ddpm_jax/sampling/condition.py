@@ -22,6 +22,7 @@ Batch = Mapping[str, jax.Array]
 
 # What can be said to a run of any kind, by the keyword of `say`; and why a run of another kind refuses it.
 KEYWORDS = {"labels": "this run is not class-conditional, so there are no classes to choose"}
+_UNTRAINED = "it needs a run with model.class_conditional and a train.label_dropout above 0"
 FIELDS = {"label": "labels"}  # the fields of the playground's page, and the keyword that a value of each is
 
 
@@ -55,7 +56,8 @@ class Condition(Protocol):
       is_said: whether anything was said.
       rows: how many things were said; a grid has a row for each. 0: nothing was said.
       can_be_left_out: whether the network can be called with nothing said.
-      can_guide: whether guidance is possible: the network knows images with the condition and without.
+      cannot_guide: why there is no guidance, which needs a network that knows images with the condition and without;
+        "": there is.
     """
 
     @property
@@ -71,7 +73,7 @@ class Condition(Protocol):
     def can_be_left_out(self) -> bool: ...
 
     @property
-    def can_guide(self) -> bool: ...
+    def cannot_guide(self) -> str: ...
 
     def network_options(self) -> dict[str, Any]:
         """The arguments of `UNet` that it decides."""
@@ -123,7 +125,7 @@ class NoCondition:
     is_said: bool = False
     rows: int = 0
     can_be_left_out: bool = True
-    can_guide: bool = False
+    cannot_guide: str = _UNTRAINED
 
     def network_options(self) -> dict[str, Any]:
         return {}
@@ -164,11 +166,13 @@ class ClassCondition:
     Attributes:
       class_names: of the data set.
       dropout: the share of training examples whose class is dropped.
+      null_class: whether the network has one.
       labels: the classes that were said, repeated for as long as there are images.
     """
 
     class_names: Sequence[str]
     dropout: float = 0.0
+    null_class: bool = True
     labels: tuple[int, ...] = ()
 
     @property
@@ -188,8 +192,10 @@ class ClassCondition:
         return self.dropout > 0
 
     @property
-    def can_guide(self) -> bool:
-        return self.dropout > 0
+    def cannot_guide(self) -> str:
+        if not self.null_class:
+            return "it needs a network with a null class, and this one has none (model.null_class is False)"
+        return "" if self.dropout else _UNTRAINED
 
     def network_options(self) -> dict[str, Any]:
         return {"num_classes": len(self.class_names)}
@@ -243,8 +249,5 @@ def check_guidance(condition: Condition, guidance: Guidance) -> None:
         guidance.check()
     except ValueError as error:
         raise UserError(str(error)) from None
-    if guidance.is_on and not condition.can_guide:
-        raise UserError(
-            f"guidance_scale is {guidance.scale}; other than 1 it needs a run with model.class_conditional and a "
-            "train.label_dropout above 0"
-        )
+    if guidance.is_on and condition.cannot_guide:
+        raise UserError(f"guidance_scale is {guidance.scale}; other than 1 {condition.cannot_guide}")

@@ -50,9 +50,12 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The steps, the output and the guidance as JSON values."""
         values = self.keywords() | {f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()}
-        # Only where they are given, and last: files of earlier versions are recognised by these values.
-        optional = {name: values.pop(name) for name in ("timesteps", "x_0_mse")}
-        values |= {name: value for name, value in optional.items() if value is not None}
+        # Of these only what is given, and last: files of earlier versions are recognised by the others.
+        plain = Steps()
+        for name in ("spacing_offset", "skip_lowest", "stop_at_first", "timesteps", "x_0_mse"):
+            value, default = values.pop(name), getattr(plain, name)
+            if type(value) is not type(default) or value != default:
+                values[name] = value
         return {name: np.asarray(v).tolist() if isinstance(v, (tuple, np.ndarray)) else v for name, v in values.items()}
 
 

@@ -103,7 +103,7 @@ class Playground:
             "height": height,
             "width": width,
             "controls": [dataclasses.asdict(control) for control in run.condition.controls()],
-            "guidance": run.condition.can_guide,
+            "guidance": not run.condition.cannot_guide,
             "unconditional": run.condition.can_be_left_out,
             "timesteps": self.last + 1,
             "samplers": {
