@@ -357,6 +357,10 @@ class Run:
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("sampler", options["sampler"]) != options["sampler"]:
             options |= {"eta": None, "order": None}  # of the other sampler
+            options.pop("skip_lowest", None)
+        if given.get("spacing", options["spacing"]) != options["spacing"]:
+            for name in ("spacing_offset", "skip_lowest"):  # of the other spacing
+                options.pop(name, None)
         if "timesteps" in given:
             options["num_steps"] = None
         if "clip" in given:
