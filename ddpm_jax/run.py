@@ -381,7 +381,9 @@ class Run:
         request = config_lib.sampling_request(self.config, self.condition)
         steps, output, guidance = request.steps, request.output, request.guidance
         if given.get("sampler", steps.sampler) != steps.sampler:
-            steps = dataclasses.replace(steps, eta=None, order=None)  # of the other sampler
+            steps = dataclasses.replace(steps, eta=None, order=None, skip_lowest=False)  # of the other sampler
+        if given.get("spacing", steps.spacing) != steps.spacing:
+            steps = dataclasses.replace(steps, spacing_offset=0, skip_lowest=False)  # of the other spacing
         if "timesteps" in given:
             steps = dataclasses.replace(steps, num_steps=None)
         if "clip" in given:

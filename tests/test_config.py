@@ -73,6 +73,9 @@ def test_network_of_a_config():
     assert make().attention_levels is None
     assert make(model__attention_levels=(True, False)).attention_levels == (True, False)
     assert make(model__dtype="bfloat16").dtype == jax.numpy.bfloat16
+    assert (make().level_channels, make().head_channels, make().middle_attention_groups) == (None, None, None)
+    assert make(model__middle_attention_groups=0).middle_attention_groups == 0
+    assert (make().num_timesteps, make(model__time_embedding="learned").num_timesteps) == (None, 1000)
     assert not make().learned_variance
     assert make(diffusion__variance="learned").learned_variance
 
@@ -89,7 +92,9 @@ def test_options_of_loss_and_sampler():
     assert config_lib.parameterization(config) == Parameterization("eps", "fixed_large", False, None)
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
     assert config_lib.parameterization(config).dynamic_threshold == 0.9
-    assert config_lib.sampling_steps(config) == Steps("ddpm", None, None, None, None, None)
+    assert config_lib.sampling_steps(config) == Steps()
+    config = small(sample__spacing_offset=1, sample__stop_at_first=True)
+    assert config_lib.sampling_steps(config) == Steps(spacing_offset=1, stop_at_first=True)
     config = small(sample__sampler="ddim", sample__eta=0.3, sample__num_steps=7)
     assert config_lib.sampling_steps(config) == Steps("ddim", 7, eta=0.3)
     guidance = {"guidance_scale": 2.5, "guidance_rescale": 0.7, "guidance_interval": (3, 5)}

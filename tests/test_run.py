@@ -103,6 +103,21 @@ def test_settings_do_not_depend_on_how_the_weights_lie():
     assert sharded == whole
 
 
+def test_options_of_the_steps_go_with_their_spacing_and_sampler():
+    run = make_run(sampler="dpmpp_2m", spacing="leading", spacing_offset=1, skip_lowest=True, stop_at_first=True)
+    own = {"spacing_offset": 1, "skip_lowest": True, "stop_at_first": True}
+    for chosen, kept in (
+        ({}, {"spacing_offset", "skip_lowest", "stop_at_first"}),
+        ({"spacing": "linspace"}, {"stop_at_first"}),
+        ({"sampler": "ddim"}, {"spacing_offset", "stop_at_first"}),
+    ):
+        settings = run.settings(seed=0, **chosen)
+        assert {name: settings[name] for name in own if name in settings} == {name: own[name] for name in kept}
+    assert run.calls(num_steps=3) == 3
+    noise = run.encode(PICTURES, num_steps=5)
+    assert near(run.decode(noise, num_steps=5), run.decode(noise, num_steps=5, spacing="leading"))
+
+
 def test_a_run_is_a_line(run):
     assert re.fullmatch(r"Run\(8x8x1 images, [\d,]+ parameters, step 3, EMA 0.99, predicts eps\)", repr(run))
 

@@ -189,8 +189,8 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
     if kind in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         sample.skip_lowest = spacing != "trailing"
         sample.num_steps = min(_SOLVER_STEPS, T)
-        notes += _read_dpm(sample, fields, where) if kind.startswith("DPM") else _read_unipc(sample, fields)
-        if stops and fields["lower_order_final"]:
+        notes += _read_dpm(config, fields, where) if kind.startswith("DPM") else _read_unipc(sample, fields)
+        if stops and fields["lower_order_final"] and sample.sampler not in ("ddim", "ddpm"):
             notes.append(
                 "final_sigmas_type 'sigma_min': the last steps keep their order here, which diffusers lowers in "
                 "UniPC and in fewer than 15 steps"
@@ -243,15 +243,16 @@ def _notes_of(kind: str, spacing: str, clips: bool) -> list[str]:
     return found
 
 
-def _read_dpm(sample: ConfigDict, fields: Mapping[str, Any], where: str) -> list[str]:
-    algorithm, order, notes = fields["algorithm_type"], fields["solver_order"], []
+def _read_dpm(config: ConfigDict, fields: Mapping[str, Any], where: str) -> list[str]:
+    sample, algorithm, order, notes = config.sample, fields["algorithm_type"], fields["solver_order"], []
     stochastic = choose(
         where,
         fields,
         "algorithm_type",
         {"dpmsolver++": False, "sde-dpmsolver++": True, "dpmsolver": False, "sde-dpmsolver": True},
     )
-    if order == 1 and algorithm != "sde-dpmsolver":  # whichever is integrated, the first order is the same step
+    own_variance = stochastic and (algorithm == "sde-dpmsolver" or config.diffusion.variance == "learned")
+    if order == 1 and not own_variance:  # whichever is integrated, the first order is the same step
         sample.sampler = "ddpm" if stochastic else "ddim"
     else:
         sample.sampler = "dpmpp_2m_sde" if stochastic else "dpmpp_2m"

@@ -62,6 +62,11 @@ def test_what_diffusers_passes_over():
         ("EulerAncestralDiscreteScheduler", {}, "the run's sampler is ddpm with its small variance"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not one of this project's methods"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type 'heun' is not"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"solver_order": 1, "algorithm_type": "sde-dpmsolver++", "variance_type": "learned_range"},
+            "solver_order 1 is not one of this project's methods; the run's is dpmpp_2m_sde",
+        ),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver' is not"),
         ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1: sampling starts at"),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "(spacing 'karras')"),
