@@ -40,7 +40,7 @@ for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if child == 0:
-        signal.alarm(300)  # it ends, whatever it waits for
+        signal.alarm(900)  # it ends, whatever it waits for
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)

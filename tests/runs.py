@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from forks import Forks
 from tensorboardX.proto import event_pb2
 from xla import xla_flags
@@ -22,6 +23,7 @@ from xla import xla_flags
 from ddpm_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds after which what a test waits for will not come, however slow or loaded the machine is
 STEPS = 24
 TINY = [
     "--config=configs/digits.py",
@@ -127,10 +129,32 @@ def trained(call, shared, tmp_path_factory):
     return shutil.copytree(workdir, tmp_path_factory.mktemp("copy") / "trained"), said.read_text()
 
 
+_reserved = []
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing else takes before this process ends.
+
+    It lies below the ports that the kernel hands out, and a locked file keeps it from other test processes.
+    """
+    folder = Path(tempfile.gettempdir()) / f"ddpm_jax_ports_{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for port in np.random.default_rng().permutation(np.arange(20_000, 30_000)).tolist():
+        lock = FileLock(folder / str(port))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                lock.release()
+                continue
+        _reserved.append(lock)
+        return port
+    raise AssertionError("no port is free")
 
 
 def start_two(start, *flags, devices=2, **options):
@@ -143,7 +167,7 @@ def start_two(start, *flags, devices=2, **options):
 def in_two_processes(start, *flags, **options):
     """What each of them printed."""
     processes = start_two(start, *flags, **options)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs
 
@@ -156,9 +180,12 @@ def metrics(workdir):
 
 def wait_for_step(process, workdir, step):
     """Until the run has logged a step; fails if it ends first."""
-    deadline = time.monotonic() + 240
-    while not any(line["step"] >= step for line in metrics(workdir)):
-        assert process.poll() is None, process.communicate()[0]
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        ended = process.poll() is not None  # before the look at what it logged
+        if any(line["step"] >= step for line in metrics(workdir)):
+            return
+        assert not ended, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -18,7 +18,7 @@ from documents import PAGES, ROOT, anchors, blocks, commands, links
 from filelock import FileLock
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from runs import free_port
+from runs import PATIENCE, free_port
 from xla import xla_flags
 
 from configs import celebahq256, cifar10, cifar10_article, digits
@@ -184,7 +184,7 @@ class Workspace:
     def close(self):
         if self.server:
             self.server.terminate()
-            assert self.server.wait(60) == 0
+            assert self.server.wait(PATIENCE) == 0
             self.server.stdout.close()
 
     def adapted(self, flags):

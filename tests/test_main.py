@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, STEPS, assert_same_checkpoint, checkpoint, in_two_processes, metrics
+from runs import PATIENCE, ROOT, STEPS, assert_same_checkpoint, checkpoint, in_two_processes, metrics
 from sklearn.datasets import load_digits
 
 import ddpm_jax
@@ -180,7 +180,7 @@ class TestSampling:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not list(parts.glob("*.npz")) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)

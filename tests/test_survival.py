@@ -9,10 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import STEPS, assert_same_checkpoint, metrics, results, start_two, wait_for_step
+from runs import PATIENCE, STEPS, assert_same_checkpoint, metrics, results, start_two, wait_for_step
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[1] / "docs" / "survival.md"
+# A run that does not end before it is stopped, however late the signal comes.
+ENDLESS = (
+    "--config.train.num_steps=100000",
+    "--config.checkpoint.every_steps=100000",
+    "--config.log.sample_every_steps=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,23 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+def stopped_while_saving(process, workdir):
+    """Stops a run in the middle of saving; False: it was not saving, or was done before it stopped."""
+    if list(workdir.glob("checkpoints/*-tmp*")):
+        process.send_signal(signal.SIGSTOP)
+        while process.poll() is None and state(process) not in "TtZX":
+            time.sleep(0.001)
+        if list(workdir.glob("checkpoints/*-tmp*")):
+            return True
+        process.send_signal(signal.SIGCONT)
+    return False
+
+
+def state(process):
+    """A letter, as in the manual of /proc: T is a process that was stopped."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 class TestKills:
     def test_at_random_moments_and_while_saving(self, start, call, tmp_path, request):
         """By SIGKILL and SIGTERM, as often as --kills says; the end is that of the uninterrupted run, bit for bit."""
@@ -63,17 +86,18 @@ class TestKills:
         rng = np.random.default_rng(0)
         outputs, half_written = [], 0
         for number in range(kills):
-            process = start(f"--workdir={killed}", *flags)
             kind = ("running", "saving", "told to stop", "starting")[number % 4]
+            often = ("--config.checkpoint.every_steps=2",) if kind == "saving" else ()
+            process = start(f"--workdir={killed}", *flags, *often)
             if kind == "starting":
                 time.sleep(rng.uniform(0, 5))
             else:
                 wait_for_step(process, killed, 40 * (number + 1))
                 time.sleep(rng.uniform(0, 0.3))
-            while kind == "saving" and process.poll() is None and not list(killed.glob("checkpoints/*-tmp*")):
+            while kind == "saving" and process.poll() is None and not stopped_while_saving(process, killed):
                 pass
             process.send_signal(signal.SIGTERM if kind == "told to stop" else signal.SIGKILL)
-            outputs.append(process.communicate(timeout=60)[0])
+            outputs.append(process.communicate(timeout=PATIENCE)[0])
             assert process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM), outputs[-1]
             half_written += bool(list(killed.glob("checkpoints/*-tmp*")))
         status, output = call(f"--workdir={killed}", *flags)
@@ -86,18 +110,21 @@ class TestKills:
         assert not list(killed.glob("checkpoints/*-tmp*"))
         assert_nothing_lost(killed, whole, num_steps)
 
-    def test_told_to_stop_between_two_lines_of_metrics(self, trained, start, call, tmp_path):
-        process = start(f"--workdir={tmp_path}", "--config.checkpoint.every_steps=1000")
-        wait_for_step(process, tmp_path, 2)
+    def test_told_to_stop_between_two_lines_of_metrics(self, start, call, tmp_path):
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        process = start(f"--workdir={stopped}", *ENDLESS)
+        wait_for_step(process, stopped, 2)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
         saved = int(re.search(r"stopped at step (\d+)", output)[1])
-        assert 2 <= saved < STEPS
-        status, output = call(f"--workdir={tmp_path}")  # saving at other steps may change while a run goes on
-        assert status == 0, output
-        assert f"going on from the checkpoint of step {saved}" in output
-        assert_nothing_lost(tmp_path, trained[0])
+        assert saved >= 2
+        for workdir in (stopped, whole):  # saving at other steps may change while a run goes on
+            flags = (f"--config.train.num_steps={saved + 7}", "--config.log.sample_every_steps=0")
+            status, output = call(f"--workdir={workdir}", *flags)
+            assert status == 0, output
+            assert (f"going on from the checkpoint of step {saved}" in output) == (workdir == stopped)
+        assert_nothing_lost(stopped, whole, saved + 7)
 
 
 class TestDisk:
@@ -131,7 +158,7 @@ class TestDisk:
         filler = workdir.parent / "filler"
         with pytest.raises(OSError, match="No space left"):
             filler.write_bytes(bytes(8_000 << 10))
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         sentence = output.splitlines()[-1]
         assert re.match(r"error: .*No space left on device.* the same command goes on from ", sentence), output
@@ -182,32 +209,36 @@ class TestTwoProcesses:
 
     def until_step(self, start, workdir, step, index, number, *flags):
         """Sends a signal to one of two processes at a step; the statuses and outputs of both."""
-        processes = start_two(start, f"--workdir={workdir}", "--silence_timeout=5", *flags)
+        processes = start_two(start, f"--workdir={workdir}", *flags)
         wait_for_step(processes[0], workdir, step)
         processes[index].send_signal(number)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         return [process.returncode for process in processes], outputs
 
-    def test_one_is_told_to_stop(self, trained, start, tmp_path):
+    def test_one_is_told_to_stop(self, start, call, tmp_path):
         """Both save and stop; with 4 devices each they go on to the losses of one process."""
         flags = ("--config.log.sample_every_steps=0", "--config.sample.num_images=4", "--config.sample.num_steps=5")
-        statuses, outputs = self.until_step(start, tmp_path, 2, 1, signal.SIGTERM, *flags)
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        statuses, outputs = self.until_step(start, stopped, 2, 1, signal.SIGTERM, *flags, *ENDLESS)
         assert statuses == [0, 0], outputs
         assert "4 cpu device(s), 2 process(es)" in outputs[0]
         assert "process(es)" not in outputs[1]
-        step = re.search(rf"stopped at step (\d+) of {STEPS}, saved", outputs[0])[1]
-        processes = start_two(start, f"--workdir={tmp_path}", *flags, devices=4)
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        step = int(re.search(r"stopped at step (\d+) of 100000, saved", outputs[0])[1])
+        flags = (*flags, f"--config.train.num_steps={step + 8}")
+        status, output = call(f"--workdir={whole}", *flags)
+        assert status == 0, output
+        processes = start_two(start, f"--workdir={stopped}", *flags, devices=4)
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
         assert f"going on from the checkpoint of step {step}" in outputs[0]
         assert "8 cpu device(s), 2 process(es)" in outputs[0]
-        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (tmp_path, trained[0])]
+        losses = [[line["loss"] for line in metrics(workdir)] for workdir in (stopped, whole)]
         np.testing.assert_allclose(*losses, rtol=1e-5)
-        assert (tmp_path / "samples" / "final.png").exists()
+        assert (stopped / "samples" / "final.png").exists()
 
-    @pytest.mark.parametrize(("index", "why"), [(1, "no sign of life for 5 s"), (0, "Connection refused")])
+    @pytest.mark.parametrize(("index", "why"), [(1, "no sign of life for 20 s"), (0, "Connection refused")])
     def test_one_dies(self, start, tmp_path, index, why):
-        flags = ("--config.train.num_steps=100000", "--config.log.sample_every_steps=0")
+        flags = (*ENDLESS, "--config.checkpoint.every_steps=6", "--silence_timeout=20")
         statuses, outputs = self.until_step(start, tmp_path, 14, index, signal.SIGKILL, *flags)
         assert statuses[index] == -signal.SIGKILL
         assert statuses[1 - index] == 1, outputs[1 - index]

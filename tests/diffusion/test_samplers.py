@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS, make_
 T = 1000
 LINEAR = make_schedule("linear", T)
 BETAS = make_betas("linear", T)
+
+
+# For a thousand steps of many pixels: the tests' programs are compiled without optimisation otherwise (tests/xla.py).
+optimised = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 @jax.jit
@@ -171,7 +177,8 @@ def test_gaussian_data(measure, gaussian_model, variance, num_steps, discretisat
     standard errors, and which ends near the data's own: above it with the large variance, below with the small."""
     m, v, n = 0.2, 0.09, 256 * 256
     model = gaussian_model(LINEAR, m, v)
-    x = sample(LINEAR, model, jax.random.key(3), (1, 256, 256, 1), variance=variance, num_steps=num_steps, clip=False)
+    options = {"variance": variance, "num_steps": num_steps, "clip": False}
+    x = optimised(lambda key: sample(LINEAR, model, key, (1, 256, 256, 1), **options))(jax.random.key(3))
     timesteps = spaced_timesteps(LINEAR, num_steps)
     mean, var = 0.0, 1.0
     for a, s, x_0_coef, x_coef, small, beta in zip(*coefficients(BETAS, timesteps), strict=True):
@@ -198,7 +205,8 @@ def test_gaussian_with_a_covariance(measure):
         inverse = jnp.linalg.inv(a**2 * covariance + s**2 * jnp.eye(2))
         return s * jnp.einsum("ij,bhjc->bhic", inverse, x)
 
-    x = np.asarray(sample(LINEAR, model, jax.random.key(6), (1, n, 2, 1), clip=False), np.float64)[0, :, :, 0]
+    x = optimised(lambda key: sample(LINEAR, model, key, (1, n, 2, 1), clip=False))(jax.random.key(6))
+    x = np.asarray(x, np.float64)[0, :, :, 0]
     along = []
     for eigenvalue in (v * (1 + rho), v * (1 - rho)):
         var = 1.0
@@ -258,7 +266,8 @@ def test_mixture_of_two(measure):
         share = jax.nn.softmax(log_weights - difference**2 / (2 * var), axis=-1)
         return jnp.sum(share * s * difference / var, axis=-1)
 
-    x = np.asarray(sample(LINEAR, model, jax.random.key(5), (1, 96, 96, 1), clip=False), np.float64).ravel()
+    x = optimised(lambda key: sample(LINEAR, model, key, (1, 96, 96, 1), clip=False))(jax.random.key(5))
+    x = np.asarray(x, np.float64).ravel()
     right = x > -0.1
     mean = weights @ means
     var = v + weights @ (means - mean) ** 2

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from runs import PATIENCE, free_port
 from xla import xla_flags
 
 from ddpm_jax.evaluation import metrics
@@ -179,9 +179,7 @@ def test_two_processes(tmp_path):
     """With the same images on all devices, and sharing a folder's shards."""
     for first in range(0, 90, 30):
         shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], {"label": np.zeros(30)}, {})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
@@ -195,7 +193,7 @@ def test_two_processes(tmp_path):
             command = [sys.executable, "-c", TWO_PROCESSES, port, str(index), str(tmp_path)]
             processes.append(subprocess.Popen(command, stdout=file, env=environment))
     try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        assert [process.wait(timeout=PATIENCE) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

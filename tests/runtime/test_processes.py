@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import free_port
+from runs import PATIENCE, free_port
 
 from ddpm_jax.runtime import processes
 from ddpm_jax.runtime.errors import UserError
@@ -58,7 +58,7 @@ from ddpm_jax.runtime import processes
 from ddpm_jax.runtime.errors import UserError
 
 try:
-    with processes.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=2, advice=lambda: "go on"):
+    with processes.job(automatic=True, start_timeout=int(sys.argv[1]), silence_timeout=60, advice=lambda: "go on"):
         if len(sys.argv) == 3:
             raise UserError(sys.argv[2])
         while True:
@@ -77,22 +77,23 @@ def start(*arguments, **environment):
 class TestJob:
     def test_nothing_in_the_environment(self):
         process = start("5")
-        assert "error: --distributed could not start a job" in process.communicate(timeout=60)[1]
+        assert "error: --distributed could not start a job" in process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 1
 
     def test_others_never_come(self):
         process = start(
             "2", JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"
         )
-        sentence = process.communicate(timeout=60)[1].splitlines()[-1]
+        sentence = process.communicate(timeout=PATIENCE)[1].splitlines()[-1]
         assert sentence == "error: not all processes of the job came together within 2 s; go on"
         assert process.returncode == 1
 
     def test_error_of_one_ends_both(self):
         """One that computes and asks nobody, too."""
         job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-        processes = [start("60", JAX_PROCESS_ID="0", **job), start("60", "its disk is full", JAX_PROCESS_ID="1", **job)]
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
+        arguments = [("600",), ("600", "its disk is full")]
+        processes = [start(*words, JAX_PROCESS_ID=str(index), **job) for index, words in enumerate(arguments)]
+        outputs = [process.communicate(timeout=PATIENCE)[1] for process in processes]
         assert [process.returncode for process in processes] == [1, 1], outputs
         assert outputs[0].splitlines()[-1] == "error: process 1 of 2 stopped: its disk is full"
         assert outputs[1].splitlines()[-1] == "error: its disk is full"

@@ -3,11 +3,10 @@
 import threading
 
 import pytest
+from runs import PATIENCE
 
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.serve.queue import FullError, Queue, Task
-
-SECONDS = 30
 
 
 class Held:
@@ -23,7 +22,7 @@ class Held:
         self.order.append(self)
         self.begun.set()
         task.progress(5, 10)
-        assert self.let.wait(SECONDS)
+        assert self.let.wait(PATIENCE)
         if self.error:
             raise self.error
         task.progress(10, 10)
@@ -33,7 +32,7 @@ class Held:
         """All its events."""
         self.let.set()
         while not self.told or self.told[-1]["state"] not in ("done", "failed"):
-            assert self.changed.wait(SECONDS)
+            assert self.changed.wait(PATIENCE)
             self.changed.clear()
             self.told += self.task.events()
         return self.told
@@ -50,7 +49,7 @@ def queue():
 def test_jobs_take_turns_and_know_their_place(queue):
     order = []
     held = [Held(queue, order)]
-    assert held[0].begun.wait(SECONDS)
+    assert held[0].begun.wait(PATIENCE)
     held += [Held(queue, order), Held(queue, order)]
     assert [queue.place(one.task) for one in held] == [None, (1, None), (2, None)]
     for one in held:
@@ -61,13 +60,13 @@ def test_jobs_take_turns_and_know_their_place(queue):
 
 def test_a_full_queue_refuses_and_says_how_long_it_is(queue):
     first = Held(queue)
-    assert first.begun.wait(SECONDS)
+    assert first.begun.wait(PATIENCE)
     held = [Held(queue), Held(queue)]
     with pytest.raises(FullError) as refusal:
         Held(queue)
     assert (refusal.value.waiting, refusal.value.seconds) == (2, None)
     first.end()
-    assert held[0].begun.wait(SECONDS)
+    assert held[0].begun.wait(PATIENCE)
     ahead, seconds = queue.place(held[1].task)
     assert ahead == 1
     assert seconds > 0  # from what the first took
@@ -82,7 +81,7 @@ def test_a_full_queue_refuses_and_says_how_long_it_is(queue):
 
 def test_cancelling_a_job_that_waits_and_one_that_runs(queue):
     running, waiting, last = Held(queue), Held(queue), Held(queue)
-    assert running.begun.wait(SECONDS)
+    assert running.begun.wait(PATIENCE)
     queue.cancel(waiting.task)
     queue.cancel(running.task)
     running.let.set()  # its next call ends it
@@ -105,7 +104,7 @@ def test_a_job_that_fails_is_told_and_the_next_is_done(queue, error, sentence, c
 
 def test_closing_ends_those_that_wait_and_lets_no_more_in(queue):
     running, waiting = Held(queue), Held(queue)
-    assert running.begun.wait(SECONDS)
+    assert running.begun.wait(PATIENCE)
     queue.close()
     running.let.set()
     for one in (running, waiting):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from runs import PATIENCE
 from tiny import make_run, near
 
 import ddpm_jax
@@ -37,7 +38,7 @@ class Server:
     def post(self, path, fields=QUICK, stream=False, headers=None, **files):
         # None: a form of files alone is of another type than one of fields.
         parts = {name: (None, value) for name, value in fields.items()} | files
-        return requests.post(f"{self.url}/api/{path}", files=parts, stream=stream, headers=headers, timeout=120)
+        return requests.post(f"{self.url}/api/{path}", files=parts, stream=stream, headers=headers, timeout=PATIENCE)
 
     def pictures(self, path, fields=QUICK, **files):
         """Of an action that is done."""
@@ -49,7 +50,7 @@ class Server:
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, "".join(self.said) + output
 
 
@@ -115,9 +116,9 @@ class TestServer:
         assert not near(painted[0], painted[1])
 
     def test_training_images(self, server, trained):
-        found = requests.get(f"{server.url}/api/training_images?first=1795&count=9", timeout=60).json()
+        found = requests.get(f"{server.url}/api/training_images?first=1795&count=9", timeout=PATIENCE).json()
         assert len(found["pictures"]) == 2
-        response = requests.get(f"{server.url}/api/training_images?first=1797", timeout=60)
+        response = requests.get(f"{server.url}/api/training_images?first=1797", timeout=PATIENCE)
         assert (response.status_code, response.json()["error"]) == (
             400,
             "first is '1797'; accepted: a whole number from 0 to 1796",
@@ -142,7 +143,7 @@ class TestServer:
     def test_a_body_without_end_is_broken_off(self, server):
         """A request that does not say how long it is cannot bring more, either."""
         head = b'--x\r\ncontent-disposition: form-data; name="picture"; filename="a.png"\r\n\r\n'
-        connection = http.client.HTTPConnection(server.url.partition("//")[2], timeout=60)
+        connection = http.client.HTTPConnection(server.url.partition("//")[2], timeout=PATIENCE)
         sent = 0
 
         def endless():
@@ -179,22 +180,22 @@ class TestServer:
         ],
     )
     def test_refusals(self, server, path, headers, body, status, sentence):
-        response = requests.post(f"{server.url}/api/{path}", body, headers=headers, timeout=60)
+        response = requests.post(f"{server.url}/api/{path}", body, headers=headers, timeout=PATIENCE)
         assert (response.status_code, sentence in response.json()["error"]) == (status, True), response.text
 
     def test_nothing_is_computed_for_a_get(self, server):
-        response = requests.get(f"{server.url}/api/sample", timeout=60)
+        response = requests.get(f"{server.url}/api/sample", timeout=PATIENCE)
         assert (response.status_code, response.json()["error"]) == (405, "this address takes another method")
 
     @pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/api/run", "/nothing", "/../pyproject.toml"])
     def test_every_answer_has_its_guards(self, server, path):
-        response = requests.get(server.url + path, timeout=60)
+        response = requests.get(server.url + path, timeout=PATIENCE)
         assert response.status_code == (404 if "nothing" in path or "toml" in path else 200)
         assert response.headers["content-security-policy"].startswith("default-src 'self'; ")
         assert response.headers["x-content-type-options"] == "nosniff"
         assert "://" not in response.text.replace("http://www.w3.org/", "")  # nothing of elsewhere
         assert "server" not in response.headers
-        wrong = requests.get(server.url + path, headers={"host": "evil.example"}, timeout=60)
+        wrong = requests.get(server.url + path, headers={"host": "evil.example"}, timeout=PATIENCE)
         assert wrong.status_code == 400
 
     def test_the_queue_is_bounded(self, server):
@@ -223,10 +224,11 @@ class TestServer:
     def test_ends_with_a_word(self, trained, start, number):
         server = Server(start("--mode=serve", f"--workdir={trained[0]}", "--port=0", "--raw", config=None))
         assert "step 24, raw weights: http://127.0.0.1:" in server.said[-1]
-        response = server.post("sample", stream=True)
-        lines = response.iter_lines()
-        while json.loads(next(lines))["state"] != "compiling":
-            pass
+        # Three others come first, so that the last is not done before the signal arrives.
+        forms = [QUICK | {"num_steps": str(num_steps)} for num_steps in (9, 8, 7, 6)]
+        responses = [server.post("sample", form, stream=True) for form in forms]
+        lines = responses[-1].iter_lines()
+        assert json.loads(next(lines))["state"] == "waiting"
         status, output = server.end(number)
         assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is ending"}
         assert (status, output.splitlines()[-1]) == (0, "the playground has ended"), output
@@ -257,7 +259,7 @@ def sources(page, selector="#grid img"):
 
 def done(page, button):
     page.click(f"#go:has-text('{button}')")
-    page.wait_for_selector("#status:has-text('Done in')", timeout=120_000)
+    page.wait_for_selector("#status:has-text('Done in')", timeout=1000 * PATIENCE)
     assert not page.is_disabled("#go")
     assert page.is_disabled("#cancel")
 
@@ -351,12 +353,14 @@ class TestPage:
         done(page, "Vary")
         assert chosen not in sources(page)
 
-    def test_cancel(self, page):
+    def test_cancel(self, page, server):
         page.select_option("[name=sampler]", "ddpm")
         page.fill("[name=num_steps]", "50")
+        server.process.send_signal(signal.SIGSTOP)  # or it might be done before the click
         page.click("#go")
-        page.click("#cancel", timeout=1000)
+        page.click("#cancel")
         page.wait_for_selector("#status:has-text('Cancelled.')")
+        server.process.send_signal(signal.SIGCONT)
         done(page, "Sample")
 
     @pytest.mark.parametrize("width", [320, 1200])
