@@ -120,6 +120,20 @@ def test_networks(measure, name, tmp_path):
     assert written(opened.scheduler.config) == written(diffusers.DDPMScheduler().config)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sampled_by_command(call, tmp_path, name):
+    source, workdir = save(their_network(network(name)), tmp_path / "theirs"), tmp_path / "run"
+    status, output = call("--mode=import", f"--source={source}", f"--workdir={workdir}", config=None)
+    assert status == 0, output
+    flags = ("--mode=sample", "--num_images=1", "--num_steps=2", "--output=npz", f"--out={tmp_path / 'images.npz'}")
+    status, output = call(*flags, f"--workdir={workdir}", config=None)
+    assert status == 0, output
+    size = network(name)["sample_size"]
+    sides = (size, size) if isinstance(size, int) else size
+    assert np.load(tmp_path / "images.npz")["image"].shape == (1, *sides, network(name)["in_channels"])
+
+
 def drawn(seed):
     """A network of options drawn at random, all of which diffusers itself takes."""
     rng = random.Random(seed)
