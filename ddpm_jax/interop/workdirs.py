@@ -41,7 +41,7 @@ def import_weights(source: str, path: str | Path) -> Path:
     else:
         config, params = diffusers.read(diffusers.locate(source))
         dataset, step = _description(source, config, params), 0
-    with new_folder(path, "--workdir") as temporary:
+    with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
         workdir.record(temporary, config, {**dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
         optimizer, history = config_lib.make_optimizer(config), config_lib.history_timesteps(config)

@@ -24,6 +24,7 @@ from ddpm_jax.evaluation.comparison import describe
 from ddpm_jax.runtime import images, workdir
 from ddpm_jax.runtime.errors import UserError, first_line, reason
 from ddpm_jax.runtime.files import read_json, read_json_lines, write_text
+from ddpm_jax.runtime.lock import hold
 from ddpm_jax.training.journal import METRICS
 
 REPORT = "report.html"
@@ -41,8 +42,10 @@ def write(folder: str | Path) -> Path:
       UserError: the folder is no workdir.
     """
     folder = Path(folder).expanduser()
+    workdir.read_config(folder)
     path = folder / REPORT
-    write_text(path, _page(folder))
+    with hold(folder / f".{REPORT}.lock", "writing", wait=True):  # else an older state could be written last
+        write_text(path, _page(folder))
     return path
 
 
