@@ -27,6 +27,7 @@ Know what this machine has and what would go wrong on it, and what a run costs b
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -337,13 +338,20 @@ def report() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one sentence for a config file that is not there and for a field that does not exist.
+    """absl's parser, with one sentence for a flag, a value, a config file or a config field that does not exist.
 
-    A config that is no file is looked for among those that come with the package.
+    A config that is no file is looked for among those that come with the package. Help is no failure: its status is 0.
     """
-    argv = [argv[0], *map(_with_config_found, argv[1:])]
+    argv = [argv[0], *("--help" if argument == "-h" else _with_config_found(argument) for argument in argv[1:])]
     try:
-        return app.parse_flags_with_usage(argv)
+        return FLAGS(argv)
+    except SystemExit as end:  # absl's status for help is 1
+        asked = {argument.lstrip("-").partition("=")[0] for argument in argv[1:]}
+        sys.exit(0 if asked & {"help", "helpshort", "helpfull", "helpxml", "?"} else end.code)
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(f"error: {_unknown_flag(error.flagname)}")
+    except flags.Error as error:
+        sys.exit(f"error: {_illegal_value(error)}")
     except (AttributeError, KeyError) as error:
         if "'get_config'" in str(error):
             sys.exit("error: the file of --config has no function get_config; configs/digits.py shows one")
@@ -360,6 +368,34 @@ def parse_flags(argv: list[str]) -> list[str]:
             if prefix == "config" and dot and field not in known:
                 sys.exit(f"error: config field {field!r} does not exist.{nearest(field, known)}")
         raise
+
+
+def _unknown_flag(name: str) -> str:
+    from ddpm_jax.runtime.errors import nearest
+
+    prefix, dot, field = name.partition(".")
+    if prefix == "config":
+        return f"--{name} needs --config too: the file whose {field} it sets"
+    known = [f"--{flag.name}" for flag in FLAGS.get_flags_for_module(__name__)]
+    if dot:
+        from ddpm_jax.config import default_config, fields
+
+        known += [f"--config.{field}" for field, _ in fields(default_config())]
+    return f"flag --{name} does not exist.{nearest(f'--{name}', known) or ' --help lists all.'}"
+
+
+def _illegal_value(error: flags.Error) -> str:
+    """What absl says of a value, in one sentence; of one of several choices with the nearest."""
+    from ddpm_jax.runtime.errors import nearest
+
+    text = " ".join(str(error).split())
+    found = re.fullmatch(r"flag --([\w.]+)=(.*?): (value should be one of <(.*)>|invalid literal.*|could not.*)", text)
+    if not found:
+        return text
+    name, value, why, choices = found.groups()
+    if choices is None:
+        return f"--{name} is {value!r}; accepted: {'a whole number' if 'int()' in why else 'a number'}"
+    return f"--{name} is {value!r}; accepted: {choices.replace('|', ', ')}.{nearest(value, choices.split('|'))}"
 
 
 def _with_config_found(argument: str) -> str:

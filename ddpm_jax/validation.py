@@ -12,7 +12,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import SOURCES
 from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
-from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.schedules import BETAS_OF, Schedule
 from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
@@ -68,7 +68,8 @@ def _check_values(config: ConfigDict) -> None:
         ("data.source", config.data.source, SOURCES),
     ):
         if value not in accepted:
-            raise UserError(f"config.{name} is {value!r}; accepted: {', '.join(accepted)}.{nearest(value, accepted)}")
+            names = ", ".join(choice or "''" for choice in accepted)
+            raise UserError(f"config.{name} is {value!r}; accepted: {names}.{nearest(value, accepted)}")
     for name, value, least in (
         ("train.batch_size", train.batch_size, 1),
         ("train.num_steps", train.num_steps, 1),
@@ -91,6 +92,7 @@ def _check_values(config: ConfigDict) -> None:
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
         ("log.sample_images", config.log.sample_images, 1),
         ("log.sample_steps", config.log.sample_steps, 0),
+        ("diffusion.num_timesteps", diffusion.num_timesteps, 1),
         ("diffusion.vlb_weight", diffusion.vlb_weight, 0),
         ("evaluate.every_steps", config.evaluate.every_steps, 0),
         ("evaluate.likelihood_images", config.evaluate.likelihood_images, 0),
@@ -128,6 +130,9 @@ def _check_values(config: ConfigDict) -> None:
         )
     if not config.model.norm_epsilon > 0:
         raise UserError(f"config.model.norm_epsilon is {config.model.norm_epsilon}; accepted: above 0")
+    for name in () if diffusion.betas else BETAS_OF.get(diffusion.schedule, ()):
+        if not 0.0 < diffusion[name] <= 1.0:
+            raise UserError(f"config.diffusion.{name} is {diffusion[name]}; accepted: above 0, to 1")
     for name, share in (
         ("model.time_frequency_shift", config.model.time_frequency_shift),
         ("train.label_dropout", train.label_dropout),
@@ -142,13 +147,19 @@ def _check_values(config: ConfigDict) -> None:
     check_guidance(config_lib.make_condition(config), config_lib.guidance(config))
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
-    steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
+    steps_of = {"sample.num_steps": config.sample.num_steps}
+    if config.log.sample_every_steps:
+        steps_of["log.sample_steps"] = config.log.sample_steps
     if config.evaluate.every_steps:
         steps_of["evaluate.num_steps"] = config.evaluate.num_steps
     for name, steps in steps_of.items():
         most = len(diffusion.betas) or diffusion.num_timesteps
         if steps > most:
-            raise UserError(f"config.{name} is {steps}; accepted: up to the {most} timesteps of the diffusion")
+            field = f"betas has {most} values" if diffusion.betas else f"num_timesteps is {most}"
+            raise UserError(
+                f"config.diffusion.{field} and config.{name} is {steps}; accepted: {steps} or more timesteps, or a "
+                f"config.{name} of at most {most}"
+            )
 
 
 def _check_training(config: ConfigDict) -> None:

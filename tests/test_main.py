@@ -296,7 +296,11 @@ class TestPrepare:
         folder = ("--config.data.source=folder", f"--config.data.path={tmp_path}")
         status, output = call("--mode=prepare", *folder)
         assert status == 1
-        assert re.match(r"error: 1 of 1 images in .* cannot be read, the first 'a.png'", output.splitlines()[-1])
+        assert re.match(
+            r"error: 1 of 1 images in .* cannot be read, the first 'a.png': it is no picture of a known format, or "
+            "damaged; remove",
+            output.splitlines()[-1],
+        )
 
 
 class TestInstalled:
@@ -333,20 +337,34 @@ class TestInstalled:
         assert output.startswith("error: the file of --config has no function get_config")
 
     def test_help_lists_the_flags(self, tmp_path):
-        _, output = self.call(tmp_path, "--help")
+        status, output = self.call(tmp_path, "--help")
+        assert status == 0
         assert "--guidance_scale" in output
         assert output.startswith("Denoising Diffusion Probabilistic Models in JAX")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
+def test_help_is_no_failure(call, flag):
+    status, output = call(flag, config=None)
+    assert status == 0
+    assert "--guidance_scale" in output
 
 
 BAD = [
     (["--config.train.batch_sise=3"], "'train.batch_sise' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.optimizer.options.b1=0.5"], "is set whole: --config.optimizer.options='{\"b1\": 0.5}'"),
-    (["--config.train.batch_size=many"], "config.train.batch_size=many"),
-    (["--workdri=x"], "Did you mean: workdir"),
+    (["--config.train.batch_size=many"], "--config.train.batch_size is 'many'; accepted: a whole number"),
+    (["--confg.train.batch_size=3"], "does not exist. Did you mean '--config.train.batch_size'?"),
+    (["--workdri=x"], "flag --workdri does not exist. Did you mean '--workdir'?"),
+    (["--zzzz"], "flag --zzzz does not exist. --help lists all."),
     (["--mode=sample"], "--config does nothing with --mode=sample"),
     (["--sampler=ddim"], "--sampler does nothing with --mode=train"),
-    (["--mode=smaple"], "<train|sample|interpolate|"),
+    (["--mode=smaple"], "--mode is 'smaple'; accepted: train, sample, "),
+    (["--mode=smaple"], "serve. Did you mean 'sample'?"),
+    (["--output=pgn"], "--output is 'pgn'; accepted: grid, png, npz. Did you mean 'png'?"),
+    (["--num_images=x"], "--num_images is 'x'; accepted: a whole number"),
+    (["--config.diffusion.num_timesteps=1"], "config.diffusion.num_timesteps is 1 and config.log.sample_steps is 5"),
     (["--config.model.channels=33"], "33 channels cannot be normalised in 4 groups"),
     (["--config.data.height=9", "--config.model.channel_multipliers=(1, 2)"], "9x8 cannot be halved"),
     (["--config.train.batch_size=15"], "must be divisible by the 2 devices"),
@@ -477,7 +495,7 @@ class TestBadInput:
         assert message in output, output
         assert "Traceback" not in output
         assert "compil" not in output
-        assert not (tmp_path / "run" / "config.json").exists()
+        assert not (tmp_path / "run").exists()
 
     def test_unwritable_workdir(self, call, tmp_path):
         (tmp_path / "file").touch()

@@ -1,5 +1,7 @@
 """What is done to runs, and that they lose nothing by it. docs/survival.md is the list of these tests."""
 
+import json
+import os
 import re
 import shutil
 import signal
@@ -204,6 +206,52 @@ class TestDisk:
         assert_nothing_lost(workdir, trained[0])
 
 
+class TestTwoStarts:
+    def test_second_is_refused(self, start, call, tmp_path):
+        """While modes that only add to the workdir work beside the training."""
+        process = start(f"--workdir={tmp_path}", "--config.train.num_steps=1000000")
+        wait_for_step(process, tmp_path, 8)
+        whole = {path.name for path in tmp_path.iterdir()}
+        status, output = call(f"--workdir={tmp_path}")
+        assert status == 1
+        assert re.fullmatch(
+            rf"error: --workdir '{tmp_path}' is in use by process {process.pid} on host \S+ \(training since "
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); wait for it to end, or choose another --workdir\n",
+            output,
+        )
+        flags = ("--num_images=2", "--num_steps=2", f"--workdir={tmp_path}")
+        status, output = call("--mode=sample", *flags, config=None)
+        assert status == 0, output
+        status, output = call("--mode=doctor", f"--workdir={tmp_path}", config=None)
+        assert f"by process {process.pid} on host" in output
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert {path.name for path in tmp_path.iterdir()} == whole - {"lock.json"}
+
+    def test_another_host_took_over(self, start, tmp_path):
+        """As while this one was suspended: it ends, and leaves the other's files alone."""
+        process = start(f"--workdir={tmp_path}", "--config.train.num_steps=1000000")
+        wait_for_step(process, tmp_path, 8)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        lock, history = tmp_path / "lock.json", (tmp_path / "history.jsonl").read_bytes()
+        other = json.loads(lock.read_text()) | {"host": "elsewhere", "pid": 77, "token": "another"}
+        lock.unlink()
+        lock.write_text(json.dumps(other))
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert re.fullmatch(
+            rf"error: --workdir '{tmp_path}' is no longer this process's: taken over by process 77 on host elsewhere "
+            r"\(training since .* UTC\); nothing more is written, and the other process goes on from the last "
+            "checkpoint",
+            output.splitlines()[-1],
+        ), output
+        assert json.loads(lock.read_text()) == other
+        assert (tmp_path / "history.jsonl").read_bytes() == history
+
+
 class TestTwoProcesses:
     """In real processes of 2, then 4 devices each, joined over loopback."""
 
@@ -254,7 +302,7 @@ def test_the_page_names_the_tests():
     names = {row.split("`")[-2] for row in rows}
     tests = {
         f"{kind.__name__}::{name}"
-        for kind in (TestKills, TestDisk, TestTwoProcesses)
+        for kind in (TestKills, TestDisk, TestTwoStarts, TestTwoProcesses)
         for name in vars(kind)
         if name.startswith("test_")
     }

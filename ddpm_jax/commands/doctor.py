@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
 from ddpm_jax.evaluation.features import INCEPTION_FILE
-from ddpm_jax.runtime import files, workdir
+from ddpm_jax.runtime import files, lock, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.parallel import mesh_shape
@@ -185,6 +185,7 @@ def _weights() -> Iterator[Finding]:
 
 
 def _workdir(folder: Path) -> Iterator[Finding]:
+    yield from _lock(folder)
     if not (folder / workdir.CONFIG).exists():
         yield Finding(OK, "run", f"{folder} holds none yet" if folder.exists() else f"{folder} is not there yet")
         return
@@ -205,6 +206,21 @@ def _workdir(folder: Path) -> Iterator[Finding]:
         yield Finding(
             WARNING, "run", f"could not be read and are set aside: the checkpoints of step {', '.join(aside)}"
         )
+
+
+def _lock(folder: Path) -> Iterator[Finding]:
+    """Who trains in the workdir, or did when it was killed."""
+    holder = lock.read(folder / workdir.LOCK)
+    if holder is None:
+        return
+    alive = holder.is_alive()
+    if alive is None:
+        text = f"by {holder}, unless that is gone: the next start waits {holder.silence:.0f} s for a sign of life"
+        yield Finding(WARNING, "in use", text)
+    elif alive:
+        yield Finding(WARNING, "in use", f"by {holder}; nothing else can train there until it ends")
+    else:
+        yield Finding(OK, "in use", f"by nobody; {holder} was cut off, and the next start takes its place")
 
 
 def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:

@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A JPEG is decoded no smaller than so many times the size wanted: below that, what its decoder averages would show.
 _DRAFT = 2
@@ -52,6 +54,27 @@ class Fit:
         return np.asarray(image, np.uint8).reshape(self.shape)
 
 
+@contextmanager
+def opened(file: str | Path | BinaryIO, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Pillow's image of a file, not decoded yet.
+
+    Args:
+      file: its path, or itself.
+      formats: Pillow's names of those that are accepted; None: all.
+
+    Raises:
+      ValueError: a file that is no picture; Pillow's own sentence would show a Python object.
+      OSError: it cannot be read.
+    """
+    try:
+        image = Image.open(file, formats=formats)
+    except UnidentifiedImageError:
+        known = f"none of {', '.join(formats)}" if formats else "no picture of a known format"
+        raise ValueError(f"it is {known}, or damaged") from None
+    with image:
+        yield image
+
+
 def open_picture(
     file: bytes | str | Path | BinaryIO,
     fit: Fit,
@@ -67,7 +90,7 @@ def open_picture(
       max_pixels: None: Pillow's limit.
 
     Raises:
-      ValueError: more pixels than that, said before any is decoded.
+      ValueError: no picture, or more pixels than that, said before any is decoded.
       Exception: whatever Pillow raises if it is broken.
     """
     if isinstance(file, str | Path):
@@ -82,7 +105,7 @@ def open_picture(
         plain = _plain_jpeg(data, fit, limit)
         if plain is not None:
             return plain
-    with Image.open(io.BytesIO(data), formats=formats) as image:
+    with opened(io.BytesIO(data), formats) as image:
         if image.width * image.height > limit:
             whose = "the limit" if max_pixels else "Pillow's limit"
             raise ValueError(f"{image.width}x{image.height} is more than {whose} of {limit} pixels")

@@ -115,7 +115,10 @@ SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "cosine": _cosine,
     "sigmoid": _sigmoid,
 }
-_TAKES_START_AND_END = ("linear", "quadratic", "warmup10", "warmup50")
+BETAS_OF = {  # what each of these takes of `make_betas`' arguments
+    **dict.fromkeys(("linear", "quadratic", "warmup10", "warmup50"), ("beta_start", "beta_end")),
+    "constant": ("beta_end",),
+}
 
 
 def make_betas(
@@ -136,10 +139,8 @@ def make_betas(
         raise ValueError(f"schedule is {name!r}; accepted: {', '.join(SCHEDULES)}, or an array of betas")
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps is {num_timesteps}; at least 1 is needed")
-    if name in _TAKES_START_AND_END:
-        options = {"beta_start": beta_start, "beta_end": beta_end, **options}
-    elif name == "constant":
-        options = {"beta_end": beta_end, **options}
+    given = {"beta_start": beta_start, "beta_end": beta_end}
+    options = {**{argument: given[argument] for argument in BETAS_OF.get(name, ())}, **options}
     unknown = sorted(options.keys() - inspect.signature(SCHEDULES[name]).parameters)
     if unknown:
         raise ValueError(f"schedule {name!r} does not take the options {unknown}")

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.pictures import Fit, opened
 from ddpm_jax.data.pipeline import Batch, stacked
 from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
 from ddpm_jax.runtime.errors import UserError, first_line
@@ -109,7 +109,7 @@ def _pictures(path: Path, shape: Shape | None) -> FolderSource:
         return FolderSource(str(path), Fit(*shape), labels=False)
     first = FolderSource(str(path), Fit(1, 1, 3), labels=False).paths[0]
     try:
-        with Image.open(path / first) as image:
+        with opened(path / first) as image:
             width, height = ImageOps.exif_transpose(image).size
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(f"{str(path / first)!r} cannot be judged: {first_line(error)}") from None

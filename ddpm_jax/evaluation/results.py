@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.runtime.files import read_json, write_text
+from ddpm_jax.runtime.lock import hold
 
 RESULTS, TABLE = "evaluation.json", "evaluation.md"
 INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name
@@ -21,11 +22,12 @@ def record(folder: Path, result: Mapping[str, Any], settings: Mapping[str, Any])
       settings: how the samples were made.
     """
     path = folder / RESULTS
-    history = read_json(path, [])
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    history.append({"time": time, **result, **settings, "metrics": metric_names(result)})
-    write_text(path, json.dumps(history, indent=2) + "\n")
-    write_text(folder / TABLE, _table(history))
+    with hold(folder / f".{RESULTS}.lock", "recording", wait=True):  # two at once would each keep its own
+        history = read_json(path, [])
+        history.append({"time": time, **result, **settings, "metrics": metric_names(result)})
+        write_text(path, json.dumps(history, indent=2) + "\n")
+        write_text(folder / TABLE, _table(history))
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

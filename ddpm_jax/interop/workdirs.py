@@ -52,7 +52,7 @@ def import_weights(source: str, path: str | Path, tell: Tell = _silent) -> Path:
         dataset = _description(source, config, params, described.num_classes)
         for note in described.notes:
             tell(note)
-    with new_folder(path, "--workdir") as temporary:
+    with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
         workdir.record(temporary, config, {**dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
         optimizer, history = config_lib.make_optimizer(config), config_lib.history_timesteps(config)

@@ -18,11 +18,13 @@ from absl import logging
 from PIL import Image
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.data.pictures import opened
 from ddpm_jax.evaluation import results
 from ddpm_jax.evaluation.comparison import describe
 from ddpm_jax.runtime import images, workdir
-from ddpm_jax.runtime.errors import first_line
+from ddpm_jax.runtime.errors import UserError, first_line, reason
 from ddpm_jax.runtime.files import read_json, read_json_lines, write_text
+from ddpm_jax.runtime.lock import hold
 from ddpm_jax.training.journal import METRICS
 
 REPORT = "report.html"
@@ -40,8 +42,10 @@ def write(folder: str | Path) -> Path:
       UserError: the folder is no workdir.
     """
     folder = Path(folder).expanduser()
+    workdir.read_config(folder)
     path = folder / REPORT
-    write_text(path, _page(folder))
+    with hold(folder / f".{REPORT}.lock", "writing", wait=True):  # else an older state could be written last
+        write_text(path, _page(folder))
     return path
 
 
@@ -193,7 +197,7 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
     height, width, _ = dataset["shape"]
     gap, factor = 2, images.enlargement(height, width)
     rows, columns = height * factor + gap, width * factor + gap
-    strip = np.asarray(Image.open(path))
+    strip = np.asarray(_open(path))
     strip = strip[..., None] if strip.ndim == 2 else strip
     count = (strip.shape[1] - gap) // columns
     found = []
@@ -235,17 +239,26 @@ def _encoded(picture: Path | Image.Image) -> str:
     """A data URI; large pictures lose what cannot be seen."""
     if isinstance(picture, Path):
         raw = picture.read_bytes()
-        picture = Image.open(io.BytesIO(raw))
     else:
         buffer = io.BytesIO()
         picture.save(buffer, "png", optimize=True)
         raw = buffer.getvalue()
     kind = "png"
     if len(raw) > _LARGE:
+        picture = _open(picture) if isinstance(picture, Path) else picture
         buffer, kind = io.BytesIO(), "webp"
         picture.convert("RGB").save(buffer, kind, quality=85)
         raw = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with opened(path) as image:
+            image.load()
+            return image
+    except (ValueError, OSError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as a picture: {reason(error)}") from None
 
 
 # Curves.

@@ -65,19 +65,20 @@ def add_json_line(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, what: str) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike, what: str, passing: str = "") -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
 
     Args:
       path: must not be there, or be an empty folder.
       what: how the sentence of a UserError calls it.
+      passing: a file's name; the folder may hold such a file, which must be gone when the block ends.
 
     Raises:
       UserError: it holds something, or cannot be written.
     """
     try:
         target = Path(path).expanduser().resolve()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(found.name != passing for found in target.iterdir())):
             raise UserError(f"{what} {str(path)!r} is there and not empty; choose a new one")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -5,7 +5,10 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime import lock, processes
+from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, write_text
 
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
+LOCK = "lock.json"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
@@ -30,6 +35,63 @@ def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
     except OSError as error:
         raise UserError(f"{what} {str(workdir)!r} cannot be written to: {error.strerror}") from None
     return workdir
+
+
+@contextmanager
+def locked(workdir: str | Path, purpose: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Makes the folder if it is not there, and keeps others from writing a run in it for as long as the block lasts.
+
+    Process 0 of a job holds the lock for all of its processes; if it is refused, all end. A lock left by a process that
+    was killed is taken over, see `ddpm_jax.runtime.lock`. A folder that was made here and stays empty is removed.
+
+    Args:
+      workdir: of the run.
+      purpose: "training", for example; the sentence for others says it.
+
+    Yields:
+      The folder, and a function that raises UserError if another host has taken the workdir over since: to be called
+      before anything that matters is written.
+
+    Raises:
+      UserError: another process writes in the workdir, or it cannot be written to.
+    """
+    was_there = Path(workdir).expanduser().exists()
+    folder = check_writable(workdir)
+    name = f"--workdir {str(folder)!r}"
+    if jax.process_index() != 0:
+        processes.meet("workdir")
+        yield folder, lambda: None
+        return
+
+    def say(text: str) -> None:
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+    def check() -> None:
+        try:
+            held.check()
+        except lock.LostError as error:
+            raise UserError(
+                f"{name} is no longer this process's: {error}; nothing more is written, and the other process goes on "
+                "from the last checkpoint"
+                if error.holder
+                else f"{name} is no longer this process's: {LOCK} in it was removed; nothing more is written, and the "
+                "same command goes on from the last checkpoint"
+            ) from None
+
+    try:
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(lock.hold(folder / LOCK, purpose, processes=jax.process_count(), say=say))
+            except lock.HeldError as error:
+                raise UserError(f"{name} is {error}; wait for it to end, or choose another --workdir") from None
+            except OSError as error:
+                raise UserError(f"{name} cannot be written to: {reason(error)}") from None
+            processes.meet("workdir")
+            yield folder, check
+    finally:
+        if not was_there:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def read_config(workdir: str | Path) -> ConfigDict:

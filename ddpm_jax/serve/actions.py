@@ -336,10 +336,7 @@ def opened(form: Form, name: str, fit: Fit) -> np.ndarray:
     try:
         return open_picture(file, fit, FORMATS, MAX_PIXELS)
     except Exception as error:  # Pillow's decoders raise many kinds
-        said = first_line(error)
-        if "cannot identify image file" in said:
-            said = f"it is none of {', '.join(FORMATS)}, or damaged"
-        raise UserError(f"{name} cannot be read as a picture: {said}") from None
+        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
 
 
 def data_url(picture: np.ndarray) -> str:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -61,33 +61,41 @@ def train(config: ConfigDict, path: str | Path) -> None:
       path: the workdir.
 
     Raises:
-      UserError: anything wrong with the config, the images or the workdir, before any compile starts.
+      UserError: anything wrong with the config, the images or the workdir, before any compile starts; or another
+        process that trains in the workdir.
       DivergedError: the loss became NaN or infinite; the last good checkpoint stays.
     """
     validate(config, jax.device_count())
-    folder = workdir.check_writable(path)
-    workdir.check_config(folder, config)
-    source = open_dataset(config, workdir.read_dataset(folder))
-    description = source.describe()
-    workdir.check_dataset(folder, description)
-    processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
-    was_finished = processes.agree(workdir.is_finished(folder, config))
-    try:
-        if jax.process_index() == 0:
-            workdir.record(folder, config, description)
-        _Training(config, folder, source, description).run(was_finished)
-    except OSError as error:
-        raise UserError(
-            f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from the "
-            "last checkpoint"
-        ) from None
+    with workdir.locked(path, "training") as (folder, check_lock):
+        workdir.check_config(folder, config)
+        source = open_dataset(config, workdir.read_dataset(folder))
+        description = source.describe()
+        workdir.check_dataset(folder, description)
+        processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
+        was_finished = processes.agree(workdir.is_finished(folder, config))
+        try:
+            if jax.process_index() == 0:
+                workdir.record(folder, config, description)
+            _Training(config, folder, source, description, check_lock).run(was_finished)
+        except OSError as error:
+            raise UserError(
+                f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from "
+                "the last checkpoint"
+            ) from None
 
 
 class _Training:
     """One start of a run: the pieces that the loop hands around."""
 
-    def __init__(self, config: ConfigDict, folder: Path, source: Source, description: dict[str, Any]):
-        self.config, self.folder, self.source = config, folder, source
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: Path,
+        source: Source,
+        description: dict[str, Any],
+        check_lock: Callable[[], None],
+    ):
+        self.config, self.folder, self.source, self.check_lock = config, folder, source, check_lock
         self.is_main = jax.process_index() == 0
         self.mesh = parallel.make_mesh(**config.mesh)
         self.model = config_lib.make_model(config, description)
@@ -147,6 +155,7 @@ class _Training:
         self._note("started", step, reached=reached, devices=devices, num_parameters=num_parameters)
 
     def _note(self, event: str, step: int, **values: Any) -> None:
+        self.check_lock()
         if self.is_main:
             workdir.note(self.folder, event, step, **values)
         self._report()
@@ -240,6 +249,7 @@ class _Training:
                     or (logging_now and self._are_minutes_passed(last_save_time))
                 )
                 if logging_now or saving:
+                    self.check_lock()
                     measured = measure(state) if logging_now else {}  # by all: each may have a part of the parameters
                     values = _means(jax.device_get(metrics))
                     if logging_now and journal:

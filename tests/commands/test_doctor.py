@@ -1,6 +1,7 @@
 """What a machine has and what would go wrong on it: of this machine, with one thing wrong at a time."""
 
 import importlib.metadata
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.commands.doctor import OK, WARNING, WRONG, examine
+from ddpm_jax.runtime.workdir import LOCK, locked
 
 
 def found(subject, config=None, folder=None):
@@ -96,3 +98,26 @@ class TestExamine:
         config.data.update(source="tfds", name="cifar11")
         ((level, text),) = found("config", config)
         assert (level, "Did you mean" in text) == (WRONG, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "said"),
+    [
+        ({}, WARNING, "by process {pid} on host {host} (training since {since} UTC); nothing else can train there"),
+        ({"started": 1}, OK, "by nobody; process {pid} on host {host} (training since {since} UTC) was cut off"),
+        (
+            {"host": "elsewhere"},
+            WARNING,
+            "by process {pid} on host elsewhere (training since {since} UTC), unless that",
+        ),
+    ],
+    ids=["running", "killed", "elsewhere"],
+)
+def test_workdir_in_use(tmp_path, changes, level, said):
+    with locked(tmp_path, "training"):
+        path = tmp_path / LOCK
+        values = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps(values))
+        [(found_level, text)] = found("in use", folder=tmp_path)
+    assert found_level == level
+    assert said.format(**values) in text

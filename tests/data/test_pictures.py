@@ -165,3 +165,18 @@ def test_jpeg_turned_by_xmp():
     data = data[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + data[2:]
     picture = open_picture(data, Fit(40, 20, 1))
     assert (np.diff(picture[:, 0, 0].astype(int)) >= 0).mean() > 0.9  # it grows downwards now
+
+
+@pytest.mark.parametrize(
+    ("formats", "said"),
+    [
+        (None, "it is no picture of a known format, or damaged"),
+        (("PNG", "JPEG"), "it is none of PNG, JPEG, or damaged"),
+    ],
+)
+def test_what_is_no_picture(tmp_path, formats, said):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no picture")
+    for file in (path, path.read_bytes(), path.open("rb")):
+        with pytest.raises(ValueError, match="^" + said + "$"):
+            open_picture(file, Fit(8, 8, 1), formats)

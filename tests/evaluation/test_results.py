@@ -1,6 +1,7 @@
 """Results on the disk and as tables."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -38,6 +39,13 @@ class TestRecord:
         assert all(row.count("|") == head.count("|") for row in rows)
         assert f"- {history[0]['time']}: Few images." in table
         assert f"- {history[0]['time']}: not computed: recall." in table
+
+    def test_of_several_at_once(self, tmp_path):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: record(tmp_path, RESULT, {"step": number}), range(40)))
+        history = json.loads((tmp_path / RESULTS).read_text())
+        assert sorted(entry["step"] for entry in history) == list(range(40))
+        assert sorted(found.name for found in tmp_path.iterdir()) == [RESULTS, TABLE]
 
     def test_refuses_a_broken_history(self, tmp_path):
         (tmp_path / RESULTS).write_text("[")

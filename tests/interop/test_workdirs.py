@@ -14,7 +14,7 @@ from ddpm_jax.interop.diffusers import folder as folder_lib
 from ddpm_jax.interop.diffusers.folder import WEIGHTS
 from ddpm_jax.run import load
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.workdir import check_dataset
+from ddpm_jax.runtime.workdir import LOCK, check_dataset, locked
 
 pytestmark = pytest.mark.slow
 
@@ -192,6 +192,18 @@ def test_workdir_in_use(folder, tmp_path):
     with pytest.raises(UserError, match="is there and not empty"):
         workdirs.import_weights(str(folder), tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_one_writer(folder, tmp_path):
+    with locked(tmp_path / "run", "import"):
+        with pytest.raises(UserError, match=r"run' is in use by process \d+ on host .* \(import since"):
+            workdirs.import_weights(str(folder), tmp_path / "run")
+        left = json.loads((tmp_path / "run" / LOCK).read_text()) | {"started": 1}
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).write_text(json.dumps(left))  # as an import that was killed leaves it
+    assert load(workdirs.import_weights(str(folder), tmp_path / "run")).step == 0
+    assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_neither_folder_nor_hub_name(tmp_path):

@@ -151,3 +151,30 @@ def test_config_that_is_no_config(run, content):
 def test_dataset_that_is_not_json(run, description):
     (run / "dataset.json").write_text('{"fingerprint"')
     assert str(run / "dataset.json") in sentence(workdir.check_dataset, run, description)
+
+
+class TestLocked:
+    def test_a_second_one_is_refused(self, tmp_path):
+        with workdir.locked(tmp_path, "training") as (folder, check):
+            assert folder == tmp_path
+            check()
+            with pytest.raises(UserError) as caught, workdir.locked(tmp_path, "training"):
+                pass
+            assert str(caught.value).startswith(f"--workdir '{tmp_path}' is in use by process {os.getpid()} on host ")
+            assert str(caught.value).endswith("UTC); wait for it to end, or choose another --workdir")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_lock_that_was_removed(self, tmp_path):
+        with workdir.locked(tmp_path, "training") as (folder, check):
+            (folder / workdir.LOCK).unlink()
+            assert "lock.json in it was removed; nothing more is written" in sentence(check)
+
+    def test_nothing_is_left_of_a_start_that_fails(self, tmp_path):
+        def fail(folder):
+            with workdir.locked(folder, "training"):
+                raise UserError("its config is wrong")
+
+        (tmp_path / "there").mkdir()
+        for name in ("there", "new"):
+            assert sentence(fail, tmp_path / name) == "its config is wrong"
+        assert [found.name for found in tmp_path.iterdir()] == ["there"]
