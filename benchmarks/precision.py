@@ -55,7 +55,9 @@ def distances(path, num_steps):
     moments = lambda images: metrics.Moments.of(features.of([images], run.mesh, 256)["pool"])  # noqa: E731
     found, reference = {}, moments(real)
     for dtype in DTYPES:
-        again = dataclasses.replace(run, net=run.net.clone(dtype=jnp.dtype(dtype)))
+        again = dataclasses.replace(
+            run, model=dataclasses.replace(run.model, net=run.net.clone(dtype=jnp.dtype(dtype)))
+        )
         images = again.sample(len(real), sampler="dpmpp_2m", num_steps=num_steps, batch_size=256)
         found[dtype] = metrics.frechet_distance(moments(images), reference)
     return found

@@ -28,7 +28,7 @@ def _setup(network):
     from ddpm_jax import config as config_lib
 
     config = importlib.import_module(f"configs.{network}").get_config()
-    net = config_lib.make_model(config, 10)
+    net = config_lib.make_network(config)
     shape = (BATCH[network], config.data.height, config.data.width, config.data.channels)
     variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32))
     return config, net, variables, shape
@@ -42,7 +42,8 @@ def sampling(network, num_steps, progress=None):
 
     config, net, variables, shape = _setup(network)
     schedule = config_lib.make_schedule_from(config)
-    options = config_lib.sampling_options(config) | {"num_steps": num_steps}
+    options = config_lib.sampling_request(config, config_lib.make_condition(config)).keywords()
+    options["num_steps"] = num_steps
     model_fn = jax.tree_util.Partial(net.apply, variables)
 
     def run():

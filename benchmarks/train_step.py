@@ -34,7 +34,7 @@ def ours(network, batch_size, dtype, steps):
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from configs import cifar10, digits
     from ddpm_jax import config as config_lib
-    from ddpm_jax.training.state import create_state, init_params
+    from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step
 
     config = digits.get_config() if network == "digits" else cifar10.get_config()
@@ -42,22 +42,15 @@ def ours(network, batch_size, dtype, steps):
         config.model.channels = 64
     config.model.dtype = dtype
     shape, count = (NETWORKS[network][name] for name in ("shape", "parameters"))
-    net, mesh = config_lib.make_model(config, 10), parallel.make_mesh()
+    model, mesh = config_lib.make_model(config), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
 
     def start():
-        return create_state(init_params(net, shape, 0), optimizer, (0.9999,)), Metrics.zero()
+        return create_state(model.init_params(0), optimizer, (0.9999,)), Metrics.zero()
 
-    step = make_train_step(
-        net,
-        config_lib.make_schedule_from(config),
-        optimizer,
-        mesh,
-        **config_lib.step_options(config),
-    )
+    step = make_train_step(model, optimizer, mesh, **config_lib.step_options(config))
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
-    batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
-    batch = jax.device_put(batch, parallel.batch_sharding(mesh))
+    batch = jax.device_put({"image": images}, parallel.batch_sharding(mesh))
     create = jax.jit(start, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options())
     carry = list(create())
     assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == count

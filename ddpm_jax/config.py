@@ -3,25 +3,30 @@
 `diffusion/`, `models/` and `data/` know nothing of it: they take the arguments that this module makes of the fields.
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax.diffusion.samplers import plan_table
+from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
+from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
+from ddpm_jax.sampling.decoder import Decoder, Pixels
+from ddpm_jax.sampling.generate import Model, Request
 
 DTYPES = ("float32", "bfloat16")
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate
-ANY_NUM_CLASSES = 10  # of a class-conditional network where no images are opened to say how many there are
+_ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
 
 
 def default_config() -> ConfigDict:
@@ -46,18 +51,31 @@ def default_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.channels = 128  # of the first level
     model.channel_multipliers = (1, 2, 2, 2)  # one for each level; the image is halved from one level to the next
+    model.level_channels = ()  # the channels of each level themselves, as in (32, 48, 64); replaces the multipliers
     model.num_res_blocks = 2  # residual blocks in each level
     model.attention_resolutions = (16,)  # levels whose longer side is one of these have attention
     model.attention_levels = ()  # on or off for each level, as in (False, True, False, False); replaces the resolutions
     model.middle_attention = True  # attention between the two blocks in the middle
+    model.middle_attention_groups = -1  # of the norm before that attention; 0: no norm; -1: num_groups
     model.num_heads = 1  # of attention; divides the channels of every level that has it
+    model.head_channels = 0  # channels of a head, as many as fit; replaces num_heads; 0: off
     model.attention_patch_size = 1  # attention among patches of so many pixels a side, not single ones
     model.dropout = 0.1  # rate, in residual blocks
     model.num_groups = 32  # of group normalisation; divides the channels of every level
+    model.norm_epsilon = 1e-6  # of group normalisation
+    model.activation = "swish"  # in residual blocks: swish, gelu, mish or relu
+    model.time_embedding = "sinusoids"  # or learned: a vector for each timestep
+    model.time_frequency_shift = 1.0  # of the sinusoids: 0, as in Stable Diffusion, to 1, as in the paper
+    model.time_cosines_first = False  # the embedding is cosines, then sines
     model.scale_shift = False  # the time embedding scales and shifts norms (AdaGN), where the paper adds it
-    model.downsample = "conv"  # conv, avg_pool or max_pool
-    model.upsample = "nearest"  # nearest or transposed
+    model.downsample = "conv"  # conv, avg_pool, max_pool or residual
+    model.downsample_padding = "same"  # of conv: same, at the right and bottom, or symmetric, as PyTorch's
+    model.downsample_levels = ()  # one for each halving of the size, as in ("conv", "residual"); replaces downsample
+    model.upsample = "nearest"  # nearest, transposed or residual
+    model.upsample_levels = ()  # one for each doubling, in the order of downsample_levels; replaces upsample
+    model.center_input = False  # the network sees 2 x - 1
     model.class_conditional = False  # learn the classes of the data set
+    model.null_class = True  # a class-conditional network also knows no class, which guidance needs
     model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
@@ -126,6 +144,9 @@ def default_config() -> ConfigDict:
     sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
     sample.num_steps = 0  # timesteps to call the network at; 0: every one
     sample.spacing = ""  # linspace, leading, trailing, quadratic, logsnr or karras; "": as suits the sampler
+    sample.spacing_offset = 0  # added to the timesteps of the leading spacing
+    sample.skip_lowest = False  # of num_steps + 1 timesteps, the lowest is left out
+    sample.stop_at_first = False  # end at the first timestep's noise level, not at the clean image
     sample.eta = 0.0  # of ddim: 0, deterministic, to 1
     sample.order = 0  # of unipc: 1, 2 or 3; 0: 2
     sample.guidance_scale = 1.0  # of a class-conditional run: 1 is the class alone, more exaggerates it
@@ -152,6 +173,7 @@ MAY_CHANGE = (
     "data.path",
 )
 _COMMON_OPTIMIZERS = ("adabelief", "adafactor", "adam", "adamax", "adamw", "lamb", "lion", "nadam", "radam", "sgd")
+# The options of sampling that a table of coefficients is made of.
 FREE_FORM = ("diffusion.schedule_options", "optimizer.options")
 
 
@@ -201,9 +223,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def sampling_calls(config: ConfigDict, schedule: Schedule) -> int:
     """How often sampling calls the network; ValueError for sampler options that do not go together."""
-    options = sampling_options(config)
-    names = ("sampler", "num_steps", "spacing", "variance", "eta", "order")
-    return len(plan_table(schedule, **{name: options[name] for name in names}).t)
+    return len(sampling_steps(config).table(schedule, config.diffusion.variance).t)
 
 
 def make_betas_from(config: ConfigDict) -> np.ndarray:
@@ -231,26 +251,50 @@ def history_timesteps(config: ConfigDict) -> int | None:
     return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
 
 
-def make_model(config: ConfigDict, num_classes: int) -> UNet:
-    """The network; `num_classes` of the data set counts only if the config is class-conditional."""
+def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Condition:
+    """What can be said to the run.
+
+    Args:
+      config: of the run.
+      dataset: the description of its images; None: there is none yet, and the classes are any.
+    """
+    if not config.model.class_conditional:
+        return NoCondition()
+    names = (dataset or {}).get("class_names")
+    names = tuple(_ANY_CLASSES if names is None else names)
+    return ClassCondition(names, config.train.label_dropout, config.model.null_class)
+
+
+def make_decoder(config: ConfigDict) -> Decoder:
+    """What lies between pictures and what the run diffuses."""
+    data = config.data
+    return Pixels((data.height, data.width, data.channels), data.flip)
+
+
+def make_network(config: ConfigDict, condition: Condition | None = None) -> UNet:
+    """The network; None: of any condition that the config can have."""
     options = dict(config.model)
-    class_conditional = options.pop("class_conditional")
+    del options["class_conditional"]
+    condition = make_condition(config) if condition is None else condition
+    off = ("level_channels", "attention_levels", "downsample_levels", "upsample_levels", "head_channels")
+    groups = options["middle_attention_groups"]
     return UNet(
         **{
             **options,
-            "attention_levels": options["attention_levels"] or None,
+            **{name: options[name] or None for name in off},
+            "middle_attention_groups": None if groups < 0 else groups,
+            "num_timesteps": len(make_betas_from(config)) if options["time_embedding"] == "learned" else None,
             "dtype": jnp.dtype(options["dtype"]),
             "learned_variance": config.diffusion.variance == "learned",
-            "num_classes": num_classes if class_conditional else None,
+            **condition.network_options(),
         }
     )
 
 
-def param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """The network's parameters as `jax.ShapeDtypeStruct`s."""
-    x = jax.ShapeDtypeStruct((1, config.data.height, config.data.width, config.data.channels), jnp.float32)
-    init = make_model(config, num_classes).init
-    return jax.eval_shape(init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.int32))["params"]
+def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Model:
+    """The run's three parts; `dataset` as in `make_condition`."""
+    condition = make_condition(config, dataset)
+    return Model(condition, make_network(config, condition), make_schedule_from(config), make_decoder(config))
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -300,37 +344,46 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `make_train_step` that the config fixes, but for the steps per dispatch."""
     return {
         "seed": config.seed,
-        "flip": config.data.flip,
-        "class_conditional": config.model.class_conditional,
-        "label_dropout": config.train.label_dropout,
         "timestep_sampler": config.diffusion.timestep_sampler,
         "accumulation": config.train.accumulation,
         **loss_options(config),
     }
 
 
-def sampling_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `sample` that the config fixes."""
-    diffusion, sample = config.diffusion, config.sample
-    return {
-        "sampler": sample.sampler,
-        "num_steps": sample.num_steps or None,
-        "spacing": sample.spacing or None,
-        "eta": sample.eta or None,
-        "order": sample.order or None,
-        "prediction": diffusion.prediction,
-        "variance": diffusion.variance,
-        "clip": diffusion.clip,
-        "dynamic_threshold": diffusion.dynamic_threshold or None,
-    }
+def sampling_steps(config: ConfigDict) -> Steps:
+    """The steps that the run samples by."""
+    sample = config.sample
+    return Steps(
+        sampler=sample.sampler,
+        num_steps=sample.num_steps or None,
+        spacing=sample.spacing or None,
+        spacing_offset=sample.spacing_offset,
+        skip_lowest=sample.skip_lowest,
+        stop_at_first=sample.stop_at_first,
+        eta=sample.eta or None,
+        order=sample.order or None,
+    )
 
 
-def evaluation_sampling(config: ConfigDict) -> dict[str, Any]:
-    """The sampling options of the evaluation during training."""
-    own = {"sampler": config.evaluate.sampler, "num_steps": config.evaluate.num_steps}
-    return {**sampling_options(config), **guidance_options(config), "spacing": None, "eta": None, "order": None, **own}
+def parameterization(config: ConfigDict) -> Parameterization:
+    """What the network's output means."""
+    diffusion = config.diffusion
+    threshold = diffusion.dynamic_threshold or None
+    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold)
 
 
-def guidance_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `make_model_fn` that the config fixes."""
-    return {f"guidance_{name}": config.sample[f"guidance_{name}"] for name in ("scale", "rescale", "interval")}
+def guidance(config: ConfigDict) -> Guidance:
+    """The guidance that the run samples with."""
+    return Guidance(*(config.sample[f"guidance_{name}"] for name in ("scale", "rescale", "interval")))
+
+
+def sampling_request(config: ConfigDict, condition: Condition) -> Request:
+    """How the run samples where nothing else is asked for."""
+    return Request(condition, sampling_steps(config), parameterization(config), guidance(config))
+
+
+def evaluation_request(config: ConfigDict, condition: Condition) -> Request:
+    """How the evaluation during training samples."""
+    evaluate, stop = config.evaluate, config.sample.stop_at_first
+    steps = Steps(evaluate.sampler, evaluate.num_steps, stop_at_first=stop)
+    return dataclasses.replace(sampling_request(config, condition), steps=steps)

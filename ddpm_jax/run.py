@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +18,27 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.samplers import Progress, Watch, plan_table, sample
+from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.diffusion.samplers import Observer, Progress, Steps, Watch, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
-from ddpm_jax.models.unet import UNet
-from ddpm_jax.runtime import images, parallel, workdir
+from ddpm_jax.runtime import parallel, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
-from ddpm_jax.runtime.errors import UserError, reason
+from ddpm_jax.runtime.errors import UserError, nearest, reason
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
-from ddpm_jax.sampling.generate import generate, image_keys, labels_of, make_model_fn, to_host
-from ddpm_jax.validation import check_guidance, validate
+from ddpm_jax.sampling import condition as condition_lib
+from ddpm_jax.sampling.condition import Condition, check_guidance
+from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
+from ddpm_jax.validation import validate
 
-_GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval")
+_GUIDANCE = {f"guidance_{field.name}" for field in dataclasses.fields(Guidance)}
+_OPTIONS = (  # of `Run.request`
+    *(field.name for part in (Steps, Parameterization) for field in dataclasses.fields(part)),
+    *sorted(_GUIDANCE),
+    *condition_lib.KEYWORDS,
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,7 +50,7 @@ class Run:
       dataset: the description of what it learned from.
       step: of the checkpoint.
       ema_decay: of the weights, or None for the weights as trained.
-      net, schedule: the network and its diffusion.
+      model: its condition, network, diffusion and decoder.
       params: the weights, on all devices of `mesh`.
       mesh: this machine's devices.
     """
@@ -50,8 +59,7 @@ class Run:
     dataset: dict[str, Any]
     step: int
     ema_decay: float | None
-    net: UNet
-    schedule: Schedule
+    model: Model
     params: Any
     mesh: Mesh
 
@@ -63,13 +71,27 @@ class Run:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images."""
-        data = self.config.data
-        return (data.height, data.width, data.channels)
+        return self.model.decoder.picture_shape
+
+    @property
+    def condition(self) -> Condition:
+        """What can be said to the run."""
+        return self.model.condition
+
+    @property
+    def net(self) -> Any:
+        """The network, a linen module."""
+        return self.model.net
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of its diffusion."""
+        return self.model.schedule
 
     @property
     def model_fn(self) -> jax.tree_util.Partial:
-        """(x_t, t) -> the network's output without a class, for the functions of `ddpm_jax.diffusion`."""
-        return make_model_fn(self.net, self.params)
+        """(x_t, t) -> the network's output without a condition, for the functions of `ddpm_jax.diffusion`."""
+        return self.model.model_fn(self.params)
 
     @property
     def weights(self) -> str:
@@ -83,8 +105,9 @@ class Run:
         *,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        labels: Sequence[int] = (),
         progress: Progress | None = None,
+        watch: Watch | None = None,
+        snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
         """Images 0 .. num_images - 1 of a seed; each depends on the seed, its number and the settings alone.
@@ -93,20 +116,21 @@ class Run:
           num_images, seed: how many of which seed.
           indices: the images' numbers, in the place of num_images.
           batch_size: images at a time; None: the config's.
-          labels: of a class-conditional run, repeated as needed; none: every class in turn.
           progress: told (network calls done, calls in all).
-          options: in place of the config's: sampler, num_steps, spacing, timesteps, eta, order, clip, dynamic_threshold
-            (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`), guidance_scale,
-            guidance_rescale, guidance_interval (see `guided`); or watch, with snapshots_of, told of each batch as
-            `ddpm_jax.sample` says.
+          watch, snapshots_of: told of each batch as `ddpm_jax.sample` says.
+          options: labels, the classes of a class-conditional run, repeated as needed (without them every class comes in
+            turn); and in place of the config's: sampler, num_steps, spacing, spacing_offset, skip_lowest,
+            stop_at_first, timesteps, eta, order, clip, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see
+            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
 
         Raises:
-          UserError: a count, option or label that does not fit.
+          UserError: a count or option that does not exist or does not fit.
         """
-        return self._generate(num_images, seed, indices, batch_size, labels, progress=progress, **options)[0]
+        observer = Observer(progress, watch, snapshots_of=snapshots_of)
+        return self._generate(num_images, seed, indices, batch_size, observer, options)[0]
 
     def progressive(
         self,
@@ -115,20 +139,19 @@ class Run:
         *,
         num_stages: int = 10,
         of: str = "x_0",
-        labels: Sequence[int] = (),
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
         """The way from noise to image in `num_stages`, uint8 [num_stages, num_images, H, W, C] (DDPM, figure 6).
 
         Args:
-          num_images, seed, labels, progress: as in `sample`; all images are one batch.
+          num_images, seed, progress: as in `sample`; all images are one batch.
           num_stages: evenly spaced over the network's calls, the last the result; at most as many as there are calls.
           of: "x_0", what the network takes the image for, or "x", the image with its noise.
-          options: of `ddpm_jax.sample` and guidance, as in `sample`.
+          options: as in `sample`.
         """
-        options |= {"num_snapshots": num_stages, "snapshots_of": of}
-        stages = self._generate(num_images, seed, None, num_images, labels, progress=progress, **options)[1]
+        observer = Observer(progress, num_snapshots=num_stages, snapshots_of=of)
+        stages = self._generate(num_images, seed, None, num_images, observer, options)[1]
         assert stages is not None
         return stages[:, :num_images]
 
@@ -164,7 +187,7 @@ class Run:
           pictures: uint8 [N, H, W, C].
           t: how far; the larger, the less is kept.
           seed: picture i's noise depends on the seed and i.
-          options: labels, batch_size, progress and those of `sample`.
+          options: batch_size, progress and those of `sample`.
         """
         return self._edit(functools.partial(editing.vary, t=t), pictures, seed, "vary", t=t, **options)
 
@@ -181,7 +204,8 @@ class Run:
 
     def estimate_t(self, pictures: np.ndarray) -> int:
         """The timestep whose noise is as strong as that in the pictures, uint8 [N, H, W, C]."""
-        return editing.nearest_timestep(self.schedule, editing.estimate_sigma(images.to_float(self._check(pictures))))
+        sigma = editing.estimate_sigma(self.model.decoder.encode(self._check(pictures)))
+        return editing.nearest_timestep(self.schedule, sigma)
 
     def inpaint(
         self, pictures: np.ndarray, mask: np.ndarray, seed: int = 0, *, jump: int = 10, times: int = 1, **options: Any
@@ -199,7 +223,7 @@ class Run:
             raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
         masks = np.broadcast_to(mask, pictures.shape[:3])[..., None]
         paint = functools.partial(editing.inpaint, jump=jump, times=times)
-        found = self._edit(paint, pictures, seed, "inpaint", masks, **options)
+        found = self._edit(paint, pictures, seed, "inpaint", self.model.decoder.encode_mask(masks), **options)
         return np.where(masks, found, pictures)
 
     def interpolate(
@@ -225,7 +249,7 @@ class Run:
         mix = functools.partial(
             editing.interpolate, key=named_key(seed, "interpolate"), x_0=ends[0], other=ends[1], weights=weights, t=t
         )
-        return self._call(mix, len(weights), t=t, **options)
+        return self._call(mix, np.arange(len(weights)), t=t, **options)
 
     def interpolate_latents(
         self,
@@ -268,14 +292,16 @@ class Run:
           num_steps, spacing: of the way; None: the config's.
           progress: as in `sample`.
         """
-        self._check_without_labels()
-        x_0 = images.to_float(self._check(pictures))
-        options = self._options(_deterministic(num_steps, spacing))
-        self._check_unguided(options)
-        way = {name: options[name] for name in ("num_steps", "prediction", "variance")}
-        way["spacing"] = options["spacing"] or DEFAULT_SPACING["ddim"]
+        x_0 = self.model.decoder.encode(self._check(pictures))
+        request = self.request(**_deterministic(num_steps, spacing))
+        if request.guidance.is_on:
+            request.condition.require()
+        model_fn = self.model.model_fn(self.params, request.condition.null(len(x_0)))
+        of_steps = ("num_steps", "spacing", "spacing_offset", "skip_lowest", "stop_at_first")
+        way = {name: request.keywords()[name] for name in (*of_steps, "prediction", "variance")}
+        way["spacing"] = way["spacing"] or DEFAULT_SPACING["ddim"]
         try:
-            return to_host(editing.encode(self.schedule, self.model_fn, x_0, progress=progress, **way))
+            return parallel.to_host(editing.encode(self.schedule, model_fn, x_0, progress=progress, **way))
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -294,14 +320,16 @@ class Run:
           num_steps, spacing: of the way; None: the config's.
           progress, watch: as in `sample`.
         """
-        if np.shape(noise)[1:] != self.shape:
-            raise UserError(f"the noise has shape {np.shape(noise)}; accepted: (N, {', '.join(map(str, self.shape))})")
+        shape = self.model.decoder.shape
+        if np.shape(noise)[1:] != shape:
+            raise UserError(f"the noise has shape {np.shape(noise)}; accepted: (N, {', '.join(map(str, shape))})")
 
         def draw(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
             x_t = jax.numpy.asarray(noise, jax.numpy.float32)
             return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
 
-        return self._call(draw, len(noise), progress=progress, watch=watch, **_deterministic(num_steps, spacing))
+        way = _deterministic(num_steps, spacing)
+        return self._call(draw, np.arange(len(noise)), progress=progress, watch=watch, **way)
 
     def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
         """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
@@ -311,77 +339,64 @@ class Run:
           t: of the shared x_t: the larger, the less they have in common.
           options: of `sample`.
         """
-        shape = (num_images, *self.shape)
+        shape = (num_images, *self.model.decoder.shape)
         split = functools.partial(editing.coarse_to_fine, key=named_key(seed, "coarse to fine"), shape=shape, t=t)
-        return self._call(split, num_images, **options)
-
-    def labels_of(self, indices: Sequence[int], labels: Sequence[int] = ()) -> np.ndarray:
-        """int32 [N], the classes that `sample` gives the images of these numbers; 0 without classes."""
-        return labels_of(self.net, indices, labels)
+        return self._call(split, np.arange(num_images), **options)
 
     def calls(self, **options: Any) -> int:
         """How often `sample` calls the network for an image, with these of its options."""
-        options = self._options({name: value for name, value in options.items() if name != "labels"})
-        names = ("num_steps", "timesteps", "spacing", "variance", "eta", "order")
-        planned = {name: options[name] for name in names if options.get(name) is not None}
+        request = self.request(**options)
         try:
-            return len(plan_table(self.schedule, options["sampler"], **planned).t)
+            return len(request.steps.table(self.schedule, request.output.variance).t)
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def settings(
-        self, *, seed: int, labels: Sequence[int] = (), batch_size: int | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
         """All that decides what `sample` makes of an image's number, as JSON values."""
         weights = 0
         for leaf in jax.tree.leaves(self.params):
-            weights = zlib.crc32(to_host(leaf).tobytes(), weights)
-        options = self._options(options)
+            weights = zlib.crc32(parallel.to_host(leaf).tobytes(), weights)
+        request = self.request(**options)
         return {
             "step": self.step,
             "ema_decay": self.ema_decay,
             "weights_crc32": weights,
             "seed": seed,
-            "labels": list(labels),
+            **request.condition.settings(),
             "batch_size": batch_size or self.config.sample.batch_size,
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+            **request.settings(),
         }
 
-    def _options(self, given: Mapping[str, Any], t: int | None = None) -> dict[str, Any]:
-        """The config's sampling options and those given instead, None standing for the config's.
+    def request(self, **options: Any) -> Request:
+        """What these options of `sample` ask for; one that is None, or not there, is the config's.
 
-        Where sampling starts from t, num_steps are at most the timesteps from there.
+        Raises:
+          UserError: an option that does not exist or does not fit.
         """
-        options = config_lib.sampling_options(self.config) | config_lib.guidance_options(self.config)
-        given = {name: value for name, value in given.items() if value is not None}
-        if given.get("sampler", options["sampler"]) != options["sampler"]:
-            options |= {"eta": None, "order": None}  # of the other sampler
+        for name in options:
+            if name not in _OPTIONS:
+                known = (*_OPTIONS, *inspect.signature(self.sample).parameters)
+                raise UserError(f"a run has no option {name!r}.{nearest(name, known)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        request = config_lib.sampling_request(self.config, self.condition)
+        steps, output, guidance = request.steps, request.output, request.guidance
+        if given.get("sampler", steps.sampler) != steps.sampler:
+            steps = dataclasses.replace(steps, eta=None, order=None, skip_lowest=False)  # of the other sampler
+        if given.get("spacing", steps.spacing) != steps.spacing:
+            steps = dataclasses.replace(steps, spacing_offset=0, skip_lowest=False)  # of the other spacing
         if "timesteps" in given:
-            options["num_steps"] = None
+            steps = dataclasses.replace(steps, num_steps=None)
         if "clip" in given:
-            options["dynamic_threshold"] = None
-        options |= given
-        if t is not None and options["num_steps"]:
-            options["num_steps"] = min(options["num_steps"], t + 1)
-        options |= {name: options[name] or None for name in ("dynamic_threshold", "order")}  # 0: off, as in a config
-        check_guidance(self.config, **{name: options[name] for name in _GUIDANCE})
-        return options
-
-    def _check_labels(self, labels: Sequence[int]) -> None:
-        classes = self.net.num_classes
-        if len(labels) and classes is None:
-            raise UserError("this run is not class-conditional, so there are no classes to choose")
-        wrong = [label for label in labels if not 0 <= label < (classes or 0)]
-        if wrong:
-            raise UserError(f"class {wrong[0]} does not exist; this run has classes 0 to {(classes or 0) - 1}")
-
-    def _check_unguided(self, options: Mapping[str, Any]) -> None:
-        if options["guidance_scale"] != 1.0:
-            raise UserError("guidance needs the classes that it goes towards; name them")
-
-    def _check_without_labels(self) -> None:
-        if self.net.num_classes is not None and not self.config.train.label_dropout:
-            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+            output = dataclasses.replace(output, dynamic_threshold=None)
+        steps, output = (_replaced(part, given) for part in (steps, output))
+        # 0 is off, as in a config.
+        steps = dataclasses.replace(steps, order=steps.order or None)
+        output = dataclasses.replace(output, dynamic_threshold=output.dynamic_threshold or None)
+        of_guidance = {name.removeprefix("guidance_"): given[name] for name in _GUIDANCE & given.keys()}
+        guidance = _replaced(guidance, of_guidance)
+        check_guidance(self.condition, guidance)
+        said = {name: given[name] for name in condition_lib.KEYWORDS if name in given}
+        return Request(self.condition.say(**said), steps, output, guidance)
 
     def _ends(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         for picture in (first, second):
@@ -390,7 +405,7 @@ class Run:
                     f"a picture has shape {np.shape(picture)}; accepted: {self.shape} for each end, such as "
                     "run.pictures(...)[0]"
                 )
-        return images.to_float(self._check(np.stack([first, second])))
+        return self.model.decoder.encode(self._check(np.stack([first, second])))
 
     def _check(self, pictures: np.ndarray) -> np.ndarray:
         pictures = np.asarray(pictures)
@@ -407,25 +422,23 @@ class Run:
         seed: int,
         indices: Sequence[int] | None,
         batch_size: int | None,
-        labels: Sequence[int],
-        **options: Any,
+        observer: Observer,
+        options: Mapping[str, Any],
     ) -> tuple[np.ndarray, np.ndarray | None]:
         indices = range(num_images) if indices is None else indices
         if not len(indices):
             raise UserError(f"the number of images is {len(indices)}; at least 1 is needed")
-        self._check_labels(labels)
+        request = self.request(**options)
         try:
             return generate(
-                self.net,
-                self.schedule,
+                self.model,
                 self.params,
                 self.mesh,
-                shape=self.shape,
+                request,
                 indices=indices,
                 seed=seed,
                 batch_size=batch_size or self.config.sample.batch_size,
-                labels=labels,
-                **self._options(options),
+                observer=observer,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -433,24 +446,30 @@ class Run:
     def _call(
         self,
         function: Callable[..., jax.Array],
-        num_images: int,
-        labels: Sequence[int] = (),
+        numbers: np.ndarray,
         t: int | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
+        snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
-        """uint8 of function(schedule, model_fn, **sampling options), whose batch has num_images; it starts from t."""
-        self._check_labels(labels)
-        if not len(labels):
-            self._check_without_labels()
-        options = self._options(options, t)
-        guidance = {name: options.pop(name) for name in _GUIDANCE}
-        if not len(labels):
-            self._check_unguided(guidance)
-        chosen = labels_of(self.net, range(num_images), labels) if len(labels) else None
+        """uint8 of function(schedule, model_fn, **sampling options), whose batch has images of these numbers.
+
+        Where sampling starts from t, num_steps are at most the timesteps from there.
+        """
+        request = self.request(**options)
+        condition, guidance = request.condition, request.guidance
+        if guidance.is_on:
+            condition.require()
+        null = condition.null(len(numbers)) if guidance.is_on or not condition.is_said else None
+        cond = condition.of_images(numbers) if condition.is_said else null
+        keywords = request.keywords()
+        if t is not None and keywords["num_steps"]:
+            keywords["num_steps"] = min(keywords["num_steps"], t + 1)
+        keywords |= {"progress": progress, "watch": watch, "snapshots_of": snapshots_of}
         try:
-            model_fn = make_model_fn(self.net, self.params, chosen, **guidance)
-            return images.to_uint8(to_host(function(self.schedule, model_fn, progress=progress, **options)))
+            model_fn = self.model.model_fn(self.params, cond, null, guidance)
+            return self.model.decoder.decode(function(self.schedule, model_fn, **keywords))
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -461,26 +480,29 @@ class Run:
         seed: int,
         purpose: str,
         *per_picture: np.ndarray,
-        labels: Sequence[int] = (),
         batch_size: int | None = None,
         **options: Any,
     ) -> np.ndarray:
         """function(schedule, model_fn, keys, x_0, ...) of all pictures, in batches divided over the devices."""
-        pictures = self._check(pictures)
-        size = parallel.rounded(min(batch_size or self.config.sample.batch_size, len(pictures)), self.mesh)
+        x_0 = self.model.decoder.encode(self._check(pictures))
+        size = parallel.rounded(min(batch_size or self.config.sample.batch_size, len(x_0)), self.mesh)
         place = functools.partial(parallel.place, sharding=parallel.batch_sharding(self.mesh))
         done = []
-        for first in range(0, len(pictures), size):
-            chosen = np.resize(np.arange(first, min(first + size, len(pictures))), size)
+        for first in range(0, len(x_0), size):
+            chosen = np.resize(np.arange(first, min(first + size, len(x_0))), size)
             keys = image_keys(self.mesh, seed, purpose, chosen)
-            arrays = [place(images.to_float(pictures[chosen])), *(place(array[chosen]) for array in per_picture)]
-            batch_labels = labels_of(self.net, chosen, labels).tolist() if len(labels) else ()
+            arrays = [place(array[chosen]) for array in (x_0, *per_picture)]
 
             def edit(schedule: Schedule, model_fn: Any, **rest: Any) -> jax.Array:
                 return function(schedule, model_fn, keys, *arrays, **rest)  # noqa: B023
 
-            done.append(self._call(edit, size, labels=batch_labels, **options))
-        return np.concatenate(done)[: len(pictures)]
+            done.append(self._call(edit, chosen, **options))
+        return np.concatenate(done)[: len(x_0)]
+
+
+def _replaced(part: Any, given: Mapping[str, Any]) -> Any:
+    """The dataclass with those of its fields that are given."""
+    return dataclasses.replace(part, **{f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given})
 
 
 def _deterministic(num_steps: int | None, spacing: str | None) -> dict[str, Any]:
@@ -508,13 +530,12 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
     dataset = workdir.read_dataset(path)
     if dataset is None:
         raise UserError(f"{str(path)!r} has no checkpoint yet")
-    num_classes = len(dataset["class_names"])
-    net = config_lib.make_model(config, num_classes)
+    model = config_lib.make_model(config, dataset)
     devices, fsdp = jax.device_count(), config.mesh.fsdp
     mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))
-    shapes = config_lib.param_shapes(config, num_classes)
+    shapes = model.param_shapes()
     wanted = parallel.laid(shapes, parallel.state_shardings(mesh, shapes))
     checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
     found, params = checkpoints.restore_weights(step, "params" if raw else f"ema_{ema_decay}", wanted)
     checkpoints.close()
-    return Run(config, dataset, found, ema_decay, net, config_lib.make_schedule_from(config), params, mesh)
+    return Run(config, dataset, found, ema_decay, model, params, mesh)

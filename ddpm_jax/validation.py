@@ -1,11 +1,11 @@
 """What no run can be told: everything in a config that could not run, said before anything is compiled."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -16,10 +16,14 @@ from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
+from ddpm_jax.sampling.condition import check_guidance
 
 _ELEMENTS: dict[str, type] = {
     "model.channel_multipliers": int,
+    "model.level_channels": int,
     "model.attention_resolutions": int,
+    "model.downsample_levels": str,
+    "model.upsample_levels": str,
     "model.attention_levels": bool,
     "diffusion.betas": float,
     "train.ema_decays": float,
@@ -79,7 +83,9 @@ def _check_values(config: ConfigDict) -> None:
         ("model.channels", config.model.channels, 2),
         ("model.num_res_blocks", config.model.num_res_blocks, 1),
         ("model.num_heads", config.model.num_heads, 1),
+        ("model.head_channels", config.model.head_channels, 0),
         ("model.num_groups", config.model.num_groups, 1),
+        ("model.middle_attention_groups", config.model.middle_attention_groups, -1),
         ("model.attention_patch_size", config.model.attention_patch_size, 1),
         ("log.every_steps", config.log.every_steps, 1),
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
@@ -101,6 +107,7 @@ def _check_values(config: ConfigDict) -> None:
         ("sample.num_images", config.sample.num_images, 1),
         ("sample.batch_size", config.sample.batch_size, 1),
         ("sample.num_steps", config.sample.num_steps, 0),
+        ("sample.spacing_offset", config.sample.spacing_offset, 0),
     ):
         if not value >= least:  # NaN too
             raise UserError(f"config.{name} is {value}; at least {least} is needed")
@@ -115,7 +122,14 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.channel_multipliers is {config.model.channel_multipliers}; accepted: integers of 1 or more"
         )
+    if any(width < 1 for width in config.model.level_channels):
+        raise UserError(
+            f"config.model.level_channels is {config.model.level_channels}; accepted: integers of 1 or more"
+        )
+    if not config.model.norm_epsilon > 0:
+        raise UserError(f"config.model.norm_epsilon is {config.model.norm_epsilon}; accepted: above 0")
     for name, share in (
+        ("model.time_frequency_shift", config.model.time_frequency_shift),
         ("train.label_dropout", train.label_dropout),
         ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
     ):
@@ -123,7 +137,9 @@ def _check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
-    check_guidance(config, **config_lib.guidance_options(config))
+    if train.label_dropout and not config.model.null_class:
+        raise UserError("config.train.label_dropout needs a null class; accepted with model.null_class=False: 0")
+    check_guidance(config_lib.make_condition(config), config_lib.guidance(config))
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"log.sample_steps": config.log.sample_steps, "sample.num_steps": config.sample.num_steps}
@@ -178,37 +194,17 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         _check_pure_noise(config, schedule)
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
-        net = config_lib.make_model(config, num_classes=config_lib.ANY_NUM_CLASSES)
-        shape = (1, config.data.height, config.data.width, config.data.channels)
+        model = config_lib.make_model(config)
 
         def start(key: jax.Array) -> Any:
-            x, t = jnp.zeros(shape), jnp.zeros(1, jnp.int32)
-            out, variables = net.init_with_output(key, x, t)
+            x, t = jnp.zeros((1, *model.decoder.shape)), jnp.zeros(1, jnp.int32)
+            out, variables = model.net.init_with_output(key, x, t, model.condition.of_images(np.zeros(1, np.int32)))
             loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **config_lib.loss_options(config))
             return loss, optimizer.update(variables, optimizer.init(variables), variables)
 
         jax.eval_shape(lambda: start(jax.random.key(0)))
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"config: {first_line(error)}") from None
-
-
-def check_guidance(
-    config: ConfigDict, guidance_scale: float, guidance_rescale: float, guidance_interval: Sequence[int]
-) -> None:
-    """UserError for guidance that the run of this config cannot have, or that is none."""
-    if not 0.0 <= guidance_rescale <= 1.0:
-        raise UserError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
-    if len(guidance_interval) not in (0, 2) or list(guidance_interval) != sorted(guidance_interval):
-        raise UserError(
-            f"guidance_interval is {tuple(guidance_interval)}; accepted: the lowest and the highest timestep"
-        )
-    if guidance_scale == 1.0 and (guidance_rescale or len(guidance_interval)):
-        raise UserError("guidance_rescale and guidance_interval need a guidance_scale other than 1")
-    if guidance_scale != 1.0 and not (config.model.class_conditional and config.train.label_dropout):
-        raise UserError(
-            f"guidance_scale is {guidance_scale}; other than 1 it needs a run with model.class_conditional and a "
-            "train.label_dropout above 0"
-        )
 
 
 def _check_pure_noise(config: ConfigDict, schedule: Schedule) -> None:

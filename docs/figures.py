@@ -119,7 +119,7 @@ class Block:
 
 def unet_blocks(config: Any) -> list[Block]:
     """The parts of a config's network in the order in which they are called, found by calling it on shapes alone."""
-    net = config_lib.make_model(config, 0)
+    net = config_lib.make_network(config)
     found: list[Block] = []
     made_by: dict[int, str] = {}
     alive: list[Any] = []  # so that no identity is used twice

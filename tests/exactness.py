@@ -22,6 +22,7 @@ SECTIONS = {
     "tests/models/test_unet.py": "The network",
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
+    "tests/interop/diffusers/test_peers.py": "Other networks and schedulers of diffusers",
     "tests/evaluation/test_peers.py": "Evaluation",
 }
 HEAD = """# How exact is it

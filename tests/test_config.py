@@ -10,6 +10,9 @@ from tiny import small
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import default_config, differences, fields, from_json, learning_rate, make_optimizer, to_json
+from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.validation import validate
 
 
@@ -63,13 +66,16 @@ def test_schedule_of_a_config():
 
 def test_network_of_a_config():
     def make(**changes):
-        return config_lib.make_model(small(**changes), num_classes=7)
+        return config_lib.make_model(small(**changes), {"class_names": [*"abcdefg"]}).net
 
     assert make().num_classes is None
     assert make(model__class_conditional=True).num_classes == 7
     assert make().attention_levels is None
     assert make(model__attention_levels=(True, False)).attention_levels == (True, False)
     assert make(model__dtype="bfloat16").dtype == jax.numpy.bfloat16
+    assert (make().level_channels, make().head_channels, make().middle_attention_groups) == (None, None, None)
+    assert make(model__middle_attention_groups=0).middle_attention_groups == 0
+    assert (make().num_timesteps, make(model__time_embedding="learned").num_timesteps) == (None, 1000)
     assert not make().learned_variance
     assert make(diffusion__variance="learned").learned_variance
 
@@ -83,17 +89,17 @@ def test_options_of_loss_and_sampler():
         "weighting": "none",
         "vlb_weight": 0.5,
     }
-    options = {"sampler": "ddpm", "prediction": "eps", "variance": "fixed_large", "clip": False}
-    options |= {"num_steps": None, "spacing": None, "eta": None, "order": None}
-    assert config_lib.sampling_options(config) == options | {"dynamic_threshold": None}
+    assert config_lib.parameterization(config) == Parameterization("eps", "fixed_large", False, None)
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
-    assert config_lib.sampling_options(config) == options | {"dynamic_threshold": 0.9}
+    assert config_lib.parameterization(config).dynamic_threshold == 0.9
+    assert config_lib.sampling_steps(config) == Steps()
+    config = small(sample__spacing_offset=1, sample__stop_at_first=True)
+    assert config_lib.sampling_steps(config) == Steps(spacing_offset=1, stop_at_first=True)
     config = small(sample__sampler="ddim", sample__eta=0.3, sample__num_steps=7)
-    found = config_lib.sampling_options(config)
-    assert (found["sampler"], found["eta"], found["num_steps"]) == ("ddim", 0.3, 7)
+    assert config_lib.sampling_steps(config) == Steps("ddim", 7, eta=0.3)
     guidance = {"guidance_scale": 2.5, "guidance_rescale": 0.7, "guidance_interval": (3, 5)}
     changes = {f"sample__{name}": value for name, value in guidance.items()}
-    assert config_lib.guidance_options(small(**changes)) == guidance
+    assert config_lib.guidance(small(**changes)) == Guidance(2.5, 0.7, (3, 5))
 
 
 # The learning rate and the optimiser.

@@ -13,15 +13,15 @@ import pytest
 from ddpm_jax import config as config_lib
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedules import make_schedule
-from ddpm_jax.interop import diffusers as interop
+from ddpm_jax.interop.diffusers import unet
 from ddpm_jax.runtime import parallel
 
 
 def model_fn(name):
     config = golden.config(name)
-    tensors = golden.tensors(interop.tensor_shapes(config))
-    net = config_lib.make_model(config, num_classes=0)
-    return jax.tree_util.Partial(net.apply, {"params": interop.to_params(name, tensors, config)})
+    tensors = golden.tensors(unet.tensor_shapes(config))
+    net = config_lib.make_network(config)
+    return jax.tree_util.Partial(net.apply, {"params": unet.to_params(name, tensors, config)})
 
 
 @pytest.mark.slow

@@ -74,9 +74,9 @@ class TestImages:
         assert samplers._scan._cache_size() == before + 2
 
     def test_of_classes_go_round(self, classes):
-        labels = classes.labels_of(range(8))
-        np.testing.assert_array_equal(labels, [0, 1, 2, 0, 1, 2, 0, 1])
-        np.testing.assert_array_equal(classes.labels_of([5, 6], [2, 0]), [0, 2])
+        said = classes.request(labels=[2, 0]).condition
+        np.testing.assert_array_equal(classes.condition.of_images(np.arange(8))["label"], [0, 1, 2, 0, 1, 2, 0, 1])
+        np.testing.assert_array_equal(said.of_images(np.array([5, 6]))["label"], [0, 2])
         mixed = classes.sample(8, **QUICK)
         for label in range(3):
             assert near(classes.sample(8, labels=[label], **QUICK)[label::3], mixed[label::3])
@@ -101,6 +101,21 @@ def test_settings_do_not_depend_on_how_the_weights_lie():
         for place in (places, parallel.replicated(mesh))
     )
     assert sharded == whole
+
+
+def test_options_of_the_steps_go_with_their_spacing_and_sampler():
+    run = make_run(sampler="dpmpp_2m", spacing="leading", spacing_offset=1, skip_lowest=True, stop_at_first=True)
+    own = {"spacing_offset": 1, "skip_lowest": True, "stop_at_first": True}
+    for chosen, kept in (
+        ({}, {"spacing_offset", "skip_lowest", "stop_at_first"}),
+        ({"spacing": "linspace"}, {"stop_at_first"}),
+        ({"sampler": "ddim"}, {"spacing_offset", "stop_at_first"}),
+    ):
+        settings = run.settings(seed=0, **chosen)
+        assert {name: settings[name] for name in own if name in settings} == {name: own[name] for name in kept}
+    assert run.calls(num_steps=3) == 3
+    noise = run.encode(PICTURES, num_steps=5)
+    assert near(run.decode(noise, num_steps=5), run.decode(noise, num_steps=5, spacing="leading"))
 
 
 def test_a_run_is_a_line(run):
@@ -188,6 +203,8 @@ class TestEdits:
         [
             (lambda run: run.sample(0), "the number of images is 0; at least 1"),
             (lambda run: run.sample(1, labels=[1]), "not class-conditional"),
+            (lambda run: run.sample(num_image=4), "no option 'num_image'. Did you mean 'num_images'"),
+            (lambda run: run.vary(PICTURES, 4, smapler="ddim"), "no option 'smapler'. Did you mean 'sampler'"),
             (lambda run: run.sample(1, num_steps=41), "num_steps is 41; accepted: 1 to 40"),
             (lambda run: run.sample(1, sampler="euler"), "sampler is 'euler'; accepted: ddpm, ddim"),
             (lambda run: run.sample(1, eta=0.5), "sampler 'ddpm' takes no eta"),

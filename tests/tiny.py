@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 from ddpm_jax import config as config_lib
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import parallel
-from ddpm_jax.training.state import init_params
 from ddpm_jax.validation import validate
 
 RNG = np.random.default_rng(0)
@@ -42,13 +41,18 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
     validate(config)
     names = [str(i) for i in range(3)]
     dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
-    net = config_lib.make_model(config, 3)
-    init = jax.jit(lambda: init_params(net, (8, 8, 1), 0), compiler_options=parallel.run_once_options())
+    model = config_lib.make_model(config, dataset)
+    init = jax.jit(lambda: model.init_params(0), compiler_options=parallel.run_once_options())
     # Its last layer starts at zero: without this the network would say nothing.
     params = jax.tree.map(lambda p: p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape), init())
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     params = jax.device_put(params, parallel.replicated(mesh))
-    return Run(config, dataset, 3, 0.99, net, config_lib.make_schedule_from(config), params, mesh)
+    return Run(config, dataset, 3, 0.99, model, params, mesh)
+
+
+def of_classes(number):
+    """The description of a data set of so many classes."""
+    return {"class_names": [str(i) for i in range(number)]}
 
 
 def near(a, b):

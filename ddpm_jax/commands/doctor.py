@@ -229,7 +229,7 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(WRONG, "config", str(error))
         return
-    count = sum(x.size for x in jax.tree.leaves(config_lib.param_shapes(config, 1)))
+    count = sum(x.size for x in jax.tree.leaves(config_lib.make_model(config).param_shapes()))
     copies = 4 + len(config.train.ema_decays)  # the parameters, their gradient, Adam's two moments, the averages
     text = f"{count:,} parameters; {_size(4 * count * copies)} with gradient, averages and Adam's moments, on "
     sharded = mesh_shape(jax.device_count(), **config.mesh)[1]

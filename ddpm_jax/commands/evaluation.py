@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import report
-from ddpm_jax.commands.job import Job
+from ddpm_jax.commands.job import FLAGS, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.evaluation import image_sets, likelihood, plots, results
@@ -25,7 +26,6 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.runtime.workdir import CONFIG, check_writable
-from ddpm_jax.sampling.generate import make_model_fn
 
 LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
     "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),
@@ -74,8 +74,7 @@ def evaluate(
     """
     run = job.run
     if generated is not None and (num_images is not None or job.options):
-        names = {"labels": "classes"}  # that flags have
-        given = ["num_images"] * (num_images is not None) + [names.get(name, name) for name in job.options]
+        given = ["num_images"] * (num_images is not None) + [FLAGS.get(name, name) for name in job.options]
         raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
@@ -155,19 +154,17 @@ def _samples(
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Bits/dim of training images by the run."""
     run = job.run
-    images, labels = image_sets.spread(training_images(run.config, run.dataset), count)
+    batch = image_sets.spread(training_images(run.config, run.dataset), count)
     measure, name = LIKELIHOODS[kind]
     with _bar("likelihood", "calls") as bar:
         found = measure(
             run.schedule,
-            make_model_fn(run.net, run.params),
-            images,
+            run.model_fn,
+            likelihood.Examples.of_batch(batch, run.condition),
             run.mesh,
+            output=config_lib.parameterization(run.config).unclipped,
             seed=job.seed,
             batch_size=batch_size,
-            labels=labels.tolist() if run.net.num_classes else (),
-            prediction=run.config.diffusion.prediction,
-            variance=run.config.diffusion.variance,
             progress=bar.update,
         )
     if kind == "bound" and jax.process_index() == 0:
@@ -177,7 +174,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
     return {
         name: float(found.total.mean),
         f"{name}, standard error": float(found.total.standard_error),
-        f"{name}, images": len(images),
+        f"{name}, images": len(batch["image"]),
     }
 
 

@@ -18,6 +18,7 @@ from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
+FLAGS = {"labels": "classes"}  # options of `Run.sample` whose flags have another name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,22 @@ class Job:
         that another command has another file."""
         name = f"{what}step_{self.run.step:08d}_seed_{self.seed}{_in_a_name(self.told)}{suffix}"
         path = Path(self.out).expanduser() if self.out else self.folder / "samples" / name
+        if suffix == ".png":
+            self.check_pictures()
         if suffix and path.suffix != suffix:
             raise UserError(f"--out is {str(path)!r}; it must end in {suffix}")
         if suffix and path.is_dir():
             raise UserError(f"--out is {str(path)!r}, which is a folder")
         workdir.check_writable(path.parent, "the folder of --out" if self.out else "--workdir")
         return Target(self.run, path, self.folder)
+
+    def check_pictures(self) -> None:
+        """UserError unless the run's images can be written as pictures."""
+        channels = self.run.shape[-1]
+        if channels not in (1, 3):
+            raise UserError(
+                f"this run's images have {channels} channels, and pictures 1 or 3; accepted: --mode=sample --output=npz"
+            )
 
     def pictures(self, names: Sequence[str], least: int = 1, most: int | None = None) -> np.ndarray:
         """uint8 [N, H, W, C] of --input, as `Run.pictures` has them."""

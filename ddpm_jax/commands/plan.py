@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
-from ddpm_jax.planning.compiled import model, open_topology
+from ddpm_jax.planning.compiled import estimate, open_topology
 from ddpm_jax.planning.measured import measure
 from ddpm_jax.planning.programs import PROGRAMS
 from ddpm_jax.planning.table import table
@@ -32,26 +32,25 @@ def plan(config: ConfigDict | None, workdir: str, topology: str | None, programs
     Raises:
       UserError: no config, one that cannot run, an unknown topology, no libtpu, a program that does not fit.
     """
-    config, num_classes = _open(config, workdir)
+    config, dataset = _open(config, workdir)
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"--programs has {program!r}; accepted: {', '.join(PROGRAMS)}")
     if topology is None:
         validate(config, jax.device_count())
-        result = measure(config, parallel.make_mesh(**config.mesh), programs, num_classes)
+        result = measure(config, dataset, parallel.make_mesh(**config.mesh), programs)
     else:
         chip, mesh = open_topology(topology, config)
-        result = model(config, chip, mesh, topology, programs, num_classes)
+        result = estimate(config, dataset, chip, mesh, topology, programs)
     print(table(result))
     if workdir and jax.process_index() == 0:
         write_text(workdir_lib.check_writable(workdir) / FILE, json.dumps(result, indent=2) + "\n")
 
 
-def _open(config: ConfigDict | None, path: str) -> tuple[ConfigDict, int]:
-    """The config, and the number of classes that its data set has."""
+def _open(config: ConfigDict | None, path: str) -> tuple[ConfigDict, dict[str, Any] | None]:
+    """The config, and the description of its data set where there is one."""
     if config is None:
         if not path:
             raise UserError("--mode=plan needs --config, or the --workdir of a run")
         config = workdir_lib.read_config(path)
-    names = ((workdir_lib.read_dataset(path) if path else None) or {}).get("class_names")
-    return config, config_lib.ANY_NUM_CLASSES if names is None else len(names)
+    return config, workdir_lib.read_dataset(path) if path else None

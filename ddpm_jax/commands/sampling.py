@@ -1,6 +1,7 @@
 """Images from noise, and a closer look at how they come about."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,42 +23,45 @@ def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: 
 
     Args:
       job: the run and how it samples. In a grid each class that is chosen has a row.
-      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a class where classes are chosen.
-      output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] and `label` int32 [N],
-        0 without classes).
+      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a row where classes are chosen.
+      output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] and what each was
+        asked to be: `label` int32 [N], 0 without classes).
 
     Returns:
       Where the images are.
     """
-    run, labels = job.run, job.options.get("labels", ())
+    run, condition = job.run, job.run.request(**job.options).condition
     target = job.target("", {"grid": ".png", "png": "", "npz": ".npz"}[output])
+    if output == "png":
+        job.check_pictures()
     if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
         raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
     if num_images is None:
-        num_images = IMAGES_A_ROW * len(labels) if labels else run.config.sample.num_images
+        num_images = IMAGES_A_ROW * condition.rows or run.config.sample.num_images
     with calls_bar("sampling") as bar:
         pictures = run.sample(num_images, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
 
     def write(path: Path) -> None:
         if output == "grid":
-            images.save(path, _grid_by_class(pictures, len(labels)) if labels else images.grid(pictures))
+            images.save(path, _grid_by_row(pictures, condition.rows) if condition.rows else images.grid(pictures))
         elif output == "png":
             with new_folder(path, "--out") as temporary:
                 for index, picture in enumerate(pictures):
                     images.save(temporary / f"{index:06d}.png", picture)
         else:
             with atomic_path(path) as temporary:
-                np.savez_compressed(temporary, image=pictures, label=run.labels_of(range(num_images), labels))
+                arrays: dict[str, Any] = {"image": pictures, **condition.record(np.arange(num_images))}
+                np.savez_compressed(temporary, **arrays)
 
     return target.done(write)
 
 
-def _grid_by_class(pictures: np.ndarray, classes: int) -> np.ndarray:
-    """A row for each class, whose images come in turn; a row that lacks one ends in white."""
-    columns = -(-len(pictures) // classes)
-    padded = np.full((columns * classes, *pictures.shape[1:]), 255, np.uint8)
+def _grid_by_row(pictures: np.ndarray, rows: int) -> np.ndarray:
+    """A row for each thing that was asked for, whose images come in turn; a row that lacks one ends in white."""
+    columns = -(-len(pictures) // rows)
+    padded = np.full((columns * rows, *pictures.shape[1:]), 255, np.uint8)
     padded[: len(pictures)] = pictures
-    return images.grid(np.concatenate([padded[row::classes] for row in range(classes)]), columns=columns)
+    return images.grid(np.concatenate([padded[row::rows] for row in range(rows)]), columns=columns)
 
 
 def sample_shards(job: Job, *, images: str, shard_size: int, part: str, batch_size: int | None) -> Path:
@@ -83,7 +87,7 @@ def make_shards(
     job: Job, folder: Path, first: int, last: int, shard_size: int, part: tuple[int, int], batch_size: int | None
 ) -> None:
     """Makes the shards of images first..last that are not in the folder; see `sample_shards`."""
-    run, labels = job.run, job.options.get("labels", ())
+    run, condition = job.run, job.run.request(**job.options).condition
     settings = run.settings(seed=job.seed, batch_size=batch_size, **job.options)
     shards.check_part(part)
     todo, there = shards.missing(folder, first, last, shard_size, settings)
@@ -98,7 +102,7 @@ def make_shards(
                 seed=job.seed, indices=indices, batch_size=batch_size, progress=progress, **job.options
             )
             if jax.process_index() == 0:
-                shards.write(folder, low, high, pictures, run.labels_of(indices, labels), settings)
+                shards.write(folder, low, high, pictures, condition.record(np.arange(low, high + 1)), settings)
 
 
 # Looking closer.

@@ -11,7 +11,7 @@ def import_weights(source: str | None, workdir: str | Path) -> Path:
     """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
     if not source:
         raise UserError("--mode=import needs --source: a diffusers folder, a hub name or an exported .safetensors file")
-    target = workdirs.import_weights(source, workdir)
+    target = workdirs.import_weights(source, workdir, tell=print)
     print(f"{source}: {target}")
     return target
 
@@ -20,6 +20,6 @@ def export_weights(job: Job) -> Path:
     """Writes a run's weights for others; see `ddpm_jax.interop.workdirs.export_weights`."""
     if not job.out:
         raise UserError("--mode=export needs --out: a folder for diffusers, or a .safetensors file")
-    target = workdirs.export_weights(job.run, job.out)
+    target = workdirs.export_weights(job.run, job.out, tell=print)
     print(f"{job.run.weights}: {target}")
     return target

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import Example, Source
 
 Batch = dict[str, Any]
 T = TypeVar("T")
@@ -44,6 +44,25 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.
     return indices
 
 
+def stacked(examples: Iterable[Example], count: int) -> Batch:
+    """So many examples as one batch: arrays [count, ...] by the names of their entries."""
+    batch: Batch = {}
+    for row, example in enumerate(examples):
+        batch = batch or _room(example, count)
+        for name, value in example.items():  # copied while it is in the processor's cache
+            batch[name][row] = value
+    return batch
+
+
+def _room(example: Example, count: int) -> Batch:
+    """Arrays for so many examples like this one; whole numbers are int32."""
+    values = {name: np.asarray(value) for name, value in example.items()}
+    return {
+        name: np.empty((count, *value.shape), np.int32 if value.dtype == np.int64 else value.dtype)
+        for name, value in values.items()
+    }
+
+
 class _Kept:
     """The examples of a source in memory, each decoded when it is asked for the first time.
 
@@ -52,10 +71,7 @@ class _Kept:
 
     def __init__(self, source: Source):
         self._source, self._is_there = source, np.zeros(len(source), bool)
-        self._examples: Batch = {
-            "image": np.empty((len(source), *source.shape), np.uint8),
-            "label": np.empty(len(source), np.int32),
-        }
+        self._examples: Batch = {}
 
     def batches(self, many: Iterable[np.ndarray]) -> Iterator[Batch]:
         """The examples of these indices, a batch for each array of them."""
@@ -64,8 +80,9 @@ class _Kept:
                 missing = np.unique(indices[~self._is_there[indices]]).tolist()
                 if missing:
                     for index, example in zip(missing, pool.map(self._source.__getitem__, missing), strict=True):
-                        for name, values in self._examples.items():
-                            values[index] = example[name]
+                        self._examples = self._examples or _room(example, len(self._source))
+                        for name, value in example.items():
+                            self._examples[name][index] = value
                     self._is_there[missing] = True
                 yield {name: values[indices] for name, values in self._examples.items()}
 
@@ -84,15 +101,8 @@ class _StepBatches:
 
     def __getitem__(self, index: int) -> Batch:
         indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
-        indices = indices[self.rows]
-        batch: Batch = {
-            "image": np.empty((len(indices), *self.source.shape), np.uint8),
-            "label": np.empty(len(indices), np.int32),
-        }
-        for row, number in enumerate(indices.tolist()):
-            for name, value in self.source[number].items():  # copied while it is in the processor's cache
-                batch[name][row] = value
-        return batch
+        numbers = indices[self.rows].tolist()
+        return stacked(map(self.source.__getitem__, numbers), len(numbers))
 
 
 def host_batches(
@@ -119,7 +129,7 @@ def host_batches(
       num_workers: processes that decode a larger set; 0: threads of this process.
 
     Yields:
-      {"image": uint8 [rows, H, W, C], "label": int32 [rows]}.
+      The examples' entries as arrays [rows, ...]: {"image": uint8 [rows, H, W, C], "label": int32 [rows], ...}.
     """
     if len(source) * int(np.prod(source.shape)) <= cache_bytes:
         steps = range(first_step, last_step)

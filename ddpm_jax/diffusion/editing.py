@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ddpm_jax.diffusion.gaussian import Array, ModelFn, fold_in, normal, q_sample
-from ddpm_jax.diffusion.samplers import Progress, plan, run_table, sample
+from ddpm_jax.diffusion.gaussian import Array, ModelFn, Parameterization, fold_in, normal, q_sample
+from ddpm_jax.diffusion.samplers import Observer, Progress, plan, run_table, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.shapes import Images, Keys, Masks
 from ddpm_jax.diffusion.tables import ddim_inverse
@@ -87,6 +87,9 @@ def encode(
     *,
     num_steps: int | None = None,
     spacing: str = "linspace",
+    spacing_offset: int = 0,
+    skip_lowest: bool = False,
+    stop_at_first: bool = False,
     prediction: str = "eps",
     variance: str = "fixed_large",
     progress: Progress | None = None,
@@ -99,23 +102,29 @@ def encode(
     Args:
       schedule, model_fn: of the network.
       x_0: [B, H, W, C].
-      num_steps, spacing: see `spaced_timesteps`; of the way back too.
+      num_steps, spacing, spacing_offset, skip_lowest, stop_at_first: see `plan`; of the way back too.
       prediction, variance: what the network's output means.
       progress: told (network calls done, calls in all).
     """
     x_0 = jnp.asarray(x_0)
-    table = ddim_inverse(plan(schedule, num_steps=num_steps, spacing=spacing))
+    steps = plan(
+        schedule,
+        num_steps=num_steps,
+        spacing=spacing,
+        spacing_offset=spacing_offset,
+        skip_lowest=skip_lowest,
+        stop_at_first=stop_at_first,
+    )
+    table = ddim_inverse(steps)
     # The method draws no noise, so any key will do.
     return run_table(
         table,
         model_fn,
         jax.random.key(0),
         x_0.shape,
+        output=Parameterization(prediction, variance, clip=False),
+        observer=Observer(progress),
         x_t=x_0,
-        prediction=prediction,
-        variance=variance,
-        clip=False,
-        progress=progress,
     )
 
 

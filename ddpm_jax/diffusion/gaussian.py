@@ -28,6 +28,35 @@ PREDICTIONS = ("eps", "x_0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
+@dataclasses.dataclass(frozen=True)
+class Parameterization:
+    """What a network's output means, and where the x_0 that it predicts may lie; see `p_mean_variance`.
+
+    Attributes:
+      prediction: "eps", "x_0" or "v".
+      variance: "fixed_small", "fixed_large" or "learned".
+      clip: whether the predicted x_0 is clipped to [-1, 1].
+      dynamic_threshold: a quantile for dynamic thresholding instead; None: off.
+    """
+
+    prediction: str = "eps"
+    variance: str = "fixed_large"
+    clip: bool = True
+    dynamic_threshold: float | None = None
+
+    @property
+    def unclipped(self) -> "Parameterization":
+        """The same without clipping, as likelihoods are taken."""
+        return dataclasses.replace(self, clip=False, dynamic_threshold=None)
+
+    def check(self) -> None:
+        """ValueError for an unknown prediction or variance, or a quantile that is none."""
+        check_option("prediction", self.prediction, PREDICTIONS)
+        check_option("variance", self.variance, VARIANCES)
+        if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
+            raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; accepted: above 0 to 1, or None")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:

@@ -1,5 +1,6 @@
 """Classifier-free guidance: towards what a condition adds (Ho & Salimans 2022)."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,31 @@ from jax.typing import ArrayLike
 from ddpm_jax.diffusion.gaussian import Array, as_argument
 
 NO_LIMIT = (0, 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How far sampling goes towards what a condition adds; see `guided`. An empty interval has no limits."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[int, ...] = ()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the network must be called without the condition, too."""
+        return self.scale != 1.0
+
+    def check(self) -> None:
+        """ValueError for values that are out of range, or do nothing."""
+        if not 0.0 <= self.rescale <= 1.0:
+            raise ValueError(f"guidance_rescale is {self.rescale}; accepted: 0 to 1")
+        if len(self.interval) not in (0, 2) or list(self.interval) != sorted(self.interval):
+            raise ValueError(
+                f"guidance_interval is {tuple(self.interval)}; accepted: the lowest and the highest timestep"
+            )
+        if not self.is_on and (self.rescale or len(self.interval)):
+            raise ValueError("guidance_rescale and guidance_interval need a guidance_scale other than 1")
 
 
 def guided(

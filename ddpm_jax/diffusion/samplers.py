@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import (
-    PREDICTIONS,
     Array,
     ModelFn,
+    Parameterization,
     as_argument,
     check_option,
     clip_x_0,
@@ -49,6 +49,9 @@ def plan(
     *,
     num_steps: int | None = None,
     spacing: str = "linspace",
+    spacing_offset: int = 0,
+    skip_lowest: bool = False,
+    stop_at_first: bool = False,
     timesteps: Sequence[int] | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
@@ -57,8 +60,10 @@ def plan(
 
     Args:
       schedule: T timesteps.
-      num_steps, spacing: see `spaced_timesteps`.
-      timesteps: the user's own, descending, in the place of those three.
+      num_steps, spacing, spacing_offset, skip_lowest: see `spaced_timesteps`.
+      stop_at_first: end at the noise level of timestep 0 instead of the clean image, as with diffusers'
+        set_alpha_to_one=False. A call at timestep 0 itself would leave x as it is and is left out.
+      timesteps: the user's own, descending, in the place of num_steps and spacing.
       t_start: the first timestep; None: T - 1.
       t_end: the timestep to stop at, whose x is the result; None: the clean image.
 
@@ -68,12 +73,13 @@ def plan(
     if timesteps is not None:
         if num_steps is not None or t_start is not None:
             raise ValueError("timesteps take the place of num_steps and t_start; give either")
-        return Levels.of(schedule, timesteps, t_end)
+        return _ending(schedule, timesteps, t_end, stop_at_first)
     if t_end is None:
-        chosen = spaced_timesteps(schedule, num_steps, spacing, t_start)
+        options: dict[str, Any] = {"offset": spacing_offset, "skip_lowest": skip_lowest}
+        chosen = spaced_timesteps(schedule, num_steps, spacing, t_start, **options)
         if t_start is not None:
             chosen[0] = t_start  # x_t has that noise, whatever the spacing starts from
-        return Levels.of(schedule, chosen)
+        return _ending(schedule, chosen, None, stop_at_first)
     t_start = schedule.num_timesteps - 1 if t_start is None else t_start
     if not 0 <= t_end < t_start:
         raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
@@ -85,36 +91,97 @@ def plan(
     return Levels.of(schedule, spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)[:-1], t_end)
 
 
-def plan_table(
-    schedule: Schedule,
-    sampler: str,
-    *,
-    spacing: str | None = None,
-    resampling: tuple[int, int] | None = None,
-    variance: str = "fixed_large",
-    eta: float | None = None,
-    order: int | None = None,
-    x_0_mse: ArrayLike | None = None,
-    **steps: Any,
-) -> SamplerTable:
-    """The table of a sampling run, a row a network call.
+def _ending(
+    schedule: Schedule, timesteps: Sequence[int] | np.ndarray, t_end: int | None, stop_at_first: bool
+) -> Levels:
+    if not stop_at_first or t_end is not None:
+        return Levels.of(schedule, timesteps, t_end)
+    timesteps = np.asarray(timesteps)
+    timesteps = timesteps[:-1] if timesteps.size and timesteps[-1] == 0 else timesteps
+    if not timesteps.size:
+        raise ValueError("stop_at_first ends at timestep 0, and sampling starts there; accepted: a later start")
+    return Levels.of(schedule, timesteps, 0)
 
-    Args:
-      schedule: T timesteps.
-      sampler, variance, eta, order, x_0_mse: see `make_table`.
-      spacing: None: as suits the sampler.
-      resampling: see `with_resampling`; None: none.
-      steps: num_steps, timesteps, t_start and t_end of `plan`.
 
-    Raises:
-      ValueError: an unknown option, or options that do not go together.
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Which steps a sampling run takes.
+
+    Attributes:
+      sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse: as in
+        `sample`.
     """
-    check_option("sampler", sampler, tuple(SAMPLERS))
-    if x_0_mse is not None and np.shape(x_0_mse) != (schedule.num_timesteps,):
-        raise ValueError(f"x_0_mse has shape {np.shape(x_0_mse)}; accepted: one value for each of T timesteps")
-    levels = plan(schedule, spacing=DEFAULT_SPACING[sampler] if spacing is None else spacing, **steps)
-    table = make_table(sampler, levels, variance=variance, eta=eta, order=order, x_0_mse=x_0_mse)
-    return table if resampling is None else with_resampling(table, levels, *resampling)
+
+    sampler: str = "ddpm"
+    num_steps: int | None = None
+    spacing: str | None = None
+    spacing_offset: int = 0
+    skip_lowest: bool = False
+    stop_at_first: bool = False
+    timesteps: Sequence[int] | None = None
+    eta: float | None = None
+    order: int | None = None
+    x_0_mse: ArrayLike | None = None
+
+    def table(
+        self,
+        schedule: Schedule,
+        variance: str = "fixed_large",
+        *,
+        t_start: int | None = None,
+        t_end: int | None = None,
+        resampling: tuple[int, int] | None = None,
+    ) -> SamplerTable:
+        """The steps as a table, a row a network call.
+
+        Args:
+          schedule: T timesteps.
+          variance: of p_theta, for "ddpm".
+          t_start, t_end: see `plan`.
+          resampling: see `with_resampling`; None: none.
+
+        Raises:
+          ValueError: an unknown option, or options that do not go together.
+        """
+        check_option("sampler", self.sampler, tuple(SAMPLERS))
+        if self.x_0_mse is not None and np.shape(self.x_0_mse) != (schedule.num_timesteps,):
+            raise ValueError(f"x_0_mse has shape {np.shape(self.x_0_mse)}; accepted: one value for each of T timesteps")
+        levels = plan(
+            schedule,
+            num_steps=self.num_steps,
+            spacing=DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing,
+            spacing_offset=self.spacing_offset,
+            skip_lowest=self.skip_lowest,
+            stop_at_first=self.stop_at_first,
+            timesteps=self.timesteps,
+            t_start=t_start,
+            t_end=t_end,
+        )
+        table = make_table(
+            self.sampler, levels, variance=variance, eta=self.eta, order=self.order, x_0_mse=self.x_0_mse
+        )
+        return table if resampling is None else with_resampling(table, levels, *resampling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observer:
+    """Who watches a sampling run, and what.
+
+    Attributes:
+      progress, watch, num_snapshots, snapshots_of: as in `sample`.
+    """
+
+    progress: Progress | None = None
+    watch: Watch | None = None
+    num_snapshots: int = 0
+    snapshots_of: str = "x"
+
+    def check(self, calls: int) -> None:
+        """ValueError for snapshots that a run of so many network calls does not have."""
+        check_option("snapshots_of", self.snapshots_of, SNAPSHOTS)
+        most = calls + (self.snapshots_of == "x")
+        if self.num_snapshots and not 2 <= self.num_snapshots <= most:
+            raise ValueError(f"num_snapshots is {self.num_snapshots}; accepted: 0, or 2 to {most}")
 
 
 def sample(
@@ -126,6 +193,9 @@ def sample(
     sampler: str = "ddpm",
     num_steps: int | None = None,
     spacing: str | None = None,
+    spacing_offset: int = 0,
+    skip_lowest: bool = False,
+    stop_at_first: bool = False,
     timesteps: Sequence[int] | None = None,
     eta: float | None = None,
     order: int | None = None,
@@ -158,6 +228,8 @@ def sample(
       num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
         "linspace" for ddpm and ddim, "logsnr" for the others.
+      spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
+      stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
       timesteps: the user's own, descending, in their place.
       eta: of "ddim", 0 (the default) to 1.
       order: of "unipc", 1, 2 (the default) or 3.
@@ -178,7 +250,7 @@ def sample(
         the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end; with num_snapshots also
+      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end or timestep 0; with num_snapshots also
       [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start. The last is what the
       last call gave, before known pixels are put in their places.
 
@@ -186,49 +258,26 @@ def sample(
       ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
         timestep of pure noise.
     """
-    check_option("prediction", prediction, PREDICTIONS)
-    check_option("snapshots_of", snapshots_of, SNAPSHOTS)
     shape = tuple(shape)
     if x_t is not None and x_t.shape != shape:
         raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
-    if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
-        raise ValueError(f"dynamic_threshold is {dynamic_threshold}; accepted: above 0 to 1, or None")
-    table = plan_table(
-        schedule,
-        sampler,
-        num_steps=num_steps,
-        spacing=spacing,
-        timesteps=timesteps,
-        t_start=t_start,
-        t_end=t_end,
-        variance=variance,
-        eta=eta,
-        order=order,
-        x_0_mse=x_0_mse,
-        resampling=resampling,
+    steps = Steps(
+        sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse
     )
+    table = steps.table(schedule, variance, t_start=t_start, t_end=t_end, resampling=resampling)
     if known is not None and t_end is not None:
         raise ValueError("known pixels need sampling to the clean image; leave t_end out")
-    most = len(table.t) + (snapshots_of == "x")
-    if num_snapshots and not 2 <= num_snapshots <= most:
-        raise ValueError(f"num_snapshots is {num_snapshots}; accepted: 0, or 2 to {most}")
     return run_table(
         table,
         model_fn,
         key,
         shape,
+        output=Parameterization(prediction, variance, clip, dynamic_threshold),
+        observer=Observer(progress, watch, num_snapshots, snapshots_of),
         x_t=x_t,
         known=known,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
-        dynamic_threshold=dynamic_threshold,
-        num_snapshots=num_snapshots,
-        snapshots_of=snapshots_of,
-        progress=progress,
-        watch=watch,
     )
 
 
@@ -238,42 +287,41 @@ def run_table(
     key: Keys,
     shape: tuple[int, ...],
     *,
+    output: Parameterization,
+    observer: Observer | None = None,
     x_t: Images | None = None,
     known: tuple[Array, Array] | None = None,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool = True,
-    dynamic_threshold: float | None = None,
-    num_snapshots: int = 0,
-    snapshots_of: str = "x",
-    progress: Progress | None = None,
-    watch: Watch | None = None,
 ) -> Any:
-    """Runs any table; the arguments are those of `sample`.
+    """Runs any table; the arguments, and what is returned, are those of `sample`.
 
     The rows go through the compiled scan in portions of one length, the last one filled up with rows that are skipped:
     so one program serves every number of steps, and the host learns how far it is without a callback inside of it.
     Within an outer jit the whole table is one portion.
     """
-    if prediction == "eps" and np.any(table.a == 0):
+    observer = observer or Observer()
+    output.check()
+    observer.check(len(table.t))
+    if output.prediction == "eps" and np.any(table.a == 0):
         raise ValueError("prediction 'eps' says nothing about x_0 at a timestep of pure noise; accepted there: x_0, v")
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
     model_fn, calls = as_argument(model_fn), len(table.t)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model_fn, key, x_t, known)))
-    length = calls if traced else _PORTION if watch is None else _WATCHED
-    rows = _Rows.of(table, num_snapshots, snapshots_of)
+    length = calls if traced else _PORTION if observer.watch is None else _WATCHED
+    rows = _Rows.of(table, observer)
     sharding = None
     if not traced:
         key, sharding = _beside(model_fn, key)
 
     def tell(done: Array, image: Array | None) -> None:
-        if progress:
-            progress(int(done), calls)
-        if watch and image is not None:
-            watch(int(done), calls, image)
+        if observer.progress:
+            observer.progress(int(done), calls)
+        if observer.watch and image is not None:
+            observer.watch(int(done), calls, image)
 
-    carry, before = _start(key, x_t, shape, num_snapshots, sharding), None
+    # Fixed variances are numbers in the table, and one compiled program serves them all.
+    scanned = output if output.variance == "learned" else dataclasses.replace(output, variance="fixed_large")
+    carry, before = _start(key, x_t, shape, observer.num_snapshots, sharding), None
     for first in range(0, calls, length):
         portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
         carry, done = _scan(
@@ -282,25 +330,23 @@ def run_table(
             key,
             carry,
             known,
-            prediction=prediction,
-            learned=variance == "learned",
-            clip=clip,
-            dynamic_threshold=dynamic_threshold,
-            snapshots_of=snapshots_of if num_snapshots else "x",
+            output=scanned,
+            snapshots_of=observer.snapshots_of if observer.num_snapshots else "x",
             sharding=sharding,
         )
-        if (progress or watch) and not traced:
+        if (observer.progress or observer.watch) and not traced:
             # Of the portion before, so that the device has the next one while this waits.
             if before is not None:
                 tell(*before)
             # A copy, since the next portion takes the memory of what is carried.
-            before = done, jnp.copy(carry[0] if snapshots_of == "x" else carry[2][0]) if watch else None
+            seen = carry[0] if observer.snapshots_of == "x" else carry[2][0]
+            before = done, jnp.copy(seen) if observer.watch else None
     if before is not None:
         tell(*before)
     x, _, _, snapshots = carry
     if known is not None:
         x = jnp.where(known[1], known[0], x)
-    return (x, snapshots) if num_snapshots else x
+    return (x, snapshots) if observer.num_snapshots else x
 
 
 @jax.tree_util.register_dataclass
@@ -315,15 +361,15 @@ class _Rows:
     is_row: np.ndarray
 
     @classmethod
-    def of(cls, table: SamplerTable, num_snapshots: int, snapshots_of: str) -> "_Rows":
+    def of(cls, table: SamplerTable, observer: Observer) -> "_Rows":
         table = jax.tree.map(lambda c: c if c.dtype == np.int32 else np.asarray(c, np.float32), table)
         calls = len(table.t)
         number = np.arange(1, calls + 1, dtype=np.int32)
         # Each slot is overwritten until its time has passed, so that not every image need be kept.
-        if snapshots_of == "x":
-            slot = -(-number * (num_snapshots - 1) // calls)
+        if observer.snapshots_of == "x":
+            slot = -(-number * (observer.num_snapshots - 1) // calls)
         else:
-            slot = -(-number * num_snapshots // calls) - 1
+            slot = -(-number * observer.num_snapshots // calls) - 1
         return cls(table, number, slot, np.ones(calls, bool))
 
 
@@ -379,10 +425,10 @@ def _start(keys, x_t, shape, num_snapshots, sharding):
 
 @partial(
     jax.jit,
-    static_argnames=("prediction", "learned", "clip", "dynamic_threshold", "snapshots_of", "sharding"),
+    static_argnames=("output", "snapshots_of", "sharding"),
     donate_argnames="carry",
 )
-def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dynamic_threshold, snapshots_of, sharding):
+def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding):
     shape = carry[0].shape
 
     def call(carry, row):
@@ -392,8 +438,9 @@ def _scan(model_fn, rows, keys, carry, known, *, prediction, learned, clip, dyna
             image, mask = known
             x = jnp.where(mask, row.a * image + row.s * _noise(keys, shape, number, 1), x)
         t = jnp.full(shape[:1], row.t)
-        output, interpolation = split_output(model_fn(x, t), "learned" if learned else "fixed_large")
-        x_0 = clip_x_0(to_x_0(prediction, output, x, row.a, row.s), clip, dynamic_threshold)
+        predicted, interpolation = split_output(model_fn(x, t), output.variance)
+        x_0 = to_x_0(output.prediction, predicted, x, row.a, row.s)
+        x_0 = clip_x_0(x_0, output.clip, output.dynamic_threshold)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)

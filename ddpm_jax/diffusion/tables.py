@@ -69,7 +69,14 @@ def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
 
 
 def spaced_timesteps(
-    schedule: Schedule, num_steps: int | None = None, spacing: str = "linspace", last: int | None = None, first: int = 0
+    schedule: Schedule,
+    num_steps: int | None = None,
+    spacing: str = "linspace",
+    last: int | None = None,
+    first: int = 0,
+    *,
+    offset: int = 0,
+    skip_lowest: bool = False,
 ) -> np.ndarray:
     """`num_steps` of the timesteps first..last, descending: the order of sampling.
 
@@ -84,6 +91,9 @@ def spaced_timesteps(
         nearest to those levels, none twice.
       last: the timestep to start from; None: T - 1.
       first: the lowest.
+      offset: added to the timesteps of "leading", as far as they stay at most `last` (Stable Diffusion's steps_offset).
+      skip_lowest: take num_steps + 1 timesteps, where there are so many, and leave out the lowest, as the solvers of
+        diffusers do.
 
     Raises:
       ValueError: an unknown spacing, more steps than timesteps, or a `last` outside 0..T-1.
@@ -97,10 +107,13 @@ def spaced_timesteps(
     num_steps = there if num_steps is None else num_steps
     if not 1 <= num_steps <= there:
         raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {there}, the timesteps there are")
+    if skip_lowest and num_steps < there:
+        return spaced_timesteps(schedule, num_steps + 1, spacing, last, first, offset=offset)[:-1]
     if num_steps == 1:
         return np.array([last], np.int32)
     if spacing == "leading":
-        return (first + np.arange(num_steps) * (there // num_steps))[::-1].astype(np.int32)
+        ascending = first + np.arange(num_steps) * (there // num_steps)
+        return (ascending + min(offset, last - ascending[-1]))[::-1].astype(np.int32)
     if spacing == "trailing":
         return (first + np.round(np.arange(num_steps, 0, -1) * (there / num_steps)) - 1).astype(np.int32)
     if spacing == "linspace":

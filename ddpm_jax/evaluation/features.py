@@ -26,6 +26,7 @@ from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import atomic_path, user_cache
+from ddpm_jax.runtime.images import to_float
 from ddpm_jax.runtime.progress import ProgressBar
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -246,7 +247,7 @@ def _check_hash(path: Path, name: str) -> str:
 class _Classifier(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> Output:
-        x = images.reshape(len(images), -1).astype(jnp.float32) / 127.5 - 1.0
+        x = to_float(images).reshape(len(images), -1)
         x = nn.swish(nn.Dense(256)(x))
         x = nn.swish(nn.Dense(64)(x))
         return {"pool": x, "logits": nn.Dense(10)(x)}

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.pipeline import Batch, stacked
 from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.sampling import shards
@@ -52,12 +53,10 @@ def of_source(source: Source) -> ImageSet:
     return ImageSet(source.describe(), len(source), read)
 
 
-def spread(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, H, W, C] and their labels, int [n]: `count` images evenly spread over a source, or all that it has."""
+def spread(source: Source, count: int) -> Batch:
+    """`count` examples evenly spread over a source, or all that it has, as a batch."""
     numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    examples = [source[int(number)] for number in numbers]
-    images = [example["image"] for example in examples]
-    return np.array(images, np.uint8).reshape(-1, *source.shape), np.array([e["label"] for e in examples], np.int32)
+    return stacked((source[int(number)] for number in numbers), len(numbers))
 
 
 def _image(source: Source, index: int) -> np.ndarray:

@@ -7,7 +7,7 @@ with their numbers, add up: `part + part`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,19 +18,58 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion import bound, flow
-from ddpm_jax.diffusion.gaussian import ModelFn
+from ddpm_jax.diffusion.gaussian import ModelFn, Parameterization
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation.batches import regroup
 from ddpm_jax.runtime import images as images_lib
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import part_of
-from ddpm_jax.sampling.generate import image_keys, to_host
+from ddpm_jax.sampling.condition import Cond, Condition
+from ddpm_jax.sampling.generate import image_keys
 
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
 
 _PILOT = 16  # images that a proposal is learnt from
+_UNCLIPPED = Parameterization(clip=False)  # the original does not clip here
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a likelihood is taken of.
+
+    Attributes:
+      images: uint8 [N, H, W, C], or an iterable of such portions, each of any N.
+      cond: of all images, arrays [N, ...] as the network takes them; None: no condition.
+      first: the number of the first image.
+      num_images: how many there are; only for the progress over an iterable.
+    """
+
+    images: Images
+    cond: Cond = None
+    first: int = 0
+    num_images: int | None = None
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Any], condition: Condition) -> "Examples":
+        """The examples of a training batch with their condition."""
+        return cls(batch["image"], condition.of_batch(batch))
+
+    def start(self, count: int) -> tuple["Examples", "Examples"]:
+        """(the first `count` of them, all of them still to be read)."""
+        images, rest = self.images, self.images
+        if not isinstance(images, np.ndarray):
+            portions, taken = iter(images), []
+            for portion in _checked(portions):
+                taken.append(portion)
+                if sum(map(len, taken)) >= count:
+                    break
+            if not taken:
+                raise UserError("a likelihood needs 1 image or more")
+            images, rest = np.concatenate(taken), chain(taken, portions)
+        few = Examples(images[:count], jax.tree.map(lambda x: x[:count], self.cond), self.first)
+        return few, dataclasses.replace(self, images=rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,39 +248,32 @@ class FlowBound(_Sums):
 def evaluate_bound(
     schedule: Schedule,
     model_fn: ModelFn,
-    images: Images,
+    examples: Examples,
     mesh: Mesh,
     *,
+    output: Parameterization = _UNCLIPPED,
     seed: int = 0,
     batch_size: int = 64,
-    first: int = 0,
-    num_images: int | None = None,
-    labels: Sequence[int] = (),
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool = False,
     progress: Progress | None = None,
 ) -> Bound:
     """The variational bound, every term of it: T network calls an image.
 
     Args:
       schedule: T timesteps.
-      model_fn: (x_t, t) -> output; see `ddpm_jax.sampling.generate.make_model_fn`, without labels.
-      images: uint8 [N, H, W, C], or an iterable of such portions, each of any N.
+      model_fn: (x_t, t) -> output, or (x_t, t, cond=...) -> output where the examples have a condition; see
+        `ddpm_jax.sampling.generate.Model.model_fn`.
+      examples: the images.
       mesh: the devices to divide each batch over.
+      output: what the network's output means; the original does not clip here.
       seed: of the noise.
       batch_size: images at a time, rounded up to a multiple of the devices.
-      first: the number of the first image.
-      num_images: how many there are; only for the progress over an iterable.
-      labels: int [N], the classes of the images, for a class-conditional network; none: no class.
-      prediction, variance, clip: as in `p_mean_variance`. The original does not clip here.
       progress: told (network calls done, calls in all), about every 25 calls.
 
     Raises:
-      UserError: no images, images that are not uint8 [N, H, W, C], another number of labels than of images, a bound
+      UserError: no images, images that are not uint8 [N, H, W, C], another number of conditions than of images, a bound
         that is not finite, or an unknown option.
     """
-    measured = partial(bound.variational_bound, schedule, prediction=prediction, variance=variance, clip=clip)
+    measured = partial(bound.variational_bound, schedule, **_of_bound(output))
     parts = (
         Bound(
             Statistics.of(found["total"]),
@@ -250,9 +282,7 @@ def evaluate_bound(
             Statistics.of(found["terms"]),
             Statistics.of(found["clipped_x_0_mse"]),
         )
-        for found in _over_batches(
-            measured, "bound", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
-        )
+        for found in _over_batches(measured, "bound", model_fn, examples, mesh, seed, batch_size, progress)
     )
     return _total(parts)
 
@@ -260,19 +290,14 @@ def evaluate_bound(
 def estimate_bound(
     schedule: Schedule,
     model_fn: ModelFn,
-    images: Images,
+    examples: Examples,
     mesh: Mesh,
     *,
     num_terms: int = 8,
     proposal: ArrayLike | None = None,
+    output: Parameterization = _UNCLIPPED,
     seed: int = 0,
     batch_size: int = 64,
-    first: int = 0,
-    num_images: int | None = None,
-    labels: Sequence[int] = (),
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool = False,
     progress: Progress | None = None,
 ) -> BoundEstimate:
     """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `bound.sampled_bound`.
@@ -282,25 +307,20 @@ def estimate_bound(
       proposal: [T], the probabilities of t, from `Bound.proposal` or `bound.term_proposal`; None: learnt from the
         first 16 images by at most 32 calls.
       progress: told (network calls done, calls in all) after every batch.
-      schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, clip: as in
-        `evaluate_bound`.
+      schedule, model_fn, examples, mesh, output, seed, batch_size: as in `evaluate_bound`.
 
     Raises:
       UserError: what `evaluate_bound` refuses, an odd number of terms, or a proposal that does not fit.
     """
-    options: dict[str, Any] = {"prediction": prediction, "variance": variance, "clip": clip}
+    options = _of_bound(output)
     if proposal is None:
-        images, chosen = _first_images(images, _PILOT)
+        few, examples = examples.start(_PILOT)
 
         def pilot(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Any) -> dict[str, jax.Array]:
             return bound.bound_terms(schedule, model_fn, keys, x_0, bound.pilot_timesteps(schedule), **options)
 
-        pilot_labels = labels[: len(chosen)]
-        found = _first(
-            _over_batches(
-                pilot, "pilot", model_fn, chosen, mesh, seed, max(len(chosen), 1), first, None, pilot_labels, None
-            )
-        )
+        size = max(len(few.images), 1)  # type: ignore[arg-type]
+        found = _first(_over_batches(pilot, "pilot", model_fn, few, mesh, seed, size, None))
         proposal = bound.pilot_proposal(schedule, found["terms"].T)
 
     def measured(model_fn: Any, keys: jax.Array, x_0: jax.Array, progress: Progress | None) -> dict[str, jax.Array]:
@@ -313,9 +333,7 @@ def estimate_bound(
     names = [field.name for field in dataclasses.fields(BoundEstimate)]
     parts = (
         BoundEstimate(**{name: Statistics.of(found[name]) for name in names})
-        for found in _over_batches(
-            measured, "estimate", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
-        )
+        for found in _over_batches(measured, "estimate", model_fn, examples, mesh, seed, batch_size, progress)
     )
     return _total(parts)
 
@@ -323,20 +341,15 @@ def estimate_bound(
 def evaluate_flow(
     schedule: Schedule,
     model_fn: ModelFn,
-    images: Images,
+    examples: Examples,
     mesh: Mesh,
     *,
     num_steps: int = 50,
     method: str = "rk4",
     divergence: str = "hutchinson",
+    output: Parameterization = _UNCLIPPED,
     seed: int = 0,
     batch_size: int = 64,
-    first: int = 0,
-    num_images: int | None = None,
-    labels: Sequence[int] = (),
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    clip: bool = False,
     progress: Progress | None = None,
 ) -> FlowBound:
     """The bound by the probability-flow ODE; see `ddpm_jax.diffusion.flow`.
@@ -344,30 +357,25 @@ def evaluate_flow(
     Args:
       num_steps, method, divergence: see `flow_log_density`. The bound is exact for the flow as the steps grow; half of
         them tell how far it is from that.
-      clip: of the decoder alone; the flow is not clipped.
-      schedule, model_fn, images, mesh, seed, batch_size, first, num_images, labels, prediction, variance, progress: as
-        in `evaluate_bound`.
+      output: as in `evaluate_bound`; its clip is of the decoder alone, since the flow is not clipped.
+      schedule, model_fn, examples, mesh, seed, batch_size, progress: as in `evaluate_bound`.
 
     Raises:
       UserError: what `evaluate_bound` and `flow_log_density` refuse.
     """
     measured = partial(
-        flow.flow_bound,
-        schedule,
-        num_steps=num_steps,
-        method=method,
-        divergence=divergence,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
+        flow.flow_bound, schedule, num_steps=num_steps, method=method, divergence=divergence, **_of_bound(output)
     )
     parts = (
         FlowBound(**{name: Statistics.of(found[name]) for name in ("total", "decoder", "flow")})
-        for found in _over_batches(
-            measured, "flow", model_fn, images, mesh, seed, batch_size, first, num_images, labels, progress
-        )
+        for found in _over_batches(measured, "flow", model_fn, examples, mesh, seed, batch_size, progress)
     )
     return _total(parts)
+
+
+def _of_bound(output: Parameterization) -> dict[str, Any]:
+    """The keyword arguments of the bounds; they have no dynamic threshold."""
+    return {"prediction": output.prediction, "variance": output.variance, "clip": output.clip}
 
 
 def _first(parts: Iterator[Any]) -> Any:
@@ -392,16 +400,14 @@ def _over_batches(
     function: Callable[..., dict[str, jax.Array]],
     purpose: str,
     model_fn: ModelFn,
-    images: Images,
+    examples: Examples,
     mesh: Mesh,
     seed: int,
     batch_size: int,
-    first: int,
-    num_images: int | None,
-    labels: Sequence[int],
     progress: Progress | None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """function(model_fn, keys, x_0, progress=...) of every batch; its arrays [..., B] come back as [B, ...]."""
+    images, num_images = examples.images, examples.num_images
     if isinstance(images, np.ndarray):
         images, num_images = [images], len(images)
     if progress and num_images is None:
@@ -409,29 +415,30 @@ def _over_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; accepted: 1 or more")
     size = parallel.rounded(min(batch_size, num_images) if num_images else batch_size, mesh)
-    rows = parallel.batch_sharding(mesh)
+    place = partial(parallel.place, sharding=parallel.batch_sharding(mesh))
+    conditions = min((len(x) for x in jax.tree.leaves(examples.cond)), default=None)
     batches, done = -(-(num_images or 0) // size), 0
     for batch, pictures in enumerate(regroup(_checked(images), size)):
         chosen = np.resize(np.arange(len(pictures)), size)
         model = model_fn
-        if len(labels):
-            if done + len(pictures) > len(labels):
-                raise UserError(f"there are {len(labels)} labels, fewer than images")
-            of_batch = np.asarray(labels[done : done + len(pictures)], np.int32)[chosen]
-            model = _with_labels(model_fn, parallel.place(of_batch, rows))
+        if conditions is not None:
+            if done + len(pictures) > conditions:
+                raise UserError(f"there are {conditions} conditions, fewer than images")
+            of_batch = jax.tree.map(lambda x: place(np.asarray(x)[done + chosen]), examples.cond)  # noqa: B023
+            model = _with_cond(model_fn, of_batch)
         found = function(
             model,
-            image_keys(mesh, seed, purpose, first + done + chosen),
-            parallel.place(images_lib.to_float(pictures[chosen]), rows),
+            image_keys(mesh, seed, purpose, examples.first + done + chosen),
+            place(images_lib.to_float(pictures[chosen])),
             progress=part_of(progress, batch, batches),
         )
-        values = {name: np.moveaxis(to_host(value), -1, 0)[: len(pictures)] for name, value in found.items()}
+        values = {name: np.moveaxis(parallel.to_host(x), -1, 0)[: len(pictures)] for name, x in found.items()}
         for name, value in values.items():
-            _check_finite(name, value, first + done)
+            _check_finite(name, value, examples.first + done)
         done += len(pictures)
         yield values
-    if len(labels) > done:
-        raise UserError(f"there are {len(labels)} labels, more than the {done} images")
+    if conditions is not None and conditions > done:
+        raise UserError(f"there are {conditions} conditions, more than the {done} images")
 
 
 def _checked(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -456,22 +463,8 @@ def _check_finite(name: str, values: np.ndarray, first: int) -> None:
         )
 
 
-def _first_images(images: Images, count: int) -> tuple[Images, np.ndarray]:
-    """(the images as they were, the first of them)."""
-    if isinstance(images, np.ndarray):
-        return images, images[:count]
-    portions, taken = iter(images), []
-    for portion in _checked(portions):
-        taken.append(portion)
-        if sum(map(len, taken)) >= count:
-            break
-    if not taken:
-        raise UserError("a likelihood needs 1 image or more")
-    return chain(taken, portions), np.concatenate(taken)[:count]
-
-
-def _with_labels(model_fn: Any, labels: jax.Array) -> jax.tree_util.Partial:
-    """The model function called with cond={"label": labels}."""
+def _with_cond(model_fn: Any, cond: Cond) -> jax.tree_util.Partial:
+    """The model function with its condition."""
     if isinstance(model_fn, jax.tree_util.Partial):
-        return jax.tree_util.Partial(model_fn.func, *model_fn.args, **model_fn.keywords, cond={"label": labels})
-    return jax.tree_util.Partial(model_fn, cond={"label": labels})
+        return jax.tree_util.Partial(model_fn.func, *model_fn.args, **model_fn.keywords, cond=cond)
+    return jax.tree_util.Partial(model_fn, cond=cond)

@@ -49,12 +49,12 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
         config, dataset = config_lib.from_json(metadata["config"]), json.loads(metadata["dataset"])
-        step, num_classes = int(metadata["step"]), len(dataset["class_names"])
-        if not 0 <= step < 2**31 or not dataset.keys() >= {"fingerprint", "num_images", "shape"}:
+        step = int(metadata["step"])
+        if not 0 <= step < 2**31 or not dataset.keys() >= {"class_names", "fingerprint", "num_images", "shape"}:
             raise ValueError("a step, or a whole description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
     validate(config)
-    shapes = flatten_dict(config_lib.param_shapes(config, num_classes), sep=".")
+    shapes = flatten_dict(config_lib.make_model(config, dataset).param_shapes(), sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
     return config, dataset, step, unflatten_dict(tensors, sep=".")

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.interop import diffusers, plain
+from ddpm_jax.interop import plain
+from ddpm_jax.interop.diffusers import folder as diffusers_folder
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
@@ -20,13 +21,20 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder
 from ddpm_jax.training.state import create_state
 
+Tell = Callable[[str], None]
 
-def import_weights(source: str, path: str | Path) -> Path:
+
+def _silent(sentence: str) -> None:
+    pass
+
+
+def import_weights(source: str, path: str | Path, tell: Tell = _silent) -> Path:
     """Makes a workdir, to sample from, to evaluate and to start training from with --init_from.
 
     Args:
       source: a diffusers folder or its name on the Hugging Face hub, or a .safetensors file of `export_weights`.
       path: the workdir; must not be there, or be empty.
+      tell: given each sentence about what the run samples otherwise than the source's program.
 
     Returns:
       The workdir, whole; nothing is left of one that could not be made.
@@ -39,8 +47,11 @@ def import_weights(source: str, path: str | Path) -> Path:
     if source.endswith(".safetensors"):
         config, dataset, step, params = plain.read(os.path.expanduser(source))
     else:
-        config, params = diffusers.read(diffusers.locate(source))
-        dataset, step = _description(source, config, params), 0
+        described, params = diffusers_folder.read(diffusers_folder.locate(source))
+        config, step = described.config, 0
+        dataset = _description(source, config, params, described.num_classes)
+        for note in described.notes:
+            tell(note)
     with new_folder(path, "--workdir") as temporary:
         workdir.record(temporary, config, {**dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
@@ -52,7 +63,7 @@ def import_weights(source: str, path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def _description(source: str, config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
+def _description(source: str, config: ConfigDict, params: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """What stands for the images that these weights learned from, which are not known here."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params, sep=".").items()):
@@ -63,13 +74,18 @@ def _description(source: str, config: ConfigDict, params: Mapping[str, Any]) -> 
         "name": source,
         "num_images": 0,
         "shape": [data.height, data.width, data.channels],
-        "class_names": [],
+        "class_names": [str(number) for number in range(num_classes)],
         "fingerprint": digest.hexdigest(),
     }
 
 
-def export_weights(run: Run, out: str | Path) -> Path:
+def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     """Writes a run's weights: a folder for diffusers, or where `out` ends in .safetensors a file of our own names.
+
+    Args:
+      run: of `ddpm_jax.load`.
+      out: must not be there, or as a folder be empty.
+      tell: given each sentence about what diffusers samples otherwise than the run.
 
     Raises:
       UserError: `out` is there already, or the run has something that diffusers does not have.
@@ -79,4 +95,7 @@ def export_weights(run: Run, out: str | Path) -> Path:
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         return plain.write(out, run.config, run.dataset, run.step, params)
-    return diffusers.write(out, run.config, run.net, params)
+    net = config_lib.make_network(run.config, run.condition)
+    for note in diffusers_folder.write(out, run.config, net, params):
+        tell(note)
+    return Path(out).expanduser()

@@ -8,6 +8,9 @@ Parameters are float32. `dtype` is what convolutions and matrix products compute
 and the time embedding stay in float32.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,26 +22,47 @@ from ddpm_jax.models import layers
 
 Dtype = Any
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swish": nn.swish,
+    "gelu": partial(nn.gelu, approximate=False),
+    "mish": jax.nn.mish,
+    "relu": nn.relu,
+}
+
 
 def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
     """The original's variance scaling: fan_avg, uniform; a scale of 0 means 1e-10, not quite nothing."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
-def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of the timestep (Vaswani et al. 2017, in the original's layout: sines first, then cosines).
+def timestep_embedding(
+    t: jax.Array,
+    dim: int,
+    max_period: float = 10_000.0,
+    *,
+    frequency_shift: float = 1.0,
+    cosines_first: bool = False,
+) -> jax.Array:
+    """Sinusoids of the timestep (Vaswani et al. 2017).
+
+    The defaults are the original's layout: sines first, and frequencies that end at 1 / max_period. Stable Diffusion
+    has a frequency_shift of 0 and the cosines first.
 
     Args:
       t: [B], integer or float.
       dim: width of the embedding; an odd one ends in a zero.
+      max_period: of the slowest sinusoid, over 2 pi, where frequency_shift is 1.
+      frequency_shift: 0 to 1.
+      cosines_first: cosines, then sines.
 
     Returns:
-      float32 [B, dim] with frequencies max_period ** (-i / (dim // 2 - 1)).
+      float32 [B, dim] with frequencies max_period ** (-i / (dim // 2 - frequency_shift)).
     """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    exponents = -jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / max(half - frequency_shift, 1)
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)
+    parts = (jnp.cos(angles), jnp.sin(angles)) if cosines_first else (jnp.sin(angles), jnp.cos(angles))
+    embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
@@ -79,6 +103,7 @@ class GroupNorm(nn.Module):
     """
 
     num_groups: int = 32
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, scale_shift: jax.Array | None = None) -> jax.Array:
@@ -93,20 +118,24 @@ class GroupNorm(nn.Module):
         if scale_shift is not None:
             factor, shift = jnp.split(scale_shift.astype(jnp.float32), 2, axis=-1)
             scale, bias = scale * (1 + factor), bias * (1 + factor) + shift
-        return layers.group_norm(x, scale, bias, self.num_groups)
+        return layers.group_norm(x, scale, bias, self.num_groups, self.epsilon)
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; plus the input.
+    """norm, activation, conv; add the time embedding; norm, activation, dropout, conv; plus the input.
 
-    Input [B, H, W, C], the embedding [B, E], already through swish, and what a skip connection brings, [B, H, W, D], to
-    be joined to the input's channels; output [B, H, W, features].
+    Input [B, H, W, C], the embedding [B, E], already through the activation, and what a skip connection brings,
+    [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample` "down" (the mean of
+    2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first convolution (BigGAN's).
     """
 
     features: int
     dropout: float = 0.0
     scale_shift: bool = False
+    activation: str = "swish"
+    resample: str = "none"
     num_groups: int = 32
+    epsilon: float = 1e-6
     train: bool = False
     dtype: Dtype = jnp.float32
 
@@ -114,15 +143,20 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array, skip: jax.Array | None = None) -> jax.Array:
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_0")(x))
+        activation, norm = ACTIVATIONS[self.activation], partial(GroupNorm, self.num_groups, self.epsilon)
+        h = activation(norm(name="norm_0")(x))
+        if self.resample == "down":
+            x, h = (nn.avg_pool(v, (2, 2), strides=(2, 2)) for v in (x, h))
+        elif self.resample == "up":
+            x, h = (v.repeat(2, axis=1).repeat(2, axis=2) for v in (x, h))
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
         width = self.features * (2 if self.scale_shift else 1)
         modulation = Dense(width, dtype=self.dtype, name="embedding")(embedding)
         if self.scale_shift:
-            h = GroupNorm(self.num_groups, name="norm_1")(h, modulation)
+            h = norm(name="norm_1")(h, modulation)
         else:
-            h = GroupNorm(self.num_groups, name="norm_1")(h + modulation[:, None, None, :])
-        h = nn.swish(h)
+            h = norm(name="norm_1")(h + modulation[:, None, None, :])
+        h = activation(h)
         if self.train and self.dropout > 0:
             h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
         h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)
@@ -134,14 +168,17 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """norm, multi-head attention among the pixels (or p x p patches), added to the input [B, H, W, C].
 
-    Logits are scaled by (C / heads) ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
+    There are `num_heads` heads, or with `head_channels` as many of that width as fit into C. Logits are scaled by a
+    head's width ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
     ViT), which divides the cost of the attention matrix by p ** 4. Where `context` [B, L, D] is given, the tokens
-    also attend to it (cross-attention, as text-conditional models do).
+    also attend to it (cross-attention, as text-conditional models do). With `num_groups` 0 there is no norm.
     """
 
     num_heads: int = 1
+    head_channels: int | None = None
     patch_size: int = 1
     num_groups: int = 32
+    epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -150,13 +187,18 @@ class AttentionBlock(nn.Module):
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"attention_patch_size {p} does not divide a {height}x{width} level that has attention")
-        if channels % self.num_heads:
+        if self.head_channels and self.head_channels > channels:
+            raise ValueError(f"head_channels {self.head_channels} is more than the {channels} channels of a level")
+        if not self.head_channels and channels % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide the {channels} channels of a level")
-        x = x + self._from_patches(self._attend(self._to_patches(GroupNorm(self.num_groups, name="norm")(x))), x.shape)
+        x = x + self._from_patches(self._attend(self._to_patches(self._normed(x, "norm"))), x.shape)
         if context is not None:
-            tokens = self._to_patches(GroupNorm(self.num_groups, name="cross_norm")(x))
+            tokens = self._to_patches(self._normed(x, "cross_norm"))
             x = x + self._from_patches(self._attend(tokens, context, prefix="cross_"), x.shape)
         return x
+
+    def _normed(self, x: jax.Array, name: str) -> jax.Array:
+        return GroupNorm(self.num_groups, self.epsilon, name=name)(x) if self.num_groups else x
 
     def _to_patches(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
@@ -173,26 +215,30 @@ class AttentionBlock(nn.Module):
     def _attend(self, tokens: jax.Array, context: jax.Array | None = None, prefix: str = "") -> jax.Array:
         context = tokens if context is None else context
         width = tokens.shape[-1] // self.patch_size**2
-        heads = (self.num_heads, width // self.num_heads)
+        num_heads = width // self.head_channels if self.head_channels else self.num_heads
+        heads = (num_heads, self.head_channels or width // num_heads)
+        inner = math.prod(heads)
 
         def project(name: str, source: jax.Array) -> jax.Array:
-            projected = Dense(width, dtype=self.dtype, name=prefix + name)(source)
+            projected = Dense(inner, dtype=self.dtype, name=prefix + name)(source)
             return projected.reshape(*source.shape[:2], *heads)
 
         attended = jax.nn.dot_product_attention(
             project("query", tokens), project("key", context), project("value", context)
         )
-        attended = attended.reshape(*tokens.shape[:2], width)
+        attended = attended.reshape(*tokens.shape[:2], inner)
         return Dense(tokens.shape[-1], init_scale=0.0, dtype=self.dtype, name=prefix + "out")(attended)
 
 
 class Downsample(nn.Module):
     """Halves height and width: a strided 3 x 3 convolution (the original's), or pooling over 2 x 2.
 
-    The convolution pads as TensorFlow's SAME does, at the right and bottom only.
+    The convolution pads as TensorFlow's SAME does, at the right and bottom only; with `symmetric`, by one pixel on
+    every side, as PyTorch's does.
     """
 
     method: str = "conv"
+    symmetric: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -201,7 +247,8 @@ class Downsample(nn.Module):
             return nn.avg_pool(x, (2, 2), strides=(2, 2))
         if self.method == "max_pool":
             return nn.max_pool(x, (2, 2), strides=(2, 2))
-        return nn.Conv(x.shape[-1], (3, 3), 2, "SAME", kernel_init=kernel_init(), dtype=self.dtype, name="conv")(x)
+        padding = 1 if self.symmetric else "SAME"
+        return nn.Conv(x.shape[-1], (3, 3), 2, padding, kernel_init=kernel_init(), dtype=self.dtype, name="conv")(x)
 
 
 class Upsample(nn.Module):

@@ -142,6 +142,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
       x: [B, H, W, C], C divisible by num_groups.
       scale, bias: [C], or [B, C] where they depend on the example.
       num_groups: groups of neighbouring channels that share a mean and a variance.
+      epsilon: added to the variance.
 
     Returns:
       [B, H, W, C] in x's dtype.

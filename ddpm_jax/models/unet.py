@@ -1,6 +1,8 @@
 """The UNet that predicts the noise: the original's network (Ho et al. 2020, appendix B) and its common variants."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.models import layers
 from ddpm_jax.models.blocks import (
+    ACTIVATIONS,
     AttentionBlock,
     Conv,
     Dense,
@@ -19,8 +22,10 @@ from ddpm_jax.models.blocks import (
     timestep_embedding,
 )
 
-DOWNSAMPLING = ("conv", "avg_pool", "max_pool")
-UPSAMPLING = ("nearest", "transposed")
+DOWNSAMPLING = ("conv", "avg_pool", "max_pool", "residual")
+DOWNSAMPLE_PADDING = ("same", "symmetric")
+UPSAMPLING = ("nearest", "transposed", "residual")
+TIME_EMBEDDINGS = ("sinusoids", "learned")
 REMAT = ("none", "norms", "blocks")
 CONDITIONING = ("label", "vector", "image", "tokens")
 
@@ -38,22 +43,35 @@ class UNet(nn.Module):
     mirrors it with one block more a level, each taking the encoder's output of the same place.
 
     Attributes:
-      channels: base width; level i has channels * channel_multipliers[i].
+      channels: base width, of the first convolution; level i has channels * channel_multipliers[i].
       channel_multipliers: one a level, from the full size down.
+      level_channels: the width of each level, of any values; takes the place of channel_multipliers.
       num_res_blocks: residual blocks a level in the encoder.
       attention_resolutions: a level has attention when its longer side is one of these.
       attention_levels: on or off for each level; takes the place of attention_resolutions.
       middle_attention: attention in the middle block.
+      middle_attention_groups: groups of the norm before that attention; 0: no norm; None: num_groups.
       num_heads: heads of every attention.
+      head_channels: channels of a head, of which each level has as many as fit; takes the place of num_heads.
       attention_patch_size: side of the patches that are attention's tokens; 1: pixels.
       dropout: rate before the second convolution of each residual block, with train=True.
       num_groups: groups of every GroupNorm.
+      norm_epsilon: of every GroupNorm.
+      activation: in the residual blocks: "swish", "gelu", "mish" or "relu"; elsewhere it is swish.
+      time_embedding: "sinusoids", or "learned", one vector for each of num_timesteps.
+      time_frequency_shift, time_cosines_first: of the sinusoids; see `blocks.timestep_embedding`.
+      num_timesteps: of a learned time embedding.
       scale_shift: the time embedding scales and shifts the second norm (Improved DDPM) instead of being added.
-      downsample: "conv" (stride 2), "avg_pool" or "max_pool".
-      upsample: "nearest" (then a convolution) or "transposed" (4x4, stride 2).
+      downsample: "conv" (stride 2), "avg_pool", "max_pool" or "residual" (a residual block that halves the size).
+      downsample_padding: of "conv": "same", at the right and bottom, or "symmetric", one pixel on every side.
+      downsample_levels: one for each halving, from the full size down; takes the place of downsample.
+      upsample: "nearest" (then a convolution), "transposed" (4x4, stride 2) or "residual".
+      upsample_levels: the same for the doubling that undoes each halving.
+      center_input: the network sees 2 x - 1.
       out_channels: channels of the output; None: as many as the input has.
       learned_variance: the output has as many channels again, the variance's interpolation (Improved DDPM).
-      num_classes: None, or how many classes `cond["label"]` may name. Label num_classes is the null class.
+      num_classes: None, or how many classes `cond["label"]` may name.
+      null_class: label num_classes means no class; without it, every call names a class.
       dtype: what convolutions and matrix products compute in; parameters and output are float32.
       remat: what the backward pass computes again instead of keeping it: "norms", in residual blocks all but their
         convolutions, which is cheap where memory is slower than arithmetic; "blocks", all in residual and attention
@@ -62,20 +80,34 @@ class UNet(nn.Module):
 
     channels: int = 128
     channel_multipliers: Sequence[int] = (1, 2, 2, 2)
+    level_channels: Sequence[int] | None = None
     num_res_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
     attention_levels: Sequence[bool] | None = None
     middle_attention: bool = True
+    middle_attention_groups: int | None = None
     num_heads: int = 1
+    head_channels: int | None = None
     attention_patch_size: int = 1
     dropout: float = 0.0
     num_groups: int = 32
+    norm_epsilon: float = 1e-6
+    activation: str = "swish"
+    time_embedding: str = "sinusoids"
+    time_frequency_shift: float = 1.0
+    time_cosines_first: bool = False
+    num_timesteps: int | None = None
     scale_shift: bool = False
     downsample: str = "conv"
+    downsample_padding: str = "same"
+    downsample_levels: Sequence[str] | None = None
     upsample: str = "nearest"
+    upsample_levels: Sequence[str] | None = None
+    center_input: bool = False
     out_channels: int | None = None
     learned_variance: bool = False
     num_classes: int | None = None
+    null_class: bool = True
     dtype: Dtype = jnp.float32
     remat: str = "none"
 
@@ -87,9 +119,9 @@ class UNet(nn.Module):
 
         Args:
           x: [B, H, W, C] in any float dtype; H and W divisible by 2 ** (levels - 1).
-          t: [B], integer or float.
+          t: [B], integer or float; integer with a learned time embedding.
           cond: None or a dict of any of
-            "label": int32 [B] in 0..num_classes (num_classes: no class);
+            "label": int32 [B] in 0..num_classes (num_classes: no class, where there is a null class);
             "vector": [B, D], added to the time embedding through a dense layer (a pooled text embedding, say);
             "image": [B, H, W, D], joined to x's channels (a low-resolution or masked picture);
             "tokens": [B, L, D], which every attention block also attends to (a text encoder's output).
@@ -105,38 +137,67 @@ class UNet(nn.Module):
         cond = dict(cond or {})
         self._check(x, t, cond)
         out_channels = self.out_channels or x.shape[-1]
-        common = {"num_groups": self.num_groups, "dtype": self.dtype}
+        widths, activation = self.widths, ACTIVATIONS[self.activation]
         res_block, attention_block = ResBlock, AttentionBlock
         if self.remat == "norms":
             res_block = nn.remat(ResBlock, policy=jax.checkpoint_policies.save_only_these_names(layers.KEPT))
         elif self.remat == "blocks":
             res_block, attention_block = nn.remat(ResBlock), nn.remat(AttentionBlock)
+        common: dict[str, Any] = {"num_groups": self.num_groups, "epsilon": self.norm_epsilon, "dtype": self.dtype}
+        options: dict[str, Any] = {"scale_shift": self.scale_shift, "activation": self.activation, "train": train}
+        residual: Any = partial(res_block, dropout=self.dropout, **options, **common)
+        heads: dict[str, Any] = {"num_heads": self.num_heads, "head_channels": self.head_channels}
+        attention: Any = partial(attention_block, patch_size=self.attention_patch_size, **heads)
 
-        embedding = timestep_embedding(t, self.channels)
+        if self.time_embedding == "learned":
+            embedding = nn.Embed(self.num_timesteps or 0, self.channels, name="time_table")(t)
+        else:
+            embedding = timestep_embedding(
+                t,
+                self.channels,
+                frequency_shift=self.time_frequency_shift,
+                cosines_first=self.time_cosines_first,
+            )
         embedding = nn.swish(Dense(4 * self.channels, name="time_0")(embedding))
         embedding = Dense(4 * self.channels, name="time_1")(embedding)
         if self.num_classes is not None:
-            labels = nn.Embed(self.num_classes + 1, 4 * self.channels, name="label")
-            embedding += labels(cond.get("label", jnp.full(x.shape[:1], self.num_classes)))
+            # Without a null class, only an initialisation may leave the classes out, and then any will do.
+            rows, absent = (self.num_classes + 1, self.num_classes) if self.null_class else (self.num_classes, 0)
+            labels = nn.Embed(rows, 4 * self.channels, name="label")
+            embedding += labels(cond.get("label", jnp.full(x.shape[:1], absent)))
         if "vector" in cond:
             embedding += Dense(4 * self.channels, name="vector")(cond["vector"])
-        embedding = nn.swish(embedding).astype(self.dtype)
+        embedding = activation(embedding).astype(self.dtype)
 
-        def block(h: jax.Array, level: int, name: str, attention: bool, skip: jax.Array | None = None) -> jax.Array:
-            features = self.channels * self.channel_multipliers[level]
-            h = res_block(features, self.dropout, self.scale_shift, train=train, name=f"{name}_res", **common)(
-                h, embedding, skip
-            )
-            if attention:
-                h = attention_block(self.num_heads, self.attention_patch_size, name=f"{name}_attention", **common)(
-                    h, cond.get("tokens")
-                )
+        def block(
+            h: jax.Array, level: int, name: str, attends: bool, skip: jax.Array | None = None, groups: int | None = None
+        ) -> jax.Array:
+            h = residual(widths[level], name=f"{name}_res")(h, embedding, skip)
+            if attends:
+                norm = common if groups is None else {**common, "num_groups": groups}
+                h = attention(name=f"{name}_attention", **norm)(h, cond.get("tokens"))
             return h
 
-        last = len(self.channel_multipliers) - 1
+        def downsample(h: jax.Array, level: int, method: str) -> jax.Array:
+            name = f"down_{level}_downsample"
+            if method == "residual":
+                return residual(widths[level], resample="down", name=name)(h, embedding)
+            return Downsample(method, self.downsample_padding == "symmetric", dtype=self.dtype, name=name)(h)
+
+        def upsample(h: jax.Array, level: int, method: str) -> jax.Array:
+            name = f"up_{level}_upsample"
+            if method == "residual":
+                return residual(widths[level], resample="up", name=name)(h, embedding)
+            return Upsample(method, dtype=self.dtype, name=name)(h)
+
+        last = len(widths) - 1
+        downsampling = self.downsample_levels or [self.downsample] * last
+        upsampling = self.upsample_levels or [self.upsample] * last
         attends = self.levels_with_attention(*x.shape[1:3])
 
         h = x.astype(self.dtype)
+        if self.center_input:
+            h = 2 * h - 1
         if "image" in cond:
             h = jnp.concatenate([h, cond["image"].astype(self.dtype)], axis=-1)
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(h)
@@ -146,39 +207,52 @@ class UNet(nn.Module):
                 h = block(h, level, f"down_{level}_{i}", attends[level])
                 skips.append(h)
             if level < last:
-                h = Downsample(self.downsample, dtype=self.dtype, name=f"down_{level}_downsample")(h)
+                h = downsample(h, level, downsampling[level])
                 skips.append(h)
 
-        h = block(h, last, "middle_0", self.middle_attention)
+        h = block(h, last, "middle_0", self.middle_attention, groups=self.middle_attention_groups)
         h = block(h, last, "middle_1", False)
 
         for level in reversed(range(last + 1)):
             for i in range(self.num_res_blocks + 1):
                 h = block(h, level, f"up_{level}_{i}", attends[level], skips.pop())
             if level > 0:
-                h = Upsample(self.upsample, dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = upsample(h, level, upsampling[level - 1])
 
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
+        h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         out_channels *= 2 if self.learned_variance else 1
         h = Conv(out_channels, init_scale=0.0, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.float32)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the full size down."""
+        return list(self.level_channels or [self.channels * factor for factor in self.channel_multipliers])
 
     def levels_with_attention(self, height: int, width: int) -> list[bool]:
         """Whether each level, from the full size down, has attention on images of this size."""
         if self.attention_levels is not None:
             return list(self.attention_levels)
         longer_side = max(height, width)
-        return [longer_side >> level in self.attention_resolutions for level in range(len(self.channel_multipliers))]
+        return [longer_side >> level in self.attention_resolutions for level in range(len(self.widths))]
 
     def _check(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array]) -> None:
         for name, value, accepted in (
             ("downsample", self.downsample, DOWNSAMPLING),
+            ("downsample_padding", self.downsample_padding, DOWNSAMPLE_PADDING),
+            *(("downsample_levels", method, DOWNSAMPLING) for method in self.downsample_levels or ()),
             ("upsample", self.upsample, UPSAMPLING),
+            *(("upsample_levels", method, UPSAMPLING) for method in self.upsample_levels or ()),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("time_embedding", self.time_embedding, TIME_EMBEDDINGS),
             ("remat", self.remat, REMAT),
         ):
             if value not in accepted:
                 raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
-        levels = len(self.channel_multipliers)
+        levels = len(self.widths)
+        for name, methods in (("downsample_levels", self.downsample_levels), ("upsample_levels", self.upsample_levels)):
+            if methods is not None and len(methods) != levels - 1:
+                raise ValueError(f"{name} has {len(methods)} entries for {levels - 1} halvings of the size")
         if self.attention_levels is not None and len(self.attention_levels) != levels:
             raise ValueError(f"attention_levels has {len(self.attention_levels)} entries for {levels} levels")
         if x.ndim != 4:
@@ -189,10 +263,14 @@ class UNet(nn.Module):
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(
                 f"an image of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: "
-                f"with {levels} channel_multipliers height and width must be divisible by {factor}"
+                f"with {levels} levels height and width must be divisible by {factor}"
             )
+        if self.time_embedding == "learned" and not jnp.issubdtype(t.dtype, jnp.integer):
+            raise ValueError(f"t is {t.dtype}, but the network's time embedding is learned; accepted: integers")
         unknown = [name for name in cond if name not in CONDITIONING]
         if unknown:
             raise ValueError(f"cond has {unknown[0]!r}; accepted: {', '.join(CONDITIONING)}")
         if "label" in cond and self.num_classes is None:
             raise ValueError("cond has 'label', but the network has no classes (num_classes is None)")
+        if self.num_classes is not None and not (self.null_class or "label" in cond or self.is_initializing()):
+            raise ValueError("cond has no 'label', but the network has no null class; name a class for every image")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.planning import hlo, totals
 from ddpm_jax.planning.chips import TPUS, Chip, Roofline, roofline
-from ddpm_jax.planning.programs import Planned, programs_of
+from ddpm_jax.planning.programs import Dataset, Planned, programs_of
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.validation import validate
@@ -52,18 +52,18 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
     return TPUS[version], parallel.make_mesh(**config.mesh, devices=devices)
 
 
-def model(
-    config: ConfigDict, chip: Chip, mesh: Mesh, topology: str, names: Sequence[str], num_classes: int
+def estimate(
+    config: ConfigDict, dataset: Dataset, chip: Chip, mesh: Mesh, topology: str, names: Sequence[str]
 ) -> dict[str, Any]:
     """The costs of the programs as the compiler makes them for these chips."""
     chips = mesh.devices.size
-    result: dict[str, Any] = totals.header(config, num_classes, chips) | {
+    result: dict[str, Any] = totals.header(config, dataset, chips) | {
         "kind": "model",
         "topology": topology,
         "chip": dataclasses.asdict(chip),
         "programs": {},
     }
-    for name, planned in programs_of(config, mesh, names, num_classes).items():
+    for name, planned in programs_of(config, dataset, mesh, names).items():
         program, seconds = _compiled(planned, mesh, f"{topology}, {chips} x {chip.name}")
         bounds = _bounds(chip, program)
         result["programs"][name] = {

@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.planning import totals
 from ddpm_jax.planning.chips import chip_of
-from ddpm_jax.planning.programs import Planned, programs_of
+from ddpm_jax.planning.programs import Dataset, Planned, programs_of
 from ddpm_jax.runtime import parallel
 
 _CALLS = 10  # of the network, for the sampler's time
 _SECONDS, _FEWEST_CALLS = 2.0, 3  # that a measurement takes, at least
 
 
-def measure(config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: int) -> dict[str, Any]:
+def measure(config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[str]) -> dict[str, Any]:
     """The time of the programs on the devices of the mesh, with random weights and images."""
     chip = chip_of(jax.devices()[0].device_kind)
-    result: dict[str, Any] = totals.header(config, num_classes, mesh.devices.size) | {
+    result: dict[str, Any] = totals.header(config, dataset, mesh.devices.size) | {
         "kind": "measurement",
         "device": jax.devices()[0].device_kind,
         "chip": dataclasses.asdict(chip) if chip else None,
@@ -33,8 +33,8 @@ def measure(config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: i
     }
     plain = config.copy_and_resolve_references()
     plain.model.remat = "none"  # what is computed twice is no part of the model's arithmetic
-    as_written = programs_of(plain, mesh, names, num_classes, _CALLS)
-    for name, planned in programs_of(config, mesh, names, num_classes, _CALLS).items():
+    as_written = programs_of(plain, dataset, mesh, names, _CALLS)
+    for name, planned in programs_of(config, dataset, mesh, names, _CALLS).items():
         flops = as_written[name].flops() / planned.calls / mesh.devices.size
         compiling, seconds = _timed(planned)
         result["programs"][name] = {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,12 @@ from ddpm_jax.evaluation import features, inception
 from ddpm_jax.planning.flops import matrix_flops
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
-from ddpm_jax.sampling.generate import make_model_fn
-from ddpm_jax.training.state import create_state, init_params
+from ddpm_jax.sampling.condition import Cond
+from ddpm_jax.sampling.generate import Model
+from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import Metrics, make_train_step
+
+Dataset = Mapping[str, Any] | None
 
 PROGRAMS = ("train", "sample", "evaluate")
 _FEATURES_BATCH = 64
@@ -52,67 +55,73 @@ class Planned:
 
 
 def programs_of(
-    config: ConfigDict, mesh: Mesh, names: Sequence[str], num_classes: int, calls: int | None = None
+    config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[str], calls: int | None = None
 ) -> dict[str, Planned]:
-    """The run's programs of these names, of PROGRAMS, on a mesh; `calls`: of sampling, None for the config's."""
+    """The run's programs of these names, of PROGRAMS, on a mesh.
+
+    Args:
+      config: of the run.
+      dataset: the description of its images; None: there is none yet.
+      mesh: the devices.
+      names: of the programs.
+      calls: of the network in sampling; None: the config's.
+    """
+    model = config_lib.make_model(config, dataset)
     makers: dict[str, Callable[[], Planned]] = {
-        "train": lambda: training_step(config, mesh, num_classes),
-        "sample": lambda: sampling(config, mesh, num_classes, calls),
-        "evaluate": lambda: judging(config, mesh),
+        "train": lambda: training_step(config, model, mesh),
+        "sample": lambda: sampling(config, model, mesh, calls),
+        "evaluate": lambda: judging(model.decoder.picture_shape, mesh),
     }
     return {name: makers[name]() for name in names}
 
 
-def training_step(config: ConfigDict, mesh: Mesh, num_classes: int) -> Planned:
+def training_step(config: ConfigDict, model: Model, mesh: Mesh) -> Planned:
     """One training step, whatever the number of steps that the run takes in one dispatch."""
-    net, optimizer = config_lib.make_model(config, num_classes), config_lib.make_optimizer(config)
-    function = make_train_step(
-        net,
-        config_lib.make_schedule_from(config),
-        optimizer,
-        mesh,
-        **config_lib.step_options(config),
-    )
+    optimizer, size = config_lib.make_optimizer(config), config.train.batch_size
+    function = make_train_step(model, optimizer, mesh, **config_lib.step_options(config))
 
     def create() -> Any:
-        params = init_params(net, _shape(config), config.seed)
         steps = config_lib.history_timesteps(config)
-        return create_state(params, optimizer, config.train.ema_decays, num_timesteps=steps)
+        return create_state(model.init_params(config.seed), optimizer, config.train.ema_decays, num_timesteps=steps)
 
-    state, size = jax.eval_shape(create), config.train.batch_size
+    state = jax.eval_shape(create)
+    reads = {name: _rows(mesh, (size, *x.shape), x.dtype) for name, x in model.condition.reads.items()}
     arguments = (
         parallel.laid(state, parallel.state_shardings(mesh, state)),
         _whole(mesh, jax.eval_shape(Metrics.zero)),
-        {"image": _rows(mesh, (size, *_shape(config)), np.uint8), "label": _rows(mesh, (size,), np.int32)},
+        {"image": _rows(mesh, (size, *model.decoder.picture_shape), np.uint8), **reads},
     )
     return Planned(f"training step of {size} images", function, arguments, size, donates=True)
 
 
-def sampling(config: ConfigDict, mesh: Mesh, num_classes: int, calls: int | None) -> Planned:
+def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) -> Planned:
     """The whole sampling of a batch."""
-    net, schedule = config_lib.make_model(config, num_classes), config_lib.make_schedule_from(config)
-    options, guidance = config_lib.sampling_options(config), config_lib.guidance_options(config)
     if calls is not None:
         config = config.copy_and_resolve_references()
-        config.sample.num_steps = options["num_steps"] = min(calls, schedule.num_timesteps)
-    size, in_all = parallel.rounded(config.sample.batch_size, mesh), config_lib.sampling_calls(config, schedule)
+        config.sample.num_steps = min(calls, model.schedule.num_timesteps)
+    size, in_all = parallel.rounded(config.sample.batch_size, mesh), config_lib.sampling_calls(config, model.schedule)
+    request = config_lib.sampling_request(config, model.condition)
 
-    def function(params: Any, numbers: jax.Array, labels: jax.Array | None) -> jax.Array:
+    def function(params: Any, numbers: jax.Array, cond: Cond, null: Cond) -> jax.Array:
         keys = jax.vmap(lambda number: named_key(0, "image", number))(numbers)
-        model_fn = make_model_fn(net, params, labels, **guidance)
-        return sample(schedule, model_fn, keys, (size, *_shape(config)), **options)
+        model_fn = model.model_fn(params, cond, null, request.guidance)
+        return sample(model.schedule, model_fn, keys, (size, *model.decoder.shape), **request.keywords())
 
-    params = config_lib.param_shapes(config, num_classes)
-    numbers = _rows(mesh, (size,), np.int32)
-    labels = None if net.num_classes is None else numbers
-    arguments = (parallel.laid(params, parallel.state_shardings(mesh, params)), numbers, labels)
+    def rows(of_images: Any) -> Any:
+        return jax.tree.map(lambda x: _rows(mesh, x.shape, x.dtype), of_images)
+
+    params = model.param_shapes()
+    numbers = np.arange(size, dtype=np.int32)
+    null = request.condition.null(size) if request.guidance.is_on else None
+    conditions = (request.condition.of_images(numbers), null)
+    arguments = (parallel.laid(params, parallel.state_shardings(mesh, params)), *map(rows, (numbers, *conditions)))
     jitted = jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
     return Planned(f"network call of sampling {size} images", jitted, arguments, size, in_all)
 
 
-def judging(config: ConfigDict, mesh: Mesh) -> Planned:
-    """Features of generated images, by Inception or, of the embedded digits, their classifier."""
-    shape, size = _shape(config), parallel.rounded(_FEATURES_BATCH, mesh)
+def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
+    """Features of generated images of this shape, by Inception or, of the embedded digits, their classifier."""
+    size = parallel.rounded(_FEATURES_BATCH, mesh)
     if shape == (8, 8, 1):
         name, apply = "digits classifier", features.train_digits_classifier().apply
     else:
@@ -123,10 +132,6 @@ def judging(config: ConfigDict, mesh: Mesh) -> Planned:
     arguments = (_whole(mesh, apply), _rows(mesh, (size, *shape), np.uint8))
     function = jax.jit(functools.partial(features.judge, mesh=mesh))
     return Planned(f"features of {size} images by {name}", function, arguments, size)
-
-
-def _shape(config: ConfigDict) -> tuple[int, int, int]:
-    return config.data.height, config.data.width, config.data.channels
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,7 @@
 """What a run costs in all, from the time of its programs."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from ddpm_jax.runtime import parallel
 _ENOUGH_IMAGES = 50_000  # that FID is reported with
 
 
-def header(config: ConfigDict, num_classes: int, chips: int) -> dict[str, Any]:
+def header(config: ConfigDict, dataset: Mapping[str, Any] | None, chips: int) -> dict[str, Any]:
     """What a plan says of the run and its network before any program."""
-    count = sum(math.prod(p.shape) for p in jax.tree.leaves(config_lib.param_shapes(config, num_classes)))
+    count = sum(math.prod(p.shape) for p in jax.tree.leaves(config_lib.make_model(config, dataset).param_shapes()))
     data, fsdp = parallel.mesh_shape(chips, **config.mesh)
     return {
         "parameters": count,

@@ -125,7 +125,8 @@ def _summary(
         classes = f", {len(dataset['class_names'])} classes" if dataset.get("class_names") else ""
         facts["Data"] = f"{describe(dataset)}: {dataset.get('num_images', 0):,} images of {_size(dataset)}{classes}"
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
-    levels = " ".join(str(model.channels * multiplier) for multiplier in model.channel_multipliers)
+    widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
+    levels = " ".join(map(str, widths))
     facts["Network"] = f"UNet of {size}{levels} channels by level, {model.num_res_blocks} blocks each, {model.dtype}"
     facts["Diffusion"] = (
         f"{diffusion.schedule} schedule of {diffusion.num_timesteps:,} timesteps, predicts {diffusion.prediction}, "

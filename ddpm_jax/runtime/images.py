@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -16,9 +17,9 @@ def to_uint8(x: ArrayLike) -> np.ndarray:
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def to_float(pictures: ArrayLike) -> np.ndarray:
-    """float32 in [-1, 1] of uint8 pictures."""
-    return np.asarray(pictures, np.float32) / np.float32(127.5) - 1
+def to_float(pictures: Any) -> Any:
+    """float32 in [-1, 1] of uint8 pictures: a NumPy array of one, a jax array of a jax array."""
+    return pictures.astype(np.float32) / np.float32(127.5) - 1
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: int = 2) -> np.ndarray:

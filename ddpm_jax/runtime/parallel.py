@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -183,6 +184,13 @@ def place(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, laid onto the devices."""
     array = np.asarray(value)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(x: Any) -> np.ndarray:
+    """The whole array on every process."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(jnp.asarray(x), tiled=True))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -70,11 +70,17 @@ def missing(
 
 
 def write(
-    folder: Path, first: int, last: int, images: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
+    folder: Path,
+    first: int,
+    last: int,
+    images: np.ndarray,
+    record: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
 ) -> Path:
-    """Writes one shard, whole or not at all."""
+    """Writes one shard, whole or not at all; `record` has further arrays with an entry for each image."""
     path = _path(folder, first, last)
     index = np.arange(first, last + 1)
     with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, image=images, label=labels, index=index, settings=json.dumps(dict(settings)))
+        arrays: dict[str, Any] = {"image": images, **record, "index": index, "settings": json.dumps(dict(settings))}
+        np.savez_compressed(temporary, **arrays)
     return path

@@ -16,6 +16,7 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.sampling.condition import FIELDS
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -95,16 +96,15 @@ class Playground:
     def facts(self) -> dict[str, Any]:
         """What the page needs to know."""
         run, height, width = self.run, *self.run.shape[:2]
-        dropout = bool(run.config.train.label_dropout)
         takes = {name: {*inspect.signature(table).parameters} & {"eta", "order"} for name, table in SAMPLERS.items()}
         return {
             "name": self.name,
             "weights": run.weights,
             "height": height,
             "width": width,
-            "classes": run.dataset["class_names"] if run.net.num_classes else [],
-            "guidance": bool(run.net.num_classes) and dropout,
-            "classless": not run.net.num_classes or dropout,
+            "controls": [dataclasses.asdict(control) for control in run.condition.controls()],
+            "guidance": not run.condition.cannot_guide,
+            "unconditional": run.condition.can_be_left_out,
             "timesteps": self.last + 1,
             "samplers": {
                 name: {"options": sorted(options), "spacing": DEFAULT_SPACING[name]} for name, options in takes.items()
@@ -141,12 +141,11 @@ class Playground:
     def sample(self, form: Form) -> Action:
         options = self._options(form)
         calls = self._calls(options)
-        labels = options.pop("labels", ())
         seed, view = self._seed(form), choice(form, "view", ("x_0", "x"), "x_0")
 
         def call(**watching: Any) -> np.ndarray:
             size = self.batch_size
-            return self.run.sample(size, seed, batch_size=size, labels=labels, **watching, **options)
+            return self.run.sample(size, seed, batch_size=size, **watching, **options)
 
         return self._action("sample", form, call, calls, options, view)
 
@@ -193,8 +192,7 @@ class Playground:
         return self._action("interpolate", form, call, calls, options)
 
     def interpolate_latents(self, form: Form) -> Action:
-        if self.run.net.num_classes and not self.run.config.train.label_dropout:
-            raise UserError("the arc has no classes, and this run knows images by their class alone")
+        self.run.condition.null(1)  # the way is without a condition
         steps, spacing = self._num_steps(form), self._spacing(form)
         calls = self._calls({"sampler": "ddim", "num_steps": steps, "spacing": spacing})
         (first, second), weights = self._ends(form), self._weights(form)
@@ -212,7 +210,7 @@ class Playground:
         def seen(watch: Any) -> np.ndarray:
             return call(watch=watch, snapshots_of=view)
 
-        program = (kind, guided, bool(options.get("labels")))
+        program = (kind, guided, self.run.request(**options).condition.is_said)
         return Action(seen, self._num_images(form), calls, 2.0 if guided else 1.0, program)
 
     # Their options.
@@ -229,9 +227,13 @@ class Playground:
         }
         scale = number(form, "guidance_scale", 0.0, MAX_GUIDANCE)
         options |= {} if scale is None else {"guidance_scale": scale}
-        if form.get("label"):
-            label = integer(form, "label", 0, max(0, (self.run.net.num_classes or 0) - 1))
-            options["labels"] = (label,)
+        controls = {control.name: control for control in self.run.condition.controls()}
+        for name, keyword in FIELDS.items():
+            if name in controls:
+                said = integer(form, name, 0, len(controls[name].choices) - 1)
+            else:
+                said = text(form, name) or None  # which the run refuses
+            options |= {} if said is None else {keyword: (said,)}
         return options
 
     def _edit_options(self, form: Form, t: int | None = None) -> dict[str, Any]:
@@ -239,17 +241,15 @@ class Playground:
         options = self._options(form)
         if t is not None:
             options["num_steps"] = min(options["num_steps"], t + 1)
-        if "labels" not in options:
-            if not self.facts()["classless"]:
-                raise UserError("this run knows images by their class alone; choose one")
-            if options.get("guidance_scale", 1.0) != 1.0:
-                raise UserError("guidance needs the class that it goes towards; choose one")
+        request = self.run.request(**options)
+        if not request.condition.is_said:
+            request.condition.null(1)
+            if request.guidance.is_on:
+                request.condition.require()
         return options
 
     def _calls(self, options: Mapping[str, Any], times: int = 1) -> int:
         """How often the network will be called; UserError for options that do not go together, or too much of it."""
-        if options.get("labels") and not self.run.net.num_classes:
-            raise UserError("this run is not class-conditional, so there are no classes to choose")
         calls, most = times * self.run.calls(**options), 2 * (self.last + 1)
         if calls > most:
             raise UserError(f"this takes {calls} calls of the network; accepted: up to {most}")

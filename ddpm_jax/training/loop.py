@@ -1,5 +1,6 @@
 """The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -23,18 +24,19 @@ from ddpm_jax import report
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.dataset import open_dataset
 from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.samplers import Observer
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel, processes, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints, newest_step
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import read_json_lines
 from ddpm_jax.runtime.progress import ProgressBar, format_seconds
-from ddpm_jax.sampling.generate import generate
+from ddpm_jax.sampling.generate import Request, generate
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor
 from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import start_weights
-from ddpm_jax.training.state import Params, TrainState, create_state, init_params
+from ddpm_jax.training.state import Params, TrainState, create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 from ddpm_jax.validation import validate
 
@@ -73,7 +75,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
     try:
         if jax.process_index() == 0:
             workdir.record(folder, config, description)
-        _Training(config, folder, source).run(was_finished)
+        _Training(config, folder, source, description).run(was_finished)
     except OSError as error:
         raise UserError(
             f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from the "
@@ -84,12 +86,11 @@ def train(config: ConfigDict, path: str | Path) -> None:
 class _Training:
     """One start of a run: the pieces that the loop hands around."""
 
-    def __init__(self, config: ConfigDict, folder: Path, source: Source):
+    def __init__(self, config: ConfigDict, folder: Path, source: Source, description: dict[str, Any]):
         self.config, self.folder, self.source = config, folder, source
         self.is_main = jax.process_index() == 0
         self.mesh = parallel.make_mesh(**config.mesh)
-        self.net = config_lib.make_model(config, len(source.class_names))
-        self.schedule = config_lib.make_schedule_from(config)
+        self.model = config_lib.make_model(config, description)
         self.optimizer = config_lib.make_optimizer(config)
         self.learning_rate = config_lib.learning_rate(config)
         self.decay = str(config.train.ema_decays[0])
@@ -140,7 +141,7 @@ class _Training:
         """Notes the start, and draws some of the images once."""
         path = self.folder / "samples" / "data.png"
         if self.is_main and not path.exists():
-            images.save(path, images.grid(spread(self.source, _DATA_IMAGES)[0]))
+            images.save(path, images.grid(spread(self.source, _DATA_IMAGES)["image"]))
         reached = max((line["step"] for line in read_json_lines(self.folder / METRICS)), default=0)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self._note("started", step, reached=reached, devices=devices, num_parameters=num_parameters)
@@ -158,7 +159,7 @@ class _Training:
         config = self.config
 
         def init() -> Params:
-            return init_params(self.net, self.source.shape, config.seed)
+            return self.model.init_params(config.seed)
 
         def create(params: Params) -> TrainState:
             return create_state(
@@ -185,8 +186,7 @@ class _Training:
         config, num_steps = self.config, self.config.train.num_steps
         log, checkpoint = config.log, config.checkpoint
         train_step = make_train_step(
-            self.net,
-            self.schedule,
+            self.model,
             self.optimizer,
             self.mesh,
             steps_per_dispatch=config.train.steps_per_dispatch,
@@ -289,7 +289,7 @@ class _Training:
 
     @functools.cached_property
     def _monitor(self) -> Monitor:
-        return Monitor(self.config, self.net, self.schedule, self.mesh, self.source)
+        return Monitor(self.config, self.model, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
@@ -315,8 +315,8 @@ class _Training:
 
         def put(batch: pipeline.Batch) -> dict[str, jax.Array]:
             return {
-                name: parallel.from_local_rows(mesh, value, rows, size, axis=int(several > 1))
-                for name, value in batch.items()
+                name: parallel.from_local_rows(mesh, batch[name], rows, size, axis=int(several > 1))
+                for name in ("image", *self.model.condition.reads)
             }
 
         return pipeline.prefetch(map(put, batches), depth=2)
@@ -360,8 +360,10 @@ class _Training:
         """EMA samples of the same noise every time, so that the pictures can be compared."""
         log = self.config.log
         with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
-            options = {"num_steps": log.sample_steps or None, "progress": bar.update}
-            grid, _ = self._generate(state, log.sample_images, **options)
+            request = config_lib.sampling_request(self.config, self.model.condition)
+            steps = dataclasses.replace(request.steps, num_steps=log.sample_steps or None)
+            request = dataclasses.replace(request, steps=steps)
+            grid, _ = self._generate(state, log.sample_images, request, Observer(bar.update))
         if self.is_main:
             images.save(self._picture(step), images.grid(grid))
         self._report()
@@ -374,32 +376,30 @@ class _Training:
 
     def _final_pictures(self, state: TrainState) -> None:
         """A grid and a strip that shows its first images on the way from noise."""
-        sample = self.config.sample
+        sample, request = self.config.sample, config_lib.sampling_request(self.config, self.model.condition)
+        calls = config_lib.sampling_calls(self.config, self.model.schedule)
         self._say(f"sampling {sample.num_images} images ...")
         with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
-            grid, snapshots = self._generate(
-                state,
-                sample.num_images,
-                num_snapshots=min(_NUM_SNAPSHOTS, config_lib.sampling_calls(self.config, self.schedule) + 1),
-                progress=bar.update,
-            )
+            observer = Observer(bar.update, num_snapshots=min(_NUM_SNAPSHOTS, calls + 1))
+            grid, snapshots = self._generate(state, sample.num_images, request, observer)
         if self.is_main and snapshots is not None:
             images.save(self.folder / "samples" / "final.png", images.grid(grid))
             stages = snapshots[:, : min(_STRIP_IMAGES, sample.num_images)].swapaxes(0, 1)
             strip = images.grid(stages.reshape(-1, *stages.shape[2:]), columns=len(snapshots))
             images.save(self.folder / "samples" / "denoising.png", strip)
 
-    def _generate(self, state: TrainState, num_images: int, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def _generate(
+        self, state: TrainState, num_images: int, request: Request, observer: Observer
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         return generate(
-            self.net,
-            self.schedule,
+            self.model,
             state.ema[self.decay],
             self.mesh,
-            shape=self.source.shape,
+            request,
             indices=range(num_images),
             seed=self.config.seed,
             batch_size=self.config.sample.batch_size,
-            **{**config_lib.sampling_options(self.config), **config_lib.guidance_options(self.config), **options},
+            observer=observer,
         )
 
     def _say(self, text: str) -> None:

@@ -8,12 +8,11 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
-from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.samplers import Observer
 from ddpm_jax.evaluation import image_sets, likelihood, metrics
 from ddpm_jax.evaluation.features import open_features
 from ddpm_jax.evaluation.summaries import summarize
-from ddpm_jax.models.unet import UNet
-from ddpm_jax.sampling.generate import generate, make_model_fn
+from ddpm_jax.sampling.generate import Model, generate
 
 _BATCH = 64
 
@@ -25,21 +24,23 @@ class Monitor:
 
     Args:
       config: of the run.
-      net, schedule, mesh: of the training.
+      model, mesh: of the training.
       source: the images that it learns from.
 
     Raises:
       UserError: weights of Inception that are not to be had.
     """
 
-    def __init__(self, config: ConfigDict, net: UNet, schedule: Schedule, mesh: Mesh, source: Source):
-        self._config, self._net, self._schedule, self._mesh = config, net, schedule, mesh
-        self._shape = source.shape
+    def __init__(self, config: ConfigDict, model: Model, mesh: Mesh, source: Source):
+        self._config, self._model, self._mesh = config, model, mesh
         evaluate = config.evaluate
-        self._images, self._labels = image_sets.spread(source, evaluate.likelihood_images)
+        if evaluate.likelihood_images:
+            self._examples = likelihood.Examples.of_batch(
+                image_sets.spread(source, evaluate.likelihood_images), model.condition
+            )
         if evaluate.num_images:
             self._features = open_features(evaluate.features or None, source.shape)
-            images, _ = image_sets.spread(source, evaluate.num_real)
+            images = image_sets.spread(source, evaluate.num_real)["image"]
             self._real = summarize(self._features, [images], mesh, batch_size=_BATCH, keep=False)
 
     def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
@@ -53,30 +54,26 @@ class Monitor:
         values: dict[str, float] = {}
         if config.likelihood_images:
             found = likelihood.estimate_bound(
-                self._schedule,
-                make_model_fn(self._net, params),
-                self._images,
+                self._model.schedule,
+                self._model.model_fn(params),
+                self._examples,
                 self._mesh,
+                output=config_lib.parameterization(self._config).unclipped,
                 seed=self._config.seed,
                 batch_size=_BATCH,
-                labels=self._labels.tolist() if self._net.num_classes else (),
-                prediction=self._config.diffusion.prediction,
-                variance=self._config.diffusion.variance,
             )
             values["bits_per_dim"] = float(found.total.mean)
             values["bits_per_dim_error"] = float(found.total.standard_error)
         if config.num_images:
             samples, _ = generate(
-                self._net,
-                self._schedule,
+                self._model,
                 params,
                 self._mesh,
-                shape=self._shape,
+                config_lib.evaluation_request(self._config, self._model.condition),
                 indices=range(config.num_images),
                 seed=self._config.seed,
                 batch_size=self._config.sample.batch_size,
-                progress=progress,
-                **config_lib.evaluation_sampling(self._config),
+                observer=Observer(progress),
             )
             fake = summarize(self._features, [samples], self._mesh, batch_size=_BATCH, keep=False)
             name = "fid" if self._features.frechet == "FID" else "frechet_distance_digits"

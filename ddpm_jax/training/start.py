@@ -11,8 +11,18 @@ from ddpm_jax.training.state import Params
 # What changes the meaning of weights, but not their shapes.
 _SAME_SHAPES = (
     ("model", "num_heads"),
+    ("model", "head_channels"),
     ("model", "num_groups"),
+    ("model", "middle_attention_groups"),
+    ("model", "norm_epsilon"),
+    ("model", "activation"),
+    ("model", "time_frequency_shift"),
+    ("model", "time_cosines_first"),
     ("model", "downsample"),
+    ("model", "downsample_padding"),
+    ("model", "downsample_levels"),
+    ("model", "upsample_levels"),
+    ("model", "center_input"),
     ("diffusion", "prediction"),
 )
 

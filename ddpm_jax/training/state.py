@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax.diffusion.timesteps import LossHistory
-from ddpm_jax.models.unet import UNet
-from ddpm_jax.runtime.rng import named_key
 
 Params = Any
 
@@ -33,11 +31,6 @@ class TrainState:
     ema: dict[str, Params]
     opt_state: optax.OptState
     history: LossHistory | None
-
-
-def init_params(net: UNet, shape: Sequence[int], seed: int) -> Params:
-    """The random parameters that a run of this seed starts from; `shape` is (H, W, C) of the images."""
-    return net.init(named_key(seed, "init"), jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32))["params"]
 
 
 def create_state(

@@ -11,15 +11,14 @@ from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.gaussian import normal
 from ddpm_jax.diffusion.losses import training_loss
-from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.timesteps import sample_timesteps
-from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.generate import Model
 from ddpm_jax.training.state import Params, TrainState, update_ema
 
 Batch = dict[str, jax.Array]
-Examples = dict[str, jax.Array]  # x_0, label, t, weight and noise of each
+Examples = dict[str, Any]  # x_0, cond, t, weight and noise of each
 
 
 @jax.tree_util.register_dataclass
@@ -73,22 +72,12 @@ class Metrics:
         )
 
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each of the images [B, H, W, C] left to right with probability one half."""
-    mirrored = jax.random.bernoulli(key, shape=images.shape[:1])
-    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-
-
 def make_train_step(
-    net: UNet,
-    schedule: Schedule,
+    model: Model,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
     seed: int,
-    flip: bool = False,
-    class_conditional: bool = False,
-    label_dropout: float = 0.0,
     timestep_sampler: str = "uniform",
     accumulation: int = 1,
     steps_per_dispatch: int = 1,
@@ -97,16 +86,15 @@ def make_train_step(
     """The jit-compiled step: (state, metrics, batch) -> (state, metrics); the state is donated.
 
     The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Noise, timesteps, dropout and
-    flips are functions of (seed, step), drawn for the global batch, so the devices' number changes none of them.
+    what condition and decoder draw (dropped conditions, flips) are functions of (seed, step), drawn for the global
+    batch, so the number of devices changes none of them. Where the condition is dropped the network learns to do
+    without (classifier-free guidance: Ho & Salimans 2022, algorithm 1).
 
     Args:
-      net, schedule, optimizer: what is trained, on which diffusion, how.
+      model: what is trained.
+      optimizer: how.
       mesh: of `parallel.make_mesh`.
       seed: of the run.
-      flip: mirror each image with probability one half.
-      class_conditional: hand the batch's labels to the network.
-      label_dropout: share of the labels that become the null class, so that the network also learns to do without
-        (classifier-free guidance: Ho & Salimans 2022, algorithm 1).
       timestep_sampler: see `sample_timesteps`.
       accumulation: in how many parts, one after the other, the gradient of a batch is taken, for memory. It is the same
         gradient, but for dropout, which is drawn for each part.
@@ -115,8 +103,10 @@ def make_train_step(
       loss_options: of `training_loss`.
 
     Returns:
-      A function of the state, the metrics so far and a batch {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+      A function of the state, the metrics so far and a batch, {"image": uint8 [B, H, W, C]} with what the condition
+      reads.
     """
+    net, schedule = model.net, model.schedule
     num_timesteps = schedule.num_timesteps
     # XLA's CPU backend computes gradients of convolutions 35 to 100 times slower inside a loop.
     unroll = {"unroll": True} if mesh.devices.flat[0].platform == "cpu" else {}
@@ -126,8 +116,8 @@ def make_train_step(
 
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
             def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-                cond = {"label": examples["label"]} if class_conditional else None
-                return net.apply({"params": params}, x_t, t, cond, train=True, rngs={"dropout": dropout_key})
+                rngs = {"dropout": dropout_key}
+                return net.apply({"params": params}, x_t, t, examples["cond"], train=True, rngs=rngs)
 
             x_0, t, noise = (examples[name] for name in ("x_0", "t", "noise"))
             losses = training_loss(schedule, model_fn, None, x_0, t=t, noise=noise, **loss_options)
@@ -153,17 +143,10 @@ def make_train_step(
 
     def step(state: TrainState, metrics: Metrics, batch: Batch) -> tuple[TrainState, Metrics]:
         key = partial(named_key, seed, index=state.step)
-        images = batch["image"]
-        if flip:
-            images = random_flip(key("flip"), images)
-        x_0 = images.astype(jnp.float32) / 127.5 - 1.0
-        labels = batch["label"]
-        if label_dropout and net.num_classes is not None:
-            dropped = jax.random.bernoulli(key("label_dropout"), label_dropout, labels.shape)
-            labels = jnp.where(dropped, net.num_classes, labels)
+        x_0, cond = model.decoder.of_batch(batch, key), model.condition.of_training(batch, key)
         t, weights = sample_timesteps(key("t"), x_0.shape[0], num_timesteps, timestep_sampler, state.history)
         noise = normal(key("noise"), x_0.shape)
-        examples = {"x_0": x_0, "label": labels, "t": t, "weight": weights, "noise": noise}
+        examples = {"x_0": x_0, "cond": cond, "t": t, "weight": weights, "noise": noise}
 
         # Each device needs all of the parameters, if only for a while, and adds up its part of the gradient.
         params = jax.lax.with_sharding_constraint(state.params, parallel.replicated(mesh))

@@ -74,7 +74,7 @@ class TestExamine:
 
     def test_memory_of_a_network(self, config):
         ((level, text),) = found("network", config)
-        count = sum(x.size for x in jax.tree.leaves(config_lib.param_shapes(config, 1)))
+        count = sum(x.size for x in jax.tree.leaves(config_lib.make_model(config).param_shapes()))
         assert level == OK
         assert text.startswith(f"{count:,} parameters; ")
 

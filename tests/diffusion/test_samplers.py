@@ -351,6 +351,14 @@ def test_plan():
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399).t, [999, 799, 599, 399])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, spacing="leading", t_end=399).t, [999, 799, 599, 399])
     np.testing.assert_array_equal(plan(LINEAR, timesteps=[7, 3]).t, [7, 3, -1])
+    leading = {"spacing": "leading", "spacing_offset": 1, "stop_at_first": True}
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=2, **leading).t, [501, 1, 0])
+    # A call at timestep 0 would change nothing.
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=3, stop_at_first=True).t, [999, 500, 0])
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399, stop_at_first=True).t, [999, 799, 599, 399])
+    np.testing.assert_array_equal(plan(LINEAR, num_steps=2, skip_lowest=True).t, [999, 500, -1])
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+        plan(LINEAR, timesteps=[0], stop_at_first=True)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -66,6 +66,21 @@ def test_other_spacings():
     np.testing.assert_array_equal(spaced_timesteps(LINEAR, 4, "quadratic"), [999, 444, 111, 0])
 
 
+def test_leading_with_an_offset():
+    """As far as the timesteps stay within the schedule."""
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, 4, "leading", offset=1), [751, 501, 251, 1])
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, 500, "leading", offset=9)[[0, -1]], [999, 1])
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, None, "leading", offset=1), np.arange(1000)[::-1])
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, 5, offset=1), spaced_timesteps(LINEAR, 5))
+
+
+def test_leaving_out_the_lowest():
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, 4, skip_lowest=True), [999, 749, 500, 250])
+    found = spaced_timesteps(LINEAR, 3, "leading", offset=1, skip_lowest=True)
+    np.testing.assert_array_equal(found, [751, 501, 251])
+    np.testing.assert_array_equal(spaced_timesteps(LINEAR, None, skip_lowest=True), np.arange(1000)[::-1])
+
+
 @pytest.mark.parametrize("name", ["linear", "quadratic"])
 @pytest.mark.parametrize(
     ("spacing", "measure"), [("logsnr", lambda a, s: np.log(s / a)), ("karras", lambda a, s: (s / a) ** (1 / 7))]

@@ -74,7 +74,7 @@ def test_pictures_keep_their_size(tmp_path):
 
 def test_shards(tmp_path):
     for first in (0, 10):
-        shards.write(tmp_path, first, first + 9, IMAGES[first : first + 10], np.zeros(10), {})
+        shards.write(tmp_path, first, first + 9, IMAGES[first : first + 10], {"label": np.zeros(10)}, {})
     found = open_images(tmp_path)
     assert found.count == 20
     np.testing.assert_array_equal(np.concatenate(list(found)), IMAGES[:20])

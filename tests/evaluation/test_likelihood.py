@@ -12,9 +12,10 @@ from scipy import special, stats
 
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.diffusion.bound import term_proposal
+from ddpm_jax.diffusion.gaussian import Parameterization
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule
 from ddpm_jax.evaluation import likelihood, plots
-from ddpm_jax.evaluation.likelihood import Statistics
+from ddpm_jax.evaluation.likelihood import Examples, Statistics
 from ddpm_jax.models import layers
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
@@ -58,8 +59,9 @@ def evaluation(request):
     """(the function with its options, its result over PICTURES on eight devices)."""
     function, options = EVALUATIONS[request.param]
 
-    def evaluate(images=PICTURES, mesh=EIGHT, **rest):
-        return function(SCHEDULE, EXACT, images, mesh, **{"seed": 3, "batch_size": 8, **options, **rest})
+    def evaluate(images=PICTURES, mesh=EIGHT, first=0, num_images=None, **rest):
+        examples = Examples(images, None, first, num_images)
+        return function(SCHEDULE, EXACT, examples, mesh, **{"seed": 3, "batch_size": 8, **options, **rest})
 
     return evaluate, evaluate()
 
@@ -137,7 +139,15 @@ def test_seeds_draw_other_noise(evaluation):
 def test_bound_of_a_gaussian_network(variance):
     """Given x_0, the error of the predicted x_0 is Gaussian: its KL terms and L_0 in closed form or by quadrature."""
     pictures = draw_pictures(256, seed=1, shape=(8, 8, 1))
-    found = likelihood.evaluate_bound(SCHEDULE, EXACT, pictures, EIGHT, seed=1, batch_size=256, variance=variance)
+    found = likelihood.evaluate_bound(
+        SCHEDULE,
+        EXACT,
+        Examples(pictures),
+        EIGHT,
+        output=Parameterization(variance=variance, clip=False),
+        seed=1,
+        batch_size=256,
+    )
     x_0 = pictures / 127.5 - 1
     a, s = np.sqrt(ABAR), np.sqrt(1 - ABAR)
     small = BETAS * (1 - PREVIOUS) / (1 - ABAR)
@@ -173,7 +183,7 @@ def test_bound_of_a_gaussian_network(variance):
 
 def test_rate_and_distortion():
     """The rate starts at L_T, spends every KL term from the last on, and ends at all but L_0."""
-    found = likelihood.evaluate_bound(SCHEDULE, EXACT, PICTURES, EIGHT, **SHARDS)
+    found = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(PICTURES), EIGHT, **SHARDS)
     terms = found.terms.mean
     for t in range(T):
         assert found.rate[t] == pytest.approx(found.prior.mean + terms[t + 1 :].sum(), rel=1e-12)
@@ -188,11 +198,11 @@ def test_rate_and_distortion():
 def test_estimate_agrees_with_the_bound_and_knows_its_error():
     """Over many draws: the mean is that of all terms, and their spread is the error that one says it has."""
     pictures = draw_pictures(64, seed=2)
-    whole = likelihood.evaluate_bound(SCHEDULE, EXACT, pictures, ONE, batch_size=64)
+    whole = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=64)
 
     def estimate(i, pictures=pictures):  # other numbers, other noise
-        options = {"proposal": whole.proposal(), "num_terms": 4, "batch_size": 64, "first": 1000 * i}
-        return likelihood.estimate_bound(SCHEDULE, EXACT, pictures, ONE, **options)
+        options = {"proposal": whole.proposal(), "num_terms": 4, "batch_size": 64}
+        return likelihood.estimate_bound(SCHEDULE, EXACT, Examples(pictures, first=1000 * i), ONE, **options)
 
     found = [estimate(i) for i in range(60)]
     kl = np.array([estimate.kl.mean for estimate in found])
@@ -212,8 +222,8 @@ def test_estimate_agrees_with_the_bound_and_knows_its_error():
 def test_the_flow_s_bound_lies_below_the_variational_one():
     """20 steps of ancestral sampling lose what the flow with small steps does not; that one is close to the entropy."""
     pictures = draw_pictures(256, seed=3)
-    bound = likelihood.evaluate_bound(SCHEDULE, EXACT, pictures, ONE, batch_size=256)
-    flow = likelihood.evaluate_flow(SCHEDULE, EXACT, pictures, ONE, batch_size=256, num_steps=10)
+    bound = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=256)
+    flow = likelihood.evaluate_flow(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=256, num_steps=10)
     error = np.hypot(bound.total.standard_error, flow.total.standard_error)
     assert bound.total.mean - flow.total.mean > 5 * error
     # Of the Gaussian in bins of 2 / 255, the least that any code spends.
@@ -238,8 +248,8 @@ def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
         return (s * (y - a * nearest) / total).reshape(x.shape)
 
     model_fn = jax.tree_util.Partial(network)
-    bound = likelihood.evaluate_bound(SCHEDULE, model_fn, held_out, ONE)
-    flow = likelihood.evaluate_flow(SCHEDULE, model_fn, held_out, ONE, num_steps=20, divergence="exact")
+    bound = likelihood.evaluate_bound(SCHEDULE, model_fn, Examples(held_out), ONE)
+    flow = likelihood.evaluate_flow(SCHEDULE, model_fn, Examples(held_out), ONE, num_steps=20, divergence="exact")
     # The images' probability itself; each bin at the end reaches to infinity, as in the decoder.
     levels = held_out.reshape(64, 1, -1).astype(np.float64)
     upper = np.where(levels == 255, np.inf, (levels + 0.5) / 127.5 - 1.0)
@@ -257,19 +267,20 @@ def test_labels_reach_the_network():
     def model(x, t, cond):
         return exact(x, t) + 0.1 * cond["label"].reshape(-1, 1, 1, 1)
 
-    labels = np.arange(20) % 3
-    found = likelihood.evaluate_bound(SCHEDULE, model, PICTURES, EIGHT, labels=labels, **SHARDS)
+    examples = Examples(PICTURES, {"label": np.arange(20) % 3})
+    found = likelihood.evaluate_bound(SCHEDULE, model, examples, EIGHT, **SHARDS)
     parts = []
     for first in range(3):
         constant = jax.tree_util.Partial(model, cond={"label": jnp.full(8, first)})
         parts += [
-            likelihood.evaluate_bound(SCHEDULE, constant, PICTURES[i : i + 1], EIGHT, first=i, **SHARDS)
+            likelihood.evaluate_bound(SCHEDULE, constant, Examples(PICTURES[i : i + 1], first=i), EIGHT, **SHARDS)
             for i in range(first, 20, 3)
         ]
     np.testing.assert_allclose(np.mean([part.total.mean for part in parts]), found.total.mean, rtol=1e-6)
     for count, word in ((19, "fewer than"), (21, "more than")):
-        with pytest.raises(UserError, match=f"there are {count} labels, {word}"):
-            likelihood.evaluate_bound(SCHEDULE, model, PICTURES, EIGHT, labels=[0] * count, **SHARDS)
+        examples = Examples(PICTURES, {"label": np.zeros(count, np.int32)})
+        with pytest.raises(UserError, match=f"there are {count} conditions, {word}"):
+            likelihood.evaluate_bound(SCHEDULE, model, examples, EIGHT, **SHARDS)
 
 
 @pytest.mark.slow
@@ -288,7 +299,9 @@ def test_flow_of_convolutions():
     model_fn = jax.tree_util.Partial(model)
     options = {"num_steps": 2, "method": "heun", "batch_size": 256}
     drawn, whole = (
-        likelihood.evaluate_flow(SCHEDULE, model_fn, draw_pictures(256), ONE, divergence=divergence, **options)
+        likelihood.evaluate_flow(
+            SCHEDULE, model_fn, Examples(draw_pictures(256)), ONE, divergence=divergence, **options
+        )
         for divergence in ("hutchinson", "exact")
     )
     # Of the same images and noise, so that the divergence alone differs.
@@ -307,18 +320,20 @@ def test_flow_of_convolutions():
         (PICTURES[:0], {}, "a likelihood needs 1 image or more"),
         (iter([]), {}, "a likelihood needs 1 image or more"),
         (PICTURES, {"batch_size": 0}, "batch_size is 0; accepted: 1 or more"),
-        (PICTURES, {"prediction": "score"}, "prediction is 'score'"),
+        (PICTURES, {"output": Parameterization("score")}, "prediction is 'score'"),
         ([PICTURES], {"progress": print}, "progress over an iterable of images needs num_images"),
     ],
 )
 def test_refused(function, images, options, message):
     with pytest.raises(UserError, match=message):
-        function(SCHEDULE, EXACT, images, EIGHT, **{**SHARDS, **options})
+        function(SCHEDULE, EXACT, Examples(images), EIGHT, **{**SHARDS, **options})
 
 
 def test_refused_number_of_terms():
     with pytest.raises(UserError, match="num_terms is 3; accepted: even numbers"):
-        likelihood.estimate_bound(SCHEDULE, EXACT, PICTURES, EIGHT, num_terms=3, proposal=np.ones(T), **SHARDS)
+        likelihood.estimate_bound(
+            SCHEDULE, EXACT, Examples(PICTURES), EIGHT, num_terms=3, proposal=np.ones(T), **SHARDS
+        )
 
 
 def test_a_network_that_gives_nan_is_named():
@@ -327,12 +342,12 @@ def test_a_network_that_gives_nan_is_named():
     with pytest.raises(
         UserError, match=r"image 5 is not finite \('total'\)|image 5 is not finite \('terms' at t = 7\)"
     ):
-        likelihood.evaluate_bound(SCHEDULE, broken, PICTURES, EIGHT, first=5, **SHARDS)
+        likelihood.evaluate_bound(SCHEDULE, broken, Examples(PICTURES, first=5), EIGHT, **SHARDS)
 
 
 @pytest.mark.parametrize("images", [1, 20])
 def test_pictures_of_the_curves(tmp_path, images):
-    bound = likelihood.evaluate_bound(SCHEDULE, EXACT, PICTURES[:images], EIGHT, **SHARDS)
+    bound = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(PICTURES[:images]), EIGHT, **SHARDS)
     for save in (plots.save_terms, plots.save_rate_distortion):
         path = save(tmp_path / "new" / f"{save.__name__}.png", bound)
         with Image.open(path) as picture:

@@ -94,7 +94,7 @@ def test_of_folders(tmp_path, whole):
     np.testing.assert_array_equal(found.rows["pool"], whole.rows["pool"])
     assert told == [(32, 60), (60, 60)]
     folder = tmp_path / "shards"
-    shards.write(folder, 0, 59, IMAGES, np.zeros(60), {})
+    shards.write(folder, 0, 59, IMAGES, {"label": np.zeros(60)}, {})
     found = open_summary(folder, JUDGE, MESH, keep=False)
     assert (found.count, found.rows) == (60, {})
     assert (folder / f"features_{JUDGE.digest}").is_dir()

@@ -90,7 +90,7 @@ class TestShards:
     def folder(self, tmp_path):
         for first in range(0, 90, 30):
             labels = np.zeros(30, np.int32)
-            shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], labels, {"seed": 0})
+            shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], {"label": labels}, {"seed": 0})
         return tmp_path
 
     @pytest.fixture
@@ -125,7 +125,7 @@ class TestShards:
         assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
         kept = sorted((folder / f"features_{judge.digest}").iterdir())
         kept[0].write_bytes(kept[0].read_bytes()[:100])
-        shards.write(folder, 30, 59, IMAGES[30:60, ::-1], np.zeros(30, np.int32), {"seed": 1})
+        shards.write(folder, 30, 59, IMAGES[30:60, ::-1], {"label": np.zeros(30, np.int32)}, {"seed": 1})
         seen.clear()
         with pytest.raises(UserError, match=r"has no features of pixels yet; a part is not done"):
             shard_summary(folder, judge)
@@ -146,7 +146,7 @@ class TestShards:
             shard_features(tmp_path, JUDGE, SINGLE)
         with pytest.raises(UserError, match="--part is 2/2"):
             shard_features(tmp_path, JUDGE, SINGLE, part=(2, 2))
-        shards.write(tmp_path, 0, 29, IMAGES[:30], np.zeros(30, np.int32), {})
+        shards.write(tmp_path, 0, 29, IMAGES[:30], {"label": np.zeros(30, np.int32)}, {})
         path = next(tmp_path.glob("*.npz"))
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(UserError, match=f"{path.name}' cannot be read"):
@@ -178,7 +178,7 @@ for found in (together, shared):
 def test_two_processes(tmp_path):
     """With the same images on all devices, and sharing a folder's shards."""
     for first in range(0, 90, 30):
-        shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], np.zeros(30), {})
+        shards.write(tmp_path, first, first + 29, IMAGES[first : first + 30], {"label": np.zeros(30)}, {})
     port = str(free_port())
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),

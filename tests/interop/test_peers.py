@@ -15,8 +15,9 @@ from ddpm_jax.diffusion import gaussian, samplers, tables
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.schedules import make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.diffusion.tables import Levels
-from ddpm_jax.interop import diffusers as interop
 from ddpm_jax.interop import workdirs
+from ddpm_jax.interop.diffusers import unet as unet_lib
+from ddpm_jax.interop.diffusers.folder import WEIGHTS
 from ddpm_jax.run import load
 from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import update_ema
@@ -128,7 +129,7 @@ def test_network_gradients_and_round_trip(measure, name, tmp_path):
     measure(f"output, {name} network", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
     error = relative(x_gradient, to_numpy(their_x.grad))
     measure(f"gradient by x, {name} network", against, error, 1e-5, "relative")
-    gradients = interop.to_tensors(params_gradient, len(config["block_out_channels"]))
+    gradients = unet_lib.to_tensors(params_gradient, len(config["block_out_channels"]))
     for parameter_name, parameter in theirs.named_parameters():
         # A key's bias moves every logit of a row alike: its gradient is rounding.
         if not parameter_name.endswith("to_k.bias"):
@@ -136,7 +137,7 @@ def test_network_gradients_and_round_trip(measure, name, tmp_path):
             measure(f"gradient by each parameter, {name} network", against, error, 1e-4, "relative")
 
     again = workdirs.export_weights(run, tmp_path / "again")
-    before, after = (load_file(folder / "unet" / interop.WEIGHTS[0]) for folder in (tmp_path / "theirs", again))
+    before, after = (load_file(folder / "unet" / WEIGHTS[0]) for folder in (tmp_path / "theirs", again))
     assert before.keys() == after.keys()
     different = [tensor for tensor, value in before.items() if value.tobytes() != after[tensor].tobytes()]
     measure(f"tensors that differ after import and export, {name} network", "their bytes", len(different), 0)
@@ -149,8 +150,8 @@ def test_pickled_weights_of_a_whole_network(tmp_path):
     theirs = their_network(SMALL)
     run = import_pipeline(theirs, tmp_path)
     unet = tmp_path / "theirs/unet"
-    (unet / interop.WEIGHTS[0]).unlink()
-    torch.save(theirs.state_dict(), unet / interop.WEIGHTS[1])
+    (unet / WEIGHTS[0]).unlink()
+    torch.save(theirs.state_dict(), unet / WEIGHTS[1])
     again = load(workdirs.import_weights(str(tmp_path / "theirs"), tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, run.params, again.params)
 
@@ -435,7 +436,7 @@ def test_twenty_steps_of_training(measure, tmp_path):
         if i == 0:
             error = abs(float(value) / loss.item() - 1)
             measure("loss of a step, same x_0, t, eps, weights", "PyTorch", error, 1e-6, "relative")
-            found = interop.to_tensors(gradients, 2)
+            found = unet_lib.to_tensors(gradients, 2)
             for name, parameter in theirs.named_parameters():
                 if not name.endswith("to_k.bias"):
                     error = relative(found[name], parameter.grad.numpy())
@@ -447,7 +448,7 @@ def test_twenty_steps_of_training(measure, tmp_path):
                 mean.copy_(parameter if i == 0 else 0.9 * mean + 0.1 * parameter)
         error = abs(float(value) / loss.item() - 1)
         measure("loss over 20 steps of clipping, Adam and EMA", "PyTorch", error, 1e-3, "relative")
-    found = interop.to_tensors(ema, 2)
+    found = unet_lib.to_tensors(ema, 2)
     names = [name for name, _ in theirs.named_parameters()]
     ours, expected = (
         np.concatenate([np.ravel(value) for value in values])

@@ -80,6 +80,15 @@ def test_timestep_embedding_of_fractions_and_another_period():
     np.testing.assert_allclose(got, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=2e-6)
 
 
+def test_timestep_embedding_of_stable_diffusion():
+    """Cosines first, and frequencies that stop short of 1 / 10000."""
+    t = np.array([1.0, 17.0])
+    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    got = blocks.timestep_embedding(jnp.asarray(t), 9, frequency_shift=0.0, cosines_first=True)
+    expected = np.concatenate([np.cos(angles), np.sin(angles), np.zeros((2, 1))], axis=1)
+    np.testing.assert_allclose(got, expected, atol=6e-6)
+
+
 # Initialisation.
 
 
@@ -162,6 +171,26 @@ def test_res_block(features, scale_shift):
     np.testing.assert_allclose(apply(module, variables, x, embedding), shortcut + h, atol=5e-6)
 
 
+@pytest.mark.parametrize(("resample", "activation"), [("down", "relu"), ("up", "mish")])
+def test_res_block_that_changes_the_size(resample, activation):
+    """Both branches do, before the first convolution."""
+    functions = {"relu": lambda x: np.maximum(x, 0), "mish": lambda x: x * np.tanh(np.log1p(np.exp(x)))}
+    module = blocks.ResBlock(8, activation=activation, resample=resample, num_groups=4)
+    x, embedding = normal(0, 2, 6, 4, 8), normal(1, 2, 10)
+    variables, p = randomised(module, x, embedding)
+    x64, f = np.asarray(x, np.float64), functions[activation]
+
+    def resized(v):
+        if resample == "up":
+            return v.repeat(2, axis=1).repeat(2, axis=2)
+        return v.reshape(2, 3, 2, 2, 2, 8).mean((2, 4))
+
+    h = conv(p["conv_0"], resized(f(group_norm(p["norm_0"], x64, 4))))
+    h = group_norm(p["norm_1"], h + dense(p["embedding"], np.asarray(embedding, np.float64))[:, None, None], 4)
+    expected = resized(x64) + conv(p["conv_1"], f(h))
+    np.testing.assert_allclose(apply(module, variables, x, embedding), expected, atol=5e-6)
+
+
 def attention(p, prefix, tokens, context, heads):
     """Softmax(q k^T / sqrt(C / heads)) v, head by head."""
     query = dense(p[prefix + "query"], tokens)
@@ -206,6 +235,17 @@ def test_attention_block(heads, context, patch_size):
     np.testing.assert_allclose(apply(module, variables, *arguments), h, atol=6e-6)
 
 
+def test_attention_with_heads_of_a_width_and_without_a_norm():
+    """Two heads of 3 channels fit into 8; they are projected back from 6."""
+    module, x = blocks.AttentionBlock(head_channels=3, num_groups=0), normal(0, 2, 2, 3, 8)
+    variables, p = randomised(module, x)
+    assert sorted(p) == ["key", "out", "query", "value"]
+    assert p["query"]["kernel"].shape == (8, 6)
+    tokens = np.asarray(x, np.float64).reshape(2, 6, 8)
+    expected = tokens + attention(p, "", tokens, tokens, 2)
+    np.testing.assert_allclose(apply(module, variables, x), expected.reshape(x.shape), atol=6e-6)
+
+
 def test_group_norm_scale_shift():
     module, x, modulation = blocks.GroupNorm(2), normal(0, 3, 4, 4, 6), normal(1, 3, 12)
     variables, p = randomised(module, x)
@@ -226,6 +266,13 @@ def test_downsample(method):
     else:
         squares = x64.reshape(2, 3, 2, 2, 2, 3)
         expected = squares.mean((2, 4)) if method == "avg_pool" else squares.max((2, 4))
+    np.testing.assert_allclose(apply(module, variables, x), expected, atol=3e-6)
+
+
+def test_downsample_with_symmetric_padding():
+    module, x = blocks.Downsample("conv", symmetric=True), normal(0, 2, 6, 4, 3)
+    variables, p = randomised(module, x)
+    expected = conv(p["conv"], np.asarray(x, np.float64), stride=2)
     np.testing.assert_allclose(apply(module, variables, x), expected, atol=3e-6)
 
 

@@ -121,6 +121,16 @@ def test_where_attention_is(options, shape, levels, middle):
         ({"out_channels": 5, "learned_variance": True}, (8, 8, 3), {}, 10, 7 * (9 * 8 + 1)),
         ({"num_classes": 10}, (8, 8, 3), {}, 3, 11 * 32),
         ({"num_classes": 10}, (8, 8, 3), {"label": (2,)}, 3, 11 * 32),
+        ({"num_classes": 10, "null_class": False}, (8, 8, 3), {"label": (2,)}, 3, 10 * 32),
+        ({"time_embedding": "learned", "num_timesteps": 100}, (8, 8, 3), {}, 3, 100 * 8),
+        ({"level_channels": (8, 16), "channel_multipliers": (7,)}, (8, 8, 3), {}, 3, 0),
+        ({"head_channels": 8}, (8, 8, 3), {}, 3, 0),
+        ({"head_channels": 12}, (8, 8, 3), {}, 3, -4 * (3 * (4 * 16 + 4) + 4 * 16)),  # one head of 12 in 16 channels
+        ({"middle_attention_groups": 2}, (8, 8, 3), {}, 3, 0),
+        ({"middle_attention_groups": 0}, (8, 8, 3), {}, 3, -2 * 16),
+        # Two norms, a convolution more, and the time embedding.
+        ({"downsample": "residual"}, (8, 8, 3), {}, 3, 2 * 2 * 8 + (9 * 8 + 1) * 8 + 33 * 8),
+        ({"upsample_levels": ("residual",)}, (8, 8, 3), {}, 3, 2 * 2 * 16 + (9 * 16 + 1) * 16 + 33 * 16),
         ({}, (8, 8, 3), {"vector": (2, 7)}, 3, (7 + 1) * 32),
         ({}, (8, 8, 3), {"image": (2, 8, 8, 2)}, 3, 2 * 9 * 8),
         # A norm, two projections of the tokens, two of the pixels.
@@ -290,6 +300,12 @@ def test_dropout_only_in_training():
         ({"downsample": "pool"}, (1, 8, 8, 3), "downsample is 'pool'; accepted: conv, avg_pool, max_pool"),
         ({"upsample": "linear"}, (1, 8, 8, 3), "upsample is 'linear'; accepted: nearest, transposed"),
         ({"remat": "all"}, (1, 8, 8, 3), "remat is 'all'; accepted: none, norms, blocks"),
+        ({"activation": "elu"}, (1, 8, 8, 3), "activation is 'elu'; accepted: swish, gelu, mish, relu"),
+        ({"time_embedding": "fourier"}, (1, 8, 8, 3), "time_embedding is 'fourier'; accepted: sinusoids, learned"),
+        ({"downsample_padding": "valid"}, (1, 8, 8, 3), "downsample_padding is 'valid'; accepted: same, symmetric"),
+        ({"downsample_levels": ("pool",)}, (1, 8, 8, 3), "downsample_levels is 'pool'; accepted: conv"),
+        ({"upsample_levels": ("nearest",) * 2}, (1, 8, 8, 3), "upsample_levels has 2 entries for 1 halvings"),
+        ({"head_channels": 17}, (1, 8, 8, 3), "head_channels 17 is more than the 16 channels of a level"),
         ({"attention_levels": (True,)}, (1, 8, 8, 3), "attention_levels has 1 entries for 2 levels"),
         ({}, (8, 8, 3), r"x must be \[B, H, W, C\], not of shape \(8, 8, 3\)"),
         ({}, (1, 8, 7, 3), "an image of 8x7 cannot be halved 1 times: .*divisible by 2"),
@@ -306,6 +322,23 @@ def test_dropout_only_in_training():
 def test_refused_options_and_images(options, shape, message):
     with pytest.raises(ValueError, match=message):
         init_shapes(UNet(**{**SMALL, **options}), np.zeros(shape))
+
+
+def test_without_a_null_class_every_call_names_a_class():
+    """But for the initialisation, whose values are the same with and without one."""
+    net = UNet(**TINY, num_classes=4, null_class=False)
+    assert jax.tree.map(jnp.shape, init_shapes(net)) == jax.tree.map(
+        jnp.shape, init_shapes(net, cond={"label": jnp.zeros(3, jnp.int32)})
+    )
+    variables = {"params": init_shapes(net)}
+    with pytest.raises(ValueError, match="the network has no null class; name a class for every image"):
+        jax.eval_shape(lambda v: net.apply(v, X, TIMES), variables)
+
+
+def test_a_learned_time_embedding_has_no_fractions():
+    net = UNet(**TINY, time_embedding="learned", num_timesteps=1000)
+    with pytest.raises(ValueError, match="t is float32, but the network's time embedding is learned"):
+        jax.eval_shape(lambda: net.init(KEY, X, TIMES.astype(jnp.float32)))
 
 
 @pytest.mark.parametrize("t", [0, [0, 1], [[0]]])

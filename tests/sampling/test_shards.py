@@ -9,7 +9,7 @@ from ddpm_jax.sampling import shards
 
 def test_files_are_those_of_images_in_their_order(tmp_path):
     for first in (20, 0, 10):
-        shards.write(tmp_path, first, first + 9, np.zeros((10, 2, 2, 1), np.uint8), np.zeros(10), {})
+        shards.write(tmp_path, first, first + 9, np.zeros((10, 2, 2, 1), np.uint8), {"label": np.zeros(10)}, {})
     for name in ("images_1-2.npz", "images_000000030-000000039.npz.part", "other.npz"):
         (tmp_path / name).touch()
     assert [(path.parent, first, last) for path, first, last in shards.files(str(tmp_path))] == [

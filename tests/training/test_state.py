@@ -6,17 +6,22 @@ import numpy as np
 import optax
 import pytest
 
+from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import parallel
-from ddpm_jax.training.state import create_state, init_params, update_ema
+from ddpm_jax.sampling.condition import NoCondition
+from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.sampling.generate import Model
+from ddpm_jax.training.state import create_state, update_ema
 
 NET = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4)
+MODEL = Model(NoCondition(), NET, make_schedule(), Pixels((8, 8, 1)))
 
 
 @cache
 def params(seed):
     """Quickly compiled."""
-    init = jax.jit(lambda: init_params(NET, (8, 8, 1), seed), compiler_options=parallel.run_once_options())
+    init = jax.jit(lambda: MODEL.init_params(seed), compiler_options=parallel.run_once_options())
     return init()
 
 

@@ -48,7 +48,13 @@ function fill() {
   limit("guidance_scale", run.max_guidance);
   find("#brush").max = Math.max(2, Math.round(Math.min(run.width, run.height) / 4));
   find("#brush").value = Math.max(1, Math.round(Math.min(run.width, run.height) / 10));
-  if (!run.classless) find("[value=interpolate_latents]").disabled = true;
+  for (const control of run.controls) {
+    const label = document.createElement("label");
+    label.dataset.hide = "arc";
+    label.append(`${control.title} `, Object.assign(document.createElement("select"), { name: control.name }));
+    find("[data-guidance]").before(label);
+  }
+  if (!run.unconditional) find("[value=interpolate_latents]").disabled = true;
   for (const button of all(".training")) {
     button.disabled = !run.training_images;
     button.title = run.without_training_images;
@@ -65,13 +71,12 @@ function show() {
     order: sampler.options.includes("order"),
     resampling: ["ddpm", "ddim"].includes(field("sampler").value),
   };
-  for (const element of all("[data-for], [data-hide], [data-option], [data-classes]")) {
+  for (const element of all("[data-for], [data-hide], [data-option]")) {
     const { for: modes, hide, option: name } = element.dataset;
     element.hidden =
       (modes !== undefined && !modes.split(" ").includes(mode())) ||
       (hide === "arc" && isArc()) ||
-      (name !== undefined && !offered[name]) ||
-      ("classes" in element.dataset && !run.classes.length);
+      (name !== undefined && !offered[name]);
   }
   find("[data-guidance]").hidden = !run.guidance || isArc();
   find("#hint").textContent = HINTS[mode()];
@@ -79,18 +84,20 @@ function show() {
   find("#t-value").textContent = `${field("t").value} of ${run.timesteps - 1}`;
   find("#first-title").textContent = mode() === "interpolate" ? "First picture" : "Picture";
   find("[name=spacing] option").textContent = `usual (${isArc() ? "linspace" : sampler.spacing})`;
-  showClasses();
+  showControls();
   showSlots();
 }
 
-function showClasses() {
-  // Without a class sampling takes all in turn; an edit has to know whether the network may do without.
-  const select = field("label");
-  const before = select.value;
-  const none = mode() === "sample" ? [option("", "all in turn")] : run.classless ? [option("", "none")] : [];
-  select.replaceChildren(...none, ...run.classes.map((name, number) => option(number, name)));
-  select.value = before;
-  if (select.selectedIndex < 0) select.selectedIndex = 0;
+function showControls() {
+  // Where nothing is chosen sampling takes all in turn; an edit needs a network that can do without.
+  const none = mode() === "sample" ? [option("", "all in turn")] : run.unconditional ? [option("", "none")] : [];
+  for (const control of run.controls) {
+    const select = field(control.name);
+    const before = select.value;
+    select.replaceChildren(...none.map((o) => o.cloneNode(true)), ...control.choices.map((name, i) => option(i, name)));
+    select.value = before;
+    if (select.selectedIndex < 0) select.selectedIndex = 0;
+  }
 }
 
 function settings() {

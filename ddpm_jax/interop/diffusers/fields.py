@@ -1,0 +1,46 @@
+"""The fields of diffusers' config files: which there are, and how one that this project lacks is refused."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ddpm_jax.runtime.errors import UserError
+
+
+def refusal(where: str, field: str, value: Any, accepted: Collection[Any]) -> UserError:
+    """The error for a field of the file `where` whose value this project does not have."""
+    return UserError(f"{field} is {value!r} in {where!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_accepted(where: str, found: Mapping[str, Any], accepted: Mapping[str, Collection[Any]]) -> None:
+    """UserError for the first of the `accepted` fields that has another value than these."""
+    for field, values in accepted.items():
+        if found[field] not in values:
+            raise refusal(where, field, found[field], values)
+
+
+def choose(where: str, found: Mapping[str, Any], field: str, ours: Mapping[Any, Any]) -> Any:
+    """What a field's value is called here; UserError for one that is not among `ours`."""
+    if found[field] not in ours:
+        raise refusal(where, field, found[field], ours)
+    return ours[found[field]]
+
+
+def with_defaults(
+    where: str, found: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """The fields of a component, those that its file lacks from `defaults`.
+
+    Args:
+      where: the file.
+      found: its fields; those that begin with "_" say who wrote it.
+      defaults: every field of the component, with the value that diffusers takes where it is absent.
+      ignored: fields that diffusers passes over in a file of this component.
+
+    Raises:
+      UserError: a field that is neither in `defaults` nor ignored.
+    """
+    fields = {name: value for name, value in found.items() if not name.startswith("_") and name not in ignored}
+    for field, value in fields.items():
+        if field not in defaults:
+            raise UserError(f"{field} is {value!r} in {where!r}, a field that this project does not know")
+    return {**defaults, **fields}

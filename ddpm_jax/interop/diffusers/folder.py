@@ -1,0 +1,157 @@
+"""Whole folders of diffusers: an unconditional pipeline's `UNet2DModel` and scheduler."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
+from ddpm_jax.interop.diffusers import unet as unet_lib
+from ddpm_jax.models.unet import UNet
+from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.files import new_folder, write_text
+from ddpm_jax.validation import validate
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_FILES = ("config.json", "scheduler_config.json", "model_index.json", *WEIGHTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the config files of a folder stand for.
+
+    Attributes:
+      config: of the run.
+      num_classes: that the network knows; 0: none.
+      notes: sentences about what is sampled otherwise than by diffusers.
+    """
+
+    config: ConfigDict
+    num_classes: int
+    notes: list[str]
+
+
+def locate(name: str) -> Path:
+    """The folder of that name, or else the model of that name on the Hugging Face hub, downloaded or from its cache.
+
+    Raises:
+      UserError: no such folder, and the hub does not have it or cannot be reached.
+    """
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(
+            f"{name!r} is no folder; accepted: a diffusers folder or a hub name such as google/ddpm-cifar10-32"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*_FILES, *(f"unet/{file}" for file in _FILES), "scheduler/*.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # of several libraries
+        raise UserError(
+            f"{name!r} is no folder here, and the Hugging Face hub does not give it: {first_line(error)}"
+        ) from None
+
+
+def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
+    """What a diffusers folder describes and its parameters, of the pipeline's layout (unet/, scheduler/) or flat.
+
+    Raises:
+      UserError: a file that is missing or broken, a field that is not supported, a tensor that does not fit.
+    """
+    folder = Path(folder)
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    described = describe(
+        _read_json(unet / "config.json"),
+        _read_json(scheduler / "scheduler_config.json"),
+        where=(str(unet / "config.json"), str(scheduler / "scheduler_config.json")),
+    )
+    files = [unet / name for name in WEIGHTS if (unet / name).is_file()]
+    if not files:
+        raise UserError(f"{str(unet)!r} has no weights; accepted: {' or '.join(WEIGHTS)}")
+    tensors = tensors_lib.read(files[0])
+    return described, unet_lib.to_params(files[0], tensors, described.config, described.num_classes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no {str(path)!r}; a diffusers folder has one") from None
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object")
+    return value
+
+
+def describe(
+    unet: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    where: tuple[str, str] = ("config.json", "scheduler_config.json"),
+) -> Described:
+    """What a `UNet2DModel`'s and a scheduler's config files stand for.
+
+    Args:
+      unet, scheduler: the fields of the files.
+      where: their names.
+
+    Raises:
+      UserError: a field or a value that this project does not have, by name.
+    """
+    config = config_lib.default_config()
+    try:
+        notes = scheduler_lib.read(config, scheduler, where[1])
+        num_classes = unet_lib.read(config, unet, where[0])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{where[0]!r} or {where[1]!r} holds a value that does not fit: {error}") from None
+    validate(config)
+    unet_lib.check_out_channels(config, unet, where[0])
+    return Described(config, num_classes, notes)
+
+
+def write(folder: str | Path, config: ConfigDict, net: UNet, params: Mapping[str, Any]) -> list[str]:
+    """Writes a folder that diffusers' pipelines open, whole or not at all.
+
+    Args:
+      folder: must not be there, or be empty.
+      config, net, params: of a run.
+
+    Returns:
+      Sentences about what diffusers samples otherwise than the run.
+
+    Raises:
+      UserError: the folder holds something, or the run something that diffusers does not have.
+    """
+    unet = unet_lib.to_fields(config, net)
+    scheduler, notes = scheduler_lib.to_fields(config)
+    kind = scheduler["_class_name"]
+    if kind == "UniPCMultistepScheduler":
+        notes.append(f"{kind} is not made for DDPMPipeline's call; the pipeline's unet and scheduler are")
+    tensors = unet_lib.to_tensors(params, len(net.widths))
+    pipeline = {
+        "_class_name": "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline",
+        "scheduler": ["diffusers", kind],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    with new_folder(folder, "--out") as temporary:
+        for name, value in (
+            ("model_index.json", pipeline),
+            ("unet/config.json", unet),
+            ("scheduler/scheduler_config.json", scheduler),
+        ):
+            write_text(temporary / name, json.dumps(value, indent=2) + "\n")
+        tensors_lib.write(temporary / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
+    return notes

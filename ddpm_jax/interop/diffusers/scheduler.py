@@ -1,0 +1,382 @@
+"""diffusers' schedulers as a run's diffusion and way of sampling, and back.
+
+A scheduler says three things: the noise schedule, what the network predicts, and how images are sampled. The first two
+are read exactly. For the third the nearest of this project's samplers becomes the run's default; where it is another
+method, or differs in what a field asks for, a sentence says so.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING
+from ddpm_jax.interop.diffusers.fields import check_accepted, choose, refusal, with_defaults
+from ddpm_jax.runtime.errors import UserError
+
+_PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+_VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "learned_range": "learned",
+}
+_SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"}
+_SPACINGS = {"linspace": "linspace", "leading": "leading", "trailing": "trailing"}
+_UNBOUNDED = 1e9  # diffusers' upper bound of a dynamic threshold, which the paper's does not have
+
+# Every field of each scheduler, with what diffusers takes where a file does not have it.
+_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+}
+_SNR: dict[str, Any] = {"rescale_betas_zero_snr": False}
+_THRESHOLD: dict[str, Any] = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_CLIP: dict[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0, **_THRESHOLD}
+_SIGMAS: dict[str, Any] = {
+    "timestep_spacing": "linspace",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
+_FLOW: dict[str, Any] = {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_RANGE: dict[str, Any] = {"sigma_min": None, "sigma_max": None}
+_SOLVER: dict[str, Any] = {**_SCHEDULE, **_SNR, **_THRESHOLD, **_SIGMAS, **_FLOW}
+_SOLVER |= {"solver_order": 2, "lower_order_final": True}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {**_SCHEDULE, **_SNR, **_CLIP, "variance_type": "fixed_small"},
+    "DDIMScheduler": {**_SCHEDULE, **_SNR, **_CLIP, "set_alpha_to_one": True},
+    "PNDMScheduler": {**_SCHEDULE, "skip_prk_steps": False, "set_alpha_to_one": False},
+    "DPMSolverMultistepScheduler": {
+        **_SOLVER,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+    },
+    "UniPCMultistepScheduler": {
+        **_SOLVER,
+        **_RANGE,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "disable_corrector": (),
+        "solver_p": None,
+        "shift_terminal": None,
+    },
+    "EulerDiscreteScheduler": {
+        **_SCHEDULE,
+        **_SNR,
+        **_SIGMAS,
+        **_RANGE,
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+    },
+    "EulerAncestralDiscreteScheduler": {**_SCHEDULE, **_SNR, "timestep_spacing": "linspace"},
+}
+# Of former releases, and without effect there too.
+_FORMER: dict[str, tuple[Any, ...]] = {"tensor_format": (None, "pt", "np"), "timestep_values": (None,)}
+# diffusers passes over another scheduler's fields, which files that were converted still have.
+_ANY = {field for defaults in _DEFAULTS.values() for field in defaults}
+# Where a field of this name is known, it has one value here.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "shift_terminal": (None,),
+    "solver_p": (None,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
+_PIPELINE_STEPS = 50  # what diffusers' pipelines of DDIM and PNDM take by default
+_SOLVER_STEPS = 20
+
+
+# From theirs.
+
+
+def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> list[str]:
+    """Sets the fields of a run's config that a scheduler's config stands for.
+
+    Args:
+      config: of a run.
+      found: the fields of the file.
+      where: its name.
+
+    Returns:
+      Sentences about what is sampled otherwise than by diffusers.
+
+    Raises:
+      UserError: a value without a counterpart here, by the name of its field.
+    """
+    kind = found.get("_class_name", "DDPMScheduler")
+    if kind not in _DEFAULTS:
+        raise refusal(where, "_class_name", kind, _DEFAULTS)
+    check_accepted(where, {"tensor_format": None, "timestep_values": None, **found}, _FORMER)
+    ignored = {*_FORMER, *_ANY} - _DEFAULTS[kind].keys()
+    fields = with_defaults(where, found, _DEFAULTS[kind], ignored)
+    check_accepted(where, fields, {field: values for field, values in _ACCEPTED.items() if field in fields})
+    _read_schedule(config.diffusion, fields, where)
+    _read_clipping(config.diffusion, fields, where)
+    config.diffusion.prediction = choose(where, fields, "prediction_type", _PREDICTIONS)
+    if kind == "DPMSolverMultistepScheduler" and fields["variance_type"] is None:
+        fields["variance_type"] = "fixed_small"  # the solver has none, and this is DDPMScheduler's default
+    config.diffusion.variance = choose(where, {"variance_type": "fixed_small", **fields}, "variance_type", _VARIANCES)
+    if config.diffusion.variance == "learned":
+        config.diffusion.loss = "hybrid"
+    return _read_sampling(config, kind, fields, where)
+
+
+def _read_schedule(diffusion: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
+    T, start, end = fields["num_train_timesteps"], float(fields["beta_start"]), float(fields["beta_end"])
+    betas = fields["trained_betas"]
+    if betas is not None:
+        if not betas or len(betas) != T:
+            raise UserError(
+                f"trained_betas has {len(betas)} values in {where!r}; accepted: num_train_timesteps of them"
+            )
+        diffusion.betas = tuple(map(float, betas))
+    elif fields["beta_schedule"] == "sigmoid":  # of the betas themselves, where ours is of abar
+        logistic = 1 / (1 + np.exp(-np.linspace(-6, 6, T)))
+        diffusion.betas = tuple((logistic * (end - start) + start).tolist())
+    else:
+        diffusion.schedule = choose(where, fields, "beta_schedule", _SCHEDULES)
+        diffusion.update(num_timesteps=T, beta_start=start, beta_end=end)
+    diffusion.zero_terminal_snr = fields.get("rescale_betas_zero_snr", False)
+
+
+def _read_clipping(diffusion: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
+    diffusion.clip = fields.get("clip_sample", False)
+    if fields.get("thresholding", False):
+        bound, ratio = fields["sample_max_value"], float(fields["dynamic_thresholding_ratio"])
+        if bound == 1.0:  # the threshold lies between 1 and this bound
+            diffusion.clip = True
+        elif bound >= _UNBOUNDED:
+            diffusion.dynamic_threshold = ratio
+            if not ratio:
+                raise refusal(where, "dynamic_thresholding_ratio", ratio, ("above 0 to 1",))
+        else:
+            raise refusal(where, "sample_max_value", bound, (1.0, _UNBOUNDED))
+    elif diffusion.clip:
+        check_accepted(where, fields, {"clip_sample_range": (1.0,)})
+
+
+def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], where: str) -> list[str]:
+    """The run's default sampler, and the sentences about it."""
+    sample, diffusion, notes = config.sample, config.diffusion, []
+    T = len(diffusion.betas) or diffusion.num_timesteps
+    spacing, offset = choose(where, fields, "timestep_spacing", _SPACINGS), fields["steps_offset"]
+    stops = fields.get("set_alpha_to_one") is False or fields.get("final_sigmas_type") == "sigma_min"
+    if kind in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        sample.skip_lowest = spacing != "trailing"
+        sample.num_steps = min(_SOLVER_STEPS, T)
+        notes += _read_dpm(config, fields, where) if kind.startswith("DPM") else _read_unipc(sample, fields)
+        if stops and fields["lower_order_final"] and sample.sampler not in ("ddim", "ddpm"):
+            notes.append(
+                "final_sigmas_type 'sigma_min': the last steps keep their order here, which diffusers lowers in "
+                "UniPC and in fewer than 15 steps"
+            )
+    elif kind == "DDPMScheduler":
+        sample.sampler = "ddpm"
+        if spacing == "trailing" or (spacing == "leading" and offset):
+            notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
+    else:
+        sample.sampler = "ddpm" if kind.startswith("EulerAncestral") else "ddim"
+        sample.num_steps = min(_PIPELINE_STEPS, T)
+        notes += _notes_of(kind, spacing, diffusion.clip or bool(diffusion.dynamic_threshold))
+    for field, ours in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "logsnr"),
+        ("use_lu_lambdas", "logsnr"),
+    ):
+        if fields.get(field, False):
+            spacing, sample.skip_lowest = ours, False
+            notes.append(f"{field}: sampled at the timesteps nearest to these noise levels (spacing {ours!r})")
+    if kind in ("DDPMScheduler", "DDIMScheduler") and spacing == "linspace":
+        notes.append(
+            "timestep_spacing 'linspace': a step leads to the next timestep here, in diffusers "
+            "num_train_timesteps // num_inference_steps lower"
+        )
+    if diffusion.zero_terminal_snr and kind not in ("DDPMScheduler", "DDIMScheduler"):
+        notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, where diffusers leaves abar 2^-24")
+    sample.spacing = "" if spacing == DEFAULT_SPACING[sample.sampler] and not sample.skip_lowest else spacing
+    sample.spacing_offset = offset if spacing == "leading" else 0
+    sample.stop_at_first = stops
+    config.log.sample_steps = min(config.log.sample_steps, T)
+    return [f"{kind}: {note}" for note in notes]
+
+
+def _notes_of(kind: str, spacing: str, clips: bool) -> list[str]:
+    notes = {
+        "DDIMScheduler": "eps follows from the clipped x_0, diffusers' use_clipped_model_output" if clips else "",
+        "PNDMScheduler": "not one of this project's samplers; the run's is ddim, of the first order, at the same "
+        "timesteps and with the same end",
+        "EulerDiscreteScheduler": "the run's sampler is ddim, which is the same step written in x",
+        "EulerAncestralDiscreteScheduler": "the run's sampler is ddpm with its small variance, which is the same step "
+        "written in x",
+    }
+    found = [notes[kind]] if notes[kind] else []
+    if kind.startswith("Euler") and spacing != "leading":
+        found.append(
+            f"timestep_spacing {spacing!r}: the start is noise of variance 1 and timesteps are integers here, where "
+            "diffusers starts from a little less and takes fractions"
+        )
+    return found
+
+
+def _read_dpm(config: ConfigDict, fields: Mapping[str, Any], where: str) -> list[str]:
+    sample, algorithm, order, notes = config.sample, fields["algorithm_type"], fields["solver_order"], []
+    stochastic = choose(
+        where,
+        fields,
+        "algorithm_type",
+        {"dpmsolver++": False, "sde-dpmsolver++": True, "dpmsolver": False, "sde-dpmsolver": True},
+    )
+    own_variance = stochastic and (algorithm == "sde-dpmsolver" or config.diffusion.variance == "learned")
+    if order == 1 and not own_variance:  # whichever is integrated, the first order is the same step
+        sample.sampler = "ddpm" if stochastic else "ddim"
+    else:
+        sample.sampler = "dpmpp_2m_sde" if stochastic else "dpmpp_2m"
+        for field, accepted in (
+            ("algorithm_type", ("dpmsolver++", "sde-dpmsolver++")),
+            ("solver_order", (2,)),
+            ("solver_type", ("midpoint",)),
+        ):
+            if fields[field] not in accepted:
+                name = f"{field} {fields[field]!r}"
+                notes.append(f"{name} is not one of this project's methods; the run's is {sample.sampler}")
+    if math.isfinite(float(fields["lambda_min_clipped"])):
+        notes.append(
+            f"lambda_min_clipped {fields['lambda_min_clipped']}: sampling starts at the last timestep all the same"
+        )
+    return notes
+
+
+def _read_unipc(sample: ConfigDict, fields: Mapping[str, Any]) -> list[str]:
+    order = min(fields["solver_order"], 3)
+    sample.sampler, sample.order, notes = "unipc", 0 if order == 2 else order, []
+    for field, value in (
+        ("solver_order", order),
+        ("solver_type", "bh2"),
+        ("predict_x0", True),
+        ("disable_corrector", ()),
+        ("lower_order_final", True),
+    ):
+        given = tuple(fields[field]) if field == "disable_corrector" else fields[field]
+        if given != value:
+            notes.append(f"{field} {given!r} is not one of this project's methods; the run's unipc has {value!r}")
+    return notes
+
+
+# To theirs.
+
+# The scheduler of each sampler, and its order.
+_KINDS: dict[str, tuple[str, int | None]] = {
+    "ddpm": ("DDPMScheduler", None),
+    "ddim": ("DDIMScheduler", None),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", 2),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2),
+    "unipc": ("UniPCMultistepScheduler", 2),
+}
+_SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order
+
+
+def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+    """The config of the scheduler that samples as the run does by default.
+
+    Returns:
+      The fields, and sentences about what diffusers does otherwise.
+    """
+    sample, diffusion, notes = config.sample, config.diffusion, []
+    kind, order = _KINDS.get(sample.sampler, ("DDPMScheduler", None))
+    learned = diffusion.variance == "learned"
+    if sample.skip_lowest and (sample.sampler == "ddim" or (sample.sampler, diffusion.variance) == _SMALL):
+        kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
+    if sample.sampler not in _KINDS:
+        notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
+    if learned and kind in ("DDIMScheduler", "UniPCMultistepScheduler"):
+        notes.append(f"{kind} does not take a learned variance; DDPMScheduler is written")
+        kind = "DDPMScheduler"
+    is_solver = "Multistep" in kind
+    fields: dict[str, Any] = {
+        "_class_name": kind,
+        "num_train_timesteps": len(diffusion.betas) or diffusion.num_timesteps,
+        "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[diffusion.prediction],
+        "steps_offset": sample.spacing_offset,
+        **_clipping(diffusion, is_solver),
+        **_schedule(config),
+    }
+    if kind == "DDPMScheduler":
+        fields["variance_type"] = {ours: theirs for theirs, ours in reversed(_VARIANCES.items())}[diffusion.variance]
+    spacing = sample.spacing or DEFAULT_SPACING[sample.sampler]
+    if spacing in _SPACINGS:
+        fields["timestep_spacing"] = spacing
+        if is_solver and spacing != "trailing" and not sample.skip_lowest:
+            notes.append(f"{kind} takes num_steps + 1 timesteps and leaves out the lowest")
+    elif is_solver and spacing in ("karras", "logsnr"):
+        exponential = "use_lu_lambdas" if kind.startswith("DPM") else "use_exponential_sigmas"
+        fields["use_karras_sigmas" if spacing == "karras" else exponential] = True
+        notes.append(f"{kind} takes the noise levels of spacing {spacing!r} between timesteps too")
+    else:
+        fields["timestep_spacing"] = "linspace"
+        notes.append(f"{kind} has no spacing {spacing!r}; linspace is written")
+    if sample.skip_lowest and not is_solver:
+        notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
+    if sample.eta and kind == "DDIMScheduler":
+        notes.append(f"eta {sample.eta} is an argument of {kind}'s steps")
+    if kind == "DDIMScheduler":
+        fields["set_alpha_to_one"] = not sample.stop_at_first
+    elif is_solver:
+        fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
+    elif sample.stop_at_first:
+        notes.append(f"{kind} ends at the clean image, this run at the first timestep's noise level")
+    if kind.startswith("DPM"):
+        fields["algorithm_type"] = "sde-dpmsolver++" if sample.sampler in ("dpmpp_2m_sde", "ddpm") else "dpmsolver++"
+        fields |= {"solver_order": order, "variance_type": "learned_range" if learned else None}
+    elif kind.startswith("UniPC"):
+        fields["solver_order"] = sample.order or order
+    return fields, notes
+
+
+def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:
+    if diffusion.dynamic_threshold:
+        ratio = {"dynamic_thresholding_ratio": diffusion.dynamic_threshold, "sample_max_value": _UNBOUNDED}
+        clipping = {"thresholding": True, **ratio}
+    elif is_solver:  # a threshold of at most 1 is a clip to 1
+        return {"thresholding": diffusion.clip, "sample_max_value": 1.0}
+    else:
+        clipping = {}
+    return clipping if is_solver else {"clip_sample": diffusion.clip, "clip_sample_range": 1.0, **clipping}
+
+
+def _schedule(config: ConfigDict) -> dict[str, Any]:
+    """By its name where diffusers has it, else by its betas."""
+    diffusion = config.diffusion
+    names: Mapping[str, str] = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    flag = {"rescale_betas_zero_snr": diffusion.zero_terminal_snr}
+    if diffusion.schedule in names and not diffusion.betas and not diffusion.schedule_options:
+        ends = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+        return {"beta_schedule": names[diffusion.schedule], **ends, **flag}
+    plain = config.copy_and_resolve_references()
+    plain.diffusion.zero_terminal_snr = False
+    betas: Sequence[float] = config_lib.make_betas_from(plain).tolist()
+    return {"trained_betas": betas, **flag}

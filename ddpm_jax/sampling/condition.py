@@ -1,0 +1,253 @@
+"""What a person says of the images that they want, as the arrays that the network takes as `cond`.
+
+A condition is made once from a run's config (`ddpm_jax.config.make_condition`). In training it turns a batch into
+`cond` and now and then drops it for the null condition, which stands for nothing said. In sampling `say` returns the
+condition with what a person said, and `of_images` gives what each image shall be. A kind of condition is one class here
+and one line in `make_condition`; the loop, the samplers, the edits, the playground and the plans know none of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.runtime.errors import UserError
+
+Cond = Mapping[str, Any] | None
+Batch = Mapping[str, jax.Array]
+
+# What can be said to a run of any kind, by the keyword of `say`; and why a run of another kind refuses it.
+KEYWORDS = {"labels": "this run is not class-conditional, so there are no classes to choose"}
+_UNTRAINED = "it needs a run with model.class_conditional and a train.label_dropout above 0"
+FIELDS = {"label": "labels"}  # the fields of the playground's page, and the keyword that a value of each is
+
+
+def _refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
+    """UserError for what only a run of another kind can be told."""
+    for keyword, values in said.items():
+        if keyword not in own and len(values):
+            raise UserError(KEYWORDS[keyword])
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """An input of the playground's page.
+
+    Attributes:
+      name: of the field in the page's form, of FIELDS.
+      title: what the page calls it.
+      choices: the names of the values 0, 1, ... that it may have.
+    """
+
+    name: str
+    title: str
+    choices: Sequence[str]
+
+
+class Condition(Protocol):
+    """One kind of condition, with what was said of it.
+
+    Attributes:
+      reads: the entries of a training batch, beside "image", that it needs.
+      is_said: whether anything was said.
+      rows: how many things were said; a grid has a row for each. 0: nothing was said.
+      can_be_left_out: whether the network can be called with nothing said.
+      cannot_guide: why there is no guidance, which needs a network that knows images with the condition and without;
+        "": there is.
+    """
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    @property
+    def is_said(self) -> bool: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def can_be_left_out(self) -> bool: ...
+
+    @property
+    def cannot_guide(self) -> str: ...
+
+    def network_options(self) -> dict[str, Any]:
+        """The arguments of `UNet` that it decides."""
+        ...
+
+    def of_batch(self, batch: Batch) -> Cond:
+        """`cond` of the examples of a batch."""
+        ...
+
+    def of_training(self, batch: Batch, key: Callable[[str], jax.Array]) -> Cond:
+        """The same with some examples dropped to the null condition; `key` gives the step's key for a purpose."""
+        ...
+
+    def say(self, **said: Sequence[Any]) -> "Condition":
+        """The condition with what a person said, by KEYWORDS; nothing said leaves it as it is. UserError for what does
+        not fit."""
+        ...
+
+    def require(self) -> None:
+        """UserError if nothing was said that guidance could go towards."""
+        ...
+
+    def of_images(self, numbers: np.ndarray) -> Cond:
+        """`cond` for the images of these numbers, on the host; where nothing was said, a choice of its own."""
+        ...
+
+    def null(self, count: int) -> Cond:
+        """`cond` of so many images of which nothing is said; UserError where the network does not know that."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What was said, as JSON values."""
+        ...
+
+    def record(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """What each of these images was asked to be, to be stored beside it."""
+        ...
+
+    def controls(self) -> list[Control]:
+        """The inputs with which the playground asks for it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCondition:
+    """Images like the training images, and nothing said of them: the plain DDPM."""
+
+    reads: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+    is_said: bool = False
+    rows: int = 0
+    can_be_left_out: bool = True
+    cannot_guide: str = _UNTRAINED
+
+    def network_options(self) -> dict[str, Any]:
+        return {}
+
+    def of_batch(self, batch: Batch) -> Cond:
+        return None
+
+    def of_training(self, batch: Batch, key: Callable[[str], jax.Array]) -> Cond:
+        return None
+
+    def say(self, **said: Sequence[Any]) -> "NoCondition":
+        _refuse_others(said)
+        return self
+
+    def require(self) -> None:
+        raise UserError("guidance needs a run that was trained with a condition, such as classes")
+
+    def of_images(self, numbers: np.ndarray) -> Cond:
+        return None
+
+    def null(self, count: int) -> Cond:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": []}
+
+    def record(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return {"label": np.zeros(len(numbers), np.int32)}
+
+    def controls(self) -> list[Control]:
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassCondition:
+    """The class of an image, `cond["label"]`; label `len(class_names)` is the null class.
+
+    Attributes:
+      class_names: of the data set.
+      dropout: the share of training examples whose class is dropped.
+      null_class: whether the network has one.
+      labels: the classes that were said, repeated for as long as there are images.
+    """
+
+    class_names: Sequence[str]
+    dropout: float = 0.0
+    null_class: bool = True
+    labels: tuple[int, ...] = ()
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    @property
+    def is_said(self) -> bool:
+        return bool(self.labels)
+
+    @property
+    def rows(self) -> int:
+        return len(self.labels)
+
+    @property
+    def can_be_left_out(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    def cannot_guide(self) -> str:
+        if not self.null_class:
+            return "it needs a network with a null class, and this one has none (model.null_class is False)"
+        return "" if self.dropout else _UNTRAINED
+
+    def network_options(self) -> dict[str, Any]:
+        return {"num_classes": len(self.class_names)}
+
+    def of_batch(self, batch: Batch) -> Cond:
+        return {"label": batch["label"]}
+
+    def of_training(self, batch: Batch, key: Callable[[str], jax.Array]) -> Cond:
+        labels = batch["label"]
+        if self.dropout:
+            dropped = jax.random.bernoulli(key("label_dropout"), self.dropout, labels.shape)
+            labels = jnp.where(dropped, len(self.class_names), labels)
+        return {"label": labels}
+
+    def say(self, **said: Sequence[Any]) -> "ClassCondition":
+        _refuse_others(said, "labels")
+        labels = said.get("labels", ())
+        wrong = [label for label in labels if not 0 <= label < len(self.class_names)]
+        if wrong:
+            last = len(self.class_names) - 1
+            raise UserError(f"class {wrong[0]} does not exist; this run has classes 0 to {last}")
+        return dataclasses.replace(self, labels=tuple(map(int, labels))) if len(labels) else self
+
+    def require(self) -> None:
+        if not self.labels:
+            raise UserError("guidance needs the classes that it goes towards; name them")
+
+    def of_images(self, numbers: np.ndarray) -> Cond:
+        """Where no class was said, every class in turn."""
+        classes = np.array(self.labels or range(len(self.class_names)), np.int32)
+        return {"label": classes[np.asarray(numbers) % len(classes)]}
+
+    def null(self, count: int) -> Cond:
+        if not self.can_be_left_out:
+            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+        return {"label": np.full(count, len(self.class_names), np.int32)}
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": list(self.labels)}
+
+    def record(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(self.of_images(numbers) or {})
+
+    def controls(self) -> list[Control]:
+        return [Control("label", "Class", self.class_names)]
+
+
+def check_guidance(condition: Condition, guidance: Guidance) -> None:
+    """UserError for guidance that a run of this condition cannot have, or that does nothing."""
+    try:
+        guidance.check()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if guidance.is_on and condition.cannot_guide:
+        raise UserError(f"guidance_scale is {guidance.scale}; other than 1 {condition.cannot_guide}")

@@ -1,0 +1,103 @@
+"""Configs of diffusers' `UNet2DModel` and of its schedulers, for the tests that read, run and write them back."""
+
+# A small network of diffusers' defaults: what is not said here is as its training script has it.
+DEFAULT = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+# Between them every option that has a counterpart here.
+NETWORKS = {
+    "diffusers' defaults": {},
+    "any widths": {
+        "sample_size": (8, 16),
+        "in_channels": 2,
+        "out_channels": 2,
+        "block_out_channels": (16, 24, 40),
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
+        "attention_head_dim": 12,  # which divides none of them
+        "norm_eps": 1e-3,
+        "act_fn": "mish",
+    },
+    "scale shift, no middle norm": {
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": None,
+        "act_fn": "gelu",
+        "freq_shift": 1,
+        "num_class_embeds": 5,
+    },
+    "residual resampling": {
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 2,
+    },
+    "learned time": {
+        "time_embedding_type": "learned",
+        "num_train_timesteps": 1000,
+        "add_attention": False,
+        "center_input_sample": True,
+        "downsample_padding": 0,
+        "act_fn": "relu",
+        "dropout": 0.1,
+    },
+}
+
+
+def network(name):
+    return DEFAULT | NETWORKS[name]
+
+
+# The schedulers whose steps are this project's: the fields, and the sampler and the timesteps that become the default.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, "ddim"),
+    "ddim, clipped": ("DDIMScheduler", {}, "ddim"),
+    "ddim of Stable Diffusion": (
+        "DDIMScheduler",
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+        "ddim",
+    ),
+    "ddim that ends at its last timestep": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, "ddim"),
+    "ddim, trailing": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, "ddim"),
+    "ddim, offset alone": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, "ddim"),
+    "dpmpp_2m, linspace": ("DPMSolverMultistepScheduler", {}, "dpmpp_2m"),
+    "dpmpp_2m, leading": (
+        "DPMSolverMultistepScheduler",
+        {"timestep_spacing": "leading", "steps_offset": 1, "beta_schedule": "squaredcos_cap_v2"},
+        "dpmpp_2m",
+    ),
+    "dpmpp_2m, trailing": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpmpp_2m"),
+    "dpmpp_2m, clipped": ("DPMSolverMultistepScheduler", {"thresholding": True}, "dpmpp_2m"),
+    "dpmpp_2m to sigma_min": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "dpmpp_2m"),
+    "dpm of order 1": ("DPMSolverMultistepScheduler", {"solver_order": 1}, "ddim"),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+    "sde of order 1": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+        "ddpm",
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}, "unipc"),
+    "unipc of order 3, leading": (
+        "UniPCMultistepScheduler",
+        {"solver_order": 3, "timestep_spacing": "leading", "trained_betas": [0.001 + i * 1e-5 for i in range(1000)]},
+        "unipc",
+    ),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "ddim"),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}, "ddpm"),
+}
