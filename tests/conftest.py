@@ -11,7 +11,7 @@ from xla import xla_flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
-pytest_plugins = ["browser", "exactness", "runs"]
+pytest_plugins = ["runs", "browser", "exactness"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
