@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from runs import PATIENCE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -14,7 +15,8 @@ def chromium():
     if path is None:
         pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on the PATH")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        patience = 1000 * PATIENCE  # in milliseconds
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=patience)
         yield browser
         browser.close()
 
@@ -23,6 +25,7 @@ def chromium():
 def page(chromium):
     """A fresh page; a test fails if the page logs an error, or asks for anything beyond this machine."""
     context = chromium.new_context()
+    context.set_default_timeout(1000 * PATIENCE)
     page, wrong = context.new_page(), []
     page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -11,7 +11,15 @@ from xla import xla_flags
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
-pytest_plugins = ["browser", "exactness", "runs"]
+pytest_plugins = ["runs", "browser", "exactness"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("peers"):
+            item.add_marker(pytest.mark.slow)
+
 
 TENSORFLOW_SEEMS_INSTALLED = """
 import importlib.machinery, sys

@@ -1,4 +1,5 @@
 import math
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def load(name):
     return import_module(f"configs.{name}").get_config()
 
 
+@cache
 def parameter_shapes(name):
     return config_lib.make_model(load(name)).param_shapes()
 

@@ -126,7 +126,8 @@ def test_run_and_show_what_is_committed(tmp_path):
         for cell in code_cells(notebook):
             cell.outputs = []
         where = {"metadata": {"path": tmp_path}}
-        NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3", resources=where).execute(env=environment)
+        patience = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
+        NotebookClient(notebook, **patience, kernel_name="python3", resources=where).execute(env=environment)
         for cell, kinds in zip(code_cells(notebook), committed, strict=True):
             # Training and its progress on stderr is the first notebook's alone.
             assert set(shown(cell)) - {"stderr"} == set(kinds) - {"stderr"}, cell.source

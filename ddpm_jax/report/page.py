@@ -213,7 +213,7 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
 def _pictures(folder: Path) -> str:
     """What sampling and editing left, the newest first."""
     paths = [path for path in (folder / "samples").glob("*.png") if not _OF_TRAINING.fullmatch(path.name)]
-    paths = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     figures = [_figure(_encoded(path), f"Pictures, {path.stem}", path.name) for path in paths[:_MOST_MADE]]
     if len(paths) > _MOST_MADE:
         figures.append(f"<p>and {len(paths) - _MOST_MADE} older ones in samples/</p>")

@@ -69,7 +69,8 @@ class _TensorBoard:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        # Its own name for the file has whole seconds, and a second file of that name would replace the first.
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
         self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -118,7 +119,7 @@ class _WandB:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish()  # its service may write for a moment longer; the end of the process waits for that
 
 
 @contextmanager

@@ -61,11 +61,13 @@ class TestExamine:
         assert level == WRONG
         assert "cannot be written to" in text
 
+    @pytest.mark.slow
     def test_a_disk_without_room(self, trained, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 0))
         assert [level for level, _ in found("run", folder=trained[0])] == [OK, WRONG]
         assert found("workdir", folder=trained[0])[0][0] == WARNING
 
+    @pytest.mark.slow
     def test_checkpoints_that_were_set_aside(self, trained, tmp_path):
         shutil.copytree(trained[0], tmp_path / "run")
         (tmp_path / "run" / "corrupt" / "6").mkdir(parents=True)

@@ -13,6 +13,7 @@ from tiny import make_run
 
 from ddpm_jax.commands import plan
 from ddpm_jax.config import default_config
+from ddpm_jax.planning import measured
 from ddpm_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,8 @@ def call(*arguments):
 
 
 @pytest.mark.slow
-def test_without_a_topology_it_measures(tmp_path, capsys):
+def test_without_a_topology_it_measures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measured, "_SECONDS", 0.1)
     config = make_run(class_conditional=True).config
     plan.plan(config, str(tmp_path), None, ["train", "sample", "evaluate"])
     result = json.loads((tmp_path / "plan.json").read_text())

@@ -167,7 +167,6 @@ def test_sample_is_p_sample_repeated():
 # Distributions.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variance", "num_steps", "discretisation"),
     [("fixed_large", None, 0.01), ("fixed_small", None, -0.03), ("fixed_large", 50, 0.2)],

@@ -259,7 +259,7 @@ def sources(page, selector="#grid img"):
 
 def done(page, button):
     page.click(f"#go:has-text('{button}')")
-    page.wait_for_selector("#status:has-text('Done in')", timeout=1000 * PATIENCE)
+    page.wait_for_selector("#status:has-text('Done in')")
     assert not page.is_disabled("#go")
     assert page.is_disabled("#cancel")
 

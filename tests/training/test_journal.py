@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from runs import scalars
 
 from ddpm_jax.config import default_config
 from ddpm_jax.runtime.errors import UserError
@@ -32,6 +33,13 @@ def test_what_lies_beyond_the_checkpoint_is_written_anew(tmp_path, config):
     write(tmp_path, config, 2, [3, 4, 5])
     assert [line["step"] for line in read_json_lines(tmp_path / METRICS)] == [1, 2, 3, 4, 5]
     assert not (tmp_path / "wandb").exists()
+
+
+def test_two_starts_in_one_second_have_their_own_events(tmp_path, config):
+    config.log.tensorboard = True
+    write(tmp_path, config, 0, [1, 2])
+    write(tmp_path, config, 2, [3])
+    assert scalars(tmp_path / "tensorboard") == pytest.approx({(step, "loss"): 1 / step for step in (1, 2, 3)})
 
 
 class TestWeightsAndBiases:
