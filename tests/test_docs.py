@@ -365,7 +365,7 @@ class TestFigures:
     def test_blocks_are_the_network_s(self, figures, config, parameters):
         config = config.get_config()
         found = figures.unet_blocks(config)
-        params = flatten_dict(config_lib.param_shapes(config, 0))
+        params = flatten_dict(config_lib.make_model(config).param_shapes())
         assert sum(block.parameters for block in found) == sum(leaf.size for leaf in params.values())
         assert parameters in (None, sum(block.parameters for block in found))
         assert {block.name for block in found} == {path[0] for path in params} | {

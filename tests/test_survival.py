@@ -225,7 +225,7 @@ class TestTwoStarts:
         status, output = call("--mode=doctor", f"--workdir={tmp_path}", config=None)
         assert f"by process {process.pid} on host" in output
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
         assert {path.name for path in tmp_path.iterdir()} == whole - {"lock.json"}
 
@@ -240,7 +240,7 @@ class TestTwoStarts:
         lock.unlink()
         lock.write_text(json.dumps(other))
         process.send_signal(signal.SIGCONT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         assert re.fullmatch(
             rf"error: --workdir '{tmp_path}' is no longer this process's: taken over by process 77 on host elsewhere "

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from runs import PATIENCE
 
 from ddpm_jax.runtime import lock
 from ddpm_jax.runtime.lock import HeldError, LostError, hold
@@ -92,7 +93,7 @@ class TestOnTheSameMachine:
             first.kill()
             assert first.stdout.read() == ""  # it has ended
             assert path.exists()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while lock.read(path).is_alive():
                 assert time.monotonic() < deadline
             with hold(path, "training", say=never):
@@ -168,7 +169,7 @@ class TestOnAnotherMachine:
 
     def test_heartbeat(self, path):
         with hold(path, "training", every=0.01):
-            first, deadline = path.read_bytes(), time.monotonic() + 60
+            first, deadline = path.read_bytes(), time.monotonic() + PATIENCE
             while path.read_bytes() == first:
                 assert time.monotonic() < deadline
             assert len(path.read_bytes()) == len(first)
@@ -183,7 +184,7 @@ class TestOnAnotherMachine:
                 first.send_signal(signal.SIGCONT)
                 first.stdin.write("\n")
                 first.stdin.flush()
-                assert first.wait(60) == 1  # LostError
+                assert first.wait(PATIENCE) == 1  # LostError
                 held.check()  # and it leaves the lock alone
 
 
@@ -259,7 +260,7 @@ for _ in range(10):
 """
         with ExitStack() as stack:
             for started in [stack.enter_context(process(code, path)) for _ in range(4)]:
-                started.communicate(timeout=300)
+                started.communicate(timeout=PATIENCE)
                 assert started.returncode == 0
         assert number.read_text() == "40"
         assert [found.name for found in path.parent.iterdir()] == ["number"]
