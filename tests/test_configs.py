@@ -28,7 +28,10 @@ def test_all_are_covered():
     assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder", "folder_small"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Two of the four have the large network of the others.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE[1:3] else ()) for name in NAMES]
+)
 def test_config_is_valid(name):
     validate(load(name), num_devices=1)
 
