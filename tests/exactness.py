@@ -21,6 +21,7 @@ SECTIONS = {
     "tests/models/test_blocks.py": "Layers and their initialisation",
     "tests/models/test_unet.py": "The network",
     "tests/models/test_spatial.py": "The spatial transformer",
+    "tests/text/test_tokenizers.py": "Tokenizers",
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
     "tests/interop/test_transformers.py": "Encoders of text",
