@@ -18,7 +18,7 @@ from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.models.transformer import ACTIVATIONS
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.files import new_folder, write_text
+from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
@@ -56,7 +56,7 @@ def read(folder: str | Path) -> tuple[CLIPTextEncoder, dict[str, Any]]:
         is missing, too many, or of another shape or dtype.
     """
     folder = Path(folder)
-    net = to_module(_read_json(folder / "config.json"), str(folder / "config.json"))
+    net = to_module(read_json_object(folder / "config.json"), str(folder / "config.json"))
     path, tensors = _read_weights(folder)
     return net, to_params(path, tensors, net)
 
@@ -189,7 +189,7 @@ def _read_weights(folder: Path) -> tuple[Path, tensors_lib.Tensors]:
         if path.is_file():
             return path, tensors_lib.read(path)
         if index.is_file():
-            files = _read_json(index).get("weight_map")
+            files = read_json_object(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{str(index)!r} has no weight_map from names of tensors to files")
             tensors: tensors_lib.Tensors = {}
@@ -199,17 +199,3 @@ def _read_weights(folder: Path) -> tuple[Path, tensors_lib.Tensors]:
                 tensors |= tensors_lib.read(folder / file)
             return index, tensors
     raise UserError(f"{str(folder)!r} has no weights; accepted: {' or '.join(WEIGHTS)}, whole or in shards")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {str(path)!r}; a transformers folder has one") from None
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object")
-    return value

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ddpm_jax.runtime.errors import UserError, first_line, reason
+from ddpm_jax.runtime.files import read_json_object
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
 MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
@@ -177,8 +178,8 @@ def _cut(text: str, encoded: tokenizers.Encoding) -> str:
     if not encoded.overflowing:
         return ""
     rest = encoded.overflowing[0]
-    control = rest.special_tokens_mask
-    return text[min(begin for (begin, _), special in zip(rest.offsets, control, strict=True) if not special) :].strip()
+    own = (begin for (begin, _), added in zip(rest.offsets, rest.special_tokens_mask, strict=True) if not added)
+    return text[min(own) :].strip()
 
 
 def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, what: str) -> tokenizers.Tokenizer:
@@ -189,6 +190,7 @@ def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, 
     if pad_id is None:
         raise UserError(f"{what} has no token {pad!r} to pad with; tokenizer_config.json beside it may name another")
     tokenizer.no_padding()
+    tokenizer.no_truncation()
     least = len(tokenizer.encode("").ids)
     if not least:
         raise UserError(
@@ -246,10 +248,10 @@ def _special_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, tokenizers.
     special_tokens_map.json counts unless tokenizer_config.json is of the newer kind, which lists each added token.
     """
     path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    config = _read_json(path) if path.is_file() else {}
+    config = read_json_object(path) if path.is_file() else {}
     named, listed = config, config.get("added_tokens_decoder")
     if listed is None and older.is_file():
-        named, path = {**config, **_read_json(older)}, older
+        named, path = {**config, **read_json_object(older)}, older
     try:
         added = {token["content"]: token for token in (listed or {}).values()}
         return config, {
@@ -267,16 +269,6 @@ def _added_token(value: Any) -> tokenizers.AddedToken:
         return tokenizers.AddedToken(value, special=True)
     options = {name: value[name] for name in ("lstrip", "rstrip", "normalized", "single_word") if name in value}
     return tokenizers.AddedToken(value["content"], special=True, **options)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object")
-    return value
 
 
 def _read(path: Path) -> str:

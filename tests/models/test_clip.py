@@ -25,14 +25,9 @@ def apply(module, variables, *arguments):
     return module.apply(variables, *arguments)
 
 
-def count(module):
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
 def test_clip_s_parameters():
-    assert count(CLIPTextEncoder()) == 123_060_480
-    assert count(CLIPTextEncoder(projection=768)) == 123_060_480 + 768**2
+    shapes = jax.eval_shape(CLIPTextEncoder().init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 123_060_480
 
 
 def test_clip_s_pooled_state_is_the_end_token_s():

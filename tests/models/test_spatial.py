@@ -28,6 +28,13 @@ def test_starts_as_the_identity_and_sees_no_masked_token():
     assert np.abs(found - apply(variables, X, CONTEXT, np.ones_like(MASK)))[0].max() > 1e-3
 
 
+def test_computes_in_its_dtype_with_parameters_in_float32():
+    module = SpatialTransformer(head_width=8, num_groups=4, dtype=jnp.bfloat16)
+    found, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), X.astype(jnp.bfloat16), CONTEXT)
+    assert (found.shape, found.dtype) == (X.shape, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE, Tokenizer
@@ -256,6 +258,31 @@ def test_refused_folders(clip, edit, message):
 
 
 # Any tokenizer.json.
+
+
+def t5(folder):
+    """A T5 tokenizer in small: pieces with scores, an end token and no start, and nothing said of padding or length."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581red", "\u2581hat", "s", "h", "a", "t"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"model_max_length": 10**30, "pad_token": "<pad>", "eos_token": "</s>", "extra_ids": 100}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizer_of_a_t5(tmp_path):
+    assert "says no largest length of a text; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
+    tokenizer = Tokenizer.read(tmp_path, max_length=6)
+    tokens = tokenizer.encode(["red hats", "", "red red red hat hats"])
+    np.testing.assert_array_equal(tokens.ids, [[4, 5, 6, 1, 0, 0], [1, 0, 0, 0, 0, 0], [4, 4, 4, 5, 5, 1]])
+    np.testing.assert_array_equal(tokens.mask.sum(1), [4, 1, 6])
+    assert tokens.cut == ("", "", "s")
+    assert tokenizer.decode(tokens.ids[0]) == "red hats"
+    again = Tokenizer.from_json(tokenizer.to_json())
+    np.testing.assert_array_equal(again.encode(["red hats"]).ids[0], tokens.ids[0])
 
 
 def write_tokenizer(path, trained, edit=lambda value: None):
