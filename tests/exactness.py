@@ -20,16 +20,20 @@ SECTIONS = {
     "tests/diffusion/test_samplers.py": "Sampling",
     "tests/models/test_blocks.py": "Layers and their initialisation",
     "tests/models/test_unet.py": "The network",
+    "tests/models/test_spatial.py": "The spatial transformer",
+    "tests/text/test_tokenizers.py": "Tokenizers",
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
     "tests/interop/diffusers/test_peers.py": "Other networks and schedulers of diffusers",
+    "tests/interop/test_transformers.py": "Encoders of text",
     "tests/evaluation/test_peers.py": "Evaluation",
 }
 HEAD = """# How exact is it
 
 Every comparison that the tests make with something that is not this project: formulas evaluated in float64 or extended
-precision, laws that must hold, SciPy, diffusers and PyTorch. An error is the largest over all cases of the test,
-relative where the tolerance says so. "Standard errors" are those of a Monte Carlo estimate, of which 5 are allowed.
+precision, laws that must hold, SciPy, diffusers, transformers and PyTorch. An error is the largest over all cases of
+the test, relative where the tolerance says so. "Standard errors" are those of a Monte Carlo estimate, of which 5 are
+allowed.
 
 This page is written by the tests themselves, from the errors that they measured:
 
@@ -107,5 +111,5 @@ def _machine():
 
 
 def _versions():
-    packages = ("jax", "flax", "numpy", "scipy", "torch", "diffusers", "torch-fidelity")
+    packages = ("jax", "flax", "numpy", "scipy", "torch", "diffusers", "transformers", "torch-fidelity")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

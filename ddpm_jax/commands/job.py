@@ -60,7 +60,8 @@ class Job:
         channels = self.run.shape[-1]
         if channels not in (1, 3):
             raise UserError(
-                f"this run's images have {channels} channels, and pictures 1 or 3; accepted: --mode=sample --output=npz"
+                f"this run's images have {channels} channels, and pictures have 1 or 3; accepted: --mode=sample "
+                "--output=npz"
             )
 
     def pictures(self, names: Sequence[str], least: int = 1, most: int | None = None) -> np.ndarray:

@@ -25,6 +25,7 @@ def serve(job: Job, *, host: str, port: int, queue: int, batch_size: int | None)
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"--mode=serve needs {', '.join(missing)}, which is not installed: pip install -e '.[serve]'")
+    job.check_pictures()
     if jax.process_count() > 1:
         raise UserError("--mode=serve runs in one process; leave out what starts several")
     from ddpm_jax.serve.actions import Playground

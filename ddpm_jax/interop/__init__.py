@@ -1,1 +1,1 @@
-"""Weights from and to other projects' formats: diffusers folders, and plain safetensors of our own tree."""
+"""Weights from and to other projects: folders of diffusers and transformers, and plain safetensors of our own tree."""

@@ -1,1 +1,1 @@
-"""The network: the UNet, its blocks, and the layers that make it fast."""
+"""The networks: the UNet, its blocks, the layers that make it fast, and the encoders of text."""

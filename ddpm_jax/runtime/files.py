@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.errors import UserError, reason
 
 
 def user_cache() -> Path:
@@ -44,6 +44,19 @@ def read_json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object of a file that another project wrote; UserError if it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object")
+    return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -230,7 +230,8 @@ class ClassCondition:
 
     def null(self, count: int) -> Cond:
         if not self.can_be_left_out:
-            raise UserError("this run knows images by their class alone (train.label_dropout is 0); name the classes")
+            why = "train.label_dropout is 0" if self.null_class else "model.null_class is False"
+            raise UserError(f"this run knows images by their class alone ({why}); name the classes")
         return {"label": np.full(count, len(self.class_names), np.int32)}
 
     def settings(self) -> dict[str, Any]:

@@ -7,7 +7,12 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.condition import KEYWORDS, ClassCondition, NoCondition, check_guidance
 
 NAMES = ("zero", "one", "two")
-KINDS = [NoCondition(), ClassCondition(NAMES), ClassCondition(NAMES, dropout=0.2)]
+KINDS = [
+    NoCondition(),
+    ClassCondition(NAMES),
+    ClassCondition(NAMES, dropout=0.2),
+    ClassCondition(NAMES, null_class=False),
+]
 NUMBERS = np.arange(5, 12)
 
 
@@ -67,6 +72,8 @@ class TestClasses:
         np.testing.assert_array_equal(ClassCondition(NAMES, 0.2).null(2)["label"], [3, 3])
         with pytest.raises(UserError, match=r"by their class alone \(train.label_dropout is 0\); name the classes"):
             ClassCondition(NAMES).null(2)
+        with pytest.raises(UserError, match=r"by their class alone \(model.null_class is False\)"):
+            ClassCondition(NAMES, null_class=False).null(2)
 
     def test_refused(self):
         with pytest.raises(UserError, match="class 3 does not exist; this run has classes 0 to 2"):
@@ -81,6 +88,8 @@ def test_guidance_needs_a_condition_and_its_null():
         check_guidance(condition, Guidance())
         with pytest.raises(UserError, match=r"guidance_scale is 2\.0; other than 1 it needs a run"):
             check_guidance(condition, Guidance(2.0))
+    with pytest.raises(UserError, match="it needs a network with a null class, and this one has none"):
+        check_guidance(ClassCondition(NAMES, null_class=False), Guidance(2.0))
     for guidance, why in (
         (Guidance(2.0, rescale=1.5), r"guidance_rescale is 1\.5; accepted: 0 to 1"),
         (Guidance(2.0, interval=(3,)), r"guidance_interval is \(3,\); accepted: the lowest"),

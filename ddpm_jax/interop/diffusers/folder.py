@@ -16,7 +16,7 @@ from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, first_line
-from ddpm_jax.runtime.files import new_folder, write_text
+from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.validation import validate
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -72,8 +72,8 @@ def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     described = describe(
-        _read_json(unet / "config.json"),
-        _read_json(scheduler / "scheduler_config.json"),
+        _fields(unet / "config.json"),
+        _fields(scheduler / "scheduler_config.json"),
         where=(str(unet / "config.json"), str(scheduler / "scheduler_config.json")),
     )
     files = [unet / name for name in WEIGHTS if (unet / name).is_file()]
@@ -83,18 +83,10 @@ def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
     return described, unet_lib.to_params(files[0], tensors, described.config, described.num_classes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no {str(path)!r}; a diffusers folder has one") from None
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object")
-    return value
+def _fields(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no {str(path)!r}; a diffusers folder has one")
+    return read_json_object(path)
 
 
 def describe(

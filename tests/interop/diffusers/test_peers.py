@@ -177,10 +177,8 @@ def drawn(seed):
 
 def compare_outputs(measure, theirs, folder):
     described, params = folder_lib.read(folder)
-    net, data = (
-        config_lib.make_model(described.config, of_classes(described.num_classes)).net,
-        described.config.data,
-    )
+    data = described.config.data
+    net = config_lib.make_model(described.config, of_classes(described.num_classes)).net
     x = np.random.default_rng(0).standard_normal((2, data.height, data.width, data.channels)).astype(np.float32)
     t, labels = np.array([3, 811]), np.array([0, 2])
     cond, their_labels = ({"label": labels}, {"class_labels": torch.tensor(labels)}) if net.num_classes else ({}, {})

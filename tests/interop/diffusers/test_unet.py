@@ -66,11 +66,8 @@ def test_resampling_of_one_kind():
 @pytest.mark.parametrize("name", ["residual resampling", "scale shift, no middle norm", "learned time"])
 def test_tensors_there_and_back(name):
     config, net = read(network(name))
-    shapes, rng = (
-        config_lib.make_model(config, of_classes(net.num_classes or 0)).param_shapes(),
-        np.random.default_rng(0),
-    )
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    model, rng = config_lib.make_model(config, of_classes(net.num_classes or 0)), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), model.param_shapes())
     tensors = unet.to_tensors(params, len(net.widths))
     expected = {
         "residual resampling": ("up_blocks.2.upsamplers.0.norm2.weight", (8,)),

@@ -1,0 +1,138 @@
+"""Encoders of text: CLIP's, which is used frozen, and a small one that learns along with the network.
+
+Both turn token ids int32 [B, L] into `TextStates`: a state for each token, to attend to, and one vector for the whole.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.blocks import Dtype
+from ddpm_jax.models.transformer import Transformer, layer_norm
+
+
+class TextStates(NamedTuple):
+    """What an encoder makes of a text.
+
+    Attributes:
+      tokens: float32 [B, L, D], a state for each token. Those of padding are of no use and must be masked.
+      pooled: float32 [B, D], the state of the whole text.
+      projected: float32 [B, P], `pooled` in the space that CLIP shares with images; None without a projection.
+    """
+
+    tokens: jax.Array
+    pooled: jax.Array
+    projected: jax.Array | None = None
+
+
+class CLIPTextEncoder(nn.Module):
+    """CLIP's text encoder (Radford et al. 2021, arXiv:2103.00020), a causal Transformer.
+
+    The defaults are those of ViT-L/14, which Stable Diffusion 1.x uses: 123,060,480 parameters. `tokens` are the states
+    behind the final layer norm; `pooled` is the one at the end token, the only one that has seen the whole text.
+
+    Attributes:
+      vocab_size: number of tokens.
+      max_length: the most tokens a text may have, as many as there are position embeddings.
+      width: width of the states.
+      num_layers, num_heads, mlp_width, activation, epsilon: of the Transformer.
+      end_token: id of the end token; at its first place lies the pooled state. None: at the largest id of the text.
+      projection: width of the projection, which has no bias; None: there is none.
+      dtype: what matrix products compute in; parameters and output are float32.
+    """
+
+    vocab_size: int = 49_408
+    max_length: int = 77
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+    end_token: int | None = 49_407
+    projection: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> TextStates:
+        """Encodes texts.
+
+        Args:
+          ids: int32 [B, L] with L up to max_length, each row with its end token.
+          mask: bool [B, L], the tokens that are not padding; None: all tokens, as in Stable Diffusion. No token sees
+            those behind it, so that a mask changes the states of padding alone.
+
+        Returns:
+          The states, with `projected` if there is a projection.
+
+        Raises:
+          ValueError: more tokens than max_length.
+        """
+        x = _embed(self.vocab_size, self.max_length, self.width, ids)
+        transformer = Transformer(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_width,
+            causal=True,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            name="transformer",
+        )
+        tokens = layer_norm(self.epsilon, jnp.float32, "final_norm")(transformer(x, mask))
+        end = jnp.argmax(ids if self.end_token is None else ids == self.end_token, axis=-1)
+        pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
+        if self.projection is None:
+            return TextStates(tokens, pooled)
+        return TextStates(tokens, pooled, nn.Dense(self.projection, use_bias=False, name="projection")(pooled))
+
+
+class TextEncoder(nn.Module):
+    """A small encoder that is trained along with the network: each token sees all others, and `pooled` is their mean.
+
+    Padding is masked, so that a text has the same states whatever length it is padded to.
+
+    Attributes:
+      vocab_size: number of tokens.
+      max_length: the most tokens a text may have.
+      width: width of the states; the MLPs are four times as wide.
+      num_layers, num_heads: of the Transformer.
+      dtype: what matrix products compute in; parameters and output are float32.
+    """
+
+    vocab_size: int
+    max_length: int
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> TextStates:
+        """Encodes texts.
+
+        Args:
+          ids: int32 [B, L] with L up to max_length.
+          mask: bool [B, L], the tokens that are not padding; at least one a text.
+
+        Raises:
+          ValueError: more tokens than max_length, or a width that num_heads does not divide.
+        """
+        x = _embed(self.vocab_size, self.max_length, self.width, ids)
+        x = Transformer(self.num_layers, self.num_heads, 4 * self.width, dtype=self.dtype, name="transformer")(x, mask)
+        tokens = layer_norm(1e-5, jnp.float32, "final_norm")(x)
+        weights = mask / jnp.sum(mask, axis=-1, keepdims=True)
+        return TextStates(tokens, jnp.einsum("bl,bld->bd", weights, tokens))
+
+
+def _embed(vocab_size: int, max_length: int, width: int, ids: jax.Array) -> jax.Array:
+    """The sum of learned embeddings of each token and of its position; called inside a module, whose parameters they
+    become."""
+    length = ids.shape[-1]
+    if length > max_length:
+        raise ValueError(f"a text of {length} tokens is longer than max_length, {max_length}")
+    initial = nn.initializers.normal(0.02)
+    tokens = nn.Embed(vocab_size, width, embedding_init=initial, name="tokens")(ids)
+    return tokens + nn.Embed(max_length, width, embedding_init=initial, name="positions")(jnp.arange(length))

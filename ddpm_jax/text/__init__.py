@@ -1,0 +1,1 @@
+"""Text as the encoders take it: tokenizers, and captions and prompts as tokens."""

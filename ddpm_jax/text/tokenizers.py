@@ -1,0 +1,278 @@
+"""Texts as the ids of tokens, by the `tokenizers` library.
+
+A `Tokenizer` is trained on captions, or read from a transformers folder: CLIP's vocab.json and merges.txt, or any
+tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which `from_json` makes it
+again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ddpm_jax.runtime.errors import UserError, first_line, reason
+from ddpm_jax.runtime.files import read_json_object
+
+_PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
+MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
+
+# CLIP's words: contractions, letters, single digits, and runs of anything else.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_LENGTH = 77
+_NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no largest length
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Texts as tokens, padded to one length.
+
+    Attributes:
+      ids: int32 [N, L].
+      mask: bool [N, L], False at padding; each row has a True.
+      cut: for each text, the end of it that did not fit; "" if all did.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    cut: tuple[str, ...]
+
+
+class Tokenizer:
+    """Texts to tokens and back.
+
+        tokenizer = Tokenizer.train(captions, vocab_size=1024, max_length=32)
+        tokens = tokenizer.encode(["forty-two", ""])                       # ids and mask [2, 32]
+
+    The empty text has tokens too, those that start or end a text; it stands for nothing said.
+
+    Attributes:
+      vocab_size: one more than the largest id.
+      max_length: tokens of every encoded text, with those that start and end it, and with padding.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        """Wraps a tokenizer of the library, whose padding and truncation are set to `max_length`."""
+        self._tokenizer = tokenizer
+        truncation, padding = tokenizer.truncation, tokenizer.padding
+        if not truncation or not padding:
+            raise ValueError("the tokenizer says no length or no pad token")
+        self.max_length: int = truncation["max_length"]
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self._control = {*tokenizer.encode("").ids, padding["pad_id"]}
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "Tokenizer":
+        """Learns a byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) of the captions.
+
+        Equal captions give an equal tokenizer, whatever their order. Any Unicode text can be encoded, and is decoded to
+        itself; a word is the same tokens at the start of a text as within it.
+
+        Args:
+          captions: the texts to learn from.
+          vocab_size: the most tokens, at least MIN_VOCAB_SIZE; there are fewer when all captions' words are tokens.
+          max_length: tokens of every encoded text, at least 3.
+
+        Raises:
+          UserError: a size that is too small, or a caption that is no Unicode text.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(f"the vocabulary has {vocab_size} tokens; accepted: at least {MIN_VOCAB_SIZE}")
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[_PAD, _START, _END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(map(_checked, captions), trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 2)]
+        )
+        # Known to the template alone, the three cannot be written into a prompt.
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
+        return cls(_with_length(tokenizer, max_length, _PAD, "the tokenizer"))
+
+    @classmethod
+    def read(cls, path: str | Path, max_length: int | None = None) -> "Tokenizer":
+        """The tokenizer of a transformers folder, or of a tokenizer.json.
+
+        A tokenizer.json is taken as it is. CLIP's vocab.json and merges.txt give what transformers' `CLIPTokenizer`
+        makes of them: texts in lower case and normal form C, white space as single spaces, between a start and an end
+        token. The pad token is the one that tokenizer_config.json or special_tokens_map.json names.
+
+        Args:
+          path: the folder or the file.
+          max_length: tokens of every encoded text; None: as the files say, and 77 for CLIP if they do not.
+
+        Raises:
+          UserError: files that are missing or broken, or that name no pad token or length.
+        """
+        path = Path(path)
+        config, special = _special_tokens(path if path.is_dir() else path.parent)
+        length: int | None
+        if path.is_dir() and not (path / "tokenizer.json").is_file():
+            if not (path / "vocab.json").is_file():
+                accepted = "tokenizer.json, or vocab.json and merges.txt"
+                raise UserError(f"{str(path)!r} has no tokenizer; accepted: {accepted}")
+            tokenizer, length, pad = _clip(path, special), _CLIP_LENGTH, "<|endoftext|>"
+        else:
+            file = path / "tokenizer.json" if path.is_dir() else path
+            tokenizer = _from_json(_read(file), str(file))
+            length = (tokenizer.truncation or {}).get("max_length")
+            pad = (tokenizer.padding or {}).get("pad_token", _PAD)
+        named = config.get("model_max_length")
+        if isinstance(named, int) and 0 < named < _NO_LENGTH:
+            length = named
+        pad = str(special.get("pad_token", pad))
+        return cls(_with_length(tokenizer, max_length or length, pad, repr(str(path))))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "tokenizer.json") -> "Tokenizer":
+        """The tokenizer of what `to_json` gave; UserError, which names `where`, if it is something else."""
+        tokenizer = _from_json(text, where)
+        try:
+            return cls(tokenizer)
+        except ValueError as error:
+            raise UserError(f"{where!r} was not written by a Tokenizer: {error}") from None
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json, with the length and the pad token."""
+        return self._tokenizer.to_str()
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """The texts' tokens, cut or padded to `max_length`; UserError for one that is no Unicode text."""
+        encoded = self._tokenizer.encode_batch([_checked(text) for text in texts])
+        shape = (len(texts), self.max_length)
+        return Tokens(
+            np.array([one.ids for one in encoded], np.int32).reshape(shape),
+            np.array([one.attention_mask for one in encoded], bool).reshape(shape),
+            tuple(map(_cut, texts, encoded)),
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of one row of ids, without the tokens that start, end and pad it."""
+        kept = [int(i) for i in ids if int(i) not in self._control]
+        text = self._tokenizer.decode(kept, skip_special_tokens=False)
+        suffix = getattr(self._tokenizer.model, "end_of_word_suffix", None)
+        return text.replace(suffix, " ").strip() if suffix else text
+
+
+def _checked(text: str) -> str:
+    """The text; UserError if it has halves of characters, which come of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{text!r} is no Unicode text") from None
+    return text
+
+
+def _cut(text: str, encoded: tokenizers.Encoding) -> str:
+    if not encoded.overflowing:
+        return ""
+    rest = encoded.overflowing[0]
+    own = (begin for (begin, _), added in zip(rest.offsets, rest.special_tokens_mask, strict=True) if not added)
+    return text[min(own) :].strip()
+
+
+def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, what: str) -> tokenizers.Tokenizer:
+    """The tokenizer with its padding and truncation set."""
+    if not length:
+        raise UserError(f"{what} says no largest length of a text; give max_length")
+    pad_id = tokenizer.token_to_id(pad)
+    if pad_id is None:
+        raise UserError(f"{what} has no token {pad!r} to pad with; tokenizer_config.json beside it may name another")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    least = len(tokenizer.encode("").ids)
+    if not least:
+        raise UserError(
+            f"{what} gives no token for an empty text; accepted: one with a token that starts or ends texts"
+        )
+    if length <= least:
+        raise UserError(f"{what} has max_length {length}; accepted: more than the {least} tokens of an empty text")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    return tokenizer
+
+
+def _from_json(text: str, where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library has no kind of its own
+        raise UserError(f"{where!r} is no tokenizer: {first_line(error)}") from None
+
+
+def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+    defaults = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
+    )
+    tokens = {name: special.get(name, tokenizers.AddedToken(text, special=True)) for name, text in defaults.items()}
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    for path in (vocab, merges):
+        _read(path)
+    try:
+        unknown = str(tokens["unk_token"])
+        model = models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=unknown)
+    except Exception as error:  # the library has no kind of its own
+        raise UserError(f"{str(vocab)!r} or {str(merges)!r} cannot be read: {first_line(error)}") from None
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in tokens.values():  # of two with the same text, the first counts
+        tokenizer.add_special_tokens([token])
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    end, start = ((str(token), ids[str(token)]) for token in (tokens["eos_token"], tokens["bos_token"]))
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def _special_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, tokenizers.AddedToken]]:
+    """tokenizer_config.json, and the special tokens by name ("pad_token") as transformers finds them.
+
+    special_tokens_map.json counts unless tokenizer_config.json is of the newer kind, which lists each added token.
+    """
+    path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config = read_json_object(path) if path.is_file() else {}
+    named, listed = config, config.get("added_tokens_decoder")
+    if listed is None and older.is_file():
+        named, path = {**config, **read_json_object(older)}, older
+    try:
+        added = {token["content"]: token for token in (listed or {}).values()}
+        return config, {
+            name: _added_token(added.get(value, value) if isinstance(value, str) else value)
+            for name, value in named.items()
+            if name.endswith("_token") and isinstance(value, str | dict)
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} holds a special token that is none: {first_line(error)}") from None
+
+
+def _added_token(value: Any) -> tokenizers.AddedToken:
+    """A special token that is given by its text, or by an object with the text and how it is found in others."""
+    if isinstance(value, str):
+        return tokenizers.AddedToken(value, special=True)
+    options = {name: value[name] for name in ("lstrip", "rstrip", "normalized", "single_word") if name in value}
+    return tokenizers.AddedToken(value["content"], special=True, **options)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {reason(error)}") from None

@@ -1,0 +1,285 @@
+"""Folders of transformers: what is read and refused, and, beside transformers itself, what comes out."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ddpm_jax.interop import transformers as interop
+from ddpm_jax.models.clip import CLIPTextEncoder
+from ddpm_jax.runtime.errors import UserError
+
+NET = CLIPTextEncoder(30, max_length=9, width=16, num_layers=2, num_heads=2, mlp_width=24, end_token=28, projection=5)
+FINAL = "text_model.final_layer_norm.bias"
+
+
+def refusal(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def random_params(net):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(NET)
+
+
+@pytest.fixture
+def folder(tmp_path, params):
+    return interop.write(tmp_path / "encoder", NET, params)
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors")
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("end_token", [None, 28])
+@pytest.mark.parametrize("projection", [None, 5])
+def test_written_and_read(tmp_path, end_token, projection):
+    net = NET.clone(end_token=end_token, projection=projection, activation="gelu", epsilon=1e-6)
+    params = random_params(net)
+    found, again = interop.read(interop.write(tmp_path / "encoder", net, params))
+    assert found == net
+    assert_same(again, params)
+    assert "not empty" in refusal(interop.write, tmp_path / "encoder", net, params)
+
+
+def test_the_text_half_of_a_whole_clip(folder, params):
+    """As older files have it: the image half beside it, the positions' numbers, and the fields a second time."""
+    text = json.loads((folder / "config.json").read_text()) | {"projection_dim": 7}
+    architectures = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 5}
+    clip = {"text_config": text | {"hidden_act": "gelu"}, "text_config_dict": text}
+    (folder / "config.json").write_text(json.dumps(architectures | clip))
+    others = {
+        "vision_model.post_layernorm.bias": np.zeros(3, np.float32),
+        "visual_projection.weight": np.zeros((2, 3), np.float32),
+        "logit_scale": np.zeros((), np.float32),
+        "text_model.embeddings.position_ids": np.arange(9)[None],
+    }
+    edit_tensors(folder, lambda tensors: tensors | others)
+    net, found = interop.read(folder)
+    assert net == NET
+    assert_same(found, params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_in_shards_without_prefix(folder, params, dtype):
+    tensors = {
+        name.removeprefix("text_model."): value.astype(dtype)
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: value for name, value in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    _, found = interop.read(folder)
+    assert_same(found, jax.tree.map(lambda value: value.astype(dtype).astype(np.float32), params))
+    (folder / file).unlink()
+    assert refusal(interop.read, folder) == f"{str(folder / file)!r} is not a file"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    assert "names '../a.safetensors'; accepted: files of its own folder" in refusal(interop.read, folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in refusal(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "architectures is 'BertModel' in {}; accepted: CLIPTextModel, CLIPText"),
+        ({"architectures": None, "model_type": "t5"}, "architectures is 't5' in {}; accepted: CLIPTextModel, "),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu' in {}; accepted: gelu, quick_gelu"),
+        ({"hidden_size": "16"}, "hidden_size is '16' in {}; accepted: a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0 in {}; accepted: a whole number above 0"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3 in {}; accepted: a divisor of hidden_size, 16"),
+        ({"projection_dim": None}, "projection_dim is None in {}; accepted: a whole number above 0"),
+        ({"eos_token_id": [1]}, "eos_token_id is [1] in {}; accepted: a token's id"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None in {}; accepted: a number such as 1e-05"),
+        ({"architectures": ["CLIPModel"], "text_config": [1]}, "text_config is [1] in {}; accepted: a JSON object"),
+    ],
+)
+def test_refused_config(folder, fields, message):
+    edit_config(folder, **fields)
+    assert message.format(repr(str(folder / "config.json"))) in refusal(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != FINAL}, f"{{}} has no tensor {FINAL!r}"),
+        (lambda t: t | {"text_model.extra": t[FINAL]}, "{} has a tensor 'text_model.extra'"),
+        (lambda t: t | {FINAL: t[FINAL][:3]}, f"tensor {FINAL!r} in {{}} has shape (3,); accepted: (16,)"),
+        (lambda t: t | {FINAL: t[FINAL].astype(np.float64)}, f"tensor {FINAL!r} in {{}} is float64; accepted: float32"),
+    ],
+)
+def test_refused_tensors(folder, edit, message):
+    edit_tensors(folder, edit)
+    assert message.format(repr(str(folder / "model.safetensors"))) in refusal(interop.read, folder)
+
+
+def test_refused_folders(folder):
+    (folder / "model.safetensors").unlink()
+    assert "has no weights; accepted: model.safetensors or pytorch_model.bin" in refusal(interop.read, folder)
+    (folder / "config.json").write_text("[]")
+    assert "holds no JSON object" in refusal(interop.read, folder)
+    (folder / "config.json").write_text("{")
+    assert "is not valid JSON" in refusal(interop.read, folder)
+    assert "config.json' cannot be read: No such file or directory" in refusal(interop.read, folder / "elsewhere")
+
+
+# Against transformers.
+
+NARROW = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 58,
+    "eos_token_id": 59,
+    "projection_dim": 24,
+}
+VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+VIT_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+    "eos_token_id": 2,
+}
+
+
+class Peer:
+    """A CLIP of transformers with random weights, the folder that it wrote, and the states that it gives."""
+
+    def __init__(self, kind, config, folder, **saving):
+        why = "transformers and PyTorch are not installed (pip install -e '.[peers]')"
+        self.torch = pytest.importorskip("torch", reason=why)
+        transformers = pytest.importorskip("transformers", reason=why)
+        self.torch.manual_seed(0)
+        self.net = getattr(transformers, kind)(config(transformers)).eval()
+        with self.torch.no_grad():
+            for parameter in self.net.parameters():
+                if parameter.ndim == 1:  # those that start at zero or one
+                    parameter.add_(0.1 * self.torch.randn_like(parameter))
+        self.folder = Path(folder)
+        self.net.save_pretrained(folder, **saving)
+
+    def states(self, ids, mask):
+        with self.torch.no_grad():
+            mask = None if mask is None else self.torch.tensor(mask.astype(np.int64))
+            return self.net(input_ids=self.torch.tensor(ids), attention_mask=mask, output_hidden_states=True)
+
+
+def text_config(fields):
+    return lambda transformers: transformers.CLIPTextConfig(**fields)
+
+
+def prompts(vocab_size):
+    """Two of 77 tokens, one short; start, words, end, padding of end tokens."""
+    ids = np.random.default_rng(0).integers(0, vocab_size - 2, (2, 77))
+    ids[:, 0] = vocab_size - 2
+    ids[0, 20:] = ids[1, 76:] = vocab_size - 1
+    mask = np.arange(77) <= np.array([[20], [76]])
+    return ids.astype(np.int32), mask
+
+
+def compare(measure, peer, name, tolerance=1e-4):
+    """Every output, with a mask and without; tokens with a mask where they are not padding."""
+    net, params = interop.read(peer.folder)
+    apply = jax.jit(net.apply)
+    ids, mask = prompts(net.vocab_size)
+    against = "transformers, PyTorch"
+    for used in (None, mask):
+        found, theirs = apply({"params": params}, ids, used), peer.states(ids, used)
+        kept = np.ones_like(mask) if used is None else mask
+        projected = getattr(theirs, "text_embeds", None)
+        tokens = theirs.last_hidden_state.numpy()
+        pooled = theirs.pooler_output.numpy() if projected is None else tokens[[0, 1], [20, 76]]
+        for what, ours, expected in (
+            ("states of tokens", found.tokens[kept], tokens[kept]),
+            ("pooled state", found.pooled, pooled),
+            *([("projected state", found.projected, projected.numpy())] if projected is not None else []),
+        ):
+            error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+            measure(f"{what}, {name}, with a mask and without", against, error, tolerance, "relative")
+    return net, params
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_narrow_encoders(measure, tmp_path, kind, activation):
+    fields = NARROW | {"hidden_act": activation, "eos_token_id": 2 if activation == "gelu" else 59}
+    peer = Peer(kind, text_config(fields), tmp_path / "theirs")
+    net, params = compare(measure, peer, "narrow encoders of both activations")
+    written = interop.write(tmp_path / "again", net, params)
+    before, after = (load_file(folder / "model.safetensors") for folder in (peer.folder, written))
+    before = {"text_model." * (not name.startswith("text_")) + name: value for name, value in before.items()}
+    assert before.keys() == after.keys()
+    different = [name for name, value in before.items() if value.tobytes() != after[name].tobytes()]
+    measure("tensors that differ after reading and writing, narrow encoders", "their bytes", len(different), 0)
+    opened, (ids, mask) = type(peer.net).from_pretrained(written).eval(), prompts(60)
+    expected = peer.states(ids, mask).last_hidden_state
+    peer.net = opened
+    assert peer.torch.equal(peer.states(ids, mask).last_hidden_state, expected)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_half_of_a_whole_clip(tmp_path, legacy):
+    """A CLIPModel in bfloat16 with PyTorch's pickles, of which the text half is read."""
+
+    def config(transformers):
+        image = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        return transformers.CLIPConfig(text_config=NARROW, vision_config=image, projection_dim=24)
+
+    peer = Peer("CLIPModel", config, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state, path = peer.net.bfloat16().state_dict(), tmp_path / "pytorch_model.bin"
+    peer.torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    net, params = interop.read(tmp_path)
+    assert net.projection == 24
+    expected = {name: value.float().numpy() for name, value in state.items()}
+    kernel = expected["text_model.encoder.layers.1.self_attn.k_proj.weight"].T
+    np.testing.assert_array_equal(params["transformer"]["block_1"]["attention"]["key"]["kernel"], kernel)
+    np.testing.assert_array_equal(params["projection"]["kernel"], expected["text_projection.weight"].T)
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "fields", "count"),
+    [
+        ("ViT-L/14's encoder", "CLIPTextModel", VIT_L, 123_060_480),
+        ("ViT-H/14's encoder with projection", "CLIPTextModelWithProjection", VIT_H, 340_387_840 + 512 * 1024),
+    ],
+)
+def test_large_encoders(measure, tmp_path, name, kind, fields, count):
+    peer = Peer(kind, text_config(fields), tmp_path, max_shard_size="400MB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    _, params = compare(measure, peer, name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count

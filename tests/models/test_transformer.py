@@ -1,0 +1,108 @@
+from functools import partial
+from math import erf
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models.transformer import Attention, Transformer
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def randomised(module, *arguments):
+    """Parameters in which no layer is (almost) zero, of the size that keeps activations about 1; and as float64."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[0] if leaf.ndim > 1 else 4), leaf.dtype)
+
+    variables = jax.tree.map(draw, jax.eval_shape(module.init, jax.random.key(0), *arguments))
+    return variables, jax.tree.map(lambda v: np.asarray(v, np.float64), variables["params"])
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(module, variables, *arguments):
+    return module.apply(variables, *arguments)
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def layer_norm(p, x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
+
+
+def attention(p, x, context, heads, allowed):
+    """Softmax(q k^T / sqrt(C / heads)) v, head by head; allowed: [B, L, M]."""
+    query, key, value = (
+        np.split(dense(p[name], source), heads, axis=-1)
+        for name, source in (("query", x), ("key", context), ("value", context))
+    )
+    results = []
+    for q, k, v in zip(query, key, value, strict=True):
+        weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])) * allowed
+        results.append(weights / weights.sum(-1, keepdims=True) @ v)
+    return dense(p["out"], np.concatenate(results, axis=-1))
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+MASK = np.array([[True, True, True, False, False], [True, True, True, True, True]])
+
+
+@pytest.mark.parametrize(("causal", "activation"), [(True, "quick_gelu"), (False, "gelu")])
+def test_follows_the_equations(causal, activation):
+    module = Transformer(2, 2, 12, causal=causal, activation=activation, epsilon=1e-3)
+    x = normal(0, 2, 5, 8)
+    variables, p = randomised(module, x)
+    allowed = MASK[:, None, :] & (np.tri(5, dtype=bool) if causal else np.ones((5, 5), bool))
+    expected = np.asarray(x, np.float64)
+    for block in (p["block_0"], p["block_1"]):
+        h = layer_norm(block["norm_0"], expected, 1e-3)
+        expected = expected + attention(block["attention"], h, h, 2, allowed)
+        h = layer_norm(block["norm_1"], expected, 1e-3)
+        expected = expected + dense(block["mlp_1"], ACTIVATIONS[activation](dense(block["mlp_0"], h)))
+    found = apply(module, variables, x, MASK)
+    np.testing.assert_allclose(found[MASK], expected[MASK], atol=1e-5)
+    # What is masked changes nothing at the other tokens.
+    other = apply(module, variables, jnp.where(MASK[..., None], x, 100.0), MASK)
+    np.testing.assert_array_equal(other[MASK], found[MASK])
+
+
+def test_cross_attention_without_bias():
+    module, x, context = Attention(4, bias=False), normal(0, 2, 3, 8), normal(1, 2, 5, 6)
+    variables, p = randomised(module, x, context)
+    assert {name for name, layer in p.items() if "bias" in layer} == {"out"}
+    expected = attention(p, np.asarray(x, np.float64), np.asarray(context, np.float64), 4, MASK[:, None, :])
+    np.testing.assert_allclose(apply(module, variables, x, context, MASK), expected, atol=5e-6)
+
+
+def test_starts_as_the_identity_and_bfloat16_is_close_to_float32():
+    module, x = Transformer(1, 2, 16), normal(0, 2, 5, 8)
+    initial = jax.jit(module.init)(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(apply(module, initial, x), x, atol=1e-3)
+    variables, _ = randomised(module, x)
+    low, expected = apply(module.clone(dtype=jnp.bfloat16), variables, x), apply(module, variables, x)
+    assert low.dtype == jnp.bfloat16
+    assert np.abs(low.astype(jnp.float32) - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Transformer(1, 3, 8), "num_heads 3 does not divide the width 8"),
+        (Transformer(1, 2, 8, activation="relu"), "activation is 'relu'; accepted: gelu, quick_gelu"),
+    ],
+)
+def test_refused(module, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 8)))

@@ -1,0 +1,314 @@
+import gzip
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE, Tokenizer
+
+CAPTIONS = ["forty-two", "seventeen", "a red bicycle", "a red apple", "ninety", "a man's red hat"] * 3
+TEXTS = (
+    "",
+    " ",
+    "forty-two",
+    "  two  spaces, and a\ttab\n",
+    "a man's RED hat",
+    "<pad><start><end>",
+    "a\0b",
+    "مرحبا بالعالم",
+    "שלום",
+    "नमस्ते दुनिया",
+    "漢字かな交じり文",
+    "🎉👩‍👩‍👧‍👦🇨🇭",
+    "e\u0301 and \u00e9, \u2028 \ufeff \U0010ffff",
+)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Trained on captions.
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Tokenizer.train(CAPTIONS, vocab_size=300, max_length=64)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_comes_back(trained, text):
+    tokens = trained.encode([text])
+    assert trained.decode(tokens.ids[0]) == text
+    assert tokens.cut == ("",)
+
+
+def test_ids_and_mask(trained):
+    tokens = trained.encode(["red", "a red"])
+    assert tokens.ids.shape == tokens.mask.shape == (2, 64)
+    assert (tokens.ids.dtype, tokens.mask.dtype) == (np.int32, bool)
+    assert tokens.ids.max() < trained.vocab_size <= 300
+    start, red, end = tokens.ids[0, :3]
+    a = tokens.ids[1, 1]
+    np.testing.assert_array_equal(tokens.ids[:, :5], [[start, red, end, 0, 0], [start, a, red, end, 0]])
+    np.testing.assert_array_equal(tokens.mask.sum(1), [3, 4])
+    assert not tokens.ids[~tokens.mask].any()
+    empty = trained.encode([""])
+    np.testing.assert_array_equal(empty.ids[0, :3], [start, end, 0])
+    assert empty.mask.sum() == 2
+    assert trained.encode([]).ids.shape == (0, 64)
+
+
+def test_training_is_deterministic_and_kept_in_json(trained):
+    text = trained.to_json()
+    assert Tokenizer.train(CAPTIONS[::-1], 300, 64).to_json() == text
+    again = Tokenizer.from_json(text)
+    assert (again.vocab_size, again.max_length, again.to_json()) == (trained.vocab_size, 64, text)
+    found, expected = again.encode(TEXTS), trained.encode(TEXTS)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
+def test_vocabulary_of_bytes_alone():
+    tokenizer = Tokenizer.train([], MIN_VOCAB_SIZE, 8)
+    assert tokenizer.vocab_size == MIN_VOCAB_SIZE
+    assert tokenizer.decode(tokenizer.encode(["abc"]).ids[0]) == "abc"
+
+
+def test_what_does_not_fit_is_told():
+    tokenizer = Tokenizer.train(CAPTIONS, 400, 6)
+    texts = ("a red apple", "a red apple, a Bicycle", "a red apple a 🎉🎉", "red " * 1000)
+    assert tokenizer.encode(texts).cut == ("", "a Bicycle", "🎉🎉", ("red " * 996).strip())
+
+
+def test_refused_sizes_and_texts(trained):
+    assert refusal(Tokenizer.train, [], 100, 8) == "the vocabulary has 100 tokens; accepted: at least 259"
+    assert "has max_length 2; accepted: more than the 2 tokens" in refusal(Tokenizer.train, [], 300, 2)
+    half = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert refusal(trained.encode, [half]) == "'caf\\udce9' is no Unicode text"
+    assert refusal(Tokenizer.train, [half], 300, 8) == "'caf\\udce9' is no Unicode text"
+
+
+# CLIP's.
+
+
+def byte_alphabet():
+    """GPT-2's printable character for each byte: those that are printable stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+
+
+def clip_merges():
+    """OpenAI's, from open-clip-torch's wheel where it is installed, or else some by hand."""
+    found = importlib.util.find_spec("open_clip")
+    if found:
+        path = Path(found.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+        return gzip.decompress(path.read_bytes()).decode().splitlines()[1 : 49_152 - 256 - 2 + 1]
+    words = (
+        "i n",
+        "t h",
+        "a n",
+        "r e",
+        "th e</w>",
+        "in g</w>",
+        "an d</w>",
+        "re d</w>",
+        "o r",
+        "l o",
+        "' s</w>",
+        "! !</w>",
+    )
+    return [*words, "Ø ª", "Ù Ħ", "ð Ł", "ðŁ İ", "Ã ©</w>", "à ¤", "ã ģ", "1 2", "c a", "ca t</w>"]
+
+
+def write_clip(folder, **files):
+    folder.mkdir(exist_ok=True)
+    merges, characters = clip_merges(), byte_alphabet()
+    joined = [merge.replace(" ", "") for merge in merges]
+    words = [*characters, *(c + "</w>" for c in characters), *joined, "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_clip(tmp_path / "clip")
+
+
+def many_prompts(count):
+    """Words of many scripts with punctuation, white space, controls and the tokens' own texts between them."""
+    draw = random.Random(0)
+    scripts = (
+        (0x61, 0x7A), (0x41, 0x5A), (0x30, 0x39), (0xC0, 0x24F), (0x300, 0x36F), (0x391, 0x3C9), (0x400, 0x4FF),
+        (0x5D0, 0x5EA), (0x620, 0x64A), (0x904, 0x939), (0xE01, 0xE3A), (0x1E00, 0x1EFF), (0x3041, 0x30FF),
+        (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1F64F), (0x2160, 0x2188), (0xFF01, 0xFF5E), (0x0, 0x10FFFF),
+    )  # fmt: skip
+    known = ["the", "Red", "CAT", "and", "painting's", "don't", "I'LL", "<|endoftext|>", "<|StartOfText|>", "!!", "İI"]
+
+    def word():
+        if draw.random() < 0.4:
+            return draw.choice(known)
+        first, last = draw.choice(scripts)
+        characters = (chr(draw.randint(first, last)) for _ in range(draw.randint(1, 8)))
+        return "".join(c for c in characters if not 0xD800 <= ord(c) < 0xE000)
+
+    between = (" ", " ", " ", "  ", "\t", "\n", ", ", "-", "", "!", "\u00a0", "\u3000", "\0", "\u200d", "'s ")
+    lengths = [draw.choice((0, 1, 5, 20, 100)) for _ in range(count)]
+    return ["".join(word() + draw.choice(between) for _ in range(length)) for length in lengths]
+
+
+OLD = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+FOLDERS = {
+    "bare": {},
+    "Stable Diffusion 1.x": {
+        "tokenizer_config": {
+            "bos_token": OLD | {"content": "<|startoftext|>"},
+            "eos_token": OLD | {"content": "<|endoftext|>"},
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 77,
+        },
+    },
+    "Stable Diffusion 2.x": {
+        "tokenizer_config": {"pad_token": "<|endoftext|>", "model_max_length": 77},
+        "special_tokens_map": {"pad_token": "!", "unk_token": "<|endoftext|>"},
+    },
+    "newer": {
+        "tokenizer_config": {
+            "added_tokens_decoder": {"0": {"content": "!", "normalized": False, "special": True}},
+            "pad_token": "!",
+        },
+        "special_tokens_map": {"pad_token": "<|endoftext|>"},
+    },
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", FOLDERS)
+def test_clip_s_tokens_are_those_of_transformers(measure, tmp_path, name):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install -e '.[peers]')"
+    )
+    folder, prompts = write_clip(tmp_path / "clip", **FOLDERS[name]), many_prompts(1000)
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True)
+    tokenizer = Tokenizer.read(folder)
+    assert tokenizer.max_length == 77
+    again = Tokenizer.from_json(tokenizer.to_json())
+    for found in (tokenizer.encode(prompts), again.encode(prompts)):
+        different = np.any(found.ids != expected["input_ids"], axis=1) | np.any(
+            found.mask != np.array(expected["attention_mask"], bool), axis=1
+        )
+        what = "CLIP's tokenizer: of 1000 prompts of many scripts, those with other tokens or another mask"
+        measure(what, "transformers' `CLIPTokenizer`", np.sum(different), 0)
+    whole = theirs(prompts)["input_ids"]
+    assert [bool(text) for text in found.cut] == [len(ids) > 77 for ids in whole]
+    assert 100 < sum(map(bool, found.cut)) < 400
+
+
+def test_clip_s_prompts(clip):
+    tokenizer = Tokenizer.read(clip)
+    vocab = json.loads((clip / "vocab.json").read_text())
+    start, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+    tokens = tokenizer.encode(["", "The \n cat", "the cat"])
+    assert tokenizer.vocab_size == len(vocab)
+    np.testing.assert_array_equal(tokens.ids[0], [start, *[end] * 76])
+    np.testing.assert_array_equal(tokens.ids[1], tokens.ids[2])
+    np.testing.assert_array_equal(tokens.ids[1, :5], [start, vocab["the</w>"], vocab["cat</w>"], end, end])
+    np.testing.assert_array_equal(tokens.mask.sum(1), [2, 4, 4])
+    assert tokenizer.decode(tokens.ids[1]) == "the cat"
+    short = Tokenizer.read(clip, max_length=5)
+    assert short.encode(["The  CAT and the Red", "the cat"]).cut == ("the Red", "")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda f: (f / "merges.txt").unlink(), "merges.txt' cannot be read: No such file or directory"),
+        (lambda f: (f / "merges.txt").write_text("q q q"), "merges.txt' cannot be read: "),
+        (lambda f: (f / "vocab.json").write_text("[1]"), "vocab.json' or "),
+        (lambda f: (f / "vocab.json").unlink(), "clip' has no tokenizer; accepted: tokenizer.json, or vocab.json and"),
+        (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json' is not valid JSON"),
+        (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' holds no JSON object"),
+        (
+            lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {}}'),
+            "holds a special token that is none",
+        ),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json' is no tokenizer: "),
+        (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json' cannot be read: "),
+    ],
+)
+def test_refused_folders(clip, edit, message):
+    edit(clip)
+    found = refusal(Tokenizer.read, clip)
+    assert message in found
+    assert str(clip) in found
+
+
+# Any tokenizer.json.
+
+
+def t5(folder):
+    """A T5 tokenizer in small: pieces with scores, an end token and no start, and nothing said of padding or length."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581red", "\u2581hat", "s", "h", "a", "t"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"model_max_length": 10**30, "pad_token": "<pad>", "eos_token": "</s>", "extra_ids": 100}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizer_of_a_t5(tmp_path):
+    assert "says no largest length of a text; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
+    tokenizer = Tokenizer.read(tmp_path, max_length=6)
+    tokens = tokenizer.encode(["red hats", "", "red red red hat hats"])
+    np.testing.assert_array_equal(tokens.ids, [[4, 5, 6, 1, 0, 0], [1, 0, 0, 0, 0, 0], [4, 4, 4, 5, 5, 1]])
+    np.testing.assert_array_equal(tokens.mask.sum(1), [4, 1, 6])
+    assert tokens.cut == ("", "", "s")
+    assert tokenizer.decode(tokens.ids[0]) == "red hats"
+    again = Tokenizer.from_json(tokenizer.to_json())
+    np.testing.assert_array_equal(again.encode(["red hats"]).ids[0], tokens.ids[0])
+
+
+def write_tokenizer(path, trained, edit=lambda value: None):
+    value = json.loads(trained.to_json())
+    edit(value)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_tokenizer_json(tmp_path, trained):
+    path = write_tokenizer(
+        tmp_path / "tokenizer.json", trained, lambda value: value.update(truncation=None, padding=None)
+    )
+    assert refusal(Tokenizer.read, path) == f"{str(path)!r} says no largest length of a text; give max_length"
+    tokenizer = Tokenizer.read(path, max_length=16)
+    np.testing.assert_array_equal(tokenizer.encode(["a red hat"]).ids[0], trained.encode(["a red hat"]).ids[0, :16])
+    config = {"model_max_length": 12, "pad_token": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.read(tmp_path)
+    np.testing.assert_array_equal(tokenizer.encode([""]).ids[0], [1, *[2] * 11])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<other>"}))
+    assert "has no token '<other>' to pad with" in refusal(Tokenizer.read, tmp_path)
+    assert "was not written by a Tokenizer" in refusal(Tokenizer.from_json, path.read_text(), str(path))
+    assert "is no tokenizer" in refusal(Tokenizer.from_json, "no")
+
+
+def test_a_tokenizer_that_gives_the_empty_text_no_token(tmp_path, trained):
+    path = write_tokenizer(tmp_path / "tokenizer.json", trained, lambda value: value.update(post_processor=None))
+    assert "gives no token for an empty text" in refusal(Tokenizer.read, path)
