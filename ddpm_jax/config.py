@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the weights, the order of the images and all noise
 
     config.data = data = ConfigDict()
-    data.source = "tfds"  # digits, tfds, folder or array
+    data.source = "tfds"  # digits, numbers, tfds, folder or array
     data.name = "cifar10"  # of the tensorflow-datasets data set
     data.split = "train"  # of that data set
     data.path = ""  # of the folder, or of the .npz or .npy file
@@ -43,6 +43,8 @@ def default_config() -> ConfigDict:
     data.height = 32  # divisible by 2 ** (levels - 1)
     data.width = 32  # the same
     data.channels = 3  # 1: grey, 3: RGB
+    data.num_digits = 2  # of each number of source numbers
+    data.held_out = ()  # numbers that source numbers leaves out
     data.flip = True  # random horizontal flips
     data.skip_broken = False  # go on without the images of a folder that cannot be read
     data.cache_gib = 2.0  # a set that is smaller when decoded is decoded once and kept in memory

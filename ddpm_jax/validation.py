@@ -25,6 +25,7 @@ _ELEMENTS: dict[str, type] = {
     "model.downsample_levels": str,
     "model.upsample_levels": str,
     "model.attention_levels": bool,
+    "data.held_out": int,
     "diffusion.betas": float,
     "train.ema_decays": float,
     "sample.guidance_interval": int,

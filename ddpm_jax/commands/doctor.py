@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.data.dataset import source_arguments
 from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
 from ddpm_jax.evaluation.features import INCEPTION_FILE
 from ddpm_jax.runtime import files, lock, workdir
@@ -239,8 +240,7 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
             text = f"{name} is prepared in {place}" if is_there else f"{name} will first be prepared in {place}"
             yield Finding(OK, "data", text)
         else:
-            arguments = {name: data[name] for name in ("path", "height", "width", "channels")}
-            source = open_source(data.source, **arguments, labels=config.model.class_conditional)
+            source = open_source(data.source, **source_arguments(config))
             yield Finding(OK, "data", f"{len(source):,} images of {'x'.join(map(str, source.shape))}")
     except UserError as error:
         yield Finding(WRONG, "config", str(error))

@@ -31,5 +31,5 @@ def prepare(config: ConfigDict | None, workdir: str) -> None:
         folder, _ = tfds_folder(name, data.data_dir or None)
         root = folder.parents[name.count("/") + 1]  # folder is root/name/version
         print(f"in {folder}; where there is no network: --config.data.data_dir={root}")
-    else:
+    elif data.path:
         print(f"in {data.path}")

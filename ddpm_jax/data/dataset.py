@@ -11,6 +11,17 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import ProgressBar
 
 
+def source_arguments(config: ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of `open_source` that the config fixes, but for its kind."""
+    data = config.data
+    names = ("name", "split", "path", "height", "width", "channels", "num_digits", "held_out")
+    return {
+        **{name: data[name] for name in names},
+        "data_dir": data.data_dir or None,
+        "labels": config.model.class_conditional,
+    }
+
+
 def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
     """The source that the config names; a folder's images are all decoded once to find broken ones.
 
@@ -21,12 +32,7 @@ def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Sou
     Raises:
       UserError: a broken image, unless config.data.skip_broken.
     """
-    data = config.data
-    arguments = {
-        **{name: data[name] for name in ("name", "split", "path", "height", "width", "channels")},
-        "data_dir": data.data_dir or None,
-        "labels": config.model.class_conditional,
-    }
+    data, arguments = config.data, source_arguments(config)
     if known is not None:
         return open_source(data.source, skipped=known.get("skipped", ()), **arguments)
     source = open_source(data.source, **arguments)

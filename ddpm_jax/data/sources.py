@@ -1,7 +1,8 @@
 """What images there are: a data set of tensorflow-datasets, the embedded digits, a folder, or an array on disk.
 
-A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for.
-It is cheap to open and decodes an image only when that is asked for, from any thread or worker process.
+A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for;
+with captions also "caption", a tuple of one or more strings. It is cheap to open and decodes an image only when that is
+asked for, from any thread or worker process.
 """
 
 import hashlib
@@ -18,13 +19,16 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from ddpm_jax.data.captions import read_captions
+from ddpm_jax.data.numbers import NumbersSource
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.runtime.errors import UserError, nearest
 
-SOURCES = ("digits", "tfds", "folder", "array")
+SOURCES = ("digits", "numbers", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_KEYS = ("image", "images", "x", "arr_0")  # what the images of a .npz are called
 _LABEL_KEYS = ("label", "labels", "y", "arr_1")
+_CAPTION_KEYS = ("caption", "captions", "text")
 
 Example = dict[str, Any]
 
@@ -61,11 +65,13 @@ def _description(source: Source, kind: str, fingerprint: str, **details: Any) ->
 
 
 class ArraySource:
-    """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and, if it has classes, `label`."""
+    """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and, if it has classes, `label`, or
+    `caption`, strings [N] or [N, K], of which empty ones are none."""
 
-    def __init__(self, path: str, fit: Fit, labels: bool):
+    def __init__(self, path: str, fit: Fit, labels: bool, captions: bool = False):
         self.path, self.fit, self.shape = path, fit, fit.shape
         images, label = self._read(Path(path), labels)
+        self.captions = _array_captions(Path(path), len(images)) if captions else None
         found = f"{images.dtype} {images.shape}"
         if images.ndim == 3:
             images = images[..., None]
@@ -120,23 +126,43 @@ class ArraySource:
         image = self.images[index]
         if image.shape != self.shape:
             image = self.fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
-        return {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
+        example = {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
+        return example if self.captions is None else {**example, "caption": self.captions[index]}
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(str(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(json.dumps(self.captions).encode() if self.captions else b"")
         if self.labels is not None:
             digest.update(np.ascontiguousarray(self.labels, np.int64).data)
         return _description(self, "array", digest.hexdigest(), path=self.path)
 
 
+def _array_captions(path: Path, count: int) -> list[tuple[str, ...]]:
+    """The captions of a .npz that can be read."""
+    with np.load(path, allow_pickle=False) as loaded:
+        key = next((k for k in _CAPTION_KEYS if k in getattr(loaded, "files", ())), None)
+        values = None if key is None else loaded[key]
+    if values is None or values.dtype.kind != "U" or values.ndim not in (1, 2) or len(values) != count:
+        found = "no captions" if values is None else f"captions {values.dtype} {values.shape}"
+        raise UserError(
+            f"data.path {str(path)!r} has {found}; one of {', '.join(_CAPTION_KEYS)} must hold strings [{count}] or "
+            f"[{count}, K]"
+        )
+    captions = [tuple(text.strip() for text in row if text.strip()) for row in values.reshape(count, -1).tolist()]
+    if () in captions:
+        raise UserError(f"data.path {str(path)!r} has no caption for image {captions.index(())}; every image needs one")
+    return captions
+
+
 class FolderSource:
     """Every png, jpg, webp or bmp file under a folder, in the order of their paths.
 
-    With `labels` the class of an image is the folder directly under the root that it lies in.
+    With `labels` the class of an image is the folder directly under the root that it lies in; with `captions` each has
+    those of `read_captions`.
     """
 
-    def __init__(self, path: str, fit: Fit, labels: bool, skipped: Sequence[str] = ()):
+    def __init__(self, path: str, fit: Fit, labels: bool, skipped: Sequence[str] = (), captions: bool = False):
         self.root, self.fit, self.shape = Path(path), fit, fit.shape
         if not path:
             raise UserError("data.path is empty; the folder with the images is needed: --config.data.path=...")
@@ -156,18 +182,21 @@ class FolderSource:
             folders = [p.split("/", 1)[0] for p in self.paths]
             self.class_names = tuple(sorted(set(folders)))
             self.labels = [self.class_names.index(folder) for folder in folders]
+        self.captions = read_captions(self.root, self.paths) if captions else None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         array = open_picture(self.root / self.paths[index], self.fit)
-        return {"image": array, "label": 0 if self.labels is None else self.labels[index]}
+        example = {"image": array, "label": 0 if self.labels is None else self.labels[index]}
+        return example if self.captions is None else {**example, "caption": self.captions[index]}
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path}\0{(self.root / path).stat().st_size}\n".encode())
+        digest.update(json.dumps(self.captions).encode() if self.captions else b"")
         return _description(
             self, "folder", digest.hexdigest(), path=str(self.root.resolve()), skipped=list(self.skipped)
         )
@@ -194,7 +223,7 @@ class FolderSource:
 class TfdsSource:
     """One split of a tensorflow-datasets builder, read from array_record files without TensorFlow."""
 
-    def __init__(self, builder: Any, split: str, fit: Fit, labels: bool):
+    def __init__(self, builder: Any, split: str, fit: Fit, labels: bool, caption: str = ""):
         import tensorflow_datasets as tfds
 
         self.fit, self.shape = fit, fit.shape
@@ -204,8 +233,13 @@ class TfdsSource:
             raise UserError(f"data set {info.name!r} has no 'image' (it has {', '.join(info.features)})")
         if labels and "label" not in info.features:
             raise UserError(f"data set {info.name!r} has no 'label', so model.class_conditional must be False")
+        if caption and caption not in info.features:
+            raise UserError(
+                f"data.caption is {caption!r}, which data set {info.name!r} does not have (it has "
+                f"{', '.join(info.features)}).{nearest(caption, info.features)}"
+            )
         self.class_names: tuple[str, ...] = tuple(info.features["label"].names) if labels else ()
-        self._labels = labels
+        self._labels, self._caption = labels, caption
         # The images stay encoded until one is asked for; tensorflow-datasets' own decoder would ask for OpenCV.
         self._data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         if not len(self._data):
@@ -217,11 +251,22 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         example = self._data[index]
         picture = open_picture(example["image"], self.fit)
-        return {"image": picture, "label": int(example["label"]) if self._labels else 0}
+        found = {"image": picture, "label": int(example["label"]) if self._labels else 0}
+        return {**found, "caption": self._captions(index, example)} if self._caption else found
+
+    def _captions(self, index: int, example: Any) -> tuple[str, ...]:
+        values = np.atleast_1d(np.asarray(example[self._caption], object)).tolist()
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            raise UserError(
+                f"example {index} of {self.full_name!r} has an empty {self._caption!r}; each needs a caption"
+            )
+        return tuple(texts)
 
     def describe(self) -> dict[str, Any]:
         # tensorflow-datasets writes the same bytes for the same version, so name and split are the examples' identity.
-        identity = json.dumps([self.full_name, self.split, len(self), list(self.shape)])
+        identity = json.dumps([self.full_name, self.split, len(self), list(self.shape), *filter(None, [self._caption])])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         return _description(self, "tfds", fingerprint, name=self.full_name, split=self.split)
 
@@ -341,18 +386,25 @@ def open_source(
     width: int,
     channels: int,
     labels: bool = False,
+    captions: bool = False,
+    caption: str = "",
+    num_digits: int = 2,
+    held_out: Sequence[int] = (),
     skipped: Sequence[str] = (),
 ) -> Source:
     """Opens a source of images.
 
     Args:
-      kind: "digits" (embedded), "tfds" (by `name`), "folder" or "array" (by `path`).
+      kind: "digits" or "numbers" (embedded), "tfds" (by `name`), "folder" or "array" (by `path`).
       name: of a tensorflow-datasets data set: "cifar10", "celeb_a_hq/256", "lsun/church_outdoor".
       split: of that data set, its slicing notation included: "train[:1000]".
       path: of the folder, or of the .npz or .npy file.
       data_dir: where tensorflow-datasets keeps its files; None: its default.
       height, width, channels: of the images it gives.
       labels: whether the images' classes are wanted.
+      captions: whether their captions are wanted.
+      caption: the feature of a tensorflow-datasets data set that has them.
+      num_digits, held_out: of "numbers"; see `NumbersSource`.
       skipped: of a folder, the files to leave out.
 
     Raises:
@@ -362,14 +414,21 @@ def open_source(
         raise UserError(f"data.channels is {channels}; accepted: 1 (grey) or 3 (RGB)")
     fit = Fit(height, width, channels)
     if kind == "folder":
-        return FolderSource(path, fit, labels, skipped)
+        return FolderSource(path, fit, labels, skipped, captions)
     if kind == "array":
-        return ArraySource(path, fit, labels)
+        return ArraySource(path, fit, labels, captions)
+    if kind == "numbers":
+        if labels:
+            raise UserError("data.source 'numbers' has captions, no classes; model.class_conditional must be False")
+        return NumbersSource(num_digits, held_out, fit)
+    if captions and not (kind == "tfds" and caption):
+        what = "data.caption must name the text feature" if kind == "tfds" else "accepted: numbers, tfds, folder, array"
+        raise UserError(f"data.source is {kind!r}, and captions are wanted; {what}")
     prepared = prepared_name(kind, name)
     if prepared:
         builder = _prepared_builder(prepared, data_dir)
         try:
-            return TfdsSource(builder, split, fit, labels)
+            return TfdsSource(builder, split, fit, labels, caption if captions else "")
         except (ValueError, NotImplementedError) as error:
             raise UserError(
                 f"split {split!r} of data set {builder.info.full_name!r} cannot be read: {_one_line(error)}"

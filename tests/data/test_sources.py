@@ -239,7 +239,7 @@ def test_dataset_without_images(tmp_path):
 def test_unknown_source_names_those_there_are():
     text = sentence(open_source, "fodler", height=4, width=4, channels=3)
     assert "'fodler'" in text
-    assert "digits, tfds, folder, array" in text
+    assert "digits, numbers, tfds, folder, array" in text
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
