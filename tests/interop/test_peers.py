@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
+from theirs import relative, their_network, to_numpy, to_torch
 
 from ddpm_jax.diffusion import gaussian, samplers, tables
 from ddpm_jax.diffusion.losses import training_loss
@@ -72,29 +73,6 @@ NETWORKS = {
     "256x256 type": (LARGE, None),
     "scale shift": (SCALE_SHIFT, None),
 }
-
-
-def their_network(config):
-    """With every parameter random, those too that start at zero or one."""
-    torch.manual_seed(0)
-    net = diffusers.UNet2DModel(**config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return net.eval()
-
-
-def to_torch(x):
-    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
-
-
-def to_numpy(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def relative(found, expected):
-    return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
 
 
 def import_pipeline(net, folder, **scheduler):

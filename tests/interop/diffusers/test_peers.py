@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from their_configs import DEFAULT, NETWORKS, SCHEDULERS, network
+from theirs import relative, their_network, to_numpy, to_torch
 from tiny import of_classes
 
 from ddpm_jax import config as config_lib
@@ -28,29 +29,6 @@ torch = pytest.importorskip("torch", reason=WHY)
 diffusers = pytest.importorskip("diffusers", reason=WHY)
 pytestmark = pytest.mark.peers
 UNET = f"unet/{folder_lib.WEIGHTS[0]}"
-
-
-def their_network(config):
-    """With every parameter random, those too that start at zero or one."""
-    torch.manual_seed(0)
-    net = diffusers.UNet2DModel(**config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return net.eval()
-
-
-def to_torch(x):
-    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
-
-
-def to_numpy(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def relative(found, expected):
-    return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
 
 
 def save(net, folder, scheduler=None):
