@@ -1,9 +1,9 @@
-"""What a person says of the images that they want, as the arrays that the network takes as `cond`.
+"""Conditions: what a person asks the images to be, as the arrays that the network takes as `cond`.
 
-A condition is made once from a run's config (`ddpm_jax.config.make_condition`). In training it turns a batch into
-`cond` and now and then drops it for the null condition, which stands for nothing said. In sampling `say` returns the
-condition with what a person said, and `of_images` gives what each image shall be. A kind of condition is one class here
-and one line in `make_condition`; the loop, the samplers, the edits, the playground and the plans know none of them.
+A run's condition is made from its config (`ddpm_jax.config.make_condition`). In training it turns a batch into `cond`,
+and replaces some of it by the null condition, which stands for no request. In sampling, `say` returns the condition
+with a request, and `of_images` gives the arrays for each image. A kind of condition is one class here and one line in
+`make_condition`; the loop, the samplers, the edits, the playground and the plans do not depend on the kind.
 """
 
 import dataclasses
