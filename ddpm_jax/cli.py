@@ -8,6 +8,10 @@ Sample from a workdir; the config lies in it:
   python main.py --mode=sample --workdir=runs/digits --num_images=256 --seed=1 --output=png
   python main.py --mode=sample --workdir=runs/digits --images=0-49999 --sampler=dpmpp_2m --num_steps=20
 
+Draw what a prompt says, by a run that learned from captions:
+  python main.py --config=configs/numbers.py --workdir=runs/numbers
+  python main.py --mode=sample --workdir=runs/numbers --prompt="forty-two" --prompt="seventeen" --guidance_scale=2
+
 Mix, vary, denoise or repair pictures, or watch how they come about:
   python main.py --mode=interpolate --workdir=runs/digits --input=a.png,b.png
   python main.py --mode=inpaint --workdir=runs/digits --input=a.png --mask=hole.png --times=5
@@ -49,7 +53,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODES = {
     "train": "trains, or goes on from the last checkpoint",
     "sample": "images from noise",
-    "interpolate": "between two pictures",
+    "interpolate": "between two pictures, prompts or classes",
     "vary": "other pictures like given ones",
     "denoise": "clean pictures of noisy ones",
     "inpaint": "a part of a picture painted anew",
@@ -90,12 +94,21 @@ _OPTIONS = {
     "clip": flags.DEFINE_bool("clip", None, "The predicted x_0 to [-1, 1]."),
     "dynamic_threshold": flags.DEFINE_float("dynamic_threshold", None, "A quantile for dynamic thresholding."),
     "order": flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3."),
-    "guidance_scale": flags.DEFINE_float("guidance_scale", None, "Of classes: 1 is none, more exaggerates them."),
+    "guidance_scale": flags.DEFINE_float(
+        "guidance_scale", None, "Of prompts or classes: 1 is none, more exaggerates them."
+    ),
     "guidance_rescale": flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast."),
 }
 _TIMESTEPS = flags.DEFINE_list("timesteps", None, "The timesteps themselves, descending, in place of num_steps.")
 _GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST timestep to guide.")
 _CLASSES = flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; a grid has a row for each.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Of a run that learned from captions; repeated for several: a grid has a row for each."
+)
+_PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt in each line, after those of --prompt.")
+_NEGATIVE_PROMPT = flags.DEFINE_multi_string(
+    "negative_prompt", [], "What guidance leads away from; repeated: one for each prompt."
+)
 
 # What to make, and where to write it.
 _NUM_IMAGES = flags.DEFINE_integer(
@@ -229,7 +242,8 @@ def advice() -> str:
 
 
 # The flags that a job is made of: which weights and where to, and how to sample with them.
-_OF_SAMPLING = {"seed", "classes", "guidance_interval", "timesteps", *_OPTIONS}
+_OF_A_CONDITION = {"classes", "prompt", "prompts", "negative_prompt"}
+_OF_SAMPLING = {"seed", "guidance_interval", "timesteps", *_OF_A_CONDITION, *_OPTIONS}
 _OF_A_JOB = {"step", "ema_decay", "raw", "out", *_OF_SAMPLING}
 
 
@@ -241,7 +255,7 @@ def run_mode(mode: str) -> None:
     functions: dict[str, Callable[..., Any]] = {
         "train": train,
         "sample": sampling.sample if _IMAGES.value is None else sampling.sample_shards,
-        "interpolate": editing.interpolate_latents if _LATENTS.value else editing.interpolate,
+        "interpolate": _interpolation(),
         "vary": editing.vary,
         "denoise": editing.denoise,
         "inpaint": editing.inpaint,
@@ -275,11 +289,14 @@ def run_mode(mode: str) -> None:
 
     accepted = flags_of(functions[mode]) | ({"latents"} if mode == "interpolate" else set())
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
+    if functions[mode] is editing.interpolate_words:
+        variant = " without --input"
     every: list[Callable[..., Any]] = [
         *functions.values(),
         sampling.sample,
         sampling.sample_shards,
         editing.interpolate,
+        editing.interpolate_words,
     ]
     known = {"latents"}.union(*map(flags_of, every))
     for name in sorted(known - accepted):
@@ -291,6 +308,16 @@ def run_mode(mode: str) -> None:
         for name in inspect.signature(functions[mode]).parameters
     }
     functions[mode](**arguments)
+
+
+def _interpolation() -> Callable[..., Any]:
+    """The function of --mode=interpolate: between pictures, or, where there are none, between prompts or classes."""
+    from ddpm_jax.commands import editing
+
+    if _LATENTS.value:
+        return editing.interpolate_latents
+    of_words = not _INPUT.value and (_PROMPT.value or _PROMPTS.value or _CLASSES.value)
+    return editing.interpolate_words if of_words else editing.interpolate
 
 
 def _compares_paths() -> bool:
@@ -310,13 +337,16 @@ def _as_text(name: str) -> str:
 
 def make_job(told: dict[str, str]) -> "Job":
     """What the flags say of a run; `told` as in `Job`."""
-    from ddpm_jax.commands.job import Job, parse_numbers
+    from ddpm_jax.commands.job import Job, parse_numbers, read_lines
     from ddpm_jax.run import load
 
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
     for name, flag in (("timesteps", _TIMESTEPS), ("guidance_interval", _GUIDANCE_INTERVAL), ("labels", _CLASSES)):
         if flag.value:
             options[name] = parse_numbers(flag.name, flag.value)
+    prompts = [*_PROMPT.value, *(read_lines(_PROMPTS.name, _PROMPTS.value) if _PROMPTS.value else ())]
+    options |= {"prompts": prompts} if prompts else {}
+    options |= {"negative_prompts": _NEGATIVE_PROMPT.value} if _NEGATIVE_PROMPT.value else {}
     run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
     return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 

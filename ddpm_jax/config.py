@@ -6,9 +6,10 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,13 +19,19 @@ from ddpm_jax.diffusion.gaussian import Parameterization
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
+from ddpm_jax.interop import transformers
+from ddpm_jax.models.clip import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
 from ddpm_jax.sampling.generate import Model, Request
+from ddpm_jax.text.encoders import FrozenTexts, Texts, TrainedTexts
+from ddpm_jax.text.tokenizers import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
+TRAINED = "trained"  # text.encoder that is not a folder
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate
 _ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
 
@@ -45,6 +52,9 @@ def default_config() -> ConfigDict:
     data.channels = 3  # 1: grey, 3: RGB
     data.num_digits = 2  # of each number of source numbers
     data.held_out = ()  # numbers that source numbers leaves out
+    data.caption = (
+        ""  # the text feature of the tensorflow-datasets data set; of other sources captions have their place
+    )
     data.flip = True  # random horizontal flips
     data.skip_broken = False  # go on without the images of a folder that cannot be read
     data.cache_gib = 2.0  # a set that is smaller when decoded is decoded once and kept in memory
@@ -80,6 +90,16 @@ def default_config() -> ConfigDict:
     model.null_class = True  # a class-conditional network also knows no class, which guidance needs
     model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
+
+    config.text = text = ConfigDict()
+    text.encoder = ""  # "": no captions; trained: along with the network; or a transformers folder with CLIP's, frozen
+    text.tokenizer = ""  # a transformers folder or tokenizer.json; "": the encoder's, or one trained on the captions
+    text.vocab_size = 512  # tokens of a tokenizer that is trained, at most
+    text.max_length = 0  # tokens of a caption, the rest is cut; 0: as the tokenizer's files say, 64 if it is trained
+    text.width = 64  # of an encoder that is trained, like the two that follow
+    text.num_layers = 2  # of its Transformer
+    text.num_heads = 4  # of its attention
+    text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
@@ -258,13 +278,56 @@ def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None)
 
     Args:
       config: of the run.
-      dataset: the description of its images; None: there is none yet, and the classes are any.
+      dataset: the description of its images, with what the workdir keeps of its texts; None: there is none yet, and
+        classes and captions are any.
     """
+    if config.text.encoder:
+        return CaptionCondition(
+            texts=make_texts(config, dataset or {}),
+            dropout=config.text.dropout,
+            shown=tuple((dataset or {}).get("shown_captions", ("",))),
+        )
     if not config.model.class_conditional:
         return NoCondition()
     names = (dataset or {}).get("class_names")
     names = tuple(_ANY_CLASSES if names is None else names)
     return ClassCondition(names, config.train.label_dropout, config.model.null_class)
+
+
+def make_texts(config: ConfigDict, dataset: Mapping[str, Any]) -> Texts:
+    """How captions and prompts reach the network; `dataset` as in `make_condition`."""
+    text = config.text
+    is_trained = text.encoder == TRAINED
+    encoder_folder = dataset.get("text_encoder", text.encoder)
+    if "tokenizer" in dataset:
+        tokenizer = Tokenizer.from_json(dataset["tokenizer"])
+    elif text.tokenizer or not is_trained:
+        tokenizer = Tokenizer.read(text.tokenizer or encoder_folder, text.max_length or None)
+    else:
+        tokenizer = train_tokenizer(config, ())
+    if is_trained:
+        vocab_size = tokenizer.vocab_size if text.tokenizer else text.vocab_size
+        sizes = (text.width, text.num_layers, text.num_heads)
+        return TrainedTexts(
+            tokenizer, TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
+        )
+    encoder = transformers.read_module(encoder_folder)
+    if tokenizer.vocab_size > encoder.vocab_size or tokenizer.max_length > encoder.max_length:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; the encoder "
+            f"{encoder_folder!r} has {encoder.vocab_size} tokens and texts of at most {encoder.max_length}"
+        )
+    return FrozenTexts(
+        tokenizer,
+        encoder,
+        open_params=lambda: transformers.read(encoder_folder)[1],
+        cache_bytes=int(config.data.cache_gib * 2**30),
+    )
+
+
+def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the config asks for where it names none."""
+    return Tokenizer.train(captions, config.text.vocab_size, config.text.max_length or 64)
 
 
 def make_decoder(config: ConfigDict) -> Decoder:
@@ -273,14 +336,14 @@ def make_decoder(config: ConfigDict) -> Decoder:
     return Pixels((data.height, data.width, data.channels), data.flip)
 
 
-def make_network(config: ConfigDict, condition: Condition | None = None) -> UNet:
+def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
     """The network; None: of any condition that the config can have."""
     options = dict(config.model)
     del options["class_conditional"]
     condition = make_condition(config) if condition is None else condition
     off = ("level_channels", "attention_levels", "downsample_levels", "upsample_levels", "head_channels")
     groups = options["middle_attention_groups"]
-    return UNet(
+    net = UNet(
         **{
             **options,
             **{name: options[name] or None for name in off},
@@ -291,6 +354,7 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> UNet
             **condition.network_options(),
         }
     )
+    return condition.network(net)
 
 
 def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Model:

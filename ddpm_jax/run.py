@@ -90,8 +90,8 @@ class Run:
 
     @property
     def model_fn(self) -> jax.tree_util.Partial:
-        """(x_t, t) -> the network's output without a condition, for the functions of `ddpm_jax.diffusion`."""
-        return self.model.model_fn(self.params)
+        """(x_t, t) -> the network's output where nothing is said, for the functions of `ddpm_jax.diffusion`."""
+        return self.model.model_fn_of_null(self.params)
 
     @property
     def weights(self) -> str:
@@ -118,10 +118,12 @@ class Run:
           batch_size: images at a time; None: the config's.
           progress: told (network calls done, calls in all).
           watch, snapshots_of: told of each batch as `ddpm_jax.sample` says.
-          options: labels, the classes of a class-conditional run, repeated as needed (without them every class comes in
-            turn); and in place of the config's: sampler, num_steps, spacing, spacing_offset, skip_lowest,
-            stop_at_first, timesteps, eta, order, clip, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see
-            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
+          options: labels, the classes of a class-conditional run, or prompts, of a run that learned from captions,
+            repeated as needed (without them every class, or captions of the data set, come in turn);
+            negative_prompts, which guidance leads away from; and in place of the config's: sampler, num_steps, spacing,
+            spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, clip, dynamic_threshold (see
+            `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale,
+            guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -154,6 +156,36 @@ class Run:
         stages = self._generate(num_images, seed, None, num_images, observer, options)[1]
         assert stages is not None
         return stages[:, :num_images]
+
+    def between(
+        self,
+        num_images: int = 1,
+        seed: int = 0,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """From one prompt or class to another on the same noise, uint8 [num_images, len(weights), H, W, C].
+
+        Args:
+          num_images, seed, batch_size, progress: as in `sample`; at a weight of 0 or 1 the images are those of `sample`
+            with the first or the second alone.
+          weights: of the second, 0 to 1; see `ddpm_jax.diffusion.guidance.between`.
+          options: as in `sample`; prompts, or labels, are two.
+        """
+        request = self.request(**options)
+        if request.condition.rows != 2:
+            raise UserError(f"{request.condition.rows} prompts or classes are given; the way needs two")
+        if not len(weights) or num_images < 1:
+            raise UserError(
+                f"{num_images} images at {len(weights)} weights are asked for; at least 1 of each is needed"
+            )
+        request = dataclasses.replace(request, between=tuple(map(float, weights)))
+        count = num_images * len(weights)
+        images = self._generated(request, range(count), seed, batch_size, Observer(progress))[0]
+        return images.reshape(num_images, len(weights), *self.shape)
 
     def pictures(self, *names: str | Path) -> np.ndarray:
         """uint8 [N, H, W, C] of pictures, as the edits take them.
@@ -394,9 +426,10 @@ class Run:
         output = dataclasses.replace(output, dynamic_threshold=output.dynamic_threshold or None)
         of_guidance = {name.removeprefix("guidance_"): given[name] for name in _GUIDANCE & given.keys()}
         guidance = _replaced(guidance, of_guidance)
-        check_guidance(self.condition, guidance)
         said = {name: given[name] for name in condition_lib.KEYWORDS if name in given}
-        return Request(self.condition.say(**said), steps, output, guidance)
+        condition = self.condition.say(**said)
+        check_guidance(condition, guidance)
+        return Request(condition, steps, output, guidance)
 
     def _ends(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         for picture in (first, second):
@@ -428,7 +461,11 @@ class Run:
         indices = range(num_images) if indices is None else indices
         if not len(indices):
             raise UserError(f"the number of images is {len(indices)}; at least 1 is needed")
-        request = self.request(**options)
+        return self._generated(self.request(**options), indices, seed, batch_size, observer)
+
+    def _generated(
+        self, request: Request, indices: Sequence[int], seed: int, batch_size: int | None, observer: Observer
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         try:
             return generate(
                 self.model,
@@ -521,13 +558,12 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
     Raises:
       UserError: no run there, no such checkpoint, or no such average.
     """
-    config = workdir.read_config(path)
-    validate(config)
+    config, dataset = workdir.read_config(path), workdir.read_dataset(path)
+    validate(config, dataset=dataset)
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay
     if ema_decay is not None and ema_decay not in decays:
         raise UserError(f"this run has no average of decay {ema_decay}; it has {', '.join(map(str, decays))}")
-    dataset = workdir.read_dataset(path)
     if dataset is None:
         raise UserError(f"{str(path)!r} has no checkpoint yet")
     model = config_lib.make_model(config, dataset)

@@ -1,11 +1,10 @@
 """What no run can be told: everything in a config that could not run, said before anything is compiled."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -17,6 +16,7 @@ from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.sampling.condition import check_guidance
+from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE
 
 _ELEMENTS: dict[str, type] = {
     "model.channel_multipliers": int,
@@ -53,7 +53,7 @@ def _check_types(config: ConfigDict) -> None:
             raise UserError(f"config field {name!r} is missing")
 
 
-def _check_values(config: ConfigDict) -> None:
+def _check_values(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
     diffusion, optimizer, train = config.diffusion, config.optimizer, config.train
     for name, value, accepted in (
         ("diffusion.prediction", diffusion.prediction, PREDICTIONS),
@@ -89,6 +89,11 @@ def _check_values(config: ConfigDict) -> None:
         ("model.num_groups", config.model.num_groups, 1),
         ("model.middle_attention_groups", config.model.middle_attention_groups, -1),
         ("model.attention_patch_size", config.model.attention_patch_size, 1),
+        ("text.vocab_size", config.text.vocab_size, MIN_VOCAB_SIZE),
+        ("text.max_length", config.text.max_length, 0),
+        ("text.width", config.text.width, 1),
+        ("text.num_layers", config.text.num_layers, 1),
+        ("text.num_heads", config.text.num_heads, 1),
         ("log.every_steps", config.log.every_steps, 1),
         ("log.sample_every_steps", config.log.sample_every_steps, 0),
         ("log.sample_images", config.log.sample_images, 1),
@@ -137,6 +142,7 @@ def _check_values(config: ConfigDict) -> None:
     for name, share in (
         ("model.time_frequency_shift", config.model.time_frequency_shift),
         ("train.label_dropout", train.label_dropout),
+        ("text.dropout", config.text.dropout),
         ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
     ):
         if not 0.0 <= share <= 1.0:
@@ -145,7 +151,17 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
     if train.label_dropout and not config.model.null_class:
         raise UserError("config.train.label_dropout needs a null class; accepted with model.null_class=False: 0")
-    check_guidance(config_lib.make_condition(config), config_lib.guidance(config))
+    if config.text.encoder and config.model.class_conditional:
+        raise UserError(
+            f"config.text.encoder is {config.text.encoder!r} and config.model.class_conditional is True; accepted: "
+            "captions or classes"
+        )
+    if config.data.caption and not (config.text.encoder and config.data.source == "tfds"):
+        raise UserError(
+            f"config.data.caption is {config.data.caption!r}, which is for config.data.source='tfds' and a "
+            "config.text.encoder"
+        )
+    check_guidance(config_lib.make_condition(config, dataset), config_lib.guidance(config))
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"sample.num_steps": config.sample.num_steps}
@@ -185,13 +201,13 @@ def _check_training(config: ConfigDict) -> None:
         )
 
 
-def validate(config: ConfigDict, num_devices: int | None = None) -> None:
+def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mapping[str, Any] | None = None) -> None:
     """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing.
 
-    With num_devices, also for what so many devices could not train.
+    With num_devices, also for what so many devices could not train. `dataset` is what the workdir has of the data.
     """
     _check_types(config)
-    _check_values(config)
+    _check_values(config, dataset)
     if num_devices is not None:
         _check_training(config)
         mesh_shape(num_devices, **config.mesh)
@@ -206,11 +222,11 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         _check_pure_noise(config, schedule)
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
-        model = config_lib.make_model(config)
+        model = config_lib.make_model(config, dataset)
 
         def start(key: jax.Array) -> Any:
-            x, t = jnp.zeros((1, *model.decoder.shape)), jnp.zeros(1, jnp.int32)
-            out, variables = model.net.init_with_output(key, x, t, model.condition.of_images(np.zeros(1, np.int32)))
+            x, t, cond = model.example()
+            out, variables = model.net.init_with_output(key, x, t, cond)
             loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **config_lib.loss_options(config))
             return loss, optimizer.update(variables, optimizer.init(variables), variables)
 

@@ -25,7 +25,7 @@ def parameter_shapes(name):
 
 
 def test_all_are_covered():
-    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder", "folder_small"}
+    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder", "folder_small", "numbers"}
 
 
 # Two of the four have the large network of the others.
@@ -145,3 +145,11 @@ def test_folder_of_ones_own():
     assert count == 20_118_915
     assert (config.data.source, config.data.path) == ("folder", "")
     assert (config.data.height, config.data.width, config.data.channels) == (64, 64, 3)
+
+
+def test_numbers():
+    config = load("numbers")
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("numbers"))) == 910_369
+    assert (config.data.source, config.data.height, config.data.width) == ("numbers", 8, 16)
+    assert len(config.data.held_out) == 16
+    assert (config.text.encoder, config.text.dropout) == ("trained", 0.1)

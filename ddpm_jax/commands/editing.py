@@ -11,6 +11,8 @@ from ddpm_jax.data.pictures import Fit
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError
 
+_NOISES = 4  # of an interpolation between words
+
 
 def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Sequence[str]) -> Path:
     """Between two pictures: one row a t and one column a weight."""
@@ -23,6 +25,14 @@ def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Se
         with calls_bar(f"interpolating at t = {t_}") as bar:
             rows.append(job.run.interpolate(first, second, lambdas, t_, job.seed, progress=bar.update, **job.options))
     return _between(target, first, second, rows)
+
+
+def interpolate_words(job: Job, *, weights: Sequence[str], num_images: int | None) -> Path:
+    """Between two prompts or two classes: one row a noise, which all images of a row share, and one column a weight."""
+    lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
+    with calls_bar("interpolating") as bar:
+        rows = job.run.between(num_images or _NOISES, job.seed, lambdas, progress=bar.update, **job.options)
+    return _save(target, list(rows))
 
 
 def interpolate_latents(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
@@ -45,8 +55,7 @@ def _between(target: Target, first: np.ndarray, second: np.ndarray, rows: Sequen
 
 def _save(target: Target, rows: Sequence[np.ndarray]) -> Path:
     """Each row is uint8 [columns, H, W, C]."""
-    grid = images.grid(np.concatenate(rows), columns=len(rows[0]))
-    return target.done(lambda path: images.save(path, grid))
+    return target.save(images.grid(np.concatenate(rows), columns=len(rows[0])))
 
 
 def _rows(first: np.ndarray, rest: np.ndarray) -> list[np.ndarray]:

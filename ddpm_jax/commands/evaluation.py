@@ -154,13 +154,13 @@ def _samples(
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """Bits/dim of training images by the run."""
     run = job.run
-    batch = image_sets.spread(training_images(run.config, run.dataset), count)
+    examples = likelihood.Examples.spread(training_images(run.config, run.dataset), count, run.condition)
     measure, name = LIKELIHOODS[kind]
     with _bar("likelihood", "calls") as bar:
         found = measure(
             run.schedule,
-            run.model_fn,
-            likelihood.Examples.of_batch(batch, run.condition),
+            run.model.model_fn(run.params),
+            examples,
             run.mesh,
             output=config_lib.parameterization(run.config).unclipped,
             seed=job.seed,
@@ -174,7 +174,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
     return {
         name: float(found.total.mean),
         f"{name}, standard error": float(found.total.standard_error),
-        f"{name}, images": len(batch["image"]),
+        f"{name}, images": examples.num_images,
     }
 
 

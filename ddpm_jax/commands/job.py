@@ -1,6 +1,8 @@
 """What the modes share: the run and its sampling options, pictures that exist, and where the result goes."""
 
 import dataclasses
+import functools
+import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import report
+from ddpm_jax import __version__, report
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.run import Run
-from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime import images, workdir
 from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
-FLAGS = {"labels": "classes"}  # options of `Run.sample` whose flags have another name
+# Options of `Run.sample` whose flags have another name.
+FLAGS = {"labels": "classes", "prompts": "prompt", "negative_prompts": "negative_prompt"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,41 @@ class Job:
         if suffix and path.is_dir():
             raise UserError(f"--out is {str(path)!r}, which is a folder")
         workdir.check_writable(path.parent, "the folder of --out" if self.out else "--workdir")
-        return Target(self.run, path, self.folder)
+        return Target(self, path)
+
+    def text(self, number: int | None = None) -> dict[str, str]:
+        """What a PNG says of how it was made, by keyword: "parameters" as AUTOMATIC1111's web UI has them, which many
+        tools read, "Description", all prompts, "settings", JSON, and "Software".
+
+        Args:
+          number: of an image with a file of its own; None: of a grid, which may have several prompts.
+        """
+        settings = dict(self._settings)
+        wanted, unwanted = (self.options.get(name, ()) for name in ("prompts", "negative_prompts"))
+        if number is not None:
+            wanted, unwanted = (texts[number % len(texts) :][:1] for texts in (wanted, unwanted))
+            settings["index"] = number
+        height, width, _ = self.run.shape
+        facts = {
+            "Steps": self.run.calls(**self.options),
+            "Sampler": settings["sampler"],
+            "CFG scale": settings["guidance_scale"],
+            "Seed": self.seed,
+            "Size": f"{width}x{height}",
+            "Model": f"{self.folder.resolve().name}, {self.run.weights}",
+        }
+        lines = [*wanted, *(f"Negative prompt: {text}" for text in unwanted)]
+        lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        return {
+            "Software": f"ddpm_jax {__version__}",
+            **({"Description": "\n".join(wanted)} if wanted else {}),
+            "parameters": "\n".join(lines),
+            "settings": json.dumps(settings),
+        }
+
+    @functools.cached_property
+    def _settings(self) -> dict[str, Any]:
+        return {**self.run.settings(seed=self.seed, **self.options), **self.told}
 
     def check_pictures(self) -> None:
         """UserError unless the run's images can be written as pictures."""
@@ -74,19 +111,22 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where the pictures of a mode go, and the workdir whose report shows them."""
+    """Where the pictures of a job go."""
 
-    run: Run
+    job: Job
     path: Path
-    folder: Path
+
+    def save(self, grid: np.ndarray) -> Path:
+        """Writes a PNG, with what it is, as `done` does."""
+        return self.done(lambda path: images.save(path, grid, self.job.text()))
 
     def done(self, write: Callable[[Path], Any], *others: Path) -> Path:
         """Writes by process 0, and says what was written."""
         if jax.process_index() == 0:
             write(self.path)
-            if (self.folder / workdir.CONFIG).exists():
-                report.update(self.folder)
-            print(f"{self.run.weights}: {', '.join(map(str, (self.path, *others)))}")
+            if (self.job.folder / workdir.CONFIG).exists():
+                report.update(self.job.folder)
+            print(f"{self.job.run.weights}: {', '.join(map(str, (self.path, *others)))}")
         return self.path
 
 
@@ -127,6 +167,20 @@ def check_count(flag: str, values: Sequence[str], least: int, most: int | None =
         count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         raise UserError(f"--{flag} has {len(values)} values; accepted: {count}")
     return values
+
+
+def read_lines(flag: str, name: str) -> list[str]:
+    """The lines of a text file that a flag names, without the blank ones."""
+    try:
+        lines = [line.strip() for line in Path(name).expanduser().read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--{flag} {name!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"--{flag} {name!r} cannot be read: {reason(error)}") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"--{flag} {name!r} has no lines")
+    return lines
 
 
 def open_flag(flag: str, name: str, fit: Fit) -> np.ndarray:

@@ -16,16 +16,18 @@ from ddpm_jax.runtime.progress import ProgressBar, part_of
 from ddpm_jax.sampling import shards
 
 _STAGES = 10
+_MOST_ROWS = 64  # of a grid, one for each class or prompt
 
 
 def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: str) -> Path:
     """Samples from a run and writes the images.
 
     Args:
-      job: the run and how it samples. In a grid each class that is chosen has a row.
-      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a row where classes are chosen.
+      job: the run and how it samples. In a grid each class that is chosen, or each prompt, has a row.
+      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a row where classes or prompts are given; of
+        more than 64 prompts one image each, which then have no rows of their own.
       output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] and what each was
-        asked to be: `label` int32 [N], 0 without classes).
+        asked to be: `label` int32 [N], 0 without classes, or `prompt`, strings [N]).
 
     Returns:
       Where the images are.
@@ -37,17 +39,19 @@ def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: 
     if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
         raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
     if num_images is None:
-        num_images = IMAGES_A_ROW * condition.rows or run.config.sample.num_images
+        a_row = IMAGES_A_ROW if condition.rows <= _MOST_ROWS else 1
+        num_images = a_row * condition.rows or run.config.sample.num_images
     with calls_bar("sampling") as bar:
         pictures = run.sample(num_images, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
 
     def write(path: Path) -> None:
         if output == "grid":
-            images.save(path, _grid_by_row(pictures, condition.rows) if condition.rows else images.grid(pictures))
+            by_row = 0 < condition.rows <= _MOST_ROWS
+            images.save(path, _grid_by_row(pictures, condition.rows) if by_row else images.grid(pictures), job.text())
         elif output == "png":
             with new_folder(path, "--out") as temporary:
                 for index, picture in enumerate(pictures):
-                    images.save(temporary / f"{index:06d}.png", picture)
+                    images.save(temporary / f"{index:06d}.png", picture, job.text(index))
         else:
             with atomic_path(path) as temporary:
                 arrays: dict[str, Any] = {"image": pictures, **condition.record(np.arange(num_images))}
@@ -75,7 +79,8 @@ def sample_shards(job: Job, *, images: str, shard_size: int, part: str, batch_si
       batch_size: images at a time; None: the config's.
 
     Returns:
-      The folder. Each file has `image` uint8 [N, H, W, C], `label` int32 [N], `index` int64 [N] and `settings`, JSON.
+      The folder. Each file has `image` uint8 [N, H, W, C], `label` int32 [N] or `prompt`, strings [N], `index` int64
+      [N] and `settings`, JSON.
     """
     first, last = parse_range("images", images, "-")
     target = job.target("shards_", "")
@@ -123,7 +128,8 @@ def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of:
     animation = target.path.with_suffix(".gif")
 
     def write(path: Path) -> None:
-        images.save(path, images.grid(stages.swapaxes(0, 1).reshape(-1, *job.run.shape), columns=stages_wanted))
+        strip = images.grid(stages.swapaxes(0, 1).reshape(-1, *job.run.shape), columns=stages_wanted)
+        images.save(path, strip, job.text())
         images.save_animation(animation, np.stack([images.grid(stage) for stage in stages]))
 
     return target.done(write, animation)
@@ -143,4 +149,4 @@ def neighbours(job: Job, *, num_images: int | None, num_neighbours: int) -> Path
     if jax.process_index() == 0:
         closest = distances[:, 0]
         print(f"root mean square distance to the nearest: {closest.min():.1f} to {closest.max():.1f} of 255")
-    return target.done(lambda path: images.save(path, images.grid(np.concatenate(rows), columns=found.shape[1] + 1)))
+    return target.save(images.grid(np.concatenate(rows), columns=found.shape[1] + 1))

@@ -14,11 +14,12 @@ from ddpm_jax.runtime.progress import ProgressBar
 def source_arguments(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `open_source` that the config fixes, but for its kind."""
     data = config.data
-    names = ("name", "split", "path", "height", "width", "channels", "num_digits", "held_out")
+    names = ("name", "split", "path", "height", "width", "channels", "num_digits", "held_out", "caption")
     return {
         **{name: data[name] for name in names},
         "data_dir": data.data_dir or None,
         "labels": config.model.class_conditional,
+        "captions": bool(config.text.encoder),
     }
 
 

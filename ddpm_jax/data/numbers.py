@@ -11,7 +11,7 @@ from ddpm_jax.data import digits
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.runtime.errors import UserError
 
-MOST_DIGITS = 6
+MOST_DIGITS = 4
 _EXAMPLES = 200  # of each number
 _SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -39,7 +39,7 @@ def numbers_of(num_digits: int) -> range:
 
 
 class NumbersSource:
-    """Numbers of scikit-learn's digits, each picture of a digit drawn from all that show it.
+    """Numbers of scikit-learn's digits in words, each picture of a digit drawn from all that show it.
 
     An example's number follows from its index, its handwriting from a generator that the index seeds, so that the set
     is the same everywhere.
@@ -82,11 +82,12 @@ class NumbersSource:
         image = np.concatenate(self._pictures[chosen], axis=1)
         if image.shape != self.shape:
             image = self.fit(Image.fromarray(image.squeeze(-1)))
-        return {"image": image, "label": 0, "caption": (in_words(number),)}
+        return {"image": image, "label": 0}
 
-    def captions(self) -> list[str]:
-        """All captions, each once."""
-        return [in_words(number) for number in self.numbers]
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]]:
+        """The number of each image in words."""
+        return _EXAMPLES * [(in_words(number),) for number in self.numbers]
 
     def describe(self) -> dict[str, Any]:
         identity = f"numbers {self.num_digits} {self.held_out} {self.shape} {_EXAMPLES}"

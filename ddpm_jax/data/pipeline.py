@@ -44,6 +44,11 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.
     return indices
 
 
+def batch_draws(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """A random number for each row of step `step`, uint64 [batch_size]; NumPy keeps this stream the same, too."""
+    return np.random.Philox(np.random.SeedSequence([seed, step, 1])).random_raw(batch_size)
+
+
 def stacked(examples: Iterable[Example], count: int) -> Batch:
     """So many examples as one batch: arrays [count, ...] by the names of their entries."""
     batch: Batch = {}
@@ -84,7 +89,7 @@ class _Kept:
                         for name, value in example.items():
                             self._examples[name][index] = value
                     self._is_there[missing] = True
-                yield {name: values[indices] for name, values in self._examples.items()}
+                yield {name: values[indices] for name, values in self._examples.items()} | {"index": indices}
 
 
 class _StepBatches:
@@ -102,7 +107,7 @@ class _StepBatches:
     def __getitem__(self, index: int) -> Batch:
         indices = batch_indices(self.seed, self.first_step + int(index), self.batch_size, len(self.source))
         numbers = indices[self.rows].tolist()
-        return stacked(map(self.source.__getitem__, numbers), len(numbers))
+        return stacked(map(self.source.__getitem__, numbers), len(numbers)) | {"index": np.array(numbers)}
 
 
 def host_batches(
@@ -129,7 +134,8 @@ def host_batches(
       num_workers: processes that decode a larger set; 0: threads of this process.
 
     Yields:
-      The examples' entries as arrays [rows, ...]: {"image": uint8 [rows, H, W, C], "label": int32 [rows], ...}.
+      The examples' entries as arrays [rows, ...]: {"image": uint8 [rows, H, W, C], "label": int32 [rows], ...}, and
+      their places in the source, {"index": int64 [rows]}.
     """
     if len(source) * int(np.prod(source.shape)) <= cache_bytes:
         steps = range(first_step, last_step)

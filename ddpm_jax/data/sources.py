@@ -1,10 +1,11 @@
 """What images there are: a data set of tensorflow-datasets, the embedded digits, a folder, or an array on disk.
 
-A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for;
-with captions also "caption", a tuple of one or more strings. It is cheap to open and decodes an image only when that is
-asked for, from any thread or worker process.
+A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for.
+It is cheap to open and decodes an image only when that is asked for, from any thread or worker process. Captions, where
+they are wanted, are the source's `captions`, by image.
 """
 
+import functools
 import hashlib
 import json
 import zipfile
@@ -39,10 +40,14 @@ class Source(Protocol):
     Attributes:
       shape: (H, W, C) of every image.
       class_names: one a label; empty if the images have no classes.
+      captions: of each image one or more; empty if none are wanted.
     """
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]]: ...
 
     def __len__(self) -> int: ...
 
@@ -71,7 +76,7 @@ class ArraySource:
     def __init__(self, path: str, fit: Fit, labels: bool, captions: bool = False):
         self.path, self.fit, self.shape = path, fit, fit.shape
         images, label = self._read(Path(path), labels)
-        self.captions = _array_captions(Path(path), len(images)) if captions else None
+        self.captions = _array_captions(Path(path), len(images)) if captions else []
         found = f"{images.dtype} {images.shape}"
         if images.ndim == 3:
             images = images[..., None]
@@ -126,8 +131,7 @@ class ArraySource:
         image = self.images[index]
         if image.shape != self.shape:
             image = self.fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
-        example = {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
-        return example if self.captions is None else {**example, "caption": self.captions[index]}
+        return {"image": image, "label": 0 if self.labels is None else int(self.labels[index])}
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(str(self.images.shape).encode())
@@ -182,15 +186,14 @@ class FolderSource:
             folders = [p.split("/", 1)[0] for p in self.paths]
             self.class_names = tuple(sorted(set(folders)))
             self.labels = [self.class_names.index(folder) for folder in folders]
-        self.captions = read_captions(self.root, self.paths) if captions else None
+        self.captions = read_captions(self.root, self.paths) if captions else []
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         array = open_picture(self.root / self.paths[index], self.fit)
-        example = {"image": array, "label": 0 if self.labels is None else self.labels[index]}
-        return example if self.captions is None else {**example, "caption": self.captions[index]}
+        return {"image": array, "label": 0 if self.labels is None else self.labels[index]}
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -251,11 +254,15 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         example = self._data[index]
         picture = open_picture(example["image"], self.fit)
-        found = {"image": picture, "label": int(example["label"]) if self._labels else 0}
-        return {**found, "caption": self._captions(index, example)} if self._caption else found
+        return {"image": picture, "label": int(example["label"]) if self._labels else 0}
 
-    def _captions(self, index: int, example: Any) -> tuple[str, ...]:
-        values = np.atleast_1d(np.asarray(example[self._caption], object)).tolist()
+    @functools.cached_property
+    def captions(self) -> list[tuple[str, ...]]:
+        """Read from all examples once, whose images stay encoded."""
+        return [self._captions(index) for index in range(len(self))] if self._caption else []
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        values = np.atleast_1d(np.asarray(self._data[index][self._caption], object)).tolist()
         texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
         texts = [text.strip() for text in texts if text.strip()]
         if not texts:

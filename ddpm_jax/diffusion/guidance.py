@@ -66,6 +66,23 @@ def guided(
     return jax.tree_util.Partial(_guided, as_argument(model_fn), cond, null_cond, *numbers)
 
 
+def between(model_fn: Callable[[Array, Array, Any], Array], x: Array, t: Array, cond: tuple[Any, Any, Array]) -> Array:
+    """The network's output on the way from one condition to another, by one network call on the doubled batch.
+
+    The output is linear in the score, so that it is that of a density proportional to
+    p(x | first) ** (1 - w) p(x | second) ** w, at every t by itself.
+
+    Args:
+      model_fn: as in `guided`.
+      x, t: [B, ...] and [B].
+      cond: (first, second, w): two conditions as in `guided`, and the share [B] of the second.
+    """
+    first, second, share = cond
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
+    one, other = jnp.split(model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
+    return one + share.reshape(-1, *[1] * (x.ndim - 1)) * (other - one)
+
+
 def _guided(model_fn, cond, null_cond, scale, rescale, lowest, highest, x, t):
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, null_cond)
     output = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)

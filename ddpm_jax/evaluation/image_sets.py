@@ -54,9 +54,9 @@ def of_source(source: Source) -> ImageSet:
 
 
 def spread(source: Source, count: int) -> Batch:
-    """`count` examples evenly spread over a source, or all that it has, as a batch."""
+    """`count` examples evenly spread over a source, or all that it has, as a batch of `host_batches`."""
     numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    return stacked((source[int(number)] for number in numbers), len(numbers))
+    return stacked((source[int(number)] for number in numbers), len(numbers)) | {"index": numbers}
 
 
 def _image(source: Source, index: int) -> np.ndarray:

@@ -7,7 +7,7 @@ with their numbers, add up: `part + part`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn, Parameterization
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.evaluation import image_sets
 from ddpm_jax.evaluation.batches import regroup
 from ddpm_jax.runtime import images as images_lib
 from ddpm_jax.runtime import parallel
@@ -52,9 +54,10 @@ class Examples:
     num_images: int | None = None
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Any], condition: Condition) -> "Examples":
-        """The examples of a training batch with their condition."""
-        return cls(batch["image"], condition.of_batch(batch))
+    def spread(cls, source: Source, count: int, condition: Condition) -> "Examples":
+        """So many examples evenly spread over a source, or all that it has, with their condition."""
+        batch = condition.read(image_sets.spread(source, count), source)
+        return cls(batch["image"], condition.of_batch(batch), num_images=len(batch["image"]))
 
     def start(self, count: int) -> tuple["Examples", "Examples"]:
         """(the first `count` of them, all of them still to be read)."""

@@ -30,7 +30,7 @@ def write(
     metadata = {
         "format": "ddpm_jax",
         "config": config_lib.to_json(config),
-        "dataset": json.dumps(dataset),
+        "dataset": json.dumps({name: value for name, value in dataset.items() if name != "text_encoder"}),
         "step": str(step),
     }
     tensors = {name: np.asarray(value) for name, value in flatten_dict(params, sep=".").items()}
@@ -54,7 +54,7 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
             raise ValueError("a step, or a whole description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
-    validate(config)
+    validate(config, dataset=dataset)
     shapes = flatten_dict(config_lib.make_model(config, dataset).param_shapes(), sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
     return config, dataset, step, unflatten_dict(tensors, sep=".")

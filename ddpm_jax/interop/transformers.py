@@ -55,10 +55,15 @@ def read(folder: str | Path) -> tuple[CLIPTextEncoder, dict[str, Any]]:
       UserError: a file that is missing or broken, an architecture or activation that is not supported, or a tensor that
         is missing, too many, or of another shape or dtype.
     """
-    folder = Path(folder)
-    net = to_module(read_json_object(folder / "config.json"), str(folder / "config.json"))
-    path, tensors = _read_weights(folder)
+    net = read_module(folder)
+    path, tensors = _read_weights(Path(folder))
     return net, to_params(path, tensors, net)
+
+
+def read_module(folder: str | Path) -> CLIPTextEncoder:
+    """The encoder of such a folder, without its parameters; UserError as of `read`."""
+    path = Path(folder) / "config.json"
+    return to_module(read_json_object(path), str(path))
 
 
 def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -> Path:

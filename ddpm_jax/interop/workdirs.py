@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import plain
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
+from ddpm_jax.models.unet import UNet
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
@@ -95,7 +96,11 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         return plain.write(out, run.config, run.dataset, run.step, params)
-    net = config_lib.make_network(run.config, run.condition)
-    for note in diffusers_folder.write(out, run.config, net, params):
+    if not isinstance(run.net, UNet) or run.condition.reads.keys() - {"label"}:
+        raise UserError(
+            "this run learned from captions, and diffusers' UNet2DModel knows classes at most; accepted: --out of a "
+            ".safetensors file"
+        )
+    for note in diffusers_folder.write(out, run.config, run.net, params):
         tell(note)
     return Path(out).expanduser()

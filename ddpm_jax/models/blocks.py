@@ -171,7 +171,8 @@ class AttentionBlock(nn.Module):
     There are `num_heads` heads, or with `head_channels` as many of that width as fit into C. Logits are scaled by a
     head's width ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
     ViT), which divides the cost of the attention matrix by p ** 4. Where `context` [B, L, D] is given, the tokens
-    also attend to it (cross-attention, as text-conditional models do). With `num_groups` 0 there is no norm.
+    also attend to it (cross-attention, as text-conditional models do), or to those of it that `mask` [B, L] names. With
+    `num_groups` 0 there is no norm.
     """
 
     num_heads: int = 1
@@ -182,7 +183,7 @@ class AttentionBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         _, height, width, channels = x.shape
         p = self.patch_size
         if height % p or width % p:
@@ -194,7 +195,7 @@ class AttentionBlock(nn.Module):
         x = x + self._from_patches(self._attend(self._to_patches(self._normed(x, "norm"))), x.shape)
         if context is not None:
             tokens = self._to_patches(self._normed(x, "cross_norm"))
-            x = x + self._from_patches(self._attend(tokens, context, prefix="cross_"), x.shape)
+            x = x + self._from_patches(self._attend(tokens, context, mask, prefix="cross_"), x.shape)
         return x
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
@@ -212,7 +213,9 @@ class AttentionBlock(nn.Module):
         x = x.reshape(batch, height // p, width // p, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(shape)
 
-    def _attend(self, tokens: jax.Array, context: jax.Array | None = None, prefix: str = "") -> jax.Array:
+    def _attend(
+        self, tokens: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None, prefix: str = ""
+    ) -> jax.Array:
         context = tokens if context is None else context
         width = tokens.shape[-1] // self.patch_size**2
         num_heads = width // self.head_channels if self.head_channels else self.num_heads
@@ -224,7 +227,10 @@ class AttentionBlock(nn.Module):
             return projected.reshape(*source.shape[:2], *heads)
 
         attended = jax.nn.dot_product_attention(
-            project("query", tokens), project("key", context), project("value", context)
+            project("query", tokens),
+            project("key", context),
+            project("value", context),
+            mask=None if mask is None else mask[:, None, None, :],
         )
         attended = attended.reshape(*tokens.shape[:2], inner)
         return Dense(tokens.shape[-1], init_scale=0.0, dtype=self.dtype, name=prefix + "out")(attended)

@@ -27,7 +27,7 @@ DOWNSAMPLE_PADDING = ("same", "symmetric")
 UPSAMPLING = ("nearest", "transposed", "residual")
 TIME_EMBEDDINGS = ("sinusoids", "learned")
 REMAT = ("none", "norms", "blocks")
-CONDITIONING = ("label", "vector", "image", "tokens")
+CONDITIONING = ("label", "vector", "image", "tokens", "tokens_mask")
 
 
 class UNet(nn.Module):
@@ -124,7 +124,8 @@ class UNet(nn.Module):
             "label": int32 [B] in 0..num_classes (num_classes: no class, where there is a null class);
             "vector": [B, D], added to the time embedding through a dense layer (a pooled text embedding, say);
             "image": [B, H, W, D], joined to x's channels (a low-resolution or masked picture);
-            "tokens": [B, L, D], which every attention block also attends to (a text encoder's output).
+            "tokens": [B, L, D], which every attention block also attends to (a text encoder's output);
+            "tokens_mask": bool [B, L], the tokens that are attended to, at least one an image; without it, all.
             A network is initialised with the entries that it will be called with.
           train: whether to drop out; needs rngs={"dropout": key}.
 
@@ -175,7 +176,7 @@ class UNet(nn.Module):
             h = residual(widths[level], name=f"{name}_res")(h, embedding, skip)
             if attends:
                 norm = common if groups is None else {**common, "num_groups": groups}
-                h = attention(name=f"{name}_attention", **norm)(h, cond.get("tokens"))
+                h = attention(name=f"{name}_attention", **norm)(h, cond.get("tokens"), cond.get("tokens_mask"))
             return h
 
         def downsample(h: jax.Array, level: int, method: str) -> jax.Array:

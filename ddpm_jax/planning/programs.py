@@ -111,9 +111,9 @@ def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) ->
         return jax.tree.map(lambda x: _rows(mesh, x.shape, x.dtype), of_images)
 
     params = model.param_shapes()
+    cond = jax.eval_shape(lambda: model.example(size)[2])
+    conditions = (cond, cond if request.guidance.is_on else None)
     numbers = np.arange(size, dtype=np.int32)
-    null = request.condition.null(size) if request.guidance.is_on else None
-    conditions = (request.condition.of_images(numbers), null)
     arguments = (parallel.laid(params, parallel.state_shardings(mesh, params)), *map(rows, (numbers, *conditions)))
     jitted = jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
     return Planned(f"network call of sampling {size} images", jitted, arguments, size, in_all)

@@ -2,12 +2,13 @@
 
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ddpm_jax.runtime.files import atomic_path
 
@@ -100,8 +101,13 @@ def to_png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def save(path: str | os.PathLike, image: np.ndarray) -> Path:
-    """Saves uint8 [H, W, 1 or 3] in the format that the path's ending names."""
+def save(path: str | os.PathLike, image: np.ndarray, text: Mapping[str, str] | None = None) -> Path:
+    """Saves uint8 [H, W, 1 or 3] in the format that the path's ending names; a PNG with text chunks by keyword."""
+    options: dict[str, Any] = {}
+    if text and Path(path).suffix.lower() == ".png":
+        options["pnginfo"] = chunks = PngImagePlugin.PngInfo()
+        for keyword, value in text.items():
+            chunks.add_itxt(keyword, value)
     with atomic_path(path) as temporary:
-        _picture(image).save(temporary)
+        _picture(image).save(temporary, **options)
     return Path(path)

@@ -10,23 +10,30 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.runtime.errors import UserError
 
 Cond = Mapping[str, Any] | None
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 
 # What can be said to a run of any kind, by the keyword of `say`; and why a run of another kind refuses it.
-KEYWORDS = {"labels": "this run is not class-conditional, so there are no classes to choose"}
+KEYWORDS = {
+    "labels": "this run is not class-conditional, so there are no classes to choose",
+    "prompts": "this run did not learn from captions, so it takes no prompt",
+    "negative_prompts": "this run did not learn from captions, so it takes no negative prompt",
+}
 _UNTRAINED = "it needs a run with model.class_conditional and a train.label_dropout above 0"
-FIELDS = {"label": "labels"}  # the fields of the playground's page, and the keyword that a value of each is
+# The fields of the playground's page, and the keyword that a value of each is.
+FIELDS = {"label": "labels", "prompt": "prompts", "negative_prompt": "negative_prompts"}
 
 
-def _refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
+def refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
     """UserError for what only a run of another kind can be told."""
     for keyword, values in said.items():
         if keyword not in own and len(values):
@@ -40,12 +47,14 @@ class Control:
     Attributes:
       name: of the field in the page's form, of FIELDS.
       title: what the page calls it.
-      choices: the names of the values 0, 1, ... that it may have.
+      choices: the names of the values 0, 1, ... that it may have; none: it is any text.
+      suggestions: of such a text.
     """
 
     name: str
     title: str
-    choices: Sequence[str]
+    choices: Sequence[str] = ()
+    suggestions: Sequence[str] = ()
 
 
 class Condition(Protocol):
@@ -58,6 +67,7 @@ class Condition(Protocol):
       can_be_left_out: whether the network can be called with nothing said.
       cannot_guide: why there is no guidance, which needs a network that knows images with the condition and without;
         "": there is.
+      only_guided: what was said that does nothing without guidance; "": nothing.
     """
 
     @property
@@ -75,8 +85,25 @@ class Condition(Protocol):
     @property
     def cannot_guide(self) -> str: ...
 
+    @property
+    def only_guided(self) -> str: ...
+
     def network_options(self) -> dict[str, Any]:
         """The arguments of `UNet` that it decides."""
+        ...
+
+    def network(self, net: nn.Module) -> nn.Module:
+        """The network that is trained, around a `UNet` with these options."""
+        ...
+
+    def read(self, batch: Batch, source: Source, draws: np.ndarray | None = None) -> Batch:
+        """A batch of a source's examples, on the host, with all that `reads` names.
+
+        Args:
+          batch: of `host_batches`.
+          source: of its examples.
+          draws: uint64 [B], by which it chooses among what describes an example; None: always the first.
+        """
         ...
 
     def of_batch(self, batch: Batch) -> Cond:
@@ -126,9 +153,16 @@ class NoCondition:
     rows: int = 0
     can_be_left_out: bool = True
     cannot_guide: str = _UNTRAINED
+    only_guided: str = ""
 
     def network_options(self) -> dict[str, Any]:
         return {}
+
+    def network(self, net: nn.Module) -> nn.Module:
+        return net
+
+    def read(self, batch: Batch, source: Source, draws: np.ndarray | None = None) -> Batch:
+        return batch
 
     def of_batch(self, batch: Batch) -> Cond:
         return None
@@ -137,7 +171,7 @@ class NoCondition:
         return None
 
     def say(self, **said: Sequence[Any]) -> "NoCondition":
-        _refuse_others(said)
+        refuse_others(said)
         return self
 
     def require(self) -> None:
@@ -174,6 +208,7 @@ class ClassCondition:
     dropout: float = 0.0
     null_class: bool = True
     labels: tuple[int, ...] = ()
+    only_guided: str = ""
 
     @property
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -200,6 +235,12 @@ class ClassCondition:
     def network_options(self) -> dict[str, Any]:
         return {"num_classes": len(self.class_names)}
 
+    def network(self, net: nn.Module) -> nn.Module:
+        return net
+
+    def read(self, batch: Batch, source: Source, draws: np.ndarray | None = None) -> Batch:
+        return batch
+
     def of_batch(self, batch: Batch) -> Cond:
         return {"label": batch["label"]}
 
@@ -211,7 +252,7 @@ class ClassCondition:
         return {"label": labels}
 
     def say(self, **said: Sequence[Any]) -> "ClassCondition":
-        _refuse_others(said, "labels")
+        refuse_others(said, "labels")
         labels = said.get("labels", ())
         wrong = [label for label in labels if not 0 <= label < len(self.class_names)]
         if wrong:
@@ -245,10 +286,13 @@ class ClassCondition:
 
 
 def check_guidance(condition: Condition, guidance: Guidance) -> None:
-    """UserError for guidance that a run of this condition cannot have, or that does nothing."""
+    """UserError for guidance that a run of this condition cannot have, or that does nothing, or that what was said
+    needs."""
     try:
         guidance.check()
     except ValueError as error:
         raise UserError(str(error)) from None
     if guidance.is_on and condition.cannot_guide:
         raise UserError(f"guidance_scale is {guidance.scale}; other than 1 {condition.cannot_guide}")
+    if condition.only_guided and not guidance.is_on:
+        raise UserError(f"{condition.only_guided} does nothing at a guidance_scale of 1; give another, such as 2")

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
@@ -19,6 +20,7 @@ from ddpm_jax.diffusion.gaussian import Parameterization
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Observer, Steps, run_table
 from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.models.captioned import Captioned
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
@@ -35,12 +37,15 @@ class Request:
       steps: that sampling takes.
       output: what the network's output means, and how its x_0 is clipped.
       guidance: towards the condition.
+      between: shares of the second of the two things that were said: images come on the way from one to the other,
+        len(between) of them from the same noise. Empty: there is no such way.
     """
 
     condition: Condition
     steps: Steps
     output: Parameterization
     guidance: Guidance
+    between: tuple[float, ...] = ()
 
     def keywords(self) -> dict[str, Any]:
         """The steps and the output as the keyword arguments of `ddpm_jax.sample`."""
@@ -74,7 +79,15 @@ class Model:
     schedule: Schedule
     decoder: Decoder
 
-    def model_fn(self, params: Any, cond: Cond = None, null: Cond = None, guidance: Guidance | None = None) -> Partial:
+    def model_fn(
+        self,
+        params: Any,
+        cond: Any = None,
+        null: Any = None,
+        guidance: Guidance | None = None,
+        other: Cond = None,
+        share: jax.Array | None = None,
+    ) -> Partial:
         """(x_t, t) -> the network's output, for the functions of `ddpm_jax.diffusion`.
 
         Args:
@@ -82,22 +95,54 @@ class Model:
           cond: of each image; None: of a network without condition.
           null: the null condition of each image, where there is guidance.
           guidance: towards cond; None or a scale of 1 costs nothing.
+          other, share: another condition of each image and its share [B]; see `ddpm_jax.diffusion.guidance.between`.
         """
+        cond, null, other = (self._encoded(params, said) for said in (cond, null, other))
         network = Partial(self.net.apply, {"params": params})
+        if other is not None:
+            network = Partial(guidance_lib.between, network)
+            cond, null = (cond, other, share), (null, null, share)
         if guidance is not None and guidance.is_on:
             interval = guidance.interval or guidance_lib.NO_LIMIT
             return guidance_lib.guided(network, cond, null, guidance.scale, rescale=guidance.rescale, interval=interval)
-        return network if cond is None else Partial(self.net.apply, {"params": params}, cond=cond)
+        return network if cond is None else Partial(network.func, *network.args, cond=cond)
+
+    def model_fn_of_null(self, params: Any) -> Partial:
+        """The same without guidance for images of which nothing is said, of any number; see `Condition.null`."""
+        if not (self.condition.reads and self.condition.can_be_left_out):
+            return self.model_fn(params)
+        return Partial(partial(_of_row, self.net), params, self._encoded(params, self.condition.null(1)))
+
+    def _encoded(self, params: Any, cond: Cond) -> Cond:
+        """What the network takes at every call: texts are encoded here, once."""
+        if cond is None or not isinstance(self.net, Captioned):
+            return cond
+        return _encode(self.net, params, cond)
 
     def init_params(self, seed: int) -> Any:
         """The random parameters that a run of this seed starts from."""
-        example = self.condition.of_images(np.zeros(1, np.int32))
-        x, t = jax.numpy.zeros((1, *self.decoder.shape)), jax.numpy.zeros(1, jax.numpy.int32)
-        return self.net.init(named_key(seed, "init"), x, t, example)["params"]
+        return self.net.init(named_key(seed, "init"), *self.example())["params"]
+
+    def example(self, count: int = 1) -> tuple[jax.Array, jax.Array, Cond]:
+        """x, t and cond of the shapes that the network is called with for so many images; all zeros."""
+        shapes = self.condition.reads
+        cond = {name: jnp.zeros((count, *x.shape), x.dtype) for name, x in shapes.items()} if shapes else None
+        return jnp.zeros((count, *self.decoder.shape)), jnp.zeros(count, jnp.int32), cond
 
     def param_shapes(self) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`s."""
         return jax.eval_shape(lambda: self.init_params(0))
+
+
+def _of_row(net: nn.Module, params: Any, row: Cond, x_t: jax.Array, t: jax.Array) -> Any:
+    cond = jax.tree.map(lambda value: jnp.repeat(value, len(x_t), axis=0), row)
+    return net.apply({"params": params}, x_t, t, cond)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(net: Captioned, params: Any, cond: Cond) -> Cond:
+    encoded: Cond = net.apply({"params": params}, cond, method="encode")  # type: ignore[assignment]
+    return encoded
 
 
 def asked(model: Model, params: Any, request: Request, numbers: np.ndarray, mesh: Mesh) -> Partial:
@@ -110,9 +155,13 @@ def asked(model: Model, params: Any, request: Request, numbers: np.ndarray, mesh
       mesh: whose number of devices divides that of the images.
     """
     place = partial(parallel.place, sharding=parallel.batch_sharding(mesh))
-    cond = jax.tree.map(place, request.condition.of_images(numbers))
-    null = jax.tree.map(place, request.condition.null(len(numbers))) if request.guidance.is_on else None
-    return model.model_fn(params, cond, null, request.guidance)
+    condition, between = request.condition, request.between
+    null = jax.tree.map(place, condition.null(len(numbers))) if request.guidance.is_on else None
+    if not between:
+        return model.model_fn(params, jax.tree.map(place, condition.of_images(numbers)), null, request.guidance)
+    first, second = (jax.tree.map(place, condition.of_images(np.full(len(numbers), i))) for i in range(2))
+    share = place(np.array(between, np.float32)[numbers % len(between)])
+    return model.model_fn(params, first, null, request.guidance, second, share)
 
 
 def generate(
@@ -157,7 +206,7 @@ def generate(
         result = run_table(
             table,
             asked(model, params, request, chosen, mesh),
-            image_keys(mesh, seed, "image", chosen),
+            image_keys(mesh, seed, "image", chosen // max(len(request.between), 1)),
             (batch_size, *model.decoder.shape),
             output=request.output,
             observer=watching,

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state
 from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.texts import text_description
 from ddpm_jax.validation import validate
 
 _NUM_SNAPSHOTS = 10
@@ -65,11 +66,12 @@ def train(config: ConfigDict, path: str | Path) -> None:
         process that trains in the workdir.
       DivergedError: the loss became NaN or infinite; the last good checkpoint stays.
     """
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), workdir.read_dataset(path))
     with workdir.locked(path, "training") as (folder, check_lock):
         workdir.check_config(folder, config)
-        source = open_dataset(config, workdir.read_dataset(folder))
-        description = source.describe()
+        known = workdir.read_dataset(folder)
+        source = open_dataset(config, known)
+        description = source.describe() | text_description(config, source, folder, known)
         workdir.check_dataset(folder, description)
         processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
         was_finished = processes.agree(workdir.is_finished(folder, config))
@@ -320,16 +322,25 @@ class _Training:
             cache_bytes=int(config.data.cache_gib * 2**30),
             num_workers=config.data.num_workers,
         )
+        batches = self._with_condition(batches, first_step, rows)
         if several > 1:
             batches = pipeline.several(batches, first_step, several)
 
         def put(batch: pipeline.Batch) -> dict[str, jax.Array]:
             return {
-                name: parallel.from_local_rows(mesh, batch[name], rows, size, axis=int(several > 1))
-                for name in ("image", *self.model.condition.reads)
+                name: parallel.from_local_rows(mesh, batch[name], rows, size, axis=int(several > 1)) for name in batch
             }
 
         return pipeline.prefetch(map(put, batches), depth=2)
+
+    def _with_condition(
+        self, batches: Iterable[pipeline.Batch], first_step: int, rows: slice | np.ndarray
+    ) -> Iterator[pipeline.Batch]:
+        """The batches with what the condition reads of them; what it draws is a function of seed, step and row."""
+        for step, batch in enumerate(batches, first_step):
+            draws = pipeline.batch_draws(self.config.seed, step, self.config.train.batch_size)
+            read = self.model.condition.read(batch, self.source, draws[rows])
+            yield {name: read[name] for name in ("image", *self.model.condition.reads)}
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
         """Whether this process was told to stop, or any of a multi-host job; the same answer on all."""

@@ -35,9 +35,7 @@ class Monitor:
         self._config, self._model, self._mesh = config, model, mesh
         evaluate = config.evaluate
         if evaluate.likelihood_images:
-            self._examples = likelihood.Examples.of_batch(
-                image_sets.spread(source, evaluate.likelihood_images), model.condition
-            )
+            self._examples = likelihood.Examples.spread(source, evaluate.likelihood_images, model.condition)
         if evaluate.num_images:
             self._features = open_features(evaluate.features or None, source.shape)
             images = image_sets.spread(source, evaluate.num_real)["image"]

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 def captions(folder):
     source = open_source("folder", path=str(folder), **SIZE)
-    return [source[index]["caption"] for index in range(len(source))]
+    return list(source.captions)
 
 
 def test_a_text_beside_each_picture(folder):
@@ -86,9 +86,9 @@ class TestArrays:
 
     def test_one_or_several_captions(self, tmp_path):
         source = self.open(tmp_path, caption=np.array(["a", "b c"]))
-        assert [example["caption"] for example in source] == [("a",), ("b c",)]
+        assert source.captions == [("a",), ("b c",)]
         source = self.open(tmp_path, text=np.array([["a", "b"], ["c", ""]]))
-        assert [source[i]["caption"] for i in range(2)] == [("a", "b"), ("c",)]
+        assert source.captions == [("a", "b"), ("c",)]
 
     @pytest.mark.parametrize(
         ("captions", "said"),

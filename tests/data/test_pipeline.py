@@ -26,7 +26,7 @@ def batches(source, first_step=0, last_step=7, **options):
 def assert_equal(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys() == {"image", "label"}
+        assert one.keys() == other.keys() == {"image", "label", "index"}
         for name in one:
             assert one[name].dtype == other[name].dtype
             np.testing.assert_array_equal(one[name], other[name])

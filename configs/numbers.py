@@ -1,0 +1,23 @@
+"""Numbers in handwriting from their names in English, 8x16 grey: text to image in five minutes on two CPU cores.
+
+    python main.py --config=configs/numbers.py --workdir=runs/numbers
+    python main.py --mode=sample --workdir=runs/numbers --prompt="forty-two" --prompt="seventeen" --guidance_scale=2
+
+A network of 0.9 M parameters, an encoder of text that is trained along with it among them, on the embedded digits side
+by side.
+Sixteen numbers of two digits are held out of the training: what the network makes of their names shows whether it has
+learned what the words mean (benchmarks/numbers_quality.py).
+"""
+
+from configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.data.update(source="numbers", width=16)
+    config.data.held_out = (23, 28, 31, 37, 42, 46, 54, 59, 62, 65, 71, 78, 83, 89, 94, 97)
+    config.text.update(encoder="trained", max_length=12)
+    config.model.attention_resolutions = (8,)
+    config.train.num_steps = 900
+    config.sample.update(sampler="dpmpp_2m", num_steps=25)
+    return config

@@ -1,0 +1,34 @@
+"""A network with the encoder of text that is trained along with it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+class Captioned(nn.Module):
+    """A network whose condition is a text: an encoder turns its tokens into what the network attends to.
+
+    Attributes:
+      net: called (x, t, cond, train=...), such as a `UNet`.
+      encoder: called (ids, mask), such as a `TextEncoder`.
+    """
+
+    net: nn.Module
+    encoder: nn.Module
+
+    def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """The network's output.
+
+        Args:
+          x, t, train: of the network.
+          cond: "ids" int32 [B, L] and "ids_mask" bool [B, L] of texts, or what `encode` made of them.
+        """
+        return self.net(x, t, self.encode(cond) if "ids" in cond else cond, train=train)
+
+    def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", "tokens_mask" and
+        "vector"."""
+        states = self.encoder(cond["ids"], cond["ids_mask"])
+        return {"tokens": states.tokens, "tokens_mask": cond["ids_mask"], "vector": states.pooled}

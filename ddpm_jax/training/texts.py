@@ -1,0 +1,56 @@
+"""What a run keeps of its texts, so that its workdir is all that sampling needs: the tokenizer and a frozen encoder."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax.config import TRAINED, make_texts, train_tokenizer
+from ddpm_jax.data.sources import Source
+from ddpm_jax.interop import transformers
+from ddpm_jax.runtime import processes, workdir
+
+_SHOWN = 64  # captions for images of which nothing is said
+
+
+def text_description(
+    config: ConfigDict, source: Source, folder: Path, known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the description of a run's data says of its texts; {} without captions.
+
+    Args:
+      config: of the run.
+      source: its images, with captions.
+      folder: the workdir, to which a frozen encoder is copied.
+      known: the description that an earlier start of the run left.
+
+    Returns:
+      "tokenizer", the text of a tokenizer.json; "shown_captions"; and "text_encoder", the folder of a frozen encoder.
+
+    Raises:
+      UserError: a tokenizer or an encoder that cannot be read.
+    """
+    if not config.text.encoder:
+        return {}
+    found = dict(known or {})
+    if "tokenizer" not in found:
+        if config.text.encoder == TRAINED and not config.text.tokenizer:
+            tokenizer = train_tokenizer(config, itertools.chain.from_iterable(source.captions))
+        else:
+            tokenizer = make_texts(config, {}).tokenizer
+        found["tokenizer"] = tokenizer.to_json()
+    if "shown_captions" not in found:
+        # Those of the pictures that data.png shows.
+        places = np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).round().astype(int)
+        found["shown_captions"] = [source.captions[place][0] for place in places.tolist()]
+    if config.text.encoder != TRAINED and "text_encoder" not in found:
+        target = folder / workdir.TEXT_ENCODER
+        if jax.process_index() == 0:
+            transformers.write(target, *transformers.read(config.text.encoder))
+        processes.meet("text encoder")
+        found["text_encoder"] = str(target)
+    return {name: found[name] for name in ("tokenizer", "shown_captions", "text_encoder") if name in found}
