@@ -78,22 +78,13 @@ class Features:
           UserError: no images; such as are not 8-bit or not of a size that the network takes; features that are not
             finite.
         """
-        size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
         apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
-        apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
-        waiting: tuple[Output, int] | None = None
         done = 0
-        for portion in regroup(map(self._checked, images), size):
-            padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
-            # The devices work on this batch while the one before it is fetched and used.
-            started = judge(apply, parallel.place(padded, rows), mesh)
-            if waiting:
-                yield self._fetched(*waiting, done)
-                done += waiting[1]
-            waiting = started, len(portion)
-        if not waiting:
+        for output in in_batches(apply, map(self._checked, images), mesh, batch_size):
+            yield self._finite(output, done)
+            done += len(output["pool"])
+        if not done:
             raise UserError(f"there are no images for {self.name} to judge")
-        yield self._fetched(*waiting, done)
 
     def of(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
         """All of `batches` together, float32 [N, ...]."""
@@ -112,13 +103,44 @@ class Features:
             raise UserError(f"{self.name} judges images of {self.shape or '3 channels'}, not of {images.shape[1:]}")
         return images
 
-    def _fetched(self, output: Output, count: int, first: int) -> dict[str, np.ndarray]:
-        found = {name: np.asarray(value)[:count] for name, value in output.items()}
-        for name, value in found.items():
-            finite = np.isfinite(value).reshape(count, -1).all(1)
+    def _finite(self, output: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+        for name, value in output.items():
+            finite = np.isfinite(value).reshape(len(value), -1).all(1)
             if not finite.all():
                 raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
-        return found
+        return output
+
+
+def in_batches(
+    apply: Partial, portions: Iterable[np.ndarray], mesh: Mesh, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a network gives for rows that come in any portions, in batches of one size divided over the mesh.
+
+    Args:
+      apply: ([B, ...]) -> arrays [B, ...] by name; its weights are put on every device.
+      portions: [N, ...] each, the same on all processes of the mesh.
+      mesh: of `parallel.make_mesh`, or this process's alone.
+      batch_size: rows at a time, rounded up to a multiple of the devices.
+
+    Yields:
+      float32 [n, ...] by name, of all rows in their order.
+    """
+    size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
+    apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
+    waiting: tuple[Output, int] | None = None
+    for portion in regroup(portions, size):
+        padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
+        # The devices work on this batch while the one before it is fetched and used.
+        started = judge(apply, parallel.place(padded, rows), mesh)
+        if waiting:
+            yield _fetched(*waiting)
+        waiting = started, len(portion)
+    if waiting:
+        yield _fetched(*waiting)
+
+
+def _fetched(output: Output, count: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value)[:count] for name, value in output.items()}
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
