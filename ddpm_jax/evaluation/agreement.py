@@ -9,6 +9,7 @@
 Pictures of numbers need no CLIP: `read_digits` says which number they show.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from PIL import Image
 
-from ddpm_jax.evaluation.features import Output, in_batches, train_digits_classifier
+from ddpm_jax.evaluation.features import Features, Output, in_batches, train_digits_classifier
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.runtime import parallel
@@ -98,8 +99,8 @@ def embed_pictures(
     """
     _check(pictures)
     net = _PictureUnits(clip.image, clip.image_mean, clip.image_std)
-    apply, size = Partial(net.apply, {"params": {"encoder": clip.params["image"]}}), clip.image.image_size
-    portions = (prepare(part, size) for part in _parts(pictures, batch_size))
+    apply = Partial(_apply_of(net), {"params": {"encoder": clip.params["image"]}})
+    portions = (prepare(part, clip.image.image_size) for part in _parts(pictures, batch_size))
     return _embedded(apply, portions, len(pictures), mesh, batch_size, progress)
 
 
@@ -129,7 +130,7 @@ def embed_texts(
         raise UserError("there are no texts to encode")
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     ids = clip.tokenizer.encode(list(places)).ids
-    apply = Partial(_TextUnits(clip.text).apply, {"params": {"encoder": clip.params["text"]}})
+    apply = Partial(_apply_of(_TextUnits(clip.text)), {"params": {"encoder": clip.params["text"]}})
     units = _embedded(apply, _parts(ids, batch_size), len(ids), mesh, batch_size, progress)
     return units[[places[text] for text in texts]]
 
@@ -149,6 +150,12 @@ class _TextUnits(nn.Module):
 
     def __call__(self, ids: jax.Array) -> Output:
         return _unit(self.encoder(ids).projected)
+
+
+@functools.lru_cache(maxsize=8)
+def _apply_of(net: nn.Module) -> Callable[..., Any]:
+    """`net.apply`, the same object for equal modules, so that a second call finds the program of the first."""
+    return net.apply
 
 
 def _unit(x: Any) -> Output:
@@ -240,11 +247,16 @@ def read_digits(pictures: np.ndarray, *, mesh: Mesh | None = None, batch_size: i
     """
     digits, rest = divmod(pictures.shape[2] if pictures.ndim == 4 else 0, _DIGIT)
     fits = not rest and 1 <= digits <= 18 and pictures.shape[1:] == (_DIGIT, _DIGIT * digits, 1)
-    if pictures.dtype != np.uint8 or not fits:
+    if pictures.dtype != np.uint8 or not fits or not len(pictures):
         raise UserError(
-            f"the pictures are {pictures.dtype} of shape {pictures.shape}; accepted: uint8 [N, 8, 8 k, 1], k digits "
-            "side by side"
+            f"the pictures are {pictures.dtype} of shape {pictures.shape}; accepted: uint8 [N, 8, 8 k, 1], at least "
+            "one picture of k digits side by side"
         )
     pieces = pictures.reshape(-1, _DIGIT, digits, _DIGIT, 1).swapaxes(1, 2).reshape(-1, _DIGIT, _DIGIT, 1)
-    found = train_digits_classifier().of([pieces], mesh or parallel.make_mesh(), batch_size)["logits"].argmax(-1)
+    found = _digits_classifier().of([pieces], mesh or parallel.make_mesh(), batch_size)["logits"].argmax(-1)
     return found.reshape(-1, digits) @ 10 ** np.arange(digits)[::-1]
+
+
+@functools.cache
+def _digits_classifier() -> Features:
+    return train_digits_classifier()
