@@ -33,7 +33,7 @@ from ddpm_jax.text.tokenizers import Tokenizer
 
 WIDTH, TEXT_WIDTH, SHARED = 128, 64, 64
 VOCAB_SIZE, MAX_LENGTH = 2048, 64
-SHIFT = 3  # pixels
+SHIFT = 2  # pixels
 
 
 class SmallCLIP(nn.Module):
@@ -186,6 +186,6 @@ if __name__ == "__main__":
     parser.add_argument("samples", help=".npz written by --mode=sample --output=npz, with `image` and `prompt`")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
     parser.add_argument("--patch", type=int, default=8, help="height and width of a patch of the image encoder")
     main(parser.parse_args())
