@@ -13,6 +13,7 @@ from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.schedules import BETAS_OF, Schedule
 from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
+from ddpm_jax.evaluation.features import digits_side_by_side
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.sampling.condition import check_guidance
@@ -190,9 +191,9 @@ def _check_training(config: ConfigDict) -> None:
     if not (evaluate.every_steps and evaluate.num_images):
         return
     name = evaluate.features
-    if name == "digits" and (data.height, data.width, data.channels) != (8, 8, 1):
+    if name == "digits" and not digits_side_by_side((data.height, data.width, data.channels)):
         raise UserError(
-            "config.evaluate.features is 'digits', which judges images of 8x8x1, and these are "
+            "config.evaluate.features is 'digits', which judges 8x8x1 images, or several side by side, and these are "
             f"{data.height}x{data.width}x{data.channels}; accepted: inception, or the file of its weights"
         )
     if name not in ("", "digits", "inception") and not Path(name).expanduser().is_file():

@@ -25,8 +25,9 @@ SECTIONS = {
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
     "tests/interop/diffusers/test_peers.py": "Other networks and schedulers of diffusers",
-    "tests/interop/test_transformers.py": "Encoders of text",
+    "tests/interop/test_transformers.py": "CLIP's encoders",
     "tests/evaluation/test_peers.py": "Evaluation",
+    "tests/evaluation/test_agreement.py": "Agreement of picture and text",
 }
 HEAD = """# How exact is it
 

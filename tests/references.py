@@ -1,5 +1,7 @@
 """Formulas that tests of several modules hold the project to, in float64."""
 
+from math import erf
+
 import numpy as np
 
 
@@ -19,3 +21,45 @@ def coefficients(betas, timesteps):
         beta * (1 - previous) / (1 - abar),
         beta,
     )
+
+
+# The Transformer's.
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def layer_norm(p, x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
+
+
+def attention(p, x, context, heads, allowed):
+    """Softmax(q k^T / sqrt(C / heads)) v, head by head; allowed: [B, L, M]."""
+    query, key, value = (
+        np.split(dense(p[name], source), heads, axis=-1)
+        for name, source in (("query", x), ("key", context), ("value", context))
+    )
+    results = []
+    for q, k, v in zip(query, key, value, strict=True):
+        weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])) * allowed
+        results.append(weights / weights.sum(-1, keepdims=True) @ v)
+    return dense(p["out"], np.concatenate(results, axis=-1))
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+
+
+def transformer(p, x, heads, allowed, activation, epsilon):
+    """Blocks of norm, attention, residual, norm, MLP, residual; p: of each block by name; allowed: [B, L, L]."""
+    for i in range(len(p)):
+        block = p[f"block_{i}"]
+        h = layer_norm(block["norm_0"], x, epsilon)
+        x = x + attention(block["attention"], h, h, heads, allowed)
+        h = layer_norm(block["norm_1"], x, epsilon)
+        x = x + dense(block["mlp_1"], ACTIVATIONS[activation](dense(block["mlp_0"], h)))
+    return x

@@ -93,7 +93,7 @@ def test_an_int_is_a_float():
         ({"checkpoint__every_minutes": math.nan}, "config.checkpoint.every_minutes is nan; at least 0"),
         (
             {"evaluate__features": "digits", "evaluate__every_steps": 1},
-            "'digits', which judges images of 8x8x1, and these are 8x8x3",
+            "'digits', which judges 8x8x1 images, or several side by side, and these are 8x8x3",
         ),
         (
             {"evaluate__features": "nope", "evaluate__every_steps": 1},

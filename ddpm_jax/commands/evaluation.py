@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
+from ddpm_jax.commands.agreement import captions_of, judge_agreement
 from ddpm_jax.commands.job import FLAGS, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
@@ -47,6 +48,7 @@ def evaluate(
     shard_size: int,
     likelihood: str,
     likelihood_images: int,
+    clip: str | None,
     save_reference: str | None,
 ) -> dict[str, Any]:
     """Judges samples against real images, and the run by the likelihood of real images; adds the result to
@@ -67,6 +69,8 @@ def evaluate(
       likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
         the probability "flow", or "none".
       likelihood_images: of how many training images.
+      clip: a transformers folder of a `CLIPModel`, which scores how well the samples of a run that learned from
+        captions agree with their prompts, and training images with their captions.
       save_reference: a .npz to write the moments of the real images to, for others to compare with.
 
     Returns:
@@ -84,10 +88,15 @@ def evaluate(
     if generated is not None:
         fake = _open("generated", generated, judge, run, size)
     else:
-        told |= run.settings(seed=job.seed, batch_size=size, **job.options)
-        fake = _samples(job, told, num_images or _NUM_IMAGES, judge, size, shard_size)
+        of_data = _with_captions(job, num_images or _NUM_IMAGES)
+        told |= run.settings(seed=job.seed, batch_size=size, **of_data.options)
+        fake = _samples(of_data, told, num_images or _NUM_IMAGES, judge, size, shard_size)
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
     result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
+    if generated is None:
+        result |= judge_agreement(job, clip, num_images or _NUM_IMAGES, size)
+    elif clip:
+        raise UserError("--clip scores samples with their prompts; --generated takes their place")
     if likelihood != "none":
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
     _finish(folder, result, told, real, save_reference)
@@ -134,6 +143,15 @@ def _training_summary(run: Run, judge: Features, batch_size: int) -> Summary:
     with _bar("judging real images") as bar:
         tell: Callable[[int], None] = lambda done: bar.update(done, images.count)  # noqa: E731
         return summarize(judge, images, run.mesh, batch_size=batch_size, source=images.source, progress=tell)
+
+
+def _with_captions(job: Job, count: int) -> Job:
+    """The job with captions of training images as prompts, if the run knows captions and none was said."""
+    run = job.run
+    if "shown_captions" not in run.dataset or job.options.get("prompts"):
+        return job
+    captions = captions_of(training_images(run.config, run.dataset), count)
+    return dataclasses.replace(job, options={**job.options, "prompts": captions})
 
 
 def _samples(

@@ -78,22 +78,13 @@ class Features:
           UserError: no images; such as are not 8-bit or not of a size that the network takes; features that are not
             finite.
         """
-        size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
         apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
-        apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
-        waiting: tuple[Output, int] | None = None
         done = 0
-        for portion in regroup(map(self._checked, images), size):
-            padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
-            # The devices work on this batch while the one before it is fetched and used.
-            started = judge(apply, parallel.place(padded, rows), mesh)
-            if waiting:
-                yield self._fetched(*waiting, done)
-                done += waiting[1]
-            waiting = started, len(portion)
-        if not waiting:
+        for output in in_batches(apply, map(self._checked, images), mesh, batch_size):
+            yield self._finite(output, done)
+            done += len(output["pool"])
+        if not done:
             raise UserError(f"there are no images for {self.name} to judge")
-        yield self._fetched(*waiting, done)
 
     def of(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
         """All of `batches` together, float32 [N, ...]."""
@@ -112,13 +103,44 @@ class Features:
             raise UserError(f"{self.name} judges images of {self.shape or '3 channels'}, not of {images.shape[1:]}")
         return images
 
-    def _fetched(self, output: Output, count: int, first: int) -> dict[str, np.ndarray]:
-        found = {name: np.asarray(value)[:count] for name, value in output.items()}
-        for name, value in found.items():
-            finite = np.isfinite(value).reshape(count, -1).all(1)
+    def _finite(self, output: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+        for name, value in output.items():
+            finite = np.isfinite(value).reshape(len(value), -1).all(1)
             if not finite.all():
                 raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
-        return found
+        return output
+
+
+def in_batches(
+    apply: Partial, portions: Iterable[np.ndarray], mesh: Mesh, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a network gives for rows that come in any portions, in batches of one size divided over the mesh.
+
+    Args:
+      apply: ([B, ...]) -> arrays [B, ...] by name; its weights are put on every device.
+      portions: [N, ...] each, the same on all processes of the mesh.
+      mesh: of `parallel.make_mesh`, or this process's alone.
+      batch_size: rows at a time, rounded up to a multiple of the devices.
+
+    Yields:
+      float32 [n, ...] by name, of all rows in their order.
+    """
+    size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
+    apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
+    waiting: tuple[Output, int] | None = None
+    for portion in regroup(portions, size):
+        padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
+        # The devices work on this batch while the one before it is fetched and used.
+        started = judge(apply, parallel.place(padded, rows), mesh)
+        if waiting:
+            yield _fetched(*waiting)
+        waiting = started, len(portion)
+    if waiting:
+        yield _fetched(*waiting)
+
+
+def _fetched(output: Output, count: int) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value)[:count] for name, value in output.items()}
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -253,11 +275,17 @@ class _Classifier(nn.Module):
         return {"pool": x, "logits": nn.Dense(10)(x)}
 
 
-def train_digits_classifier(steps: int = 400) -> Features:
+def digits_side_by_side(shape: tuple[int, ...] | None) -> int:
+    """How many embedded digits side by side an image of shape (8, 8 k, 1) has; 0 for one of another shape."""
+    fits = shape is not None and len(shape) == 3 and (shape[0], shape[1] % 8, shape[2]) == (8, 0, 1)
+    return shape[1] // 8 if shape and fits else 0
+
+
+def train_digits_classifier(count: int = 1, steps: int = 400) -> Features:
     """A classifier of the embedded digits, 8x8 grey, trained here in seconds; always the same on the same machine.
 
     It lets an evaluation run from end to end with nothing to download. Its distances are its own, and comparable among
-    themselves alone.
+    themselves alone. Of `count` digits side by side the features are those of each in turn, and there are no logits.
     """
     images, labels = digits.load()
     net, optimizer = _Classifier(), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -283,8 +311,16 @@ def train_digits_classifier(steps: int = 400) -> Features:
         )
         return params
 
-    name = "digits classifier"
-    return Features(name, _frechet_of(name), (8, 8, 1), Partial(net.apply, {"params": train()}))
+    name = "digits classifier" if count == 1 else f"digits classifier, {count} side by side"
+    apply = net.apply if count == 1 else functools.partial(_of_each_digit, net)
+    return Features(name, _frechet_of(name), (8, 8 * count, 1), Partial(apply, {"params": train()}))
+
+
+def _of_each_digit(net: nn.Module, variables: Any, images: jax.Array) -> Output:
+    count = images.shape[2] // 8
+    pieces = jnp.concatenate(jnp.split(images, count, axis=2))
+    output: Any = net.apply(variables, pieces)
+    return {"pool": jnp.concatenate(jnp.split(output["pool"], count), axis=-1)}
 
 
 def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
@@ -293,6 +329,7 @@ def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -
     Raises:
       UserError: none of these.
     """
-    if name == "digits" or (name is None and shape == (8, 8, 1)):
-        return train_digits_classifier()
+    count = digits_side_by_side(shape)
+    if name == "digits" or (name is None and count):
+        return train_digits_classifier(count or 1)
     return load_inception(None if name in (None, "inception") else name)

@@ -53,9 +53,14 @@ def of_source(source: Source) -> ImageSet:
     return ImageSet(source.describe(), len(source), read)
 
 
+def places(source: Source, count: int) -> np.ndarray:
+    """`count` numbers of examples evenly spread over a source, or all that it has."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+
+
 def spread(source: Source, count: int) -> Batch:
-    """`count` examples evenly spread over a source, or all that it has, as a batch of `host_batches`."""
-    numbers = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    """The examples of `places`, as a batch of `host_batches`."""
+    numbers = places(source, count)
     return stacked((source[int(number)] for number in numbers), len(numbers)) | {"index": numbers}
 
 

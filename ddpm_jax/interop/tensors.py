@@ -49,7 +49,7 @@ def read(path: str | Path) -> Tensors:
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a .safetensors file, whole or not at all; UserError if it cannot be written."""
-    contiguous = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     try:
         with atomic_path(path) as temporary:
             save_file(contiguous, temporary, metadata=dict(metadata or {}))

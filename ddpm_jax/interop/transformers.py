@@ -1,11 +1,13 @@
-"""Folders of transformers: CLIP's text encoder, read and written without transformers or PyTorch.
+"""Folders of transformers: CLIP's encoders, read and written without transformers or PyTorch.
 
-Read are a `CLIPTextModel`, a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`, from safetensors or
-PyTorch's pickles, in one file or in shards. Values in half precision become float32, which changes none of them.
+Read are text encoders (a `CLIPTextModel`, a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), and a
+`CLIPModel` whole, from safetensors or PyTorch's pickles, in one file or in shards. Values in half precision become
+float32, which changes none of them.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ddpm_jax.interop import tensors as tensors_lib
-from ddpm_jax.models.clip import CLIPTextEncoder
+from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.models.transformer import ACTIVATIONS
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.text.tokenizers import Tokenizer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 _PARTS = {
     "tokens": "embeddings.token_embedding",
+    "patches": "embeddings.patch_embedding",
     "positions": "embeddings.position_embedding",
+    "pre_norm": "pre_layrnorm",  # their spelling
+    "post_norm": "post_layernorm",
     "final_norm": "final_layer_norm",
     "norm_0": "layer_norm1",
     "norm_1": "layer_norm2",
@@ -36,8 +42,9 @@ _PARTS = {
     "value": "self_attn.v_proj",
     "out": "self_attn.out_proj",
 }
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # Our attribute, their field and its default.
-_SIZES = {
+_TEXT_SIZES = {
     "vocab_size": ("vocab_size", 49_408),
     "max_length": ("max_position_embeddings", 77),
     "width": ("hidden_size", 512),
@@ -45,11 +52,45 @@ _SIZES = {
     "num_heads": ("num_attention_heads", 8),
     "mlp_width": ("intermediate_size", 2048),
 }
+_IMAGE_SIZES = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+    "channels": ("num_channels", 3),
+    "width": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+}
+_PROJECTION = ("projection_dim", 512)
 _LEGACY_END = 2  # the eos_token_id of configs before transformers 4.31, by which the end is the largest id
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the RGB pixels that OpenAI's CLIP was trained on, from 0 to 1
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_BICUBIC = 3  # Pillow's number
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CLIP:
+    """A whole CLIP: both encoders, and how texts and images are prepared for them.
+
+    Attributes:
+      text, image: the encoders, with projections of one width.
+      params: float32, {"text": of the text encoder, "image": of the image encoder}.
+      logit_scale: logarithm of what cosine similarities are multiplied by to give logits.
+      tokenizer: of the texts, as long as the text encoder takes.
+      image_mean, image_std: for each channel; the image encoder takes (pixels / 255 - mean) / std.
+    """
+
+    text: CLIPTextEncoder
+    image: CLIPImageEncoder
+    params: Mapping[str, Any]
+    logit_scale: float
+    tokenizer: Tokenizer
+    image_mean: tuple[float, ...] = _MEAN
+    image_std: tuple[float, ...] = _STD
 
 
 def read(folder: str | Path) -> tuple[CLIPTextEncoder, dict[str, Any]]:
-    """The encoder and its parameters, float32, of a folder with config.json and weights.
+    """The text encoder and its parameters, float32, of a folder with config.json and weights.
 
     Raises:
       UserError: a file that is missing or broken, an architecture or activation that is not supported, or a tensor that
@@ -66,8 +107,40 @@ def read_module(folder: str | Path) -> CLIPTextEncoder:
     return to_module(read_json_object(path), str(path))
 
 
+def read_clip(folder: str | Path) -> CLIP:
+    """The whole of a `CLIPModel`'s folder: config.json, weights, tokenizer and preprocessor_config.json.
+
+    Without the last file, images are prepared as OpenAI's CLIP does it.
+
+    Raises:
+      UserError: as `read`; a tokenizer that is missing or has more tokens than the encoder, or a preparation of images
+        other than CLIP's: resized bicubically, the shorter side to the encoder's size, cropped at the centre, and
+        normalised.
+    """
+    folder = Path(folder)
+    config, where = read_json_object(folder / "config.json"), str(folder / "config.json")
+    kind = _architecture(config)
+    _require(kind == "CLIPModel", "architectures", kind, where, "CLIPModel")
+    text, image = to_module(config, where), _image_module(config, where)
+    mean, std = _preparation(folder / "preprocessor_config.json", image)
+    tokenizer = Tokenizer.read(folder, text.max_length)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} has {tokenizer.vocab_size} tokens; accepted: at most the "
+            f"{text.vocab_size} of the text encoder"
+        )
+    path, tensors = _read_weights(folder)
+    shapes: dict[tuple[str, ...], Any] = {("logit_scale",): jax.ShapeDtypeStruct((), jnp.float32)}
+    for half, net in (("text", text), ("image", image)):
+        shapes |= {(half, *ours): shape for ours, shape in _shapes(net).items()}
+    names = {ours: _name(ours) for ours in shapes}
+    params = _converted(path, {name: v for name, v in tensors.items() if not _is_range(name)}, shapes, names)
+    scale = float(params.pop("logit_scale"))
+    return CLIP(text, image, params, scale, tokenizer, mean, std)
+
+
 def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -> Path:
-    """Writes a folder that transformers' `from_pretrained` opens, whole or not at all.
+    """Writes a text encoder's folder that transformers' `from_pretrained` opens, whole or not at all.
 
     Raises:
       UserError: the folder holds something, or cannot be written.
@@ -75,61 +148,139 @@ def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -
     config = {
         "architectures": [ARCHITECTURES[0 if net.projection is None else 1]],
         "model_type": "clip_text_model",
-        **{field: getattr(net, ours) for ours, (field, _) in _SIZES.items()},
-        "hidden_act": net.activation,
-        "layer_norm_eps": net.epsilon,
-        "eos_token_id": _LEGACY_END if net.end_token is None else net.end_token,
+        **_text_config(net),
         "projection_dim": net.width if net.projection is None else net.projection,
     }
-    flat = flatten_dict(params)
-    tensors = {name: _transposed(ours, np.asarray(flat[ours])) for ours, name in _names(flat)}
+    flat = flatten_dict({"text": params})
+    return _write(folder, {_name(ours): _to_theirs(ours, value) for ours, value in flat.items()}, {"config": config})
+
+
+def write_clip(folder: str | Path, clip: CLIP) -> Path:
+    """Writes a `CLIPModel`'s folder with the files that `read_clip` reads; see `write`."""
+    size = clip.image.image_size
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": clip.text.projection,
+        "logit_scale_init_value": clip.logit_scale,
+        "text_config": _text_config(clip.text),
+        "vision_config": _config(clip.image, _IMAGE_SIZES),
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "resample": _BICUBIC,
+        "image_mean": clip.image_mean,
+        "image_std": clip.image_std,
+    }
+    flat = flatten_dict({"text": clip.params["text"], "image": clip.params["image"]})
+    tensors = {_name(ours): _to_theirs(ours, value) for ours, value in flat.items()}
+    tensors["logit_scale"] = np.array(clip.logit_scale, np.float32)
+    files = {
+        "config": config,
+        "preprocessor_config": preprocessor,
+        "tokenizer": json.loads(clip.tokenizer.to_json()),
+    }
+    return _write(folder, tensors, files)
+
+
+def _write(folder: str | Path, tensors: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
     with new_folder(folder, "the folder") as temporary:
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        for name, value in files.items():
+            write_text(temporary / f"{name}.json", json.dumps(value, indent=2) + "\n")
         tensors_lib.write(temporary / WEIGHTS[0], tensors, {"format": "pt"})
     return Path(folder).expanduser()
 
 
+def _config(net: CLIPTextEncoder | CLIPImageEncoder, sizes: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    fields = {field: getattr(net, ours) for ours, (field, _) in sizes.items()}
+    return {**fields, "hidden_act": net.activation, "layer_norm_eps": net.epsilon}
+
+
+def _text_config(net: CLIPTextEncoder) -> dict[str, Any]:
+    end = _LEGACY_END if net.end_token is None else net.end_token
+    return {**_config(net, _TEXT_SIZES), "eos_token_id": end}
+
+
 def to_module(config: Mapping[str, Any], where: str = "config.json") -> CLIPTextEncoder:
-    """The encoder that a transformers config stands for; UserError by field."""
+    """The text encoder that a transformers config stands for; UserError by field."""
     kind = _architecture(config)
     _require(kind in ARCHITECTURES, "architectures", kind, where, ", ".join(ARCHITECTURES))
-    text: Any = config
-    if kind == "CLIPModel":
-        # Older files have the text half's fields a second time, and those count.
-        text = {}
-        for field in ("text_config", "text_config_dict"):
-            part = config.get(field) or {}
-            if not isinstance(part, dict):
-                raise UserError(f"{field} is {part!r} in {where!r}; accepted: a JSON object")
-            text |= part
-
-    sizes = {}
-    for ours, (field, default) in _SIZES.items():
-        sizes[ours] = text.get(field, default)
-        _require(_is_count(sizes[ours]), field, sizes[ours], where, "a whole number above 0")
-    projection = None
+    text = _half(config, "text", where) if kind == "CLIPModel" else config
+    options = _options(text, _TEXT_SIZES, where)
     if kind != "CLIPTextModel":
-        projection = config.get("projection_dim", 512)
-        _require(_is_count(projection), "projection_dim", projection, where, "a whole number above 0")
-    activation, epsilon = text.get("hidden_act", "quick_gelu"), text.get("layer_norm_eps", 1e-5)
+        options["projection"] = _count(config, *_PROJECTION, where)
     end = text.get("eos_token_id", 49_407)
+    _require(isinstance(end, int), "eos_token_id", end, where, "a token's id")
+    return CLIPTextEncoder(**options, end_token=None if end == _LEGACY_END else end)
+
+
+def _image_module(config: Mapping[str, Any], where: str) -> CLIPImageEncoder:
+    options = _options(_half(config, "vision", where), _IMAGE_SIZES, where)
+    size, patch, channels = options["image_size"], options["patch_size"], options["channels"]
+    _require(size % patch == 0, "patch_size", patch, where, f"a divisor of image_size, {size}")
+    _require(channels == 3, "num_channels", channels, where, "3")
+    return CLIPImageEncoder(**options, projection=_count(config, *_PROJECTION, where))
+
+
+def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The fields of one half of a CLIPModel. Older files have them a second time, and those count."""
+    fields: dict[str, Any] = {}
+    for field in (f"{name}_config", f"{name}_config_dict"):
+        part = config.get(field) or {}
+        if not isinstance(part, dict):
+            raise UserError(f"{field} is {part!r} in {where!r}; accepted: a JSON object")
+        fields |= part
+    return fields
+
+
+def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], where: str) -> dict[str, Any]:
+    """The attributes that both encoders have, and those that `sizes` names."""
+    options: dict[str, Any] = {ours: _count(fields, *theirs, where) for ours, theirs in sizes.items()}
+    activation, epsilon = fields.get("hidden_act", "quick_gelu"), fields.get("layer_norm_eps", 1e-5)
     _require(activation in tuple(ACTIVATIONS), "hidden_act", activation, where, ", ".join(ACTIVATIONS))
     _require(isinstance(epsilon, float), "layer_norm_eps", epsilon, where, "a number such as 1e-05")
-    _require(isinstance(end, int), "eos_token_id", end, where, "a token's id")
-    heads, width = sizes["num_heads"], sizes["width"]
+    heads, width = options["num_heads"], options["width"]
     _require(width % heads == 0, "num_attention_heads", heads, where, f"a divisor of hidden_size, {width}")
-    return CLIPTextEncoder(
-        **sizes,
-        activation=activation,
-        epsilon=epsilon,
-        end_token=None if end == _LEGACY_END else end,
-        projection=projection,
-    )
+    return {**options, "activation": activation, "epsilon": epsilon}
+
+
+def _count(fields: Mapping[str, Any], field: str, default: int, where: str) -> int:
+    value = fields.get(field, default)
+    fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    _require(fits, field, value, where, "a whole number above 0")
+    return value
 
 
 def _require(fits: bool, field: str, value: Any, where: str, accepted: str) -> None:
     if not fits:
         raise UserError(f"{field} is {value!r} in {where!r}; accepted: {accepted}")
+
+
+def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a preprocessor_config.json that prepares images as CLIP does."""
+    if not path.is_file():
+        return _MEAN, _STD
+    config, size = read_json_object(path), net.image_size
+    # A number where newer files have an object.
+    wanted = {
+        "size": (size, {"shortest_edge": size}),
+        "crop_size": (size, {"height": size, "width": size}),
+        "resample": (_BICUBIC,),
+        "rescale_factor": (1 / 255,),
+        **{f"do_{step}": (True, None) for step in ("resize", "center_crop", "rescale", "normalize")},
+    }
+    for field, accepted in wanted.items():
+        value = config.get(field, accepted[0])
+        _require(value in accepted, field, value, str(path), json.dumps(accepted[0]))
+    mean, std = config.get("image_mean", _MEAN), config.get("image_std", _STD)
+    for field, values in (("image_mean", mean), ("image_std", std)):
+        fits = isinstance(values, list | tuple) and len(values) == net.channels
+        fits = fits and all(isinstance(value, int | float) for value in values)
+        _require(fits, field, values, str(path), f"{net.channels} numbers")
+    _require(min(std) > 0, "image_std", std, str(path), "numbers above 0")
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _architecture(config: Mapping[str, Any]) -> Any:
@@ -141,50 +292,76 @@ def _architecture(config: Mapping[str, Any]) -> Any:
     return kinds.get(str(config.get("model_type")), config.get("model_type"))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: CLIPTextEncoder) -> dict[str, Any]:
-    """The encoder's parameters from the tensors of `path`; UserError unless they are exactly those that it has."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = flatten_dict(jax.eval_shape(net.init, jax.random.key(0), ids)["params"])
-    names = dict(_names(shapes))
+    """The text encoder's parameters from the tensors of `path`; UserError unless they are exactly those it has."""
+    shapes = _shapes(net)
+    names = {ours: _name(("text", *ours)) for ours in shapes}
     if not any(name.startswith("text_model.") for name in tensors):  # as some releases of transformers write them
         names = {ours: name.removeprefix("text_model.") for ours, name in names.items()}
-    own = {
-        name: value.astype(np.float32) if value.dtype in (np.float16, jnp.bfloat16) else value
-        for name, value in tensors.items()
-        if name in names.values() or not _is_left_out(name)
-    }
-    wanted = {name: _transposed(ours, np.broadcast_to(0, shapes[ours].shape)).shape for ours, name in names.items()}
+    wanted = set(names.values())
+    own = {name: v for name, v in tensors.items() if name in wanted or not (_is_image_half(name) or _is_range(name))}
+    return _converted(path, own, shapes, names)
+
+
+def _is_image_half(name: str) -> bool:
+    """Whether a tensor of a CLIPModel is none of its text encoder's."""
+    return name.startswith("vision_model.") or name in ("visual_projection.weight", "logit_scale")
+
+
+def _is_range(name: str) -> bool:
+    """Whether a tensor is the numbers 0, 1, ... that older releases write."""
+    return name.endswith("embeddings.position_ids")
+
+
+def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], Any]:
+    """Our paths of an encoder's parameters, with their shapes."""
+    if isinstance(net, CLIPTextEncoder):
+        example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    else:
+        example = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, net.channels), jnp.float32)
+    return flatten_dict(jax.eval_shape(net.init, jax.random.key(0), example)["params"])
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """Their name of a parameter of ours, whose path begins with its half, "text" or "image"."""
+    if path == ("logit_scale",):
+        return "logit_scale"
+    half, *rest = path
+    model, projection = {
+        "text": ("text_model", "text_projection"),
+        "image": ("vision_model", "visual_projection"),
+    }[half]
+    if rest == ["class_token"]:
+        return f"{model}.embeddings.class_embedding"
+    *_, part, leaf = rest
+    if rest[0] == "projection":
+        return f"{projection}.weight"
+    if rest[0] == "transformer":
+        return f"{model}.encoder.layers.{rest[1].removeprefix('block_')}.{_PARTS[part]}.{_LEAVES[leaf]}"
+    return f"{model}.{_PARTS[part]}.{_LEAVES[leaf]}"
+
+
+def _converted(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[tuple[str, ...], Any],
+    names: Mapping[tuple[str, ...], str],
+) -> dict[str, Any]:
+    """A tree of our parameters from tensors of theirs, which must be exactly the named ones."""
+    halves = (np.float16, jnp.bfloat16)
+    own = {name: value.astype(np.float32) if value.dtype in halves else value for name, value in tensors.items()}
+    wanted = {name: _to_theirs(ours, np.broadcast_to(0, shapes[ours].shape)).shape for ours, name in names.items()}
     tensors_lib.check(path, own, wanted)
-    return unflatten_dict({ours: np.ascontiguousarray(_transposed(ours, own[name])) for ours, name in names.items()})
+    return unflatten_dict({ours: np.asarray(_to_ours(ours, own[name]), order="C") for ours, name in names.items()})
 
 
-def _is_left_out(name: str) -> bool:
-    """Whether a tensor is the image half's of a CLIPModel, or the numbers 0, 1, ... that older releases write."""
-    image_half = name.startswith("vision_model.") or name in ("visual_projection.weight", "logit_scale")
-    return image_half or name.endswith("embeddings.position_ids")
+def _to_theirs(path: tuple[str, ...], value: Any) -> np.ndarray:
+    """Our kernels are [..., C, D], theirs [D, C, ...]."""
+    return np.moveaxis(np.asarray(value), (-1, -2), (0, 1)) if path[-1] == "kernel" else np.asarray(value)
 
 
-def _names(paths: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path in our tree, name in theirs) of every parameter."""
-    leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-    for path in paths:
-        *_, part, leaf = path
-        if path[0] == "projection":
-            yield path, "text_projection.weight"
-        elif path[0] == "transformer":
-            layer = path[1].removeprefix("block_")
-            yield path, f"text_model.encoder.layers.{layer}.{_PARTS[part]}.{leaves[leaf]}"
-        else:
-            yield path, f"text_model.{_PARTS[part]}.{leaves[leaf]}"
-
-
-def _transposed(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    """Their kernels are [D, C], ours [C, D]."""
-    return value.T if path[-1] == "kernel" else value
+def _to_ours(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    return np.moveaxis(value, (0, 1), (-1, -2)) if path[-1] == "kernel" else value
 
 
 def _read_weights(folder: Path) -> tuple[Path, tensors_lib.Tensors]:

@@ -1,6 +1,8 @@
-"""Encoders of text: CLIP's, which is used frozen, and a small one that learns along with the network.
+"""CLIP's encoders of text and of images, which are used frozen, and a small one of text that learns along with the
+network.
 
-Both turn token ids int32 [B, L] into `TextStates`: a state for each token, to attend to, and one vector for the whole.
+Those of text turn token ids int32 [B, L] into `TextStates`: a state for each token, to attend to, and one vector for
+the whole. That of images turns pixels [B, H, W, C] into `ImageStates`, the same for the patches of an image.
 """
 
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.models.blocks import Dtype
+from ddpm_jax.models.blocks import Dtype, kernel_init
 from ddpm_jax.models.transformer import Transformer, layer_norm
 
 
@@ -23,6 +25,20 @@ class TextStates(NamedTuple):
     """
 
     tokens: jax.Array
+    pooled: jax.Array
+    projected: jax.Array | None = None
+
+
+class ImageStates(NamedTuple):
+    """What an encoder makes of an image.
+
+    Attributes:
+      patches: float32 [B, N, D], a state for each patch, row by row, before the last layer norm.
+      pooled: float32 [B, D], the state of the whole image.
+      projected: float32 [B, P], `pooled` in the space that CLIP shares with texts; None without a projection.
+    """
+
+    patches: jax.Array
     pooled: jax.Array
     projected: jax.Array | None = None
 
@@ -84,9 +100,76 @@ class CLIPTextEncoder(nn.Module):
         tokens = layer_norm(self.epsilon, jnp.float32, "final_norm")(transformer(x, mask))
         end = jnp.argmax(ids if self.end_token is None else ids == self.end_token, axis=-1)
         pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
-        if self.projection is None:
-            return TextStates(tokens, pooled)
-        return TextStates(tokens, pooled, nn.Dense(self.projection, use_bias=False, name="projection")(pooled))
+        return TextStates(tokens, pooled, _project(self.projection, pooled))
+
+
+class CLIPImageEncoder(nn.Module):
+    """CLIP's image encoder (Radford et al. 2021, arXiv:2103.00020), a Vision Transformer.
+
+    The image is cut into patches that do not overlap (a convolution without bias whose stride is its size). A learned
+    class token goes before them, and its state behind the last layer norm is `pooled`. The defaults are those of
+    ViT-L/14: 303,179,776 parameters without the projection.
+
+    Attributes:
+      image_size: height and width of an image in pixels.
+      patch_size: height and width of a patch; divides image_size.
+      channels: of an image.
+      width: width of the states.
+      num_layers, num_heads, mlp_width, activation, epsilon: of the Transformer.
+      projection: width of the projection, which has no bias; None: there is none.
+      dtype: what matrix products compute in; parameters and output are float32.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    channels: int = 3
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+    projection: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> ImageStates:
+        """Encodes images.
+
+        Args:
+          images: float [B, image_size, image_size, channels], normalised as the weights were trained with.
+
+        Returns:
+          The states, with `projected` if there is a projection.
+
+        Raises:
+          ValueError: images of another shape, or a patch_size that does not divide image_size.
+        """
+        batch, size, patch = len(images), self.image_size, self.patch_size
+        if size % patch:
+            raise ValueError(f"patch_size {patch} does not divide image_size {size}")
+        if images.shape[1:] != (size, size, self.channels):
+            raise ValueError(f"the images have shape {images.shape[1:]}; accepted: {(size, size, self.channels)}")
+        side, initial = size // patch, nn.initializers.normal(0.02)
+        # A matrix product over the pixels of each patch, which is faster than the same convolution on CPU.
+        pixels = images.reshape(batch, side, patch, side, patch, self.channels).swapaxes(2, 3)
+        pixels = pixels.reshape(batch, side**2, patch, patch, self.channels)
+        options = {"use_bias": False, "kernel_init": kernel_init(), "dtype": self.dtype, "name": "patches"}
+        patches = nn.DenseGeneral(self.width, axis=(-3, -2, -1), **options)(pixels)
+        token = self.param("class_token", initial, (self.width,))
+        x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), patches], axis=1)
+        x += nn.Embed(side**2 + 1, self.width, embedding_init=initial, name="positions")(jnp.arange(side**2 + 1))
+        x = Transformer(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_width,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            name="transformer",
+        )(layer_norm(self.epsilon, jnp.float32, "pre_norm")(x)).astype(jnp.float32)
+        pooled = layer_norm(self.epsilon, jnp.float32, "post_norm")(x[:, 0])
+        return ImageStates(x[:, 1:], pooled, _project(self.projection, pooled))
 
 
 class TextEncoder(nn.Module):
@@ -125,6 +208,11 @@ class TextEncoder(nn.Module):
         tokens = layer_norm(1e-5, jnp.float32, "final_norm")(x)
         weights = mask / jnp.sum(mask, axis=-1, keepdims=True)
         return TextStates(tokens, jnp.einsum("bl,bld->bd", weights, tokens))
+
+
+def _project(width: int | None, pooled: jax.Array) -> jax.Array | None:
+    """The pooled state in the space that texts and images share; called inside a module, like `_embed`."""
+    return None if width is None else nn.Dense(width, use_bias=False, name="projection")(pooled)
 
 
 def _embed(vocab_size: int, max_length: int, width: int, ids: jax.Array) -> jax.Array:

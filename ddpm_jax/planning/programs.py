@@ -122,8 +122,9 @@ def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) ->
 def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
     """Features of generated images of this shape, by Inception or, of the embedded digits, their classifier."""
     size = parallel.rounded(_FEATURES_BATCH, mesh)
-    if shape == (8, 8, 1):
-        name, apply = "digits classifier", features.train_digits_classifier().apply
+    count = features.digits_side_by_side(shape)
+    if count:
+        name, apply = "digits classifier", features.train_digits_classifier(count).apply
     else:
         name, net = "Inception", inception.InceptionV3()
         shape = (*shape[:2], 3)

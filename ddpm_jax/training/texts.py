@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import TRAINED, make_texts, train_tokenizer
 from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation.image_sets import places
 from ddpm_jax.interop import transformers
 from ddpm_jax.runtime import processes, workdir
 
@@ -45,8 +45,7 @@ def text_description(
         found["tokenizer"] = tokenizer.to_json()
     if "shown_captions" not in found:
         # Those of the pictures that data.png shows.
-        places = np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).round().astype(int)
-        found["shown_captions"] = [source.captions[place][0] for place in places.tolist()]
+        found["shown_captions"] = [source.captions[place][0] for place in places(source, _SHOWN).tolist()]
     if config.text.encoder != TRAINED and "text_encoder" not in found:
         target = folder / workdir.TEXT_ENCODER
         if jax.process_index() == 0:

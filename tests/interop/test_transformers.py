@@ -1,8 +1,10 @@
 """Folders of transformers: what is read and refused, and, beside transformers itself, what comes out."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import clips
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ddpm_jax.interop import transformers as interop
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.parallel import run_once_options
 
 NET = CLIPTextEncoder(30, max_length=9, width=16, num_layers=2, num_heads=2, mlp_width=24, end_token=28, projection=5)
 FINAL = "text_model.final_layer_norm.bias"
@@ -148,6 +151,83 @@ def test_refused_folders(folder):
     assert "config.json' cannot be read: No such file or directory" in refusal(interop.read, folder / "elsewhere")
 
 
+# A whole CLIP.
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return clips.make_clip(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def clip_folder(tmp_path, clip):
+    return interop.write_clip(tmp_path / "clip", clip)
+
+
+def assert_same_clip(found, expected):
+    for field in dataclasses.fields(expected):
+        if field.name not in ("params", "tokenizer"):
+            assert getattr(found, field.name) == getattr(expected, field.name), field.name
+    assert_same(found.params, expected.params)
+    assert found.tokenizer.to_json() == expected.tokenizer.to_json()
+
+
+def test_a_whole_clip_written_and_read(clip, clip_folder):
+    assert_same_clip(interop.read_clip(clip_folder), clip)
+    net, params = interop.read(clip_folder)
+    assert net == clip.text
+    assert_same(params, clip.params["text"])
+
+
+def test_an_older_clip_in_half_precision(clip, clip_folder):
+    """Fields a second time, sizes as numbers, no preprocessor_config.json but OpenAI's."""
+    config = json.loads((clip_folder / "config.json").read_text())
+    vision = config["vision_config"]
+    edit_config(clip_folder, vision_config=vision | {"num_hidden_layers": 9}, vision_config_dict=vision)
+    preprocessor = clip_folder / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps(json.loads(preprocessor.read_text()) | {"size": 12, "crop_size": 12}))
+    ranges = {f"{half}_model.embeddings.position_ids": np.arange(9)[None] for half in ("text", "vision")}
+    edit_tensors(clip_folder, lambda tensors: {k: v.astype(np.float16) for k, v in tensors.items()} | ranges)
+    halved = jax.tree.map(lambda value: value.astype(np.float16).astype(np.float32), clip.params)
+    assert_same_clip(interop.read_clip(clip_folder), dataclasses.replace(clip, params=halved))
+    preprocessor.unlink()
+    found = interop.read_clip(clip_folder)
+    assert (found.image_mean[0], found.image_std[2]) == (0.48145466, 0.27577711)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("config", {"architectures": ["CLIPTextModel"]}, "architectures is 'CLIPTextModel' in {}; accepted: CLIPModel"),
+        ("config", {"vision_config": 3}, "vision_config is 3 in {}; accepted: a JSON object"),
+        ("config", {"vision_config": {"patch_size": 5}}, "patch_size is 5 in {}; accepted: a divisor of image_size, 2"),
+        ("config", {"vision_config": {"num_channels": 1}}, "num_channels is 1 in {}; accepted: 3"),
+        ("config", {"vision_config": {"hidden_act": "relu"}}, "hidden_act is 'relu' in {}; accepted: gelu, quick_gelu"),
+        ("preprocessor_config", {"size": {"height": 12, "width": 12}}, "size is {{'height': 12, 'width': 12}} in {}"),
+        ("preprocessor_config", {"size": {"shortest_edge": 16}}, "size is {{'shortest_edge': 16}} in {}; accepted: 12"),
+        ("preprocessor_config", {"crop_size": 8}, "crop_size is 8 in {}; accepted: 12"),
+        ("preprocessor_config", {"resample": 2}, "resample is 2 in {}; accepted: 3"),
+        ("preprocessor_config", {"do_normalize": False}, "do_normalize is False in {}; accepted: true"),
+        ("preprocessor_config", {"image_mean": [0.5]}, "image_mean is [0.5] in {}; accepted: 3 numbers"),
+        ("preprocessor_config", {"image_std": [1, 1, 0]}, "image_std is [1, 1, 0] in {}; accepted: numbers above 0"),
+    ],
+)
+def test_refused_clip(clip_folder, name, fields, message):
+    path = clip_folder / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert message.format(repr(str(path))) in refusal(interop.read_clip, clip_folder)
+
+
+def test_refused_tensors_and_tokenizers_of_a_clip(clip, clip_folder, tmp_path):
+    edit_tensors(clip_folder, lambda t: {k: v for k, v in t.items() if k != "logit_scale"})
+    assert "has no tensor 'logit_scale'" in refusal(interop.read_clip, clip_folder)
+    (clip_folder / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refusal(interop.read_clip, clip_folder)
+    few = dataclasses.replace(clip, text=clip.text.clone(vocab_size=500))
+    message = refusal(interop.read_clip, interop.write_clip(tmp_path / "few", few))
+    assert message.endswith("has 514 tokens; accepted: at most the 500 of the text encoder")
+
+
 # Against transformers.
 
 NARROW = {
@@ -267,6 +347,73 @@ def test_pickled_half_of_a_whole_clip(tmp_path, legacy):
     kernel = expected["text_model.encoder.layers.1.self_attn.k_proj.weight"].T
     np.testing.assert_array_equal(params["transformer"]["block_1"]["attention"]["key"]["kernel"], kernel)
     np.testing.assert_array_equal(params["projection"]["kernel"], expected["text_projection.weight"].T)
+
+
+def whole_config(vision):
+    """Of a CLIPModel whose text half is narrow."""
+    text = NARROW | {"vocab_size": clips.VOCAB_SIZE, "bos_token_id": 512, "eos_token_id": 513}
+    return lambda transformers: transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+
+
+def compare_images(measure, peer, name, count=3):
+    """Every output of the image encoder, and the whole CLIP where there is one."""
+    clips.write_tokenizer(peer.folder, max_length=77)
+    clip = interop.read_clip(peer.folder)
+    size = clip.image.image_size
+    images = np.random.default_rng(0).standard_normal((count, size, size, 3)).astype(np.float32)
+    apply = jax.jit(clip.image.apply, compiler_options=run_once_options())
+    found = apply({"params": clip.params["image"]}, images)
+    pixels = peer.torch.tensor(images.transpose(0, 3, 1, 2))
+    with peer.torch.no_grad():
+        theirs = peer.net.vision_model(pixel_values=pixels)
+        projected = peer.net.visual_projection(theirs.pooler_output)
+    for what, ours, expected in (
+        ("states of patches", found.patches, theirs.last_hidden_state[:, 1:]),
+        ("pooled state of images", found.pooled, theirs.pooler_output),
+        ("projected state of images", found.projected, projected),
+    ):
+        error = np.linalg.norm(ours - expected.numpy()) / np.linalg.norm(expected)
+        measure(f"{what}, {name}", "transformers, PyTorch", error, 1e-4, "relative")
+    return clip, found.projected, pixels
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_narrow_clips(measure, tmp_path, activation):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 24, "patch_size": 4, "hidden_act": activation}
+    peer, name = Peer("CLIPModel", whole_config(vision), tmp_path / "theirs"), "narrow CLIPs of both activations"
+    clip, image, pixels = compare_images(measure, peer, name)
+    ids, _ = prompts(clips.VOCAB_SIZE)
+    text = jax.jit(clip.text.apply)({"params": clip.params["text"]}, ids).projected
+    units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text)]
+
+    def logits(net):
+        with peer.torch.no_grad():
+            return net(input_ids=peer.torch.tensor(ids), pixel_values=pixels).logits_per_image.numpy()
+
+    expected = logits(peer.net)
+    error = np.linalg.norm(np.exp(clip.logit_scale) * units[0] @ units[1].T - expected) / np.linalg.norm(expected)
+    measure(f"logits of images and texts, {name}", "transformers, PyTorch", error, 1e-4, "relative")
+
+    written = interop.write_clip(tmp_path / "again", clip)
+    before, after = (load_file(folder / "model.safetensors") for folder in (peer.folder, written))
+    assert before.keys() == after.keys()
+    different = [name for name, value in before.items() if value.tobytes() != after[name].tobytes()]
+    measure("tensors that differ after reading and writing, narrow CLIPs", "their bytes", len(different), 0)
+    np.testing.assert_array_equal(logits(type(peer.net).from_pretrained(written).eval()), expected)
+
+
+@pytest.mark.peers
+def test_large_image_encoder(measure, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="it is not installed (pip install -e '.[peers]')")
+    # Torch's own initial values are as good here, and sooner drawn.
+    monkeypatch.setattr(transformers.CLIPModel, "init_weights", lambda self: None)
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 224, "patch_size": 14}
+    peer = Peer("CLIPModel", whole_config(vision), tmp_path)
+    clip, _, _ = compare_images(measure, peer, "ViT-L/14's image encoder", count=1)
+    assert sum(leaf.size for leaf in jax.tree.leaves(clip.params["image"])) == 303_179_776 + 24 * 1024
 
 
 @pytest.mark.peers

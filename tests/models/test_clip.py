@@ -4,13 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import layer_norm, transformer
 
-from ddpm_jax.models.clip import CLIPTextEncoder, TextEncoder
+from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder, TextEncoder
 
 NARROW = CLIPTextEncoder(30, max_length=9, width=16, num_layers=2, num_heads=2, mlp_width=24, end_token=28)
 # Start, words, end, padding. 29 is larger than the end token.
 IDS = np.array([[27, 4, 29, 28, 28, 28], [27, 1, 2, 3, 28, 0]], np.int32)
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+IMAGE = CLIPImageEncoder(
+    image_size=6, patch_size=2, width=16, num_layers=2, num_heads=4, mlp_width=24, epsilon=1e-3, projection=5
+)
 SMALL = TextEncoder(30, max_length=9, width=16, num_heads=2)
 
 
@@ -28,6 +32,8 @@ def apply(module, variables, *arguments):
 def test_clip_s_parameters():
     shapes = jax.eval_shape(CLIPTextEncoder().init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 123_060_480
+    shapes = jax.eval_shape(CLIPImageEncoder().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 303_179_776
 
 
 def test_clip_s_pooled_state_is_the_end_token_s():
@@ -84,3 +90,47 @@ def test_bfloat16_is_close_to_float32():
 def test_too_many_tokens(module):
     with pytest.raises(ValueError, match="a text of 10 tokens is longer than max_length, 9"):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 10), jnp.int32), jnp.ones((1, 10), bool))
+
+
+# CLIP's image encoder.
+
+
+def images(count=3):
+    return np.random.default_rng(1).standard_normal((count, 6, 6, 3)).astype(np.float32)
+
+
+def test_image_encoder_follows_the_equations():
+    x = images()
+    variables = randomised(IMAGE, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    places = [(slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)) for i in range(3) for j in range(3)]
+    patches = [np.einsum("bhwc,hwcd->bd", x[:, rows, columns], p["patches"]["kernel"]) for rows, columns in places]
+    states = np.stack([np.broadcast_to(p["class_token"], (3, 16)), *patches], axis=1) + p["positions"]["embedding"]
+    states = layer_norm(p["pre_norm"], states, 1e-3)
+    states = transformer(p["transformer"], states, 4, np.ones((3, 10, 10), bool), "quick_gelu", 1e-3)
+    pooled = layer_norm(p["post_norm"], states[:, 0], 1e-3)
+    found = apply(IMAGE, variables, x)
+    np.testing.assert_allclose(found.patches, states[:, 1:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.pooled, pooled, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.projected, pooled @ p["projection"]["kernel"], rtol=1e-4, atol=1e-4)
+    assert jax.eval_shape(IMAGE.clone(projection=None).apply, variables, x).projected is None
+
+
+def test_image_encoder_in_bfloat16_is_close_to_float32():
+    variables = randomised(IMAGE, images())
+    low, expected = (apply(IMAGE.clone(dtype=dtype), variables, images()) for dtype in (jnp.bfloat16, jnp.float32))
+    assert {array.dtype for array in (*low, *expected)} == {jnp.dtype("float32")}
+    assert np.abs(low.pooled - expected.pooled).max() < 0.05 * np.abs(expected.pooled).max()
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (IMAGE.clone(patch_size=4), (1, 6, 6, 3), "patch_size 4 does not divide image_size 6"),
+        (IMAGE, (1, 6, 8, 3), "images have shape \\(6, 8, 3\\); accepted: \\(6, 6, 3\\)"),
+        (IMAGE, (1, 6, 6, 1), "images have shape \\(6, 6, 1\\); accepted"),
+    ],
+)
+def test_refused_images(module, shape, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))

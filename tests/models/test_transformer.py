@@ -1,10 +1,10 @@
 from functools import partial
-from math import erf
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import attention, transformer
 
 from ddpm_jax.models.transformer import Attention, Transformer
 
@@ -29,32 +29,6 @@ def apply(module, variables, *arguments):
     return module.apply(variables, *arguments)
 
 
-def dense(p, x):
-    return x @ p["kernel"] + p.get("bias", 0)
-
-
-def layer_norm(p, x, epsilon):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
-
-
-def attention(p, x, context, heads, allowed):
-    """Softmax(q k^T / sqrt(C / heads)) v, head by head; allowed: [B, L, M]."""
-    query, key, value = (
-        np.split(dense(p[name], source), heads, axis=-1)
-        for name, source in (("query", x), ("key", context), ("value", context))
-    )
-    results = []
-    for q, k, v in zip(query, key, value, strict=True):
-        weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])) * allowed
-        results.append(weights / weights.sum(-1, keepdims=True) @ v)
-    return dense(p["out"], np.concatenate(results, axis=-1))
-
-
-ACTIVATIONS = {
-    "gelu": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
-    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
-}
 MASK = np.array([[True, True, True, False, False], [True, True, True, True, True]])
 
 
@@ -64,12 +38,7 @@ def test_follows_the_equations(causal, activation):
     x = normal(0, 2, 5, 8)
     variables, p = randomised(module, x)
     allowed = MASK[:, None, :] & (np.tri(5, dtype=bool) if causal else np.ones((5, 5), bool))
-    expected = np.asarray(x, np.float64)
-    for block in (p["block_0"], p["block_1"]):
-        h = layer_norm(block["norm_0"], expected, 1e-3)
-        expected = expected + attention(block["attention"], h, h, 2, allowed)
-        h = layer_norm(block["norm_1"], expected, 1e-3)
-        expected = expected + dense(block["mlp_1"], ACTIVATIONS[activation](dense(block["mlp_0"], h)))
+    expected = transformer(p, np.asarray(x, np.float64), 2, allowed, activation, 1e-3)
     found = apply(module, variables, x, MASK)
     np.testing.assert_allclose(found[MASK], expected[MASK], atol=1e-5)
     # What is masked changes nothing at the other tokens.
