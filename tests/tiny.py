@@ -29,18 +29,23 @@ def small(**changes):
     return config
 
 
-def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
+def make_run(devices=8, class_conditional=False, label_dropout=0.0, captions=(), **sample):
     config = config_lib.default_config()
     config.data.update(source="digits", height=8, width=8, channels=1, flip=False)
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, middle_attention=False)
     config.model.class_conditional = class_conditional
     config.train.label_dropout = label_dropout
+    if captions:
+        config.data.update(source="numbers", num_digits=1)
+        config.model.middle_attention = True  # which reads them
+        config.text.update(encoder="trained", max_length=16, width=8, num_layers=1, num_heads=1)
     config.diffusion.num_timesteps = 40
     config.log.sample_steps = 0
     config.sample.update(batch_size=16, **sample)
     validate(config)
     names = [str(i) for i in range(3)]
     dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
+    dataset |= {"shown_captions": list(captions)} if captions else {}
     model = config_lib.make_model(config, dataset)
     init = jax.jit(lambda: model.init_params(0), compiler_options=parallel.run_once_options())
     # Its last layer starts at zero: without this the network would say nothing.

@@ -31,6 +31,7 @@ REPORT = "report.html"
 _MOST_POINTS = 600  # of a curve
 _MOST_PICTURES = 24  # of the samples on the way
 _MOST_MADE = 12  # pictures that were made of the run
+_MOST_OPEN = 8  # prompts of a picture that are seen without opening their list
 _OF_TRAINING = re.compile(r"(step_\d{8}|data|final|denoising)\.png")
 _LARGE = 60_000  # bytes from which a picture is compressed with loss
 
@@ -63,12 +64,21 @@ def _page(folder: Path) -> str:
     lines = read_json_lines(folder / METRICS)
     history = read_json_lines(folder / workdir.HISTORY)
     drawn = _pictures_on_the_way(folder)
-    stages = _stages(folder, dataset)
+    stages, in_strip = _stages(folder, dataset)
+    captions = [str(caption) for caption in dataset.get("shown_captions", [])]
+    in_grids = max(config.log.sample_images, config.sample.num_images)
     sections = {
         "summary": _summary(config, dataset, lines, history, read_json(folder / workdir.ENVIRONMENT, {})),
-        "data": _data(folder, dataset),
-        "samples": _slider("samples", drawn, "The same noise every time, so that the pictures can be compared."),
-        "denoising": _slider("denoising", stages, "The same images on the way from noise, x_t by x_t."),
+        "data": _data(folder, dataset, _captions(captions)),
+        "samples": _slider(
+            "samples",
+            drawn,
+            "The same noise every time, so that the pictures can be compared.",
+            _captions(captions, in_grids),
+        ),
+        "denoising": _slider(
+            "denoising", stages, "The same images on the way from noise, x_t by x_t.", _captions(captions, in_strip)
+        ),
         "pictures": _pictures(folder),
         "curves": _curves(lines),
         "evaluation": _evaluations(folder),
@@ -127,11 +137,17 @@ def _summary(
     facts: dict[str, Any] = {}
     if dataset.get("shape"):
         classes = f", {len(dataset['class_names'])} classes" if dataset.get("class_names") else ""
-        facts["Data"] = f"{describe(dataset)}: {dataset.get('num_images', 0):,} images of {_size(dataset)}{classes}"
+        held_out = f", {len(dataset['held_out'])} numbers held out" if dataset.get("held_out") else ""
+        found = f"{dataset.get('num_images', 0):,} images of {_size(dataset)}"
+        facts["Data"] = f"{describe(dataset)}: {found}{classes}{held_out}"
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
     widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
     levels = " ".join(map(str, widths))
     facts["Network"] = f"UNet of {size}{levels} channels by level, {model.num_res_blocks} blocks each, {model.dtype}"
+    if config.text.encoder == config_lib.TRAINED:
+        facts["Text encoder"] = f"trained along, {config.text.width} wide, {config.text.num_layers} layers"
+    elif config.text.encoder:
+        facts["Text encoder"] = f"frozen, {config.text.encoder}"
     facts["Diffusion"] = (
         f"{diffusion.schedule} schedule of {diffusion.num_timesteps:,} timesteps, predicts {diffusion.prediction}, "
         f"variance {diffusion.variance}"
@@ -163,15 +179,30 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items()) + "</dl>"
 
 
-def _data(folder: Path, dataset: Mapping[str, Any]) -> str:
+def _data(folder: Path, dataset: Mapping[str, Any], captions: str) -> str:
     path = folder / "samples" / "data.png"
     if not path.exists():
         return ""
-    return _figure(_encoded(path), f"A grid of images that the run learns from, {_size(dataset)} each", "Real images.")
+    alt = f"A grid of images that the run learns from, {_size(dataset)} each"
+    return _figure(_encoded(path), alt, "Real images.", captions)
 
 
-def _figure(source: str, alt: str, caption: str) -> str:
-    return f'<figure><img src="{source}" alt="{_text(alt)}"><figcaption>{_text(caption)}</figcaption></figure>'
+def _figure(source: str, alt: str, caption: str, more: str = "") -> str:
+    """`more` is HTML that follows the caption."""
+    return f'<figure><img src="{source}" alt="{_text(alt)}"><figcaption>{_text(caption)}{more}</figcaption></figure>'
+
+
+def _captions(captions: Sequence[str], count: int | None = None) -> str:
+    """What the images of a grid are asked for, or show; of more images than captions, these come again."""
+    if not captions:
+        return ""
+    count = len(captions) if count is None else count
+    again = f"; after {len(captions)} they start again" if count > len(captions) else ""
+    return f"<details><summary>Captions, row by row{again}</summary>{_list(captions[:count])}</details>"
+
+
+def _list(texts: Iterable[str]) -> str:
+    return f'<ol class="texts">{"".join(f"<li>{_text(text)}</li>" for text in texts)}</ol>'
 
 
 # Pictures that a slider goes through: [{"label", "alt", "src"}].
@@ -189,11 +220,11 @@ def _pictures_on_the_way(folder: Path) -> Pictures:
     return [{"label": label, "alt": f"A grid of samples at {label}", "src": _encoded(path)} for label, path in found]
 
 
-def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
-    """denoising.png, a row an image and a column a stage, as a picture a stage."""
+def _stages(folder: Path, dataset: Mapping[str, Any]) -> tuple[Pictures, int]:
+    """denoising.png, a row an image and a column a stage, as a picture a stage; and the number of images."""
     path = folder / "samples" / "denoising.png"
     if not path.exists() or not dataset.get("shape"):
-        return []
+        return [], 0
     height, width, _ = dataset["shape"]
     gap, factor = 2, images.enlargement(height, width)
     rows, columns = height * factor + gap, width * factor + gap
@@ -207,21 +238,49 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> Pictures:
         label = "noise" if stage == 0 else "image" if stage == count - 1 else f"stage {stage + 1} of {count}"
         shown = images.show(pictures, columns=-(-len(pictures) // 2), gap=gap)
         found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(shown)})
-    return found
+    return found, (len(strip) - gap) // rows
 
 
 def _pictures(folder: Path) -> str:
     """What sampling and editing left, the newest first."""
     paths = [path for path in (folder / "samples").glob("*.png") if not _OF_TRAINING.fullmatch(path.name)]
     paths = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    figures = [_figure(_encoded(path), f"Pictures, {path.stem}", path.name) for path in paths[:_MOST_MADE]]
+    figures = [
+        _figure(_encoded(path), f"Pictures, {path.stem}", path.name, _asked(path)) for path in paths[:_MOST_MADE]
+    ]
     if len(paths) > _MOST_MADE:
         figures.append(f"<p>and {len(paths) - _MOST_MADE} older ones in samples/</p>")
     return "".join(figures)
 
 
-def _slider(name: str, pictures: Pictures, caption: str) -> str:
-    """A picture and a slider over all of them; without a script the last one stays."""
+def _asked(path: Path) -> str:
+    """What a picture's text chunks say that it was asked for; see `Job.text`."""
+    try:
+        with opened(path) as image:
+            description, settings = (str(image.info.get(name, "")) for name in ("Description", "settings"))
+        told = json.loads(settings)
+        if not isinstance(told, dict):
+            return ""
+        scale = float(told.get("guidance_scale", 1))
+    except (ValueError, TypeError, OSError):  # there are none, or they are another program's
+        return ""
+    wanted, unwanted = told.get("prompts"), told.get("negative_prompts")
+    # Of many prompts the settings have a digest alone.
+    prompts = wanted if isinstance(wanted, list) else description.splitlines()
+    rows = ", a row each" if path.name.startswith("step_") and isinstance(wanted, list) else ""
+    facts = [f"seed {told['seed']}"] if "seed" in told else []
+    facts += [f"guidance {scale:g}"] if scale != 1 else []
+    negative = f"negative prompt: {'; '.join(map(str, unwanted))}" if isinstance(unwanted, list) and unwanted else ""
+    lines = [", ".join(facts), f"prompt: {prompts[0]}" if len(prompts) == 1 else "", negative]
+    found = "".join(f"<br>{_text(line)}" for line in lines if line)
+    if len(prompts) > 1:
+        is_open = " open" if len(prompts) <= _MOST_OPEN else ""
+        found += f"<details{is_open}><summary>Prompts{rows}</summary>{_list(map(str, prompts))}</details>"
+    return found
+
+
+def _slider(name: str, pictures: Pictures, caption: str, more: str) -> str:
+    """A picture and a slider over all of them; without a script the last one stays. `more` as in `_figure`."""
     if not pictures:
         return ""
     last = pictures[-1]
@@ -231,7 +290,7 @@ def _slider(name: str, pictures: Pictures, caption: str) -> str:
         f'data-pictures="{name}"><output for="{name}-slider">{_text(last["label"])}</output></p>'
     )
     picture = f'<img id="{name}-picture" src="{last["src"]}" alt="{_text(last["alt"])}">'
-    figure = f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+    figure = f"<figure>{picture}<figcaption>{_text(caption)}{more}</figcaption></figure>"
     return (slider if len(pictures) > 1 else "") + figure
 
 

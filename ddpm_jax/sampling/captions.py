@@ -125,8 +125,9 @@ class CaptionCondition:
         return {"prompt": np.array([texts[i] for i in (np.asarray(numbers) % len(texts)).tolist()])}
 
     def controls(self) -> list[Control]:
-        prompt = Control("prompt", "Prompt", suggestions=self.shown)
-        return [prompt, Control("negative_prompt", "Negative prompt")] if self.dropout else [prompt]
+        prompt = Control("prompt", "Prompt", suggestions=[*dict.fromkeys(filter(None, self.shown))])
+        negative = Control("negative_prompt", "Negative prompt", only_guided=True)
+        return [prompt, negative] if self.dropout else [prompt]
 
 
 def _checked(name: str, prompts: Sequence[Any]) -> tuple[str, ...]:

@@ -49,12 +49,14 @@ class Control:
       title: what the page calls it.
       choices: the names of the values 0, 1, ... that it may have; none: it is any text.
       suggestions: of such a text.
+      only_guided: whether it does nothing without guidance.
     """
 
     name: str
     title: str
     choices: Sequence[str] = ()
     suggestions: Sequence[str] = ()
+    only_guided: bool = False
 
 
 class Condition(Protocol):

@@ -16,13 +16,14 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError, first_line
-from ddpm_jax.sampling.condition import FIELDS
+from ddpm_jax.sampling.condition import FIELDS, Control
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 16_000_000  # of a picture that is brought; a telephone's have 12 million
 MAX_TIMES = 20  # of RePaint
 MAX_GUIDANCE = 20.0
+MAX_TEXT = 2_000  # characters of a prompt
 _FRAMES = 24  # of the way from noise to image, that a page is shown
 
 Form = Mapping[str, Any]
@@ -96,14 +97,16 @@ class Playground:
     def facts(self) -> dict[str, Any]:
         """What the page needs to know."""
         run, height, width = self.run, *self.run.shape[:2]
+        controls = run.condition.controls()
         takes = {name: {*inspect.signature(table).parameters} & {"eta", "order"} for name, table in SAMPLERS.items()}
         return {
             "name": self.name,
             "weights": run.weights,
             "height": height,
             "width": width,
-            "controls": [dataclasses.asdict(control) for control in run.condition.controls()],
+            "controls": [dataclasses.asdict(control) for control in controls],
             "guidance": not run.condition.cannot_guide,
+            "guidance_scale": self._guidance_scale(controls),
             "unconditional": run.condition.can_be_left_out,
             "timesteps": self.last + 1,
             "samplers": {
@@ -115,9 +118,17 @@ class Playground:
             "max_images": self.batch_size,
             "max_times": MAX_TIMES,
             "max_guidance": MAX_GUIDANCE,
+            "max_text": MAX_TEXT,
             "training_images": 0 if self.source is None else len(self.source),
             "without_training_images": self.without_source,
         }
+
+    def _guidance_scale(self, controls: Sequence[Control]) -> float:
+        """What the page starts with: images follow a prompt closely only with guidance."""
+        if self.run.condition.cannot_guide or all(control.choices for control in controls):
+            return 1.0
+        own = float(self.run.config.sample.guidance_scale)
+        return 2.0 if own == 1 else own
 
     def training_page(self, query: Form) -> dict[str, Any]:
         """Some of the training images."""
@@ -205,13 +216,13 @@ class Playground:
     def _action(
         self, kind: str, form: Form, call: Work, calls: int, options: dict[str, Any], view: str = "x_0"
     ) -> Action:
-        guided = options.get("guidance_scale", 1.0) != 1.0
+        guided = self.run.request(**options).guidance.is_on
 
         def seen(watch: Any) -> np.ndarray:
             return call(watch=watch, snapshots_of=view)
 
-        program = (kind, guided, self.run.request(**options).condition.is_said)
-        return Action(seen, self._num_images(form), calls, 2.0 if guided else 1.0, program)
+        # Whatever is said, or nothing, the arrays have the same shapes.
+        return Action(seen, self._num_images(form), calls, 2.0 if guided else 1.0, (kind, guided))
 
     # Their options.
 
@@ -229,10 +240,10 @@ class Playground:
         options |= {} if scale is None else {"guidance_scale": scale}
         controls = {control.name: control for control in self.run.condition.controls()}
         for name, keyword in FIELDS.items():
-            if name in controls:
+            if name in controls and controls[name].choices:
                 said = integer(form, name, 0, len(controls[name].choices) - 1)
             else:
-                said = text(form, name) or None  # which the run refuses
+                said = text(form, name, MAX_TEXT) or None  # a run without this control refuses it
             options |= {} if said is None else {keyword: (said,)}
         return options
 
@@ -291,11 +302,14 @@ def _training_images(run: Run) -> Source:
 # Of forms.
 
 
-def text(form: Form, name: str) -> str:
+def text(form: Form, name: str, most: int | None = None) -> str:
     value = form.get(name, "")
     if not isinstance(value, str):
         raise UserError(f"{name} is a file; accepted: a value")
-    return value.strip()
+    value = value.strip()
+    if most is not None and len(value) > most:
+        raise UserError(f"{name} has {len(value):,} characters; accepted: at most {most:,}")
+    return value
 
 
 def choice(form: Form, name: str, accepted: Sequence[str], default: str) -> str:

@@ -1,6 +1,7 @@
 """The page of a run: from what lies in a workdir, and in a real browser."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -8,8 +9,10 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import make_run
 
 from ddpm_jax import report
+from ddpm_jax.commands.job import Job
 from ddpm_jax.config import default_config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.evaluation import results
@@ -32,6 +35,14 @@ def write_lines(path, count):
         for i in range(1, count + 1)
     ]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def change(path, **fields):
+    """Other values in a JSON file; those of a section replace its own alone."""
+    values = json.loads(path.read_text())
+    for name, value in fields.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    write_text(path, json.dumps(values))
 
 
 def shade(value, size=8):
@@ -153,6 +164,73 @@ class TestWrite:
             "set aside in corrupt/, since they could not be read: the checkpoints of step 240",
         ]
         assert "failed: step 300 of 1,000" in text
+
+    def test_of_a_run_without_captions(self, run):
+        text, _ = page_of(run)
+        assert "Captions" not in text
+        assert "Text encoder" not in text
+        assert "held out" not in text
+
+    def test_captions_stand_under_their_grids(self, run):
+        captions = ["two", "<b>five</b> & six", "seven", "ten", "six"]
+        change(run / "dataset.json", shown_captions=captions, held_out=[3, 8])
+        change(run / "config.json", text={"encoder": "trained", "width": 48, "num_layers": 3})
+        text, _ = page_of(run)
+        found = {
+            section: re.findall(r"<summary>(Captions[^<]*)</summary>(<ol.*?</ol>)", part)
+            for section, part in re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.DOTALL)
+        }
+        listed = [f"<li>{html.escape(caption)}</li>" for caption in captions]
+        assert listed[1] == "<li>&lt;b&gt;five&lt;/b&gt; &amp; six</li>"
+        of_five, of_strip = (f'<ol class="texts">{"".join(part)}</ol>' for part in (listed, listed[:ROWS]))
+        assert {section: lists for section, lists in found.items() if lists} == {
+            "data": [("Captions, row by row", of_five)],
+            "samples": [("Captions, row by row; after 5 they start again", of_five)],
+            "denoising": [("Captions, row by row", of_strip)],
+        }
+        assert "<dt>Text encoder</dt><dd>trained along, 48 wide, 3 layers</dd>" in text
+        assert "5 images of 8x8x1, 2 numbers held out" in text
+
+    def test_names_a_frozen_encoder(self, run):
+        change(run / "config.json", text={"encoder": "/clip & more"})
+        assert "<dt>Text encoder</dt><dd>frozen, /clip &amp; more</dd>" in page_of(run)[0]
+
+    @pytest.mark.parametrize(
+        "chunks",
+        [
+            {},
+            {"parameters": "Steps: 20, Seed: 4"},
+            {"settings": "no JSON"},
+            {"settings": "[1]"},
+            {"settings": '{"guidance_scale": "much"}'},
+            {"settings": '{"guidance_scale": null}'},
+        ],
+    )
+    def test_a_picture_of_another_program_stays_as_it_is(self, run, chunks):
+        images.save(run / "samples" / "other.png", images.grid(shade(9)[None]), chunks)
+        assert "<figcaption>other.png</figcaption>" in page_of(run)[0]
+
+    @pytest.mark.slow
+    def test_pictures_say_what_they_were_asked_for(self, run):
+        model = make_run(devices=1, captions=["one"])
+        prompts = ["seven", "<b>two</b> & three"]
+        pictures = {
+            "step_1": {"prompts": prompts, "negative_prompts": ["ten"], "guidance_scale": 2.5},
+            "vary_1": {"prompts": prompts[:1]},
+            "many_1": {"prompts": [f"number {i}" for i in range(65)]},
+        }
+        for name, options in pictures.items():
+            job = Job(model, run, seed=3, options=options)
+            images.save(run / "samples" / f"{name}.png", images.grid(shade(9)[None]), job.text())
+        text, _ = page_of(run)
+        found = {name: re.search(rf"<figcaption>{name}\.png(.*?)</figcaption>", text)[1] for name in pictures}
+        assert found["step_1"] == (
+            "<br>seed 3, guidance 2.5<br>negative prompt: ten<details open><summary>Prompts, a row each</summary>"
+            '<ol class="texts"><li>seven</li><li>&lt;b&gt;two&lt;/b&gt; &amp; three</li></ol></details>'
+        )
+        assert found["vary_1"] == "<br>seed 3<br>prompt: seven"
+        assert found["many_1"].startswith("<br>seed 3<details><summary>Prompts</summary>")
+        assert found["many_1"].count("<li>") == 65
 
     def test_of_a_run_that_has_only_begun(self, tmp_path):
         folder = workdir.check_writable(tmp_path / "run")

@@ -2,16 +2,22 @@
 
 import base64
 import io
+import socket
+import threading
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from runs import PATIENCE
 from tiny import PICTURES, make_run, near
 
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.serve.actions import Playground
-from ddpm_jax.serve.queue import CancelledError
+from ddpm_jax.serve.app import make_app
+from ddpm_jax.serve.queue import CancelledError, Queue
+from ddpm_jax.serve.server import Server
 
 pytestmark = pytest.mark.slow
 QUICK = {"num_steps": "4", "sampler": "ddim"}
@@ -54,6 +60,14 @@ def playground():
 @pytest.fixture(scope="module")
 def classes():
     return Playground(make_run(devices=1, class_conditional=True, label_dropout=0.1), "tiny", 8)
+
+
+CAPTIONS = ("one", "two", "<b>three</b> & more", "two")
+
+
+@pytest.fixture(scope="module")
+def captioned():
+    return Playground(make_run(devices=1, captions=CAPTIONS), "tiny", 8)
 
 
 class TestActions:
@@ -111,6 +125,32 @@ class TestActions:
         assert guided.weight == 2.0
         assert not near(Told(guided).pictures, pictures[1])
 
+    def test_prompts_and_guidance(self, captioned):
+        form = QUICK | {"seed": "1", "num_images": "3"}
+        said = ({"prompt": " two "}, {}, {"prompt": "two", "negative_prompt": "one"})
+        actions = [captioned.sample(form | {"guidance_scale": "2"} | texts) for texts in said]
+        assert [*{action.program for action in actions}] == [("sample", True)]
+        pictures = [Told(action).pictures for action in actions]
+        same = {"num_steps": 4, "sampler": "ddim", "guidance_scale": 2} | WATCHED
+        texts = ({"prompts": ["two"]}, {}, {"prompts": ["two"], "negative_prompts": ["one"]})
+        for found, expected in zip(pictures, texts, strict=True):
+            assert near(found, captioned.run.sample(8, 1, **expected, **same)[:3])
+        assert not near(pictures[0], pictures[1])
+        assert not near(pictures[0], pictures[2])
+
+    def test_one_program_for_all_prompts(self, captioned):
+        """Said or not: what is compiled for an edit without a prompt serves every one with a prompt."""
+        form = QUICK | {"picture": upload(PICTURES[0])}
+        Told(captioned.vary(form))
+        compiled = []
+        jax.monitoring.register_event_duration_secs_listener(record := lambda name, *_, **__: compiled.append(name))
+        try:
+            Told(captioned.vary(form | {"prompt": "two"}))
+            Told(captioned.vary(form | {"prompt": "a text that no one has said before"}))
+        finally:
+            jax.monitoring.unregister_event_duration_listener(record)
+        assert "/jax/core/compile/backend_compile_duration" not in compiled
+
 
 FIRST = {"first": upload(PICTURES[0])}
 REFUSED = [
@@ -149,6 +189,33 @@ def test_refusals(playground, action, form, sentence):
         getattr(playground, action)(form)
 
 
+@pytest.mark.parametrize(
+    ("action", "form", "sentence"),
+    [
+        ("sample", {"prompt": "x" * 2001}, "^prompt has 2,001 characters; accepted: at most 2,000$"),
+        ("sample", {"prompt": upload(PICTURES[0])}, "^prompt is a file"),
+        ("sample", {"prompt": "\0"}, "has a NUL character"),
+        ("sample", {"label": "1"}, "this run is not class-conditional"),
+        (
+            "sample",
+            {"prompt": "two", "negative_prompt": "one"},
+            "^a negative prompt does nothing at a guidance_scale of 1; give another, such as 2$",
+        ),
+        ("vary", {"picture": upload(PICTURES[0]), "guidance_scale": "2"}, "guidance needs the prompts"),
+    ],
+)
+def test_refusals_of_a_run_with_captions(captioned, action, form, sentence):
+    with pytest.raises(UserError, match=sentence):
+        getattr(captioned, action)(form)
+
+
+def test_guidance_to_begin_with(captioned, classes):
+    assert (captioned.facts()["guidance_scale"], classes.facts()["guidance_scale"]) == (2, 1)
+    captioned.run.config.sample.guidance_scale = 3.5
+    assert captioned.facts()["guidance_scale"] == 3.5
+    captioned.run.config.sample.guidance_scale = 1
+
+
 def test_training_images_are_not_fetched(tmp_path):
     run = make_run()
     run.config.data.data_dir = str(tmp_path)
@@ -169,3 +236,54 @@ def test_a_run_that_knows_its_images_by_class_alone(classes):
         classes.vary({"picture": upload(PICTURES[0]), "guidance_scale": "2"})
     with pytest.raises(UserError, match="label is '3'; accepted: a whole number from 0 to 2"):
         classes.sample({"label": "3"})
+
+
+class TestPageOfPrompts:
+    @pytest.fixture
+    def opened(self, captioned, page):
+        listening, queue = socket.create_server(("127.0.0.1", 0)), Queue(1)
+        server = Server(make_app(captioned, queue, "127.0.0.1"), queue)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        page.goto(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        page.wait_for_selector("#run:has-text('tiny')")
+        page.select_option("[name=sampler]", "ddim")
+        page.fill("[name=num_steps]", "4")
+        yield page
+        server.should_exit = True
+        thread.join(PATIENCE)
+
+    def pictures(self, page):
+        page.evaluate("document.querySelector('#status').textContent = ''")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#status:has-text('Done in')")
+        return decoded(page.eval_on_selector_all("#grid img", "images => images.map(image => image.src)"))
+
+    def test_prompts(self, captioned, opened):
+        page, same = opened, {"num_steps": 4, "sampler": "ddim"} | WATCHED
+        prompt, negative = page.get_by_label("Prompt", exact=True), page.get_by_label("Negative prompt")
+        suggestions = prompt.evaluate("input => [...input.list.options].map(option => option.value)")
+        assert suggestions == ["one", "two", "<b>three</b> & more"]
+        assert page.locator("b").count() == 0
+        assert page.input_value("[name=guidance_scale]") == "2"
+        negative.fill("one")
+        prompt.fill("two")
+        said = {"prompts": ["two"], "negative_prompts": ["one"], "guidance_scale": 2}
+        assert near(self.pictures(page), captioned.run.sample(8, 0, **said, **same))
+        # Where there is no guidance, the negative prompt cannot be written and is not sent.
+        page.fill("[name=guidance_scale]", "1")
+        assert negative.is_disabled()
+        assert near(self.pictures(page), captioned.run.sample(8, 0, prompts=["two"], **same))
+
+    def test_an_edit_without_a_prompt_has_no_guidance(self, captioned, opened):
+        page = opened
+        page.check("[value=vary]", force=True)
+        picture = {"name": "a.png", "mimeType": "image/png", "buffer": upload(PICTURES[0]).file.read()}
+        page.set_input_files(".slot[data-slot=first] input[type=file]", picture)
+        page.wait_for_selector(".slot[data-slot=first] .full")
+        assert not page.is_visible("[name=guidance_scale]")
+        page.focus("[name=prompt]")
+        expected = captioned.run.vary(PICTURES[:1].repeat(8, axis=0), 20, 0, num_steps=4, sampler="ddim", **WATCHED)
+        assert near(self.pictures(page), expected)
+        page.fill("[name=prompt]", "two")
+        assert page.is_visible("[name=guidance_scale]")

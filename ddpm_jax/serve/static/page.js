@@ -45,20 +45,44 @@ function fill() {
   limit("num_images", run.max_images, run.max_images);
   limit("t", run.timesteps - 1, Math.floor(run.timesteps / 2));
   limit("times", run.max_times);
-  limit("guidance_scale", run.max_guidance);
+  limit("guidance_scale", run.max_guidance, run.guidance_scale);
   find("#brush").max = Math.max(2, Math.round(Math.min(run.width, run.height) / 4));
   find("#brush").value = Math.max(1, Math.round(Math.min(run.width, run.height) / 10));
-  for (const control of run.controls) {
-    const label = document.createElement("label");
-    label.dataset.hide = "arc";
-    label.append(`${control.title} `, Object.assign(document.createElement("select"), { name: control.name }));
-    find("[data-guidance]").before(label);
+  const texts = run.controls.filter(isText).map((control) => labelled(control, textInput(control)));
+  texts.forEach((label) => label.classList.add("wide"));
+  find(".settings").prepend(...texts);
+  for (const control of run.controls.filter((control) => !isText(control))) {
+    find("[data-guidance]").before(labelled(control, document.createElement("select")));
   }
   if (!run.unconditional) find("[value=interpolate_latents]").disabled = true;
   for (const button of all(".training")) {
     button.disabled = !run.training_images;
     button.title = run.without_training_images;
   }
+}
+
+const isText = (control) => !control.choices.length;
+
+function labelled(control, input) {
+  const label = document.createElement("label");
+  label.dataset.hide = "arc";
+  input.name = control.name;
+  label.append(`${control.title} `, input);
+  return label;
+}
+
+function textInput(control) {
+  const input = document.createElement("input");
+  input.type = "text";
+  input.maxLength = run.max_text;
+  if (control.suggestions.length) {
+    const list = document.createElement("datalist");
+    list.id = `${control.name}-suggestions`;
+    list.append(...control.suggestions.map((text) => option(text)));
+    form.append(list);
+    input.setAttribute("list", list.id);
+  }
+  return input;
 }
 
 const mode = () => field("mode").value;
@@ -78,20 +102,26 @@ function show() {
       (hide === "arc" && isArc()) ||
       (name !== undefined && !offered[name]);
   }
-  find("[data-guidance]").hidden = !run.guidance || isArc();
   find("#hint").textContent = HINTS[mode()];
   find("#go").textContent = find("[name=mode]:checked + span").textContent;
   find("#t-value").textContent = `${field("t").value} of ${run.timesteps - 1}`;
   find("#first-title").textContent = mode() === "interpolate" ? "First picture" : "Picture";
   find("[name=spacing] option").textContent = `usual (${isArc() ? "linspace" : sampler.spacing})`;
-  showControls();
+  showChoices();
+  showTexts();
+  find("[data-guidance]").hidden = !canGuide();
   showSlots();
 }
 
-function showControls() {
+// An edit of which nothing is said has nothing that guidance could go towards.
+const isSaid = () => run.controls.some(({ name, only_guided }) => !only_guided && field(name).value.trim());
+const canGuide = () => run.guidance && !isArc() && (mode() === "sample" || isSaid());
+const isGuided = () => canGuide() && Number(field("guidance_scale").value) !== 1;
+
+function showChoices() {
   // Where nothing is chosen sampling takes all in turn; an edit needs a network that can do without.
   const none = mode() === "sample" ? [option("", "all in turn")] : run.unconditional ? [option("", "none")] : [];
-  for (const control of run.controls) {
+  for (const control of run.controls.filter((control) => !isText(control))) {
     const select = field(control.name);
     const before = select.value;
     select.replaceChildren(...none.map((o) => o.cloneNode(true)), ...control.choices.map((name, i) => option(i, name)));
@@ -100,13 +130,25 @@ function showControls() {
   }
 }
 
+function showTexts() {
+  const nothing = mode() === "sample" ? "captions of the data in turn" : run.unconditional ? "none" : "";
+  for (const control of run.controls.filter(isText)) {
+    const input = field(control.name);
+    input.disabled = control.only_guided && !isGuided();
+    input.required = !control.only_guided && !nothing;
+    input.title = input.disabled ? "only with guidance" : ""; // where a text hides the placeholder
+    input.placeholder = control.only_guided ? input.title || "none" : nothing;
+  }
+}
+
 function settings() {
   // What is seen of the form, and the pictures.
   const data = new FormData();
   for (const element of form.elements) {
-    if (!element.name || ["mode", "way"].includes(element.name) || element.closest("[hidden]")) continue;
-    data.set(element.name, element.value);
+    const isLeftOut = !element.name || ["mode", "way"].includes(element.name) || element.disabled;
+    if (!isLeftOut && !element.closest("[hidden]")) data.set(element.name, element.value);
   }
+  if (run.guidance && !canGuide()) data.set("guidance_scale", 1); // not the run's own
   if (mode() === "interpolate") {
     data.set("first", blob(pictures.first), "first.png");
     data.set("second", blob(pictures.second), "second.png");
