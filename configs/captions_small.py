@@ -14,6 +14,8 @@ from configs import folder_small
 def get_config():
     config = folder_small.get_config()
     config.text.update(encoder="trained", vocab_size=2048, max_length=32)
+    config.model.scale_shift = True
+    config.optimizer.options = {"b2": 0.99}
     config.data.flip = False  # captions may say left and right
     config.sample.update(sampler="dpmpp_2m_sde", num_steps=25)
     return config

@@ -32,7 +32,7 @@ def judge_agreement(job: Job, clip: str | None, pictures: int, batch_size: int) 
     run = job.run
     knows_captions = "shown_captions" in run.dataset
     if clip and not knows_captions:
-        raise UserError("--clip scores pictures with their prompts, and this run did not learn from captions")
+        raise UserError("--clip_model scores pictures with their prompts, and this run did not learn from captions")
     if not knows_captions:
         return {}
     found: dict[str, float] = {}

@@ -48,7 +48,7 @@ def evaluate(
     shard_size: int,
     likelihood: str,
     likelihood_images: int,
-    clip: str | None,
+    clip_model: str | None,
     save_reference: str | None,
 ) -> dict[str, Any]:
     """Judges samples against real images, and the run by the likelihood of real images; adds the result to
@@ -69,7 +69,7 @@ def evaluate(
       likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
         the probability "flow", or "none".
       likelihood_images: of how many training images.
-      clip: a transformers folder of a `CLIPModel`, which scores how well the samples of a run that learned from
+      clip_model: a transformers folder of a `CLIPModel`, which scores how well the samples of a run that learned from
         captions agree with their prompts, and training images with their captions.
       save_reference: a .npz to write the moments of the real images to, for others to compare with.
 
@@ -94,9 +94,9 @@ def evaluate(
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
     result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
     if generated is None:
-        result |= judge_agreement(job, clip, num_images or _NUM_IMAGES, size)
-    elif clip:
-        raise UserError("--clip scores samples with their prompts; --generated takes their place")
+        result |= judge_agreement(job, clip_model, num_images or _NUM_IMAGES, size)
+    elif clip_model:
+        raise UserError("--clip_model scores samples with their prompts; --generated takes their place")
     if likelihood != "none":
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
     _finish(folder, result, told, real, save_reference)

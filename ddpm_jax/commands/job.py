@@ -90,7 +90,7 @@ class Job:
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
-        return {**self.run.settings(seed=self.seed, **self.options), **self.told}
+        return {**self.told, **self.run.settings(seed=self.seed, **self.options)}
 
     def check_pictures(self) -> None:
         """UserError unless the run's images can be written as pictures."""
