@@ -1,12 +1,15 @@
-"""Draws the site's figures with the project's own code: `python docs/figures.py` writes them to docs/images.
+"""Draws the site's figures with the project's own code: `python docs/figures.py` writes them to docs/images, and
+`python docs/figures.py runs/numbers` those of a run of configs/numbers.py.
 
 forward.png      what q does to two pictures
 schedules.png    the noise schedules side by side
 unet.svg         the paper's CIFAR-10 network, box for box, as the linen module is called
+numbers_*.png    what a run draws of prompts
 """
 
 import dataclasses
 import html
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+import ddpm_jax
 from configs import cifar10
 from ddpm_jax import config as config_lib
 from ddpm_jax.data import digits
+from ddpm_jax.data.numbers import in_words
 from ddpm_jax.diffusion.gaussian import q_sample
 from ddpm_jax.diffusion.schedules import SCHEDULES, make_schedule
 from ddpm_jax.models import blocks
@@ -36,6 +41,45 @@ def main(folder: Path = IMAGES) -> None:
     draw_forward(folder / "forward.png")
     draw_schedules(folder / "schedules.png")
     (folder / "unet.svg").write_text(unet_svg(cifar10.get_config()))
+
+
+def main_of_run(workdir: str, folder: Path = IMAGES) -> None:
+    matplotlib.use("Agg")
+    run = ddpm_jax.load(workdir)
+    held_out = run.dataset["held_out"]
+
+    def drawn(count: int, number: int, scale: float = 2.0) -> np.ndarray:
+        return run.sample(count, prompts=[in_words(number)], guidance_scale=scale, batch_size=count)
+
+    def name(number: int) -> str:
+        return in_words(number) + "*" * (number in held_out)
+
+    asked = (10, 17, 25, 36, 42, 58, 63, 71, 84, 99)
+    draw_table(folder / "numbers_prompts.png", [drawn(3, number) for number in asked], [*map(name, asked)])
+    scales, chosen = (0.0, 1.0, 2.0, 4.0, 8.0), (36, 42, 71)
+    of_scales = [np.concatenate([drawn(1, number, scale) for number in chosen]) for scale in scales]
+    draw_table(folder / "numbers_guidance.png", of_scales, [f"{s:g}" for s in scales], [*map(name, chosen)])
+    way = run.between(3, prompts=[in_words(11), in_words(99)], guidance_scale=2.0)
+    draw_table(folder / "numbers_between.png", list(way.swapaxes(0, 1)), [f"{w:.1f}" for w in np.linspace(0, 1, 11)])
+    draw_table(folder / "numbers_held_out.png", [drawn(5, number) for number in held_out], [*map(in_words, held_out)])
+
+
+def draw_table(path: Path, columns: list[np.ndarray], titles: list[str], names: list[str] | None = None) -> None:
+    """Pictures column by column under their titles, with names before the rows."""
+    from matplotlib import pyplot as plt
+
+    rows, wide = len(columns[0]), len(columns)
+    figure, axes = plt.subplots(rows, wide, figsize=(1.2 * wide, 0.66 * rows + 0.3), squeeze=False)
+    for column, pictures, title in zip(axes.T, columns, titles, strict=True):
+        column[0].set_title(title, fontsize=8)
+        for axis, picture in zip(column, pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, text in zip(axes[:, 0], names or [""] * rows, strict=True):
+        axis.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 # The forward process.
@@ -268,4 +312,4 @@ def _document(width: float, height: float, parts: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main_of_run(sys.argv[1]) if len(sys.argv) > 1 else main()
