@@ -7,11 +7,13 @@ from jax.sharding import Mesh
 from ddpm_jax import config as config_lib
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import parallel
+from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.validation import validate
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)
 QUICK = {"num_steps": 4}
+CAPTIONS = ("a red apple", "two green pears", "a plum")
 
 
 def small(**changes):
@@ -29,18 +31,24 @@ def small(**changes):
     return config
 
 
-def make_run(devices=8, class_conditional=False, label_dropout=0.0, **sample):
+def make_run(devices=8, class_conditional=False, label_dropout=0.0, captions=False, **sample):
     config = config_lib.default_config()
     config.data.update(source="digits", height=8, width=8, channels=1, flip=False)
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, middle_attention=False)
     config.model.class_conditional = class_conditional
     config.train.label_dropout = label_dropout
+    if captions:
+        config.text.update(encoder="trained", vocab_size=280, max_length=12, width=16, num_layers=1, num_heads=2)
+        config.model.middle_attention = True
     config.diffusion.num_timesteps = 40
     config.log.sample_steps = 0
     config.sample.update(batch_size=16, **sample)
     validate(config)
     names = [str(i) for i in range(3)]
     dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
+    if captions:
+        tokenizer = Tokenizer.train(CAPTIONS, config.text.vocab_size, config.text.max_length)
+        dataset |= {"tokenizer": tokenizer.to_json(), "shown_captions": CAPTIONS}
     model = config_lib.make_model(config, dataset)
     init = jax.jit(lambda: model.init_params(0), compiler_options=parallel.run_once_options())
     # Its last layer starts at zero: without this the network would say nothing.
