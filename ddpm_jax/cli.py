@@ -335,7 +335,9 @@ _NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard
 
 def _as_text(name: str) -> str:
     value = FLAGS[name].value
-    return ",".join(value) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    return ("\n" if name in (_PROMPT.name, _NEGATIVE_PROMPT.name) else ",").join(value)  # a prompt may have commas
 
 
 def make_job(told: dict[str, str]) -> "Job":

@@ -43,6 +43,18 @@ TINY = [
     "--config.sample.num_images=9",
     "--config.sample.batch_size=16",
 ]
+CAPTIONED = [
+    "--config=configs/numbers.py",
+    *TINY[1:],
+    "--config.data.width=8",
+    "--config.model.attention_resolutions=()",
+    "--config.model.middle_attention=True",
+    "--config.text.vocab_size=280",
+    "--config.text.width=16",
+    "--config.text.num_layers=1",
+    "--config.text.num_heads=2",
+    "--config.sample.num_steps=5",
+]
 
 
 def pytest_addoption(parser):
@@ -117,16 +129,26 @@ def call(forks, data_dir):
     return call
 
 
+def _finished_run(name, config, call, shared, tmp_path_factory):
+    workdir, said = shared / name, shared / f"{name}.txt"
+    with FileLock(f"{workdir}.lock"):
+        if not said.exists():
+            status, output = call(f"--workdir={workdir}", config=config)
+            assert status == 0, output
+            said.write_text(output)
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("copy") / name), said.read_text()
+
+
 @pytest.fixture(scope="session")
 def trained(call, shared, tmp_path_factory):
     """A finished run's workdir and what it printed; each worker has a copy."""
-    workdir, said = shared / "trained", shared / "trained.txt"
-    with FileLock(f"{workdir}.lock"):
-        if not said.exists():
-            status, output = call(f"--workdir={workdir}")
-            assert status == 0, output
-            said.write_text(output)
-    return shutil.copytree(workdir, tmp_path_factory.mktemp("copy") / "trained"), said.read_text()
+    return _finished_run("trained", TINY, call, shared, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def captioned(call, shared, tmp_path_factory):
+    """The same of a run that learned from captions."""
+    return _finished_run("captioned", CAPTIONED, call, shared, tmp_path_factory)
 
 
 _reserved = []

@@ -1,13 +1,14 @@
 """What one does with a run, on a tiny network of random weights: shapes, seeds, batches, devices, refusals, files."""
 
 import dataclasses
+import json
 import re
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import PICTURES, QUICK, RNG, make_run, near
+from tiny import CAPTIONS, PICTURES, QUICK, RNG, make_run, near
 
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.diffusion import samplers
@@ -25,6 +26,11 @@ def run():
 @pytest.fixture(scope="module")
 def classes():
     return make_run(class_conditional=True, label_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def captioned():
+    return make_run(captions=CAPTIONS)
 
 
 class TestImages:
@@ -268,3 +274,101 @@ class TestEdits:
     def test_class_that_does_not_exist(self, classes):
         with pytest.raises(UserError, match="class 3 does not exist; this run has classes 0 to 2"):
             classes.sample(1, labels=[0, 3])
+
+
+class TestPrompts:
+    @pytest.fixture
+    def run(self, captioned):
+        return captioned
+
+    def test_go_round(self, run):
+        """Without any, captions of the data set."""
+        mixed = run.sample(6, prompts=["a plum", "two plums"], **QUICK)
+        for row, prompt in enumerate(("a plum", "two plums")):
+            assert near(run.sample(6, prompts=[prompt], **QUICK)[row::2], mixed[row::2])
+        assert not near(mixed[::2], run.sample(6, prompts=["two plums"], **QUICK)[::2])
+        assert near(run.sample(6, **QUICK), run.sample(6, prompts=CAPTIONS, **QUICK))
+
+    def test_negative_prompts_take_the_empty_one_s_place(self, run):
+        options = {"prompts": ["a plum"], "guidance_scale": 3.0, **QUICK}
+        plain = run.sample(4, **options)
+        assert near(run.sample(4, negative_prompts=[""], **options), plain)
+        away = run.sample(4, negative_prompts=["", "a red apple"], **options)
+        assert near(away[::2], plain[::2])
+        assert not near(away[1::2], plain[1::2])
+        # Away from itself is nowhere.
+        assert near(run.sample(4, negative_prompts=["a plum"], **options), run.sample(4, prompts=["a plum"], **QUICK))
+
+    def test_another_prompt_and_scale_compile_nothing(self, run, caplog):
+        """Whatever their number; prompts that come in turn, negative ones, and another length are the same program."""
+        run.sample(8, prompts=["a plum"], guidance_scale=2.0, **QUICK)
+        with jax.log_compiles(True):
+            run.sample(8, prompts=["two plums", "a red apple"], guidance_scale=5.0, seed=1, **QUICK)
+            run.sample(8, prompts=["plums " * 100], negative_prompts=[""], guidance_scale=0.5, num_steps=7)
+            run.sample(8, guidance_rescale=0.5, guidance_scale=2.0, guidance_interval=(3, 20), **QUICK)
+        assert not [message for message in caplog.messages if message.startswith("Compiling")]
+
+    def test_of_null_are_made_by_one_program(self, run):
+        """As the bound and the flow call the network: of any number of images, and to be had any number of times."""
+        x, t = RNG.standard_normal((16, 8, 8, 1)).astype(np.float32), np.arange(16)
+        call = jax.jit(lambda model_fn, x, t: model_fn(x, t))
+        found = [call(run.model_fn, x, t) for _ in range(2)]
+        assert call._cache_size() == 1
+        expected = call(run.model.model_fn(run.params, run.condition.null(16)), x, t)
+        np.testing.assert_allclose(found, [expected] * 2, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            "",
+            "word " * 1000,
+            "\U0001f34e\U0001f468\u200d\U0001f469\u200d\U0001f467",
+            "\u062a\u0641\u0627\u062d\u0629 \u062d\u0645\u0631\u0627\u0621",
+            "<end><pad>",
+        ],
+    )
+    def test_any_text_is_a_prompt(self, run, prompt):
+        found = run.sample(8, prompts=[prompt], guidance_scale=2.0, **QUICK)
+        assert len({image.tobytes() for image in found}) == 8
+        assert near(found[:2], run.sample(2, prompts=[prompt], guidance_scale=2.0, **QUICK))
+
+    @pytest.mark.parametrize(
+        ("call", "said"),
+        [
+            (lambda run: run.sample(1, prompts=["a\0b"]), "has a NUL character at place 0"),
+            (lambda run: run.sample(1, prompts="a plum"), "prompts is the text 'a plum'; accepted: a list of texts"),
+            (lambda run: run.sample(1, prompts=["caf\udce9"]), "is no Unicode text"),
+            (lambda run: run.sample(1, negative_prompts=["x"]), "does nothing at a guidance_scale of 1"),
+            (lambda run: run.sample(1, labels=[0]), "not class-conditional"),
+            (lambda run: run.vary(PICTURES, 5, guidance_scale=2.0), "guidance needs the prompts"),
+            (lambda run: run.between(prompts=["x"]), "1 prompts or classes are given; the way needs two"),
+            (lambda run: run.between(prompts=["x", "y"], weights=[]), "1 images at 0 weights are asked for"),
+            (lambda run: run.between(0, prompts=["x", "y"]), "0 images at 11 weights are asked for"),
+        ],
+    )
+    def test_refused(self, run, call, said):
+        with pytest.raises(UserError, match=said):
+            call(run)
+
+    def test_settings_of_many_are_short(self, run):
+        many = [f"red {i}" for i in range(10_000)]
+        assert run.request(prompts=many).condition.prompts == tuple(many)
+        settings = run.settings(seed=0, prompts=many, negative_prompts=many, guidance_scale=2.0)
+        assert len(json.dumps(settings)) < 1500
+        assert settings["prompts"]["count"] == settings["negative_prompts"]["count"] == 10_000
+
+    def test_between_two_from_the_same_noise(self, run):
+        """Both ends are the images of each prompt alone."""
+        ends = ("a plum", "two green pears")
+        options = {"seed": 4, "guidance_scale": 2.0, "negative_prompts": ["an apple"], **QUICK}
+        way = run.between(3, weights=[0.0, 0.5, 1.0], prompts=ends, **options)
+        assert way.shape == (3, 3, 8, 8, 1)
+        for column, prompt in ((0, ends[0]), (2, ends[1])):
+            assert near(way[:, column], run.sample(3, prompts=[prompt], **options))
+        assert not near(way[:, 0], way[:, 2])
+
+
+def test_between_two_classes(classes):
+    way = classes.between(2, weights=[0.0, 1.0], labels=[2, 0], **QUICK)
+    assert near(way[:, 0], classes.sample(2, labels=[2], **QUICK))
+    assert near(way[:, 1], classes.sample(2, labels=[0], **QUICK))

@@ -2,11 +2,17 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import small
 
 from ddpm_jax.config import default_config, differences, from_json, to_json
+from ddpm_jax.interop import transformers
+from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.validation import validate
 
 
@@ -110,6 +116,28 @@ def test_an_int_is_a_float():
         ({"diffusion__betas": (0.0, 0.5), "log__sample_steps": 2}, "betas[0] is 0; every beta must be"),
         ({"diffusion__betas": (0.1, math.nan), "log__sample_steps": 2}, "betas[1] is nan; every beta must be"),
         ({"diffusion__dynamic_threshold": 1.1}, "config.diffusion.dynamic_threshold is 1.1; accepted: 0 to 1"),
+        (
+            {"text__encoder": "trained", "model__class_conditional": True},
+            "config.text.encoder is 'trained' and config.model.class_conditional is True; accepted: captions or",
+        ),
+        (
+            {"data__caption": "text"},
+            "config.data.caption is 'text', which is for config.data.source='tfds' and a config.text.encoder",
+        ),
+        (
+            {"data__caption": "text", "text__encoder": "trained", "data__source": "folder"},
+            "config.data.caption is 'text', which is for config.data.source='tfds'",
+        ),
+        ({"text__vocab_size": 258}, "config.text.vocab_size is 258; at least 259"),
+        ({"text__dropout": 1.5}, "config.text.dropout is 1.5; accepted: 0 to 1"),
+        ({"text__num_heads": 5, "text__encoder": "trained"}, "num_heads 5 does not divide the width 64"),
+        ({"text__max_length": 2, "text__encoder": "trained"}, "has max_length 2; accepted: more than the 2 tokens"),
+        ({"text__encoder": "none/here"}, "'none/here"),
+        ({"text__encoder": "trained", "text__tokenizer": "none/here"}, "'none/here' cannot be read: No such file"),
+        (
+            {"text__encoder": "trained", "text__dropout": 0.0, "sample__guidance_scale": 2.0},
+            "guidance_scale is 2.0; other than 1 it needs a run with a text.dropout above 0",
+        ),
         ({"model__dtype": "float16"}, "config.model.dtype is 'float16'; accepted: float32, bfloat16"),
         ({"model__channels": 48}, "48 channels cannot be normalised in 32 groups"),
         ({"model__num_groups": 5}, "cannot be normalised in 5 groups"),
@@ -242,3 +270,41 @@ def test_batch_is_divided_over_the_devices(batch_size, devices, fits):
 )
 def test_right_values(changes):
     validate(small(**changes))
+
+
+class TestFrozenEncoder:
+    """Of a folder that has both halves, but not such that fit."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        net = CLIPTextEncoder(270, max_length=8, width=8, num_layers=1, num_heads=2, mlp_width=8)
+        params = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"],
+        )
+        return transformers.write(tmp_path / "encoder", net, params)
+
+    def write(self, folder, vocab_size=270, max_length=8):
+        tokenizer = Tokenizer.train([str(i) for i in range(100)], vocab_size, max_length)
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+        return {"text__encoder": str(folder), "text__max_length": 0}
+
+    def test_fits(self, folder):
+        validate(small(**self.write(folder)))
+
+    @pytest.mark.parametrize("sizes", [{"vocab_size": 271}, {"max_length": 9}])
+    def test_with_fewer_tokens_or_positions_than_the_tokenizer(self, folder, sizes):
+        found = refusal(small(**self.write(folder, **sizes)))
+        own = {"vocab_size": 270, "max_length": 8, **sizes}
+        assert found == (
+            f"the tokenizer has {own['vocab_size']} tokens and texts of {own['max_length']}; the encoder "
+            f"{str(folder)!r} has 270 tokens and texts of at most 8"
+        )
+
+    def test_without_a_tokenizer(self, folder):
+        assert "has no tokenizer; accepted: tokenizer.json, or " in refusal(small(text__encoder=str(folder)))
+
+    def test_with_a_broken_config(self, folder):
+        changes = self.write(folder)
+        (folder / "config.json").write_text("{")
+        assert "config.json' is not valid JSON" in refusal(small(**changes))

@@ -7,11 +7,13 @@ from jax.sharding import Mesh
 from ddpm_jax import config as config_lib
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import parallel
+from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.validation import validate
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (3, 8, 8, 1), np.uint8)
 QUICK = {"num_steps": 4}
+CAPTIONS = ("a red apple", "two green pears", "a plum")
 
 
 def small(**changes):
@@ -38,14 +40,16 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, captions=(),
     if captions:
         config.data.update(source="numbers", num_digits=1)
         config.model.middle_attention = True  # which reads them
-        config.text.update(encoder="trained", max_length=16, width=8, num_layers=1, num_heads=1)
+        config.text.update(encoder="trained", vocab_size=280, max_length=12, width=16, num_layers=1, num_heads=2)
     config.diffusion.num_timesteps = 40
     config.log.sample_steps = 0
     config.sample.update(batch_size=16, **sample)
     validate(config)
     names = [str(i) for i in range(3)]
     dataset = {"source": "digits", "class_names": names, "num_images": 1797, "shape": [8, 8, 1], "fingerprint": "x"}
-    dataset |= {"shown_captions": list(captions)} if captions else {}
+    if captions:
+        tokenizer = Tokenizer.train(captions, config.text.vocab_size, config.text.max_length)
+        dataset |= {"tokenizer": tokenizer.to_json(), "shown_captions": list(captions)}
     model = config_lib.make_model(config, dataset)
     init = jax.jit(lambda: model.init_params(0), compiler_options=parallel.run_once_options())
     # Its last layer starts at zero: without this the network would say nothing.

@@ -70,23 +70,26 @@ class Job:
         if number is not None:
             wanted, unwanted = (texts[number % len(texts) :][:1] for texts in (wanted, unwanted))
             settings["index"] = number
-        height, width, _ = self.run.shape
-        facts = {
-            "Steps": self.run.calls(**self.options),
-            "Sampler": settings["sampler"],
-            "CFG scale": settings["guidance_scale"],
-            "Seed": self.seed,
-            "Size": f"{width}x{height}",
-            "Model": f"{self.folder.resolve().name}, {self.run.weights}",
-        }
-        lines = [*wanted, *(f"Negative prompt: {text}" for text in unwanted)]
-        lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        lines = [*wanted, *(f"Negative prompt: {text}" for text in unwanted), self._facts]
         return {
             "Software": f"ddpm_jax {__version__}",
             **({"Description": "\n".join(wanted)} if wanted else {}),
             "parameters": "\n".join(lines),
             "settings": json.dumps(settings),
         }
+
+    @functools.cached_property
+    def _facts(self) -> str:
+        height, width, _ = self.run.shape
+        facts = {
+            "Steps": self.run.calls(**self.options),
+            "Sampler": self._settings["sampler"],
+            "CFG scale": self._settings["guidance_scale"],
+            "Seed": self.seed,
+            "Size": f"{width}x{height}",
+            "Model": f"{self.folder.resolve().name}, {self.run.weights}",
+        }
+        return ", ".join(f"{name}: {value}" for name, value in facts.items())
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def calls_bar(description: str) -> ProgressBar:
 def _in_a_name(told: Mapping[str, str]) -> str:
     """Values of flags as a part of a file's name: of at most 100 characters, and others for other values."""
     text = "".join(f"_{value}" if name == "sampler" else f"_{name}_{value}" for name, value in told.items())
-    if len(text) <= 100 and re.fullmatch(r"[\w.,:-]*", text, re.ASCII):
+    if len(text) <= 100 and re.fullmatch(r"(data:|[\w.,-])*", text, re.ASCII):
         return text.replace(",", "+").replace(":", "-")
     plain = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
     return f"{plain[:80]}_{zlib.crc32(text.encode()):08x}"

@@ -19,6 +19,7 @@ from ddpm_jax.sampling.condition import Batch, Cond, Control, refuse_others
 from ddpm_jax.text.encoders import Texts
 
 _MOST_LISTED = 64  # prompts that settings list; of more they have a digest
+_MOST_TOLD = 8  # prompts whose cut is told; more are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +143,19 @@ def _checked(name: str, prompts: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _tell_what_is_cut(texts: Texts, prompts: tuple[str, ...]) -> None:
-    for prompt, cut in zip(prompts, texts.tokenizer.encode(prompts).cut, strict=True):
-        if cut:
-            _tell_once(
-                prompt[:60], cut if len(cut) <= 200 else f"{cut[:100]} ... {cut[-100:]}", texts.tokenizer.max_length
-            )
+    length = texts.tokenizer.max_length
+    found = [(prompt, cut) for prompt, cut in zip(prompts, texts.tokenizer.encode(prompts).cut, strict=True) if cut]
+    for prompt, cut in found[:_MOST_TOLD]:
+        shown = cut if len(cut) <= 200 else f"{cut[:100]} ... {cut[-100:]}"
+        _tell_once(f"The prompt {prompt[:60]!r} is longer than {length} tokens; cut off is {shown!r}")
+    if len(found) > _MOST_TOLD:
+        _tell_once(f"{len(found) - _MOST_TOLD} more of {len(prompts)} prompts are longer than {length} tokens and cut")
 
 
 @functools.lru_cache(maxsize=4096)
-def _tell_once(prompt: str, cut: str, length: int) -> None:
+def _tell_once(sentence: str) -> None:
     """A request is read several times on its way."""
-    logging.warning("The prompt %r is longer than %d tokens; cut off is %r", prompt, length, cut)
+    logging.warning("%s", sentence)
 
 
 def _listed(prompts: tuple[str, ...]) -> Any:

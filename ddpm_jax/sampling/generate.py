@@ -111,7 +111,8 @@ class Model:
         """The same without guidance for images of which nothing is said, of any number; see `Condition.null`."""
         if not (self.condition.reads and self.condition.can_be_left_out):
             return self.model_fn(params)
-        return Partial(partial(_of_row, self.net), params, self._encoded(params, self.condition.null(1)))
+        network = Partial(self.net.apply, {"params": params})
+        return Partial(_of_row, network, self._encoded(params, self.condition.null(1)))
 
     def _encoded(self, params: Any, cond: Cond) -> Cond:
         """What the network takes at every call: texts are encoded here, once."""
@@ -134,9 +135,8 @@ class Model:
         return jax.eval_shape(lambda: self.init_params(0))
 
 
-def _of_row(net: nn.Module, params: Any, row: Cond, x_t: jax.Array, t: jax.Array) -> Any:
-    cond = jax.tree.map(lambda value: jnp.repeat(value, len(x_t), axis=0), row)
-    return net.apply({"params": params}, x_t, t, cond)
+def _of_row(network: Partial, row: Cond, x_t: jax.Array, t: jax.Array) -> Any:
+    return network(x_t, t, jax.tree.map(lambda value: jnp.repeat(value, len(x_t), axis=0), row))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -83,6 +84,7 @@ class FrozenTexts:
     encoder: CLIPTextEncoder
     open_params: Callable[[], Any]
     cache_bytes: int = 2 << 30
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
     def shapes(self) -> Shapes:
@@ -97,23 +99,26 @@ class FrozenTexts:
         return net
 
     def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        found = {text: self._kept[text] for text in texts if text in self._kept}
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        for first in range(0, len(missing), _CHUNK):
-            chunk = missing[first : first + _CHUNK]
-            found |= zip(chunk, self._encoded(chunk), strict=True)
-        for text, states in found.items():
-            self._kept[text] = states
-            self._kept.move_to_end(text)
-        while len(self._kept) > max(self._most, 1):
-            self._kept.popitem(last=False)
+        with self._lock:  # training reads batches in a thread of its own
+            found = {text: self._kept[text] for text in texts if text in self._kept}
+            missing = [text for text in dict.fromkeys(texts) if text not in found]
+            for first in range(0, len(missing), _CHUNK):
+                chunk = missing[first : first + _CHUNK]
+                found |= zip(chunk, self._encoded(chunk), strict=True)
+            for text, states in found.items():
+                self._kept[text] = states
+                self._kept.move_to_end(text)
+            while len(self._kept) > max(self._most, 1):
+                self._kept.popitem(last=False)
         return {name: np.stack([found[text][name] for text in texts]) for name in self.shapes}
 
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
         tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (_CHUNK - len(texts))])
-        tokens_of, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, tokens.mask))
-        rows = zip(tokens_of, tokens.mask, vectors, strict=True)
+        # A training step has the empty text's states as a constant, so this may be called while the step is traced.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, tokens.mask))
+        rows = zip(states, tokens.mask, vectors, strict=True)
         return [dict(zip(self.shapes, row, strict=True)) for row in list(rows)[: len(texts)]]
 
     @functools.cached_property

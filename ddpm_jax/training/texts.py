@@ -1,6 +1,7 @@
 """What a run keeps of its texts, so that its workdir is all that sampling needs: the tokenizer and a frozen encoder."""
 
 import itertools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def text_description(
     if config.text.encoder != TRAINED and "text_encoder" not in found:
         target = folder / workdir.TEXT_ENCODER
         if jax.process_index() == 0:
-            transformers.write(target, *transformers.read(config.text.encoder))
+            net, params = transformers.read(config.text.encoder)
+            shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
+            transformers.write(target, net, params)
         processes.meet("text encoder")
         found["text_encoder"] = str(target)
     return {name: found[name] for name in ("tokenizer", "shown_captions", "text_encoder") if name in found}

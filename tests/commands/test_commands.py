@@ -29,6 +29,11 @@ def test_names_of_files_differ_as_what_was_told():
     told = [
         {},
         {"input": "data:1"},
+        {"prompt": "a:b"},
+        {"prompt": "a-b"},
+        {"prompt": "a,b"},
+        {"prompt": "a\nb"},  # two prompts
+        {"prompt": "a+b"},
         {"input": "a/1.png"},
         {"input": "b/1.png"},
         {"input": "a.png,b.png"},
@@ -43,6 +48,7 @@ def test_names_of_files_differ_as_what_was_told():
     assert all(len(name.encode()) <= 100 for name in names)
     assert names[:2] == ["", "_input_data-1"]
     assert names[-1] == "_ddim_t_3"
+    assert names[3:5] == ["_prompt_a-b", "_prompt_a+b"]
 
 
 class TestCommands:

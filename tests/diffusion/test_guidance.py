@@ -1,16 +1,19 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
-from ddpm_jax.diffusion.guidance import guided
+from ddpm_jax.diffusion.guidance import between, guided
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedules import make_schedule
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((4, 3, 3, 2)), jnp.float32)
 T = jnp.array([0, 100, 500, 999])
-LABELS, NULL = {"label": jnp.array([0, 1, 2, 3])}, {"label": jnp.full(4, 9)}
+LABELS, OTHER, NULL = ({"label": jnp.array(labels)} for labels in ([0, 1, 2, 3], [3, 0, 2, 1], [9] * 4))
 
 
 def network(x, t, cond):
@@ -112,3 +115,68 @@ def test_shifts_the_mean_of_gaussian_classes():
         means.append(float(x.mean()))
     assert means[0] == pytest.approx(m, abs=5 * np.sqrt(v / n) + 0.01)
     assert means[1] > m + 0.03
+
+
+class TestBetween:
+    """The way from one condition to another."""
+
+    def test_both_ends_are_the_network_s_own(self):
+        share = jnp.array([0.0, 1.0, 0.0, 1.0])
+        found = between(network, X, T, (LABELS, OTHER, share))
+        first, second = network(X, T, LABELS), network(X, T, OTHER)
+        np.testing.assert_allclose(found[::2], first[::2], atol=1e-6)
+        np.testing.assert_allclose(found[1::2], second[1::2], atol=1e-6)
+
+    def test_is_linear_in_the_share_of_each_image(self):
+        share = jnp.array([0.25, 0.5, 0.75, 2.0])
+        found = between(network_with_variance, X, T, (LABELS, OTHER, share))
+        first, second = (network_with_variance(X, T, labels) for labels in (LABELS, OTHER))
+        weights = share[:, None, None, None]
+        np.testing.assert_allclose(found, (1 - weights) * first + weights * second, atol=1e-5)
+
+    def test_guidance_leads_from_the_null_to_the_way(self):
+        share = jnp.array([0.0, 0.25, 0.5, 1.0])
+        way = Partial(between, network)
+        found = guided(way, (LABELS, OTHER, share), (NULL, NULL, share), 3.0)(X, T)
+        without = network(X, T, NULL)
+        expected = without + 3.0 * (between(network, X, T, (LABELS, OTHER, share)) - without)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_of_two_gaussians_is_the_score_of_their_geometric_mixture(self):
+        """N(m, v) and N(n, u) at every t: precision and mean of p ** (1 - w) q ** w in closed form."""
+        schedule, (m, v), (n, u) = make_schedule(), (0.5, 0.04), (-0.3, 0.2)
+        a, s = (
+            np.asarray(array, np.float64)[np.asarray(T)][:, None, None, None]
+            for array in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
+        )
+        share = np.array([0.2, 0.9, 0.5, 0.7])
+        w = share[:, None, None, None]
+        precisions = [1 / (a**2 * variance + s**2) for variance in (v, u)]
+        precision = (1 - w) * precisions[0] + w * precisions[1]
+        mean = ((1 - w) * precisions[0] * a * m + w * precisions[1] * a * n) / precision
+        gaussian = partial(exact_of_gaussians, schedule, jnp.array([[m, v], [n, u]]))
+        found = between(gaussian, X, T, ({"label": jnp.zeros(4, int)}, {"label": jnp.ones(4, int)}, jnp.array(share)))
+        np.testing.assert_allclose(found, s * precision * (np.asarray(X, np.float64) - mean), rtol=1e-4, atol=1e-5)
+
+    def test_samples_of_two_gaussians_lie_between_them(self):
+        """Of one variance: the mixture is N((1 - w) m + w n, v), which noise keeps, so that samples have it exactly."""
+        schedule, m, n, v, size = make_schedule(), 0.5, -0.3, 0.04, 64 * 64
+        share = jnp.array([0.0, 0.25, 1.0])
+        network = Partial(exact_of_gaussians, schedule, jnp.array([[m, v], [n, v]]))
+        cond = {"label": jnp.zeros(3, int)}, {"label": jnp.ones(3, int)}, share
+        model_fn = Partial(between, network, cond=cond)
+        options = {"num_steps": 100, "sampler": "dpmpp_2m", "clip": False}
+        x = sample(schedule, model_fn, jax.random.key(1), (3, 64, 64, 1), **options)
+        means, variances = np.asarray(x.mean((1, 2, 3))), np.asarray(x.var((1, 2, 3)))
+        np.testing.assert_allclose(means, (1 - share) * m + share * n, atol=5 * (v / size) ** 0.5 + 0.01)
+        np.testing.assert_allclose(variances, v, rtol=5 * (2 / size) ** 0.5 + 0.05)
+
+
+def exact_of_gaussians(schedule, moments, x, t, cond):
+    """E[eps | x_t] of the data N(mean, variance) of each label."""
+    a, s = (
+        array[t][:, None, None, None]
+        for array in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
+    )
+    mean, variance = (moments[cond["label"], i][:, None, None, None] for i in range(2))
+    return s * (x - a * mean) / (a**2 * variance + s**2)

@@ -244,6 +244,34 @@ def test_tokens_of_another_length():
         np.testing.assert_allclose(apply(net, variables, X, TIMES, other), plain, atol=2e-5)
 
 
+def test_masked_tokens_are_not_seen():
+    """To the bit: whatever they hold. Those that are not masked are seen, by their own image alone."""
+    net, tokens = UNet(**TINY), normal(3, 3, 5, 7)
+    mask = jnp.arange(5) < jnp.array([[3], [1], [5]])
+    variables = randomised(net, cond={"tokens": tokens})
+
+    def call(tokens):
+        return apply(net, variables, X, TIMES, {"tokens": tokens, "tokens_mask": mask})
+
+    found = call(tokens)
+    np.testing.assert_array_equal(call(jnp.where(mask[..., None], tokens, 1e3)), found)
+    for row, last in enumerate((2, 0, 4)):
+        changed = np.abs(call(tokens.at[row, last].add(1.0)) - found).max((1, 2, 3))
+        assert np.flatnonzero(changed > 1e-3).tolist() == [row]
+    alone = apply(net, variables, X, TIMES, {"tokens": tokens[:, :3]})  # as if there were no others
+    np.testing.assert_allclose(alone[0], found[0], atol=2e-5)
+
+
+def test_without_a_mask_all_tokens_are_seen():
+    net, tokens = UNet(**TINY), normal(3, 3, 5, 7)
+    cond, everything = {"tokens": tokens}, {"tokens": tokens, "tokens_mask": jnp.ones((3, 5), bool)}
+    shapes = init_shapes(net, cond=cond)
+    assert shapes == init_shapes(net, cond=everything)
+    variables = randomised(net, cond=cond)
+    found, expected = (apply(net, variables, X, TIMES, each) for each in (everything, cond))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_bfloat16():
     """Parameters and output stay float32; the result is float32's within its eight bits, which the layers add up."""
     net, low = UNet(**TINY), UNet(**TINY, dtype=jnp.bfloat16)

@@ -3,23 +3,35 @@ import numpy as np
 import pytest
 
 from ddpm_jax.diffusion.guidance import Guidance
+from ddpm_jax.models.clip import CLIPTextEncoder, TextEncoder
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import KEYWORDS, ClassCondition, NoCondition, check_guidance
+from ddpm_jax.text.encoders import FrozenTexts, TrainedTexts
+from ddpm_jax.text.tokenizers import Tokenizer
 
 NAMES = ("zero", "one", "two")
+TOKENIZER = Tokenizer.train(NAMES, 270, 6)
+TRAINED = TrainedTexts(TOKENIZER, TextEncoder(270, max_length=6, width=8))
+CLIP = CLIPTextEncoder(270, max_length=6, width=8, num_layers=1, num_heads=2, mlp_width=8, projection=5)
+FROZEN = FrozenTexts(TOKENIZER, CLIP, lambda: CLIP.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
 KINDS = [
     NoCondition(),
     ClassCondition(NAMES),
     ClassCondition(NAMES, dropout=0.2),
     ClassCondition(NAMES, null_class=False),
+    CaptionCondition(TRAINED),
+    CaptionCondition(TRAINED, 0.2, NAMES),
+    CaptionCondition(FROZEN, 0.2, NAMES),
 ]
 NUMBERS = np.arange(5, 12)
 
 
-@pytest.mark.parametrize("condition", KINDS, ids=repr)
+@pytest.mark.parametrize("condition", KINDS, ids=lambda condition: type(condition).__name__)
 def test_every_kind_has_the_same_shapes_wherever_it_is_asked(condition):
     """A network is initialised, trained and sampled with the same arrays, and guidance pairs them with the null's."""
     batch = {name: np.zeros((7, *x.shape), x.dtype) for name, x in condition.reads.items()}
+    batch["image"] = np.zeros((7, 1), np.uint8)
     kinds = [
         condition.of_images(NUMBERS),
         condition.of_batch(batch),

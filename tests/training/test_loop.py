@@ -16,7 +16,7 @@ LOG, CHECKPOINT, SAMPLE, STEPS = 2, 3, 4, 8
 def config(tmp_path):
     """A small run with a few of everything: metrics, checkpoints and pictures on the way."""
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
-    np.savez(tmp_path / "images.npz", image=images)
+    np.savez(tmp_path / "images.npz", image=images, caption=[["a plum", "plums"], ["an apple", ""]] * 10)
     config = config_lib.default_config()
     config.data.update(source="array", path=str(tmp_path / "images.npz"), height=8, width=8, channels=1)
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, middle_attention=False)
@@ -29,6 +29,9 @@ def config(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_compiled_twice_and_no_step_after_the_first_compiles(config, tmp_path, caplog):
+    """With captions, which have programs of their own beside those of any run."""
+    config.text.update(encoder="trained", vocab_size=280, max_length=8, width=16, num_layers=1, num_heads=2)
+    config.model.middle_attention = True
     with jax.log_compiles(True):
         loop.train(config, tmp_path / "run")
     pattern = re.compile(r"Compiling (\S+) with global shapes and types (.*)")
@@ -39,7 +42,8 @@ def test_nothing_is_compiled_twice_and_no_step_after_the_first_compiles(config, 
     # What the first report, checkpoint and pictures need; a step has nothing of its own left to compile.
     after = set(names[names.index("jit(step)") + 1 :])
     assert "jit(_measure)" in after
-    assert after <= {"jit(_measure)", "jit(_keys_of)", "jit(_start)", "jit(_scan)", "jit(slice)"}  # Orbax's, a device
+    pictures = {"jit(_keys_of)", "jit(_start)", "jit(_scan)", "jit(_encode)"}
+    assert after <= {"jit(_measure)", "jit(slice)", *pictures}  # the slice is Orbax's, a device
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(LOG, STEPS + 1, LOG))
     assert all(0 <= line["input_wait"] <= 1 for line in lines)

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,17 +9,29 @@ import pytest
 from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.models.clip import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import parallel
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, NoCondition
 from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.sampling.generate import Model
+from ddpm_jax.text.encoders import TrainedTexts
+from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
 PLAIN = NoCondition()
 WIDE = {"channels": 48, "dropout": 0.0}
+CLASSES = ClassCondition("abc", labels=(1,))
+CAPTIONS = ("a red apple", "two green pears", "a plum", "plums")
+
+
+# Images have these in turn; some are dropped.
+ENCODER = TextEncoder(280, max_length=8, width=16, num_layers=1, num_heads=2)
+CAPTIONED = CaptionCondition(TrainedTexts(Tokenizer.train(CAPTIONS, 280, 8), ENCODER), 0.3, CAPTIONS)
+CONDITIONS = {"nothing": PLAIN, "captions": CAPTIONED}
 
 
 def run(
@@ -31,17 +46,18 @@ def run(
     state_options=None,
     **options,
 ):
-    """State and metrics after some steps on the first devices; images of the class 1 where there are classes."""
+    """State and metrics after some steps on the first devices; of the images is said what the condition says."""
     mesh = Mesh(np.array(jax.devices()[:num_devices]).reshape(-1, fsdp), ("data", "fsdp"))
+    captioned = isinstance(condition, CaptionCondition)
     net = UNet(
         channel_multipliers=(1,),
-        num_res_blocks=1,
+        num_res_blocks=int(not captioned),  # less to compile
         attention_resolutions=(),
-        middle_attention=False,
+        middle_attention=captioned,
         num_groups=4,
         **{"channels": 8, "dropout": 0.2, **(net_options or {}), **condition.network_options()},
     )
-    model = Model(condition, net, make_schedule("linear", 100), Pixels(SHAPE, flip))
+    model = Model(condition, condition.network(net), make_schedule("linear", 100), Pixels(SHAPE, flip))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     def create():
@@ -57,7 +73,7 @@ def run(
         stack = [
             {
                 "image": rng.integers(0, 256, (BATCH, *SHAPE), np.uint8) if images is None else images,
-                **{name: np.ones(BATCH, np.int32) for name in condition.reads},
+                **(condition.of_images(np.arange(BATCH)) or {}),
             }
             for _ in range(at_once)
         ]
@@ -89,25 +105,43 @@ def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """A run of one device, without dropout, large enough for some of its parameters to be divided."""
-    return run(1, steps=4, net_options=WIDE)[0]
+def whole():
+    """Runs of one device, by their condition, without dropout, large enough for some parameters to be divided."""
+    return cache(lambda name: run(1, steps=4, net_options=WIDE, condition=CONDITIONS[name])[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("devices", "fsdp", "remat", "options"),
+    ("condition", "devices", "fsdp", "remat", "options"),
     [
-        (8, 4, "blocks", {}),
-        (1, 1, "norms", {}),
-        (4, 2, "none", {"accumulation": 2, "steps_per_dispatch": 2}),
+        ("nothing", 8, 4, "blocks", {}),
+        ("nothing", 1, 1, "norms", {}),
+        ("nothing", 4, 2, "none", {"accumulation": 2, "steps_per_dispatch": 2}),
+        ("captions", 8, 4, "none", {"accumulation": 2}),
     ],
 )
-def test_other_ways_give_the_same_parameters(plain, devices, fsdp, remat, options):
-    state, metrics = run(devices, fsdp=fsdp, steps=4, net_options=WIDE | {"remat": remat}, **options)
+def test_other_ways_give_the_same_parameters(whole, condition, devices, fsdp, remat, options):
+    options = {"net_options": WIDE | {"remat": remat}, "condition": CONDITIONS[condition], **options}
+    state, metrics = run(devices, fsdp=fsdp, steps=4, **options)
+    plain = whole(condition)
     assert relative_difference(state.params, plain.params) < 1e-5
     assert relative_difference(state.ema, plain.ema) < 1e-5
     assert int(metrics.steps) == int(state.step) == 4
+
+
+@pytest.mark.slow
+def test_an_encoder_learns_along(whole):
+    """All of it that the captions need, and the average with it."""
+    state, start = whole("captions"), run(1, steps=0, net_options=WIDE, condition=CAPTIONED)[0]
+    before, after, average = (tree["encoder"] for tree in (start.params, state.params, state.ema["0.9"]))
+    moved = jax.tree.map(np.subtract, after, before)
+    tokens = CAPTIONED.texts.arrays(["", *CAPTIONS])
+    used = np.unique(tokens["ids"][tokens["ids_mask"]])
+    embedding = np.any(moved["tokens"]["embedding"] != 0, axis=1)
+    assert np.flatnonzero(embedding).tolist() == used.tolist()
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(moved))
+    for first, last, mean in zip(*map(jax.tree.leaves, (before, after, average)), strict=True):
+        assert 0 < np.abs(mean - first).sum() < np.abs(last - first).sum()
 
 
 @pytest.mark.slow
@@ -130,17 +164,15 @@ def test_metrics_keep_the_first_bad_step():
 
 @pytest.mark.slow
 def test_labels_reach_the_network():
-    before, after = (
-        run(1, steps=steps, condition=ClassCondition("abc"))[0].params["label"]["embedding"] for steps in (0, 2)
-    )
+    before, after = (run(1, steps=steps, condition=CLASSES)[0].params["label"]["embedding"] for steps in (0, 2))
     assert np.any(after != before, axis=1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.slow
 def test_dropped_labels_train_the_null_class():
-    before = run(1, steps=0, condition=ClassCondition("abc"))[0].params["label"]["embedding"]
+    before = run(1, steps=0, condition=CLASSES)[0].params["label"]["embedding"]
     for share, changed in ((0.5, [False, True, False, True]), (1.0, [False, False, False, True])):
-        after = run(1, steps=2, condition=ClassCondition("abc", share))[0].params["label"]["embedding"]
+        after = run(1, steps=2, condition=replace(CLASSES, dropout=share))[0].params["label"]["embedding"]
         assert np.any(after != before, axis=1).tolist() == changed
 
 

@@ -1,0 +1,35 @@
+"""What the flags of a job are read from."""
+
+import pytest
+
+from ddpm_jax.commands.job import read_lines
+from ddpm_jax.runtime.errors import UserError
+
+
+def test_lines_without_the_blank_ones(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffforty-two\r\n\r\n \t\n  seventeen \u0645\u0631\u062d\u0628\u0627\nforty-two".encode())
+    assert read_lines("prompts", str(file)) == ["forty-two", "seventeen \u0645\u0631\u062d\u0628\u0627", "forty-two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "has no lines"),
+        (b" \n\n", "has no lines"),
+        (b"one\ncaf\xe9\n", "is not UTF-8 text: invalid continuation byte at byte 7"),
+    ],
+)
+def test_refused_files(tmp_path, content, said):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_lines("prompts", str(file))
+    assert str(caught.value) == f"--prompts {str(file)!r} {said}"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_lines("prompts", str(tmp_path))

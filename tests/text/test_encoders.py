@@ -1,0 +1,139 @@
+"""Texts as arrays: the ids for an encoder that is trained along, and the states of one that is frozen."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models.clip import CLIPTextEncoder, TextEncoder
+from ddpm_jax.text.encoders import FrozenTexts, TrainedTexts
+from ddpm_jax.text.tokenizers import Tokenizer
+
+TOKENIZER = Tokenizer.train(["a red apple", "two green pears"], 270, 8)
+CLIP = CLIPTextEncoder(270, max_length=9, width=8, num_layers=1, num_heads=2, mlp_width=8, end_token=2)
+TEXTS = ["a red apple", "", "two green pears", "\U0001f34e", "a red apple and so much more that it does not fit"]
+
+
+class Counting:
+    """A tokenizer that keeps what it was given, by the call, and takes its time."""
+
+    patience = 0.0
+
+    def __init__(self):
+        self.calls = []
+        self.max_length = TOKENIZER.max_length
+
+    def encode(self, texts):
+        self.calls.append(list(texts))
+        time.sleep(self.patience)
+        return TOKENIZER.encode(texts)
+
+
+def made(net):
+    """An encoder, and its parameters."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return net, jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / 2, shapes)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return made(CLIP)
+
+
+def frozen(encoder, **options):
+    return FrozenTexts(Counting(), encoder[0], lambda: encoder[1], **options)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def rows_of(arrays, rows):
+    return {name: values[rows] for name, values in arrays.items()}
+
+
+def test_ids_of_an_encoder_that_is_trained_along():
+    net = TextEncoder(270, max_length=8, width=8)
+    texts, tokens = TrainedTexts(TOKENIZER, net), TOKENIZER.encode(TEXTS)
+    found = texts.arrays(TEXTS)
+    assert_same(found, {"ids": tokens.ids, "ids_mask": tokens.mask})
+    assert {name: (values.shape[1:], values.dtype) for name, values in found.items()} == {
+        name: (x.shape, x.dtype) for name, x in texts.shapes.items()
+    }
+    assert texts.network(net).encoder is net
+
+
+@pytest.mark.parametrize("projection", [None, 5])
+def test_states_are_the_encoder_s(projection):
+    encoder = made(CLIP.clone(projection=projection))
+    texts, tokens = frozen(encoder), TOKENIZER.encode(TEXTS)
+    found = texts.arrays(TEXTS)
+    states = jax.jit(encoder[0].apply)({"params": encoder[1]}, tokens.ids, tokens.mask)
+    np.testing.assert_array_equal(found["tokens_mask"], tokens.mask)
+    np.testing.assert_allclose(found["tokens"][tokens.mask], states.tokens[tokens.mask], atol=1e-5)
+    vector = states.pooled if encoder[0].projection is None else states.projected
+    np.testing.assert_allclose(found["vector"], vector, atol=1e-5)
+    assert {name: (values.shape[1:], values.dtype) for name, values in found.items()} == {
+        name: (x.shape, x.dtype) for name, x in texts.shapes.items()
+    }
+    assert texts.network(encoder[0]) is encoder[0]
+
+
+def test_each_text_is_encoded_once_in_any_order_and_number(encoder):
+    texts, many = frozen(encoder), [f"number {i}" for i in range(70)]
+    found = texts.arrays(many)
+    assert [len(set(call)) for call in texts.tokenizer.calls] == [32, 32, 6]
+    assert {len(call) for call in texts.tokenizer.calls} == {32}  # one program
+    rows = np.array([69, 3, 3, 0, 41, 3])
+    assert_same(texts.arrays([many[row] for row in rows]), rows_of(found, rows))
+    assert len(texts.tokenizer.calls) == 3
+    texts.arrays([many[5], "new", many[5], "new"])
+    assert set(texts.tokenizer.calls.pop()) == {"new"}
+    assert texts._apply._cache_size() == 1
+
+
+def test_what_does_not_fit_the_memory_is_encoded_again(encoder):
+    size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in frozen(encoder).shapes.values())
+    many, rows = [f"number {i}" for i in range(12)], np.random.default_rng(0).integers(0, 12, (20, 5))
+    everything = frozen(encoder).arrays(many)
+    for kept in (0, 1, 4):
+        texts = frozen(encoder, cache_bytes=kept * size)
+        for few in rows:
+            assert_same(texts.arrays([many[row] for row in few]), rows_of(everything, few))
+            assert len(texts._kept) <= max(kept, 1)
+    before = len(texts.tokenizer.calls)
+    texts.arrays([many[row] for row in rows[-1]][-1:])  # met last, and kept
+    assert len(texts.tokenizer.calls) == before
+
+
+def test_while_a_program_is_traced(encoder):
+    """As in a training step, which has the null condition as a constant."""
+    expected = frozen(encoder).arrays([""])
+    texts = frozen(encoder)
+    found = jax.jit(lambda x: jax.tree.map(lambda values: x + values, texts.arrays([""])))(jnp.zeros(()))
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda values: 0.0 + values, expected))
+
+
+def test_in_a_loop_that_allows_no_transfers(encoder):
+    with jax.transfer_guard("disallow"):
+        found = frozen(encoder).arrays(TEXTS)
+    assert_same(found, frozen(encoder).arrays(TEXTS))
+
+
+def test_two_threads_encode_a_text_once(encoder):
+    """Training's reader of batches, and its pictures."""
+    texts, found = frozen(encoder), []
+    texts.tokenizer.patience = 0.2  # in which both threads come
+    threads = [threading.Thread(target=lambda: found.append(texts.arrays(TEXTS))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts.tokenizer.calls) == 1
+    assert_same(*found)
