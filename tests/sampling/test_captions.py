@@ -203,4 +203,4 @@ class TestPrompts:
     def test_the_page_s_fields(self):
         assert [control.name for control in DROPPED.controls()] == ["prompt", "negative_prompt"]
         assert [control.name for control in PLAIN.controls()] == ["prompt"]
-        assert DROPPED.controls()[0].suggestions == DROPPED.shown
+        assert tuple(DROPPED.controls()[0].suggestions) == DROPPED.shown
