@@ -68,7 +68,7 @@ class Job:
         settings = dict(self._settings)
         wanted, unwanted = (self.options.get(name, ()) for name in ("prompts", "negative_prompts"))
         if number is not None:
-            wanted, unwanted = (texts[number % len(texts) :][:1] for texts in (wanted, unwanted))
+            wanted, unwanted = (texts[number % max(len(texts), 1) :][:1] for texts in (wanted, unwanted))
             settings["index"] = number
         lines = [*wanted, *(f"Negative prompt: {text}" for text in unwanted), self._facts]
         return {
