@@ -136,8 +136,10 @@ class Workspace:
             (folder / name).mkdir(parents=True)
             for i in range(12):
                 Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / name / f"{i}.png")
+                (folder / name / f"{i}.txt").write_text(f"picture number {i}")
         for name in ("a", "b", "noisy"):
             shutil.copy(folder / "other" / "0.png", folder / f"{name}.png")
+        (folder / "prompts.txt").write_text("ten\nninety\n")
         hole = np.zeros((8, 8), np.uint8)
         hole[2:5] = 255
         Image.fromarray(hole).save(folder / "hole.png")
@@ -219,7 +221,7 @@ class Workspace:
         """Trains the run that a command is about, where no command before it did; `results` is of a command without."""
         if workdir == "results" or (self.folder / workdir).exists() or workdir == "runs/imported":
             return
-        name = "digits_classes" if workdir == "runs/classes" else "digits"
+        name = {"runs/classes": "digits_classes", "runs/numbers": "numbers"}.get(workdir, "digits")
         kept = self.done / name
         with FileLock(f"{kept}.lock"):
             if not kept.exists():

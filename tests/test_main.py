@@ -359,7 +359,6 @@ class TestCaptions:
         [
             ("interpolate", ("--prompt=one", "--weights=0,0.5,1", "--num_images=2"), (3, 2)),
             ("vary", ("--input=data:3", "--t=20", "--num_images=1"), (2, 1)),
-            ("denoise", ("--input=data:3", "--t=20"), (2, 1)),
             ("inpaint", ("--input=data:3", "--mask={mask}", "--num_images=1"), (2, 1)),
             ("progressive", ("--num_images=2", "--num_stages=4"), (4, 2)),
         ],

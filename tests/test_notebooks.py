@@ -11,16 +11,16 @@ from runs import PATIENCE
 from xla import xla_flags
 
 import ddpm_jax
-from configs import digits, digits_classes
+from configs import digits, digits_classes, numbers
 from ddpm_jax.config import differences
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {"train_and_sample": digits, "what_a_diffusion_model_can_do": digits_classes}
+CONFIGS = {"train_and_sample": digits, "what_a_diffusion_model_can_do": digits_classes, "text_to_image": numbers}
 NOTEBOOKS = sorted(CONFIGS)
 
-# One run serves both: a small network that knows classes, so that the second notebook finds the first one's.
+# One run serves the first two: a small network that knows classes, so that the second notebook finds the first one's.
 TINY = """
-WORKDIR = "run"
+WORKDIR = "WHERE"
 NUM_STEPS = 30
 
 import ddpm_jax
@@ -29,10 +29,12 @@ whole = ddpm_jax.train
 
 
 def train(config, workdir):
-    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), class_conditional=True)
+    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,))
     config.model.update(attention_resolutions=(), middle_attention=False)
     config.diffusion.num_timesteps = 50
-    config.train.label_dropout = 0.15
+    if not config.text.encoder:
+        config.model.class_conditional = True
+        config.train.label_dropout = 0.15
     config.log.sample_steps = 0
     config.sample.batch_size = 10  # so that most cells share a compiled program
     whole(config, workdir)
@@ -118,16 +120,20 @@ def test_run_and_show_what_is_committed(tmp_path):
         "TFDS_DATA_DIR": str(tmp_path / "data"),
         "XLA_FLAGS": xla_flags(1),
     }
-    for name in ("train_and_sample", "what_a_diffusion_model_can_do"):
+    for name, where in (
+        ("train_and_sample", "run"),
+        ("what_a_diffusion_model_can_do", "run"),
+        ("text_to_image", "numbers"),
+    ):
         notebook = read(name)
         committed = [shown(cell) for cell in code_cells(notebook)]
         assert sum(kind.startswith("image/") for kinds in committed for kind in kinds) >= 8
-        tagged(notebook, "parameters").source = TINY
+        tagged(notebook, "parameters").source = TINY.replace("WHERE", where)
         for cell in code_cells(notebook):
             cell.outputs = []
-        where = {"metadata": {"path": tmp_path}}
+        resources = {"metadata": {"path": tmp_path}}
         patience = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
-        NotebookClient(notebook, **patience, kernel_name="python3", resources=where).execute(env=environment)
+        NotebookClient(notebook, **patience, kernel_name="python3", resources=resources).execute(env=environment)
         for cell, kinds in zip(code_cells(notebook), committed, strict=True):
             # Training and its progress on stderr is the first notebook's alone.
             assert set(shown(cell)) - {"stderr"} == set(kinds) - {"stderr"}, cell.source

@@ -23,6 +23,7 @@ _SAME_SHAPES = (
     ("model", "downsample_levels"),
     ("model", "upsample_levels"),
     ("model", "center_input"),
+    ("text", "num_heads"),
     ("diffusion", "prediction"),
 )
 

@@ -14,6 +14,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.image_sets import places
 from ddpm_jax.interop import transformers
 from ddpm_jax.runtime import processes, workdir
+from ddpm_jax.runtime.errors import UserError
 
 _SHOWN = 64  # captions for images of which nothing is said
 
@@ -39,11 +40,7 @@ def text_description(
         return {}
     found = dict(known or {})
     if "tokenizer" not in found:
-        if config.text.encoder == TRAINED and not config.text.tokenizer:
-            tokenizer = train_tokenizer(config, itertools.chain.from_iterable(source.captions))
-        else:
-            tokenizer = make_texts(config, {}).tokenizer
-        found["tokenizer"] = tokenizer.to_json()
+        found["tokenizer"] = _tokenizer(config, source)
     if "shown_captions" not in found:
         # Those of the pictures that data.png shows.
         found["shown_captions"] = [source.captions[place][0] for place in places(source, _SHOWN).tolist()]
@@ -56,3 +53,21 @@ def text_description(
         processes.meet("text encoder")
         found["text_encoder"] = str(target)
     return {name: found[name] for name in ("tokenizer", "shown_captions", "text_encoder") if name in found}
+
+
+def _tokenizer(config: ConfigDict, source: Source) -> str:
+    """The text of a new run's tokenizer.json."""
+    started: Mapping[str, Any] = {}
+    if config.train.init_from and config.text.encoder == TRAINED:
+        started = workdir.read_dataset(config.train.init_from) or {}
+    if config.text.encoder == TRAINED and not config.text.tokenizer:
+        if "tokenizer" in started:  # its encoder's embeddings are of these tokens
+            return started["tokenizer"]
+        return train_tokenizer(config, itertools.chain.from_iterable(source.captions)).to_json()
+    found = make_texts(config, {}).tokenizer.to_json()
+    if found != started.get("tokenizer", found):
+        raise UserError(
+            f"--init_from {config.train.init_from!r} has another tokenizer than config.text.tokenizer, "
+            f"{config.text.tokenizer!r}; accepted: config.text.tokenizer='', which takes over its own"
+        )
+    return found

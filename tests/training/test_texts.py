@@ -13,6 +13,7 @@ from ddpm_jax.data.sources import open_source
 from ddpm_jax.interop import transformers
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.training.texts import text_description
 
@@ -103,3 +104,21 @@ def test_of_a_trained_encoder_the_tokenizer_is_that_of_its_captions(config, tmp_
     }
     config.text.encoder = ""
     assert text_description(config, source_of(config), tmp_path, None) == {}
+
+
+def test_a_run_that_starts_from_another_takes_over_its_tokenizer(config, folder, tmp_path):
+    """So that the tokens mean to the encoder what they meant before; another one that is named is refused."""
+    config.text.encoder, config.text.vocab_size = "trained", 300
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    description = source_of(config).describe() | text_description(config, source_of(config), first, None)
+    workdir.record(first, config, description)
+    config.data.path = str(tmp_path / "others.npz")
+    np.savez(config.data.path, image=np.zeros((2, 8, 8), np.uint8), caption=["quince", "quince jelly"])
+    own = text_description(config, source_of(config), second, None)
+    config.train.init_from = str(first)
+    taken_over = text_description(config, source_of(config), second, None)
+    assert taken_over["tokenizer"] == description["tokenizer"] != own["tokenizer"]
+    config.text.tokenizer = str(folder)
+    with pytest.raises(UserError, match="has another tokenizer than config.text.tokenizer"):
+        text_description(config, source_of(config), second, None)

@@ -163,15 +163,15 @@ def compare_outputs(measure, theirs, folder):
     ours = jax.jit(net.apply, compiler_options=parallel.run_once_options())({"params": params}, x, t, cond)
     with torch.no_grad():
         expected = theirs(to_torch(x), torch.tensor(t), **their_labels).sample
-    what, against = "output, twenty networks drawn at random", "diffusers' `UNet2DModel`, PyTorch"
+    what, against = "output, networks drawn at random", "diffusers' `UNet2DModel`, PyTorch"
     measure(what, against, relative(ours, to_numpy(expected)), 1e-4, "relative")
 
 
 @pytest.mark.slow
-def test_twenty_networks_drawn_at_random(measure, tmp_path):
+def test_ten_networks_drawn_at_random(measure, tmp_path):
     """Each agrees or is refused by name."""
     refused = []
-    for seed in range(20):
+    for seed in range(10):
         theirs = their_network(drawn(seed))
         folder = save(theirs, tmp_path / f"{seed}/theirs")
         try:
@@ -180,7 +180,7 @@ def test_twenty_networks_drawn_at_random(measure, tmp_path):
             refused.append(str(error))
         else:
             compare_outputs(measure, theirs, folder)
-    assert len(refused) <= 10
+    assert len(refused) <= 5
     lacking = ("time_embedding_type is 'fourier'", "SkipDownBlock2D", "mid_block_scale_factor")
     assert all(any(name in text for name in lacking) for text in refused), refused
 
