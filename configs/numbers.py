@@ -20,7 +20,7 @@ def get_config():
     config.text.update(encoder="trained", max_length=12, num_layers=1)
     config.model.update(attention_resolutions=(8,), scale_shift=True)
     config.optimizer.update(learning_rate=1.4e-3, options={"b2": 0.99})
-    config.train.num_steps = 800
+    config.train.num_steps = 850
     config.log.update(sample_every_steps=400, sample_images=64, sample_steps=25)  # by the program of the end's samples
     config.sample.update(sampler="dpmpp_2m_sde", num_steps=25)
     return config

@@ -72,6 +72,7 @@ def default_config() -> ConfigDict:
     model.num_heads = 1  # of attention; divides the channels of every level that has it
     model.head_channels = 0  # channels of a head, as many as fit; replaces num_heads; 0: off
     model.attention_patch_size = 1  # attention among patches of so many pixels a side, not single ones
+    model.transformer_depth = 0  # blocks of the spatial transformer that replaces each attention; 0: attention alone
     model.dropout = 0.1  # rate, in residual blocks
     model.num_groups = 32  # of group normalisation; divides the channels of every level
     model.norm_epsilon = 1e-6  # of group normalisation

@@ -90,6 +90,7 @@ def _check_values(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None
         ("model.num_groups", config.model.num_groups, 1),
         ("model.middle_attention_groups", config.model.middle_attention_groups, -1),
         ("model.attention_patch_size", config.model.attention_patch_size, 1),
+        ("model.transformer_depth", config.model.transformer_depth, 0),
         ("text.vocab_size", config.text.vocab_size, MIN_VOCAB_SIZE),
         ("text.max_length", config.text.max_length, 0),
         ("text.width", config.text.width, 1),

@@ -25,7 +25,17 @@ def parameter_shapes(name):
 
 
 def test_all_are_covered():
-    assert set(NAMES) == {*SMALL, *LARGE, "digits", "digits_classes", "folder", "folder_small", "numbers"}
+    assert set(NAMES) == {
+        *SMALL,
+        *LARGE,
+        "digits",
+        "digits_classes",
+        "folder",
+        "folder_small",
+        "numbers",
+        "captions",
+        "captions_small",
+    }
 
 
 # Two of the four have the large network of the others.
@@ -153,3 +163,12 @@ def test_numbers():
     assert (config.data.source, config.data.height, config.data.width) == ("numbers", 8, 16)
     assert len(config.data.held_out) == 16
     assert (config.text.encoder, config.text.dropout) == ("trained", 0.1)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("captions", "folder"), ("captions_small", "folder_small")])
+def test_captioned_pictures_of_ones_own(name, plain):
+    """The pictures of the config without captions, but never mirrored."""
+    data, without = load(name).data.to_dict(), load(plain).data.to_dict()
+    assert data == {**without, "flip": False}
+    assert load(name).text.encoder == "trained"
+    assert {"encoder", "net"} == set(parameter_shapes(name))

@@ -442,9 +442,9 @@ class TestInstalled:
     def test_names_them(self, tmp_path):
         assert self.call(tmp_path, "--config=cifar11") == (
             1,
-            "error: --config is 'cifar11', which is not a file; configs/ has celebahq256.py, cifar10.py, "
-            "cifar10_article.py, digits.py, digits_classes.py, folder.py, folder_small.py, lsun_bedroom.py, "
-            "lsun_cat.py, lsun_church.py, numbers.py\n",
+            "error: --config is 'cifar11', which is not a file; configs/ has captions.py, captions_small.py, "
+            "celebahq256.py, cifar10.py, cifar10_article.py, digits.py, digits_classes.py, folder.py, "
+            "folder_small.py, lsun_bedroom.py, lsun_cat.py, lsun_church.py, numbers.py\n",
         )
 
     def test_a_file_that_is_no_config(self, tmp_path):

@@ -21,6 +21,7 @@ from ddpm_jax.models.blocks import (
     Upsample,
     timestep_embedding,
 )
+from ddpm_jax.models.spatial import SpatialTransformer
 
 DOWNSAMPLING = ("conv", "avg_pool", "max_pool", "residual")
 DOWNSAMPLE_PADDING = ("same", "symmetric")
@@ -54,6 +55,8 @@ class UNet(nn.Module):
       num_heads: heads of every attention.
       head_channels: channels of a head, of which each level has as many as fit; takes the place of num_heads.
       attention_patch_size: side of the patches that are attention's tokens; 1: pixels.
+      transformer_depth: blocks of the `SpatialTransformer` that takes the place of each attention, as in Stable
+        Diffusion; 0: attention alone. It needs `cond["tokens"]` and takes no patches.
       dropout: rate before the second convolution of each residual block, with train=True.
       num_groups: groups of every GroupNorm.
       norm_epsilon: of every GroupNorm.
@@ -89,6 +92,7 @@ class UNet(nn.Module):
     num_heads: int = 1
     head_channels: int | None = None
     attention_patch_size: int = 1
+    transformer_depth: int = 0
     dropout: float = 0.0
     num_groups: int = 32
     norm_epsilon: float = 1e-6
@@ -139,16 +143,25 @@ class UNet(nn.Module):
         self._check(x, t, cond)
         out_channels = self.out_channels or x.shape[-1]
         widths, activation = self.widths, ACTIVATIONS[self.activation]
-        res_block, attention_block = ResBlock, AttentionBlock
+        res_block, attention_block, spatial_transformer = ResBlock, AttentionBlock, SpatialTransformer
         if self.remat == "norms":
             res_block = nn.remat(ResBlock, policy=jax.checkpoint_policies.save_only_these_names(layers.KEPT))
         elif self.remat == "blocks":
             res_block, attention_block = nn.remat(ResBlock), nn.remat(AttentionBlock)
+            spatial_transformer = nn.remat(SpatialTransformer)
         common: dict[str, Any] = {"num_groups": self.num_groups, "epsilon": self.norm_epsilon, "dtype": self.dtype}
         options: dict[str, Any] = {"scale_shift": self.scale_shift, "activation": self.activation, "train": train}
         residual: Any = partial(res_block, dropout=self.dropout, **options, **common)
         heads: dict[str, Any] = {"num_heads": self.num_heads, "head_channels": self.head_channels}
         attention: Any = partial(attention_block, patch_size=self.attention_patch_size, **heads)
+        transformer: Any = partial(
+            spatial_transformer,
+            self.transformer_depth,
+            num_heads=None if self.head_channels else self.num_heads,
+            head_width=self.head_channels,
+            num_groups=self.num_groups,
+            dtype=self.dtype,
+        )
 
         if self.time_embedding == "learned":
             embedding = nn.Embed(self.num_timesteps or 0, self.channels, name="time_table")(t)
@@ -174,9 +187,12 @@ class UNet(nn.Module):
             h: jax.Array, level: int, name: str, attends: bool, skip: jax.Array | None = None, groups: int | None = None
         ) -> jax.Array:
             h = residual(widths[level], name=f"{name}_res")(h, embedding, skip)
+            context = (cond.get("tokens"), cond.get("tokens_mask"))
+            if attends and self.transformer_depth:
+                return transformer(name=f"{name}_transformer")(h, *context)
             if attends:
                 norm = common if groups is None else {**common, "num_groups": groups}
-                h = attention(name=f"{name}_attention", **norm)(h, cond.get("tokens"), cond.get("tokens_mask"))
+                return attention(name=f"{name}_attention", **norm)(h, *context)
             return h
 
         def downsample(h: jax.Array, level: int, method: str) -> jax.Array:
@@ -271,6 +287,12 @@ class UNet(nn.Module):
         unknown = [name for name in cond if name not in CONDITIONING]
         if unknown:
             raise ValueError(f"cond has {unknown[0]!r}; accepted: {', '.join(CONDITIONING)}")
+        if self.transformer_depth and "tokens" not in cond:
+            raise ValueError("cond has no 'tokens', to which the transformers attend (transformer_depth is above 0)")
+        if self.transformer_depth and self.attention_patch_size > 1:
+            raise ValueError(
+                f"attention_patch_size is {self.attention_patch_size}; accepted with a transformer_depth: 1"
+            )
         if "label" in cond and self.num_classes is None:
             raise ValueError("cond has 'label', but the network has no classes (num_classes is None)")
         if self.num_classes is not None and not (self.null_class or "label" in cond or self.is_initializing()):

@@ -386,3 +386,33 @@ def test_refused_timesteps(t):
 def test_refused_conditions(cond, message):
     with pytest.raises(ValueError, match=message):
         init_shapes(UNet(**SMALL), X, cond)
+
+
+def test_spatial_transformers_take_the_place_of_attention():
+    """The same network but for them, and each attends to the tokens that the mask names."""
+    net, plain = UNet(**TINY, attention_levels=(True,), transformer_depth=2), UNet(**TINY, attention_levels=(True,))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.standard_normal((3, 5, 6)), jnp.float32)
+    cond = {"tokens": tokens, "tokens_mask": jnp.arange(5) < jnp.array([[5], [3], [1]])}
+    shapes = init_shapes(net, X, cond)
+    replaced = {name.removesuffix("_transformer") for name in shapes if name.endswith("_transformer")}
+    assert replaced == {name.removesuffix("_attention") for name in init_shapes(plain, X, cond) if "_attention" in name}
+    blocks = {name for name in shapes["middle_0_transformer"] if name.startswith("block_")}
+    assert blocks == {"block_0", "block_1"}
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
+    call = jax.jit(lambda cond: net.apply({"params": params}, X, TIMES, cond))
+    output, others = call(cond), call({**cond, "tokens": tokens.at[:, 3:].add(1.0)})
+    np.testing.assert_array_equal(output[1:], others[1:])
+    assert np.abs(output[0] - others[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "cond", "message"),
+    [
+        ({}, None, "cond has no 'tokens', to which the transformers attend"),
+        ({"attention_patch_size": 2}, {"tokens": jnp.zeros((3, 5, 6))}, "attention_patch_size is 2; accepted with"),
+    ],
+)
+def test_spatial_transformers_need_tokens_and_no_patches(options, cond, message):
+    with pytest.raises(ValueError, match=message):
+        init_shapes(UNet(**TINY, transformer_depth=1, **options), X, cond)
