@@ -93,7 +93,8 @@ class Job:
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
-        return {**self.told, **self.run.settings(seed=self.seed, **self.options)}
+        told = {name: value for name, value in self.told.items() if name not in FLAGS.values()}
+        return {**told, **self.run.settings(seed=self.seed, **self.options)}
 
     def check_pictures(self) -> None:
         """UserError unless the run's images can be written as pictures."""

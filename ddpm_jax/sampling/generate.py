@@ -116,9 +116,8 @@ class Model:
 
     def _encoded(self, params: Any, cond: Cond) -> Cond:
         """What the network takes at every call: texts are encoded here, once."""
-        if cond is None or not isinstance(self.net, Captioned):
-            return cond
-        return _encode(self.net, params, cond)
+        is_text = isinstance(self.net, Captioned) and cond is not None and "ids" in cond
+        return _encode(self.net, params, cond) if is_text else cond
 
     def init_params(self, seed: int) -> Any:
         """The random parameters that a run of this seed starts from."""
