@@ -52,9 +52,7 @@ def default_config() -> ConfigDict:
     data.channels = 3  # 1: grey, 3: RGB
     data.num_digits = 2  # of each number of source numbers
     data.held_out = ()  # numbers that source numbers leaves out
-    data.caption = (
-        ""  # the text feature of the tensorflow-datasets data set; of other sources captions have their place
-    )
+    data.caption = ""  # the text feature of a tensorflow-datasets data set, for runs with captions
     data.flip = True  # random horizontal flips
     data.skip_broken = False  # go on without the images of a folder that cannot be read
     data.cache_gib = 2.0  # a set that is smaller when decoded is decoded once and kept in memory

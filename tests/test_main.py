@@ -336,7 +336,7 @@ class TestCaptions:
             assert said["Software"].startswith("ddpm_jax ")
             assert said["parameters"].splitlines()[:2] == [prompt, "Negative prompt: "]
             assert said["parameters"].splitlines()[2] == (
-                "Steps: 4, Sampler: dpmpp_2m, CFG scale: 2.0, Seed: 3, Size: 8x8, Model: captioned, step 24, EMA 0.99"
+                "Steps: 4, Sampler: dpmpp_2m_sde, CFG scale: 2.0, Seed: 3, Size: 8x8, Model: captioned, step 24, EMA 0.99"
             )
             settings = json.loads(said["settings"])
             assert (settings["seed"], settings["index"], settings["num_steps"]) == (3, number, 4)
