@@ -4,8 +4,8 @@
     python main.py --mode=sample --workdir=runs/numbers --prompt="forty-two" --prompt="seventeen" --guidance_scale=2
 
 A network of 0.9 M parameters, an encoder of text that is trained along with it among them, on the embedded digits side
-by side. Sixteen numbers are held out of the training: what the network makes of their names shows whether it has learned
-what the words mean. At guidance 2 it draws 99 in 100 of them right (benchmarks/numbers_quality.py).
+by side. Sixteen numbers are held out of the training: what the network makes of their names shows whether it has
+learned what the words mean. At guidance 2 it draws 99 in 100 of them right (benchmarks/numbers_quality.py).
 """
 
 from configs import digits
