@@ -4,7 +4,7 @@
     python main.py --mode=sample --workdir=runs/mine --prompt="a red bicycle" --guidance_scale=3
 
 The folder has a metadata.csv or metadata.jsonl with file_name and text, or a .txt beside each picture. A network of
-configs/folder.py's size with an encoder of text that is trained along with it. A frozen CLIP knows more words than your
+28.1 M parameters, among them an encoder of text that is trained along with it. A frozen CLIP knows more words than your
 captions have: --config.text.encoder=path/to/clip names a transformers folder, such as Stable Diffusion's text_encoder,
 and --config.text.tokenizer that of its tokenizer. Nobody has trained it to its end here.
 """

@@ -1,10 +1,11 @@
-"""Your own captioned pictures on a laptop's CPU: text to image at 16x16, samples after five to ten minutes.
+"""Your own captioned pictures on a laptop's CPU: text to image at 16x16 in a quarter of an hour.
 
-    python main.py --config=configs/captions_small.py --workdir=runs/small --config.data.path=path/to/pictures
-    python main.py --mode=sample --workdir=runs/small --prompt="a red bicycle" --guidance_scale=3
+    python main.py --config=configs/captions_small.py --workdir=runs/captions --config.data.path=path/to/pictures
+    python main.py --mode=sample --workdir=runs/captions --prompt="a red bicycle" --guidance_scale=3
 
-The folder has a metadata.csv or metadata.jsonl with file_name and text, or a .txt beside each picture. The recipe of
-configs/numbers.py, to see whether pictures, captions and command are right before configs/captions.py is given a GPU. A
+The folder has a metadata.csv or metadata.jsonl with file_name and text, or a .txt beside each picture. A network of
+2.2 M parameters, to see whether pictures, captions and command are right before configs/captions.py is given a GPU. Of
+7,572 emoji the first samples came after five minutes and the end after 16, on two cores of a Xeon with tests beside. A
 run that has ended goes on with a larger --config.train.num_steps.
 """
 

@@ -245,8 +245,10 @@ def advice() -> str:
 
 
 # The flags that a job is made of: which weights and where to, and how to sample with them.
-_OF_A_CONDITION = {"classes", "prompt", "prompts", "negative_prompt"}
-_OF_SAMPLING = {"seed", "guidance_interval", "timesteps", *_OF_A_CONDITION, *_OPTIONS}
+_OF_SAMPLING = {
+    *("seed", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
+    *_OPTIONS,
+}
 _OF_A_JOB = {"step", "ema_decay", "raw", "out", *_OF_SAMPLING}
 
 

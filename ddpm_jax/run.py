@@ -177,7 +177,7 @@ class Run:
         """
         request = self.request(**options)
         if request.condition.rows != 2:
-            raise UserError(f"{request.condition.rows} prompts or classes are given; the way needs two")
+            raise UserError(f"{request.condition.rows} prompts or classes are given; accepted: two")
         if not len(weights) or num_images < 1:
             raise UserError(
                 f"{num_images} images at {len(weights)} weights are asked for; at least 1 of each is needed"
@@ -325,7 +325,7 @@ class Run:
           progress: as in `sample`.
         """
         x_0 = self.model.decoder.encode(self._check(pictures))
-        request = self.request(**_deterministic(num_steps, spacing))
+        request = self.request(**deterministic(num_steps, spacing))
         if request.guidance.is_on:
             request.condition.require()
         model_fn = self.model.model_fn(self.params, request.condition.null(len(x_0)))
@@ -360,7 +360,7 @@ class Run:
             x_t = jax.numpy.asarray(noise, jax.numpy.float32)
             return sample(schedule, model_fn, jax.random.key(0), x_t.shape, x_t=x_t, **rest)
 
-        way = _deterministic(num_steps, spacing)
+        way = deterministic(num_steps, spacing)
         return self._call(draw, np.arange(len(noise)), progress=progress, watch=watch, **way)
 
     def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
@@ -542,7 +542,8 @@ def _replaced(part: Any, given: Mapping[str, Any]) -> Any:
     return dataclasses.replace(part, **{f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given})
 
 
-def _deterministic(num_steps: int | None, spacing: str | None) -> dict[str, Any]:
+def deterministic(num_steps: int | None = None, spacing: str | None = None) -> dict[str, Any]:
+    """The options of `Run.sample` for the ways between pictures and noises."""
     return {"sampler": "ddim", "eta": 0.0, "clip": False, "num_steps": num_steps, "spacing": spacing}
 
 

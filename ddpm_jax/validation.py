@@ -8,12 +8,12 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.data import digits
 from ddpm_jax.data.sources import SOURCES
 from ddpm_jax.diffusion import losses, tables
 from ddpm_jax.diffusion.gaussian import PREDICTIONS, VARIANCES
 from ddpm_jax.diffusion.schedules import BETAS_OF, Schedule
 from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
-from ddpm_jax.evaluation.features import digits_side_by_side
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.sampling.condition import check_guidance
@@ -54,7 +54,7 @@ def _check_types(config: ConfigDict) -> None:
             raise UserError(f"config field {name!r} is missing")
 
 
-def _check_values(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
+def _check_values(config: ConfigDict) -> None:
     diffusion, optimizer, train = config.diffusion, config.optimizer, config.train
     for name, value, accepted in (
         ("diffusion.prediction", diffusion.prediction, PREDICTIONS),
@@ -163,7 +163,6 @@ def _check_values(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None
             f"config.data.caption is {config.data.caption!r}, which is for config.data.source='tfds' and a "
             "config.text.encoder"
         )
-    check_guidance(config_lib.make_condition(config, dataset), config_lib.guidance(config))
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"sample.num_steps": config.sample.num_steps}
@@ -192,7 +191,7 @@ def _check_training(config: ConfigDict) -> None:
     if not (evaluate.every_steps and evaluate.num_images):
         return
     name = evaluate.features
-    if name == "digits" and not digits_side_by_side((data.height, data.width, data.channels)):
+    if name == "digits" and not digits.side_by_side((data.height, data.width, data.channels)):
         raise UserError(
             "config.evaluate.features is 'digits', which judges 8x8x1 images, or several side by side, and these are "
             f"{data.height}x{data.width}x{data.channels}; accepted: inception, or the file of its weights"
@@ -209,7 +208,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
     With num_devices, also for what so many devices could not train. `dataset` is what the workdir has of the data.
     """
     _check_types(config)
-    _check_values(config, dataset)
+    _check_values(config)
     if num_devices is not None:
         _check_training(config)
         mesh_shape(num_devices, **config.mesh)
@@ -225,6 +224,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
         model = config_lib.make_model(config, dataset)
+        check_guidance(model.condition, config_lib.guidance(config))
 
         def start(key: jax.Array) -> Any:
             x, t, cond = model.example()

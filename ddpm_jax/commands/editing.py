@@ -1,5 +1,6 @@
 """Pictures made of pictures: each mode ends in a table of them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from ddpm_jax.commands.job import IMAGES_A_ROW, Job, Target, calls_bar, check_count, open_flag, parse_numbers
 from ddpm_jax.data.pictures import Fit
+from ddpm_jax.run import deterministic
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError
 
@@ -38,7 +40,8 @@ def interpolate_words(job: Job, *, weights: Sequence[str], num_images: int | Non
 def interpolate_latents(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
     """Between two pictures along the arc between DDIM's noises of both: one row."""
     first, second = job.pictures(input, 2, 2)
-    lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
+    by_ddim = dataclasses.replace(job, options={**deterministic(), **job.options})  # what the PNG says
+    lambdas, target = _lambdas(weights), by_ddim.target("interpolate_", ".png")
     with calls_bar("interpolating") as bar:
         row = job.run.interpolate_latents(first, second, lambdas, progress=bar.update, **job.options)
     return _between(target, first, second, [row])

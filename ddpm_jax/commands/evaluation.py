@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
-from ddpm_jax.commands.agreement import captions_of, judge_agreement
+from ddpm_jax.commands.agreement import captions_of, clip_scores, numbers_read, open_clip
 from ddpm_jax.commands.job import FLAGS, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
@@ -82,21 +82,26 @@ def evaluate(
         raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
+    if clip_model and generated is not None:
+        raise UserError("--clip_model scores samples with their prompts; --generated takes their place")
+    clip = open_clip(run, clip_model) if clip_model else None
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
     told: dict[str, Any] = {}
+    agreement: dict[str, float] = {}
     if generated is not None:
         fake = _open("generated", generated, judge, run, size)
     else:
-        of_data = _with_captions(job, num_images or _NUM_IMAGES)
+        count, of_data = num_images or _NUM_IMAGES, _with_captions(job, num_images or _NUM_IMAGES)
         told |= run.settings(seed=job.seed, batch_size=size, **of_data.options)
-        fake = _samples(of_data, told, num_images or _NUM_IMAGES, judge, size, shard_size)
+        made = _samples(of_data, told, count, size, shard_size)
+        with _bar("judging samples", "shards") as bar:
+            share_features(made, judge, run.mesh, batch_size=size, progress=bar.update)
+        fake = shard_summary(made, judge, count=count)
+        agreement |= numbers_read(job, size)
+        agreement |= clip_scores(run, clip, made, count) if clip else {}
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
-    result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed)
-    if generated is None:
-        result |= judge_agreement(job, clip_model, num_images or _NUM_IMAGES, size)
-    elif clip_model:
-        raise UserError("--clip_model scores samples with their prompts; --generated takes their place")
+    result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed) | agreement
     if likelihood != "none":
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
     _finish(folder, result, told, real, save_reference)
@@ -154,19 +159,15 @@ def _with_captions(job: Job, count: int) -> Job:
     return dataclasses.replace(job, options={**job.options, "prompts": captions})
 
 
-def _samples(
-    job: Job, settings: Mapping[str, Any], count: int, judge: Features, batch_size: int, shard_size: int
-) -> Summary:
-    """The first `count` samples' summary; shards and features that are there are not made again."""
+def _samples(job: Job, settings: Mapping[str, Any], count: int, batch_size: int, shard_size: int) -> Path:
+    """The folder with shards of the first `count` samples; those that are there are not made again."""
     shard_size = min(shard_size, count)
     digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # what is made otherwise has its own folder
     folder = dataclasses.replace(job, told={}).target(f"evaluation_{digest:08x}_", "").path
     make_shards(job, folder, 0, count - 1, shard_size, (0, 1), batch_size)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("samples to judge")
-    with _bar("judging samples", "shards") as bar:
-        share_features(folder, judge, job.run.mesh, batch_size=batch_size, progress=bar.update)
-    return shard_summary(folder, judge, count=count)
+    return folder
 
 
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class Job:
         return Target(self, path)
 
     def text(self, number: int | None = None) -> dict[str, str]:
-        """What a PNG says of how it was made, by keyword: "parameters" as AUTOMATIC1111's web UI has them, which many
-        tools read, "Description", all prompts, "settings", JSON, and "Software".
+        """The text chunks of a PNG, by keyword: "Software"; "Description", the prompts; "parameters", in the format of
+        AUTOMATIC1111's web UI, which many tools read; and "settings", JSON.
 
         Args:
           number: of an image with a file of its own; None: of a grid, which may have several prompts.
@@ -121,7 +121,7 @@ class Target:
     path: Path
 
     def save(self, grid: np.ndarray) -> Path:
-        """Writes a PNG, with what it is, as `done` does."""
+        """Writes a PNG with the job's text chunks; see `done`."""
         return self.done(lambda path: images.save(path, grid, self.job.text()))
 
     def done(self, write: Callable[[Path], Any], *others: Path) -> Path:

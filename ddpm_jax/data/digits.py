@@ -2,6 +2,15 @@
 
 import numpy as np
 
+SIZE = 8  # height and width of a digit
+
+
+def side_by_side(shape: tuple[int, ...] | None) -> int:
+    """How many digits side by side an image of shape (8, 8 k, 1) has; 0 for another shape."""
+    if shape is None or len(shape) != 3 or (shape[0], shape[1] % SIZE, shape[2]) != (SIZE, 0, 1):
+        return 0
+    return shape[1] // SIZE
+
 
 def load() -> tuple[np.ndarray, np.ndarray]:
     """uint8 [1797, 8, 8, 1], grey levels 0..16 spread over 0..255, and the digits that they show, int64 [1797]."""

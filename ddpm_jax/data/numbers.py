@@ -1,5 +1,6 @@
 """The embedded captioned data set: handwritten digits side by side, captioned by the number that they make."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def numbers_of(num_digits: int) -> range:
 
 
 class NumbersSource:
-    """Numbers of scikit-learn's digits in words, each picture of a digit drawn from all that show it.
+    """Pictures of numbers, made of scikit-learn's digits side by side, with the numbers' English names as captions.
 
     An example's number follows from its index, its handwriting from a generator that the index seeds, so that the set
     is the same everywhere.
@@ -84,7 +85,7 @@ class NumbersSource:
             image = self.fit(Image.fromarray(image.squeeze(-1)))
         return {"image": image, "label": 0}
 
-    @property
+    @functools.cached_property
     def captions(self) -> Sequence[tuple[str, ...]]:
         """The number of each image in words."""
         return _EXAMPLES * [(in_words(number),) for number in self.numbers]

@@ -67,10 +67,11 @@ def guided(
 
 
 def between(model_fn: Callable[[Array, Array, Any], Array], x: Array, t: Array, cond: tuple[Any, Any, Array]) -> Array:
-    """The network's output on the way from one condition to another, by one network call on the doubled batch.
+    """The model function between two conditions: (1 - w) of one output and w of the other, by one network call on the
+    doubled batch.
 
-    The output is linear in the score, so that it is that of a density proportional to
-    p(x | first) ** (1 - w) p(x | second) ** w, at every t by itself.
+    For a given x and t, eps, x_0 and v are affine functions of the score. So the mixture corresponds, at each t, to the
+    score of a density proportional to p(x | first) ** (1 - w) p(x | second) ** w.
 
     Args:
       model_fn: as in `guided`.

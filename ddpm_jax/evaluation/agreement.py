@@ -21,15 +21,14 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from PIL import Image
 
-from ddpm_jax.evaluation.features import Features, Output, in_batches, train_digits_classifier
+from ddpm_jax.data import digits
+from ddpm_jax.evaluation.features import Output, in_batches, train_digits_classifier
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 
 Progress = Callable[[int, int], None]
-
-_DIGIT = 8  # height and width of an embedded digit
 
 
 def clip_score(
@@ -245,18 +244,14 @@ def read_digits(pictures: np.ndarray, *, mesh: Mesh | None = None, batch_size: i
     Raises:
       UserError: pictures of another type or shape, or none at all.
     """
-    digits, rest = divmod(pictures.shape[2] if pictures.ndim == 4 else 0, _DIGIT)
-    fits = not rest and 1 <= digits <= 18 and pictures.shape[1:] == (_DIGIT, _DIGIT * digits, 1)
-    if pictures.dtype != np.uint8 or not fits or not len(pictures):
+    count = digits.side_by_side(pictures.shape[1:])
+    if pictures.dtype != np.uint8 or not 1 <= count <= 18 or not len(pictures):
         raise UserError(
             f"the pictures are {pictures.dtype} of shape {pictures.shape}; accepted: uint8 [N, 8, 8 k, 1], at least "
             "one picture of k digits side by side"
         )
-    pieces = pictures.reshape(-1, _DIGIT, digits, _DIGIT, 1).swapaxes(1, 2).reshape(-1, _DIGIT, _DIGIT, 1)
-    found = _digits_classifier().of([pieces], mesh or parallel.make_mesh(), batch_size)["logits"].argmax(-1)
-    return found.reshape(-1, digits) @ 10 ** np.arange(digits)[::-1]
-
-
-@functools.cache
-def _digits_classifier() -> Features:
-    return train_digits_classifier()
+    size = digits.SIZE
+    pieces = pictures.reshape(-1, size, count, size, 1).swapaxes(1, 2).reshape(-1, size, size, 1)
+    judge = train_digits_classifier()
+    found = judge.of([pieces], mesh or parallel.make_mesh(), batch_size)["logits"].argmax(-1)
+    return found.reshape(-1, count) @ 10 ** np.arange(count)[::-1]

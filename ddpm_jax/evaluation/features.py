@@ -275,12 +275,7 @@ class _Classifier(nn.Module):
         return {"pool": x, "logits": nn.Dense(10)(x)}
 
 
-def digits_side_by_side(shape: tuple[int, ...] | None) -> int:
-    """How many embedded digits side by side an image of shape (8, 8 k, 1) has; 0 for one of another shape."""
-    fits = shape is not None and len(shape) == 3 and (shape[0], shape[1] % 8, shape[2]) == (8, 0, 1)
-    return shape[1] // 8 if shape and fits else 0
-
-
+@functools.cache
 def train_digits_classifier(count: int = 1, steps: int = 400) -> Features:
     """A classifier of the embedded digits, 8x8 grey, trained here in seconds; always the same on the same machine.
 
@@ -329,7 +324,7 @@ def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -
     Raises:
       UserError: none of these.
     """
-    count = digits_side_by_side(shape)
+    count = digits.side_by_side(shape)
     if name == "digits" or (name is None and count):
         return train_digits_classifier(count or 1)
     return load_inception(None if name in (None, "inception") else name)

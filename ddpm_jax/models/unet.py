@@ -56,10 +56,10 @@ class UNet(nn.Module):
       head_channels: channels of a head, of which each level has as many as fit; takes the place of num_heads.
       attention_patch_size: side of the patches that are attention's tokens; 1: pixels.
       transformer_depth: blocks of the `SpatialTransformer` that takes the place of each attention, as in Stable
-        Diffusion; 0: attention alone. It needs `cond["tokens"]` and takes no patches.
+        Diffusion; 0: attention alone. It needs `cond["tokens"]`, and takes neither patches nor middle_attention_groups.
       dropout: rate before the second convolution of each residual block, with train=True.
       num_groups: groups of every GroupNorm.
-      norm_epsilon: of every GroupNorm.
+      norm_epsilon: of every GroupNorm, but for the one of a spatial transformer, 1e-6.
       activation: in the residual blocks: "swish", "gelu", "mish" or "relu"; elsewhere it is swish.
       time_embedding: "sinusoids", or "learned", one vector for each of num_timesteps.
       time_frequency_shift, time_cosines_first: of the sinusoids; see `blocks.timestep_embedding`.
@@ -292,6 +292,10 @@ class UNet(nn.Module):
         if self.transformer_depth and self.attention_patch_size > 1:
             raise ValueError(
                 f"attention_patch_size is {self.attention_patch_size}; accepted with a transformer_depth: 1"
+            )
+        if self.transformer_depth and self.middle_attention_groups is not None:
+            raise ValueError(
+                f"middle_attention_groups is {self.middle_attention_groups}; accepted with a transformer_depth: None"
             )
         if "label" in cond and self.num_classes is None:
             raise ValueError("cond has 'label', but the network has no classes (num_classes is None)")

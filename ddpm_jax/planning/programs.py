@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.data import digits
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.evaluation import features, inception
 from ddpm_jax.planning.flops import matrix_flops
@@ -122,7 +123,7 @@ def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) ->
 def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
     """Features of generated images of this shape, by Inception or, of the embedded digits, their classifier."""
     size = parallel.rounded(_FEATURES_BATCH, mesh)
-    count = features.digits_side_by_side(shape)
+    count = digits.side_by_side(shape)
     if count:
         name, apply = "digits classifier", features.train_digits_classifier(count).apply
     else:

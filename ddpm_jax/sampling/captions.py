@@ -76,11 +76,11 @@ class CaptionCondition:
         picked = [several[int(draw % len(several))] for several, draw in zip(of_images, chosen, strict=True)]
         return {**batch, **self.texts.arrays(picked)}
 
-    def of_batch(self, batch: Batch) -> Cond:
+    def of_batch(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in self.reads}
 
     def of_training(self, batch: Batch, key: Callable[[str], jax.Array]) -> Cond:
-        cond = {name: batch[name] for name in self.reads}
+        cond = self.of_batch(batch)
         if not self.dropout:
             return cond
         dropped = jax.random.bernoulli(key("caption_dropout"), self.dropout, batch["image"].shape[:1])
@@ -109,7 +109,7 @@ class CaptionCondition:
 
     def null(self, count: int) -> Cond:
         if not self.can_be_left_out:
-            raise UserError("this run knows images by their caption alone (text.dropout is 0); give a prompt")
+            raise UserError("this run never learned to do without a caption (text.dropout is 0); give a prompt")
         return self._rows(self.negative_prompts or ("",), np.arange(count))
 
     def _rows(self, texts: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -147,7 +147,7 @@ def _tell_what_is_cut(texts: Texts, prompts: tuple[str, ...]) -> None:
     found = [(prompt, cut) for prompt, cut in zip(prompts, texts.tokenizer.encode(prompts).cut, strict=True) if cut]
     for prompt, cut in found[:_MOST_TOLD]:
         shown = cut if len(cut) <= 200 else f"{cut[:100]} ... {cut[-100:]}"
-        _tell_once(f"The prompt {prompt[:60]!r} is longer than {length} tokens; cut off is {shown!r}")
+        _tell_once(f"The prompt {prompt[:60]!r} is longer than {length} tokens; this end of it is cut off: {shown!r}")
     if len(found) > _MOST_TOLD:
         _tell_once(f"{len(found) - _MOST_TOLD} more of {len(prompts)} prompts are longer than {length} tokens and cut")
 

@@ -288,8 +288,8 @@ class ClassCondition:
 
 
 def check_guidance(condition: Condition, guidance: Guidance) -> None:
-    """UserError for guidance that a run of this condition cannot have, or that does nothing, or that what was said
-    needs."""
+    """UserError for guidance that does nothing or that this condition does not allow, and for what was said that needs
+    guidance where there is none."""
     try:
         guidance.check()
     except ValueError as error:

@@ -37,8 +37,8 @@ class Request:
       steps: that sampling takes.
       output: what the network's output means, and how its x_0 is clipped.
       guidance: towards the condition.
-      between: shares of the second of the two things that were said: images come on the way from one to the other,
-        len(between) of them from the same noise. Empty: there is no such way.
+      between: for interpolation between two prompts or classes, the shares of the second; each noise gives
+        len(between) images, one for each share. Empty: no interpolation.
     """
 
     condition: Condition
@@ -108,7 +108,7 @@ class Model:
         return network if cond is None else Partial(network.func, *network.args, cond=cond)
 
     def model_fn_of_null(self, params: Any) -> Partial:
-        """The same without guidance for images of which nothing is said, of any number; see `Condition.null`."""
+        """The model function with the null condition, for any number of images; see `Condition.null`."""
         if not (self.condition.reads and self.condition.can_be_left_out):
             return self.model_fn(params)
         network = Partial(self.net.apply, {"params": params})

@@ -70,14 +70,13 @@ class TrainedTexts:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenTexts:
-    """The states of a frozen encoder. Each text is encoded when it is met for the first time, and kept.
+    """The states of a frozen encoder. Each text is encoded once, when it is first needed, and cached.
 
     Attributes:
       tokenizer: of the texts.
       encoder: CLIP's.
-      open_params: reads the encoder's parameters, when they are needed for the first time.
-      cache_bytes: what is kept takes at most this much; beyond it, the texts that were met the longest ago are encoded
-        again when they come back.
+      open_params: reads the encoder's parameters when they are first needed.
+      cache_bytes: the size of the cache, from which the least recently used texts are dropped.
     """
 
     tokenizer: Tokenizer
@@ -139,5 +138,5 @@ class FrozenTexts:
 
     @property
     def _most(self) -> int:
-        """Texts that are kept."""
+        """How many texts fit into the cache."""
         return self.cache_bytes // sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in self.shapes.values())

@@ -1,4 +1,4 @@
-"""What a run keeps of its texts, so that its workdir is all that sampling needs: the tokenizer and a frozen encoder."""
+"""The tokenizer and the frozen encoder that a run keeps in its workdir, so that sampling needs nothing else."""
 
 import itertools
 import shutil
@@ -22,7 +22,7 @@ _SHOWN = 64  # captions for images of which nothing is said
 def text_description(
     config: ConfigDict, source: Source, folder: Path, known: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the description of a run's data says of its texts; {} without captions.
+    """The entries on texts in the description of a run's data; {} without captions. Copies a frozen encoder.
 
     Args:
       config: of the run.

@@ -411,8 +411,13 @@ def test_spatial_transformers_take_the_place_of_attention():
     [
         ({}, None, "cond has no 'tokens', to which the transformers attend"),
         ({"attention_patch_size": 2}, {"tokens": jnp.zeros((3, 5, 6))}, "attention_patch_size is 2; accepted with"),
+        (
+            {"middle_attention_groups": 2},
+            {"tokens": jnp.zeros((3, 5, 6))},
+            "middle_attention_groups is 2; accepted with",
+        ),
     ],
 )
-def test_spatial_transformers_need_tokens_and_no_patches(options, cond, message):
+def test_spatial_transformers_need_tokens_and_refuse_what_they_do_not_read(options, cond, message):
     with pytest.raises(ValueError, match=message):
         init_shapes(UNet(**TINY, transformer_depth=1, **options), X, cond)

@@ -109,7 +109,7 @@ class TestTraining:
         always = CaptionCondition(TEXTS, 1.0)
         cond, null = always.of_training(self.batch(5), lambda purpose: jax.random.key(0)), always.null(5)
         jax.tree.map(np.testing.assert_array_equal, dict(cond), dict(null))
-        with pytest.raises(UserError, match=r"by their caption alone \(text.dropout is 0\); give a prompt"):
+        with pytest.raises(UserError, match=r"to do without a caption \(text.dropout is 0\); give a prompt"):
             PLAIN.null(2)
 
 
@@ -171,7 +171,7 @@ class TestPrompts:
         (cut,) = TOKENIZER.encode([long]).cut
         assert cut
         assert long.endswith(cut)
-        assert said == f"The prompt {long[:60]!r} is longer than 12 tokens; cut off is {cut!r}"
+        assert said == f"The prompt {long[:60]!r} is longer than 12 tokens; this end of it is cut off: {cut!r}"
         caplog.clear()
         DROPPED.say(negative_prompts=["very " * 1000])
         (said,) = caplog.messages
