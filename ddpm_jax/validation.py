@@ -94,7 +94,7 @@ def _check_values(config: ConfigDict) -> None:
         ("text.vocab_size", config.text.vocab_size, MIN_VOCAB_SIZE),
         ("text.max_length", config.text.max_length, 0),
         ("text.width", config.text.width, 1),
-        ("text.num_layers", config.text.num_layers, 1),
+        ("text.num_layers", config.text.num_layers, 0),
         ("text.num_heads", config.text.num_heads, 1),
         ("log.every_steps", config.log.every_steps, 1),
         ("log.sample_every_steps", config.log.sample_every_steps, 0),

@@ -23,6 +23,7 @@ from xla import xla_flags
 
 from configs import celebahq256, cifar10, cifar10_article, digits
 from ddpm_jax import config as config_lib
+from ddpm_jax.diffusion import tables
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PYPROJECT["urls"]["Repository"]
@@ -292,9 +293,19 @@ def check_help(command):
     return result.stdout
 
 
+@pytest.fixture
+def same_tables():
+    """The samplers are afterwards what they were, for a page adds one."""
+    known = [(table, dict(table)) for table in (tables.SAMPLERS, tables.DEFAULT_SPACING)]
+    yield
+    for table, before in known:
+        table.clear()
+        table.update(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_commands_and_code_run(page, forks, done, surroundings, tmp_path, monkeypatch):
+def test_commands_and_code_run(page, forks, done, surroundings, tmp_path, monkeypatch, same_tables):
     monkeypatch.chdir(tmp_path)
     workspace, namespace = Workspace(tmp_path, forks, done, surroundings), {}
     for block in blocks(page):

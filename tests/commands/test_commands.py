@@ -155,6 +155,7 @@ class TestCommands:
         def evaluate(options=QUICK, **changes):
             arguments = {"num_images": 20, "features": None, "against": str(real), "generated": None, "batch_size": 16}
             arguments |= {"shard_size": 8, "likelihood": "none", "likelihood_images": 2, "save_reference": None}
+            arguments["clip_model"] = None
             return evaluation.evaluate(Job(run, tmp_path, options=options), **arguments | changes)
 
         name = "Frechet distance (digits classifier)"
