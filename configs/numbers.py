@@ -15,8 +15,8 @@ def get_config():
     config = digits.get_config()
     config.data.update(source="numbers", width=16)
     config.data.held_out = (23, 28, 31, 37, 42, 46, 54, 59, 62, 65, 71, 78, 83, 89, 94, 97)
-    # One layer: a deeper encoder learns the pairs of words that it sees better than the words.
-    config.text.update(encoder="trained", max_length=12, num_layers=1)
+    # A vector for each word and its place: Transformer layers learn the pairs of words that they see, too.
+    config.text.update(encoder="trained", max_length=12, num_layers=0)
     config.model.update(attention_resolutions=(8,), scale_shift=True)
     config.optimizer.update(learning_rate=1.4e-3, options={"b2": 0.99})
     config.train.num_steps = 850

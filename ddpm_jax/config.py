@@ -96,7 +96,7 @@ def default_config() -> ConfigDict:
     text.vocab_size = 512  # tokens of a tokenizer that is trained, at most
     text.max_length = 0  # tokens of a caption, the rest is cut; 0: as the tokenizer's files say, 64 if it is trained
     text.width = 64  # of an encoder that is trained, like the two that follow
-    text.num_layers = 2  # of its Transformer
+    text.num_layers = 2  # of its Transformer; 0: the embeddings of tokens and of their places alone
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
 

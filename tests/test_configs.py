@@ -159,7 +159,7 @@ def test_folder_of_ones_own():
 
 def test_numbers():
     config = load("numbers")
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("numbers"))) == 914_049
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes("numbers"))) == 864_065
     assert (config.data.source, config.data.height, config.data.width) == ("numbers", 8, 16)
     assert len(config.data.held_out) == 16
     assert (config.text.encoder, config.text.dropout) == ("trained", 0.1)

@@ -181,7 +181,7 @@ class TextEncoder(nn.Module):
       vocab_size: number of tokens.
       max_length: the most tokens a text may have.
       width: width of the states; the MLPs are four times as wide.
-      num_layers, num_heads: of the Transformer.
+      num_layers, num_heads: of the Transformer; with 0 layers, a state is the embedding of a token and of its place.
       dtype: what matrix products compute in; parameters and output are float32.
     """
 
