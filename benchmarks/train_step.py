@@ -34,6 +34,7 @@ def ours(network, batch_size, dtype, steps):
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from configs import cifar10, digits
     from ddpm_jax import config as config_lib
+    from ddpm_jax.training.objectives import make_objective
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step
 
@@ -42,13 +43,13 @@ def ours(network, batch_size, dtype, steps):
         config.model.channels = 64
     config.model.dtype = dtype
     shape, count = (NETWORKS[network][name] for name in ("shape", "parameters"))
-    model, mesh = config_lib.make_model(config), parallel.make_mesh()
+    objective, mesh = make_objective(config), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
 
     def start():
-        return create_state(model.init_params(0), optimizer, (0.9999,)), Metrics.zero()
+        return create_state(objective.init_params(0), optimizer, (0.9999,)), Metrics.zero()
 
-    step = make_train_step(model, optimizer, mesh, **config_lib.step_options(config))
+    step = make_train_step(objective, optimizer, mesh, **config_lib.step_options(config))
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
     batch = jax.device_put({"image": images}, parallel.batch_sharding(mesh))
     create = jax.jit(start, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options())

@@ -80,6 +80,11 @@ _SOURCE = flags.DEFINE_string(
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the newest.")
 _EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Decay of the moving average to use; by default the config's first.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a moving average.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Hold the weights in this and compute in it; by default as the config says."
+)
+_HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures; by default the config's.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", None, "The same.", lower_bound=1)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -246,10 +251,10 @@ def advice() -> str:
 
 # The flags that a job is made of: which weights and where to, and how to sample with them.
 _OF_SAMPLING = {
-    *("seed", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
+    *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
     *_OPTIONS,
 }
-_OF_A_JOB = {"step", "ema_decay", "raw", "out", *_OF_SAMPLING}
+_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "out", *_OF_SAMPLING}
 
 
 def run_mode(mode: str) -> None:
@@ -278,14 +283,14 @@ def run_mode(mode: str) -> None:
     }
     without: dict[Callable[..., Any], set[str]] = {  # what a function has no use for among the flags of a job
         editing.interpolate: {"timesteps"},
-        editing.interpolate_latents: _OF_SAMPLING - {"num_steps", "spacing"},
+        editing.interpolate_latents: _OF_SAMPLING - {"height", "width", "num_steps", "spacing"},
         editing.vary: {"timesteps"},
         editing.denoise: {"timesteps"},
         editing.inpaint: {"timesteps"},
         editing.coarse_to_fine: {"timesteps"},
         evaluation.evaluate: {"out"},
-        weights.export_weights: _OF_SAMPLING,
-        serve.serve: {"out", *_OF_SAMPLING},
+        weights.export_weights: {"dtype", *_OF_SAMPLING},
+        serve.serve: {"out", *_OF_SAMPLING} - {"height", "width"},
     }
 
     def flags_of(function: Callable[..., Any]) -> set[str]:
@@ -354,7 +359,8 @@ def make_job(told: dict[str, str]) -> "Job":
     prompts = [*_PROMPT.value, *(read_lines(_PROMPTS.name, _PROMPTS.value) if _PROMPTS.value else ())]
     options |= {"prompts": prompts} if prompts else {}
     options |= {"negative_prompts": _NEGATIVE_PROMPT.value} if _NEGATIVE_PROMPT.value else {}
-    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value)
+    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value)
+    run = run.at(_HEIGHT.value, _WIDTH.value)
     return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 
 

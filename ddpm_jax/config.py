@@ -7,9 +7,11 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +22,8 @@ from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.interop import transformers
+from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import TextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
@@ -27,11 +31,13 @@ from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
 from ddpm_jax.sampling.generate import Model, Request
+from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.text.encoders import FrozenTexts, Texts, TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 TRAINED = "trained"  # text.encoder that is not a folder
+OBJECTIVES = ("diffusion", "autoencoder")
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate
 _ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
 
@@ -99,6 +105,18 @@ def default_config() -> ConfigDict:
     text.num_layers = 2  # of its Transformer; 0: the embeddings of tokens and of their places alone
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
+    text.mask_padding = True  # the network attends to the tokens of a caption, not to its padding; False: to both
+    text.pooled = True  # the state of the whole caption is added to the time embedding
+
+    config.autoencoder = autoencoder = ConfigDict()
+    autoencoder.source = ""  # a workdir or a diffusers folder of an autoencoder whose latents are diffused; "": pixels are
+    autoencoder.scaling_factor = 0.0  # of the latents; 0: the folder's, or for a workdir measured on the data
+    autoencoder.latent_channels = 4  # of an autoencoder that is trained (train.objective), like all that follow
+    autoencoder.level_channels = (128, 256, 512, 512)  # one for each level; the image is halved from one to the next
+    autoencoder.num_res_blocks = 2  # residual blocks in each level
+    autoencoder.num_groups = 32  # of group normalisation
+    autoencoder.middle_attention = True  # attention between the two blocks in the middle
+    autoencoder.kl_weight = 1e-6  # of the Kullback-Leibler divergence, beside the mean absolute error of the pixels
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
@@ -127,6 +145,7 @@ def default_config() -> ConfigDict:
     optimizer.options = ConfigDict()  # further arguments of the optax optimiser: b1, b2, eps, weight_decay, ...
 
     config.train = train = ConfigDict()
+    train.objective = "diffusion"  # or autoencoder: trains one, for the autoencoder.source of other runs
     train.batch_size = 128  # of all devices together
     train.num_steps = 800_000  # of the whole run
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
@@ -134,6 +153,10 @@ def default_config() -> ConfigDict:
     train.accumulation = 1  # in how many parts a batch's gradient is taken, one after the other, for memory
     train.steps_per_dispatch = 1  # that the host hands to an accelerator at once
     train.init_from = ""  # a workdir whose averaged weights this run starts from
+
+    config.lora = lora = ConfigDict()
+    lora.rank = 0  # of the adapters of attention's projections, which are trained instead of the network; 0: off
+    lora.alpha = 0.0  # the adapters are multiplied by alpha / rank; 0: as large as the rank
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that divide the batch alone; -1: what fsdp leaves
@@ -272,17 +295,20 @@ def history_timesteps(config: ConfigDict) -> int | None:
     return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
 
 
-def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Condition:
+def make_condition(
+    config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Condition:
     """What can be said to the run.
 
     Args:
       config: of the run.
       dataset: the description of its images, with what the workdir keeps of its texts; None: there is none yet, and
         classes and captions are any.
+      dtype: what the weights of frozen parts are held in; None: float32.
     """
     if config.text.encoder:
         return CaptionCondition(
-            texts=make_texts(config, dataset or {}),
+            texts=make_texts(config, dataset or {}, dtype),
             dropout=config.text.dropout,
             shown=tuple((dataset or {}).get("shown_captions", ("",))),
         )
@@ -293,8 +319,8 @@ def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None)
     return ClassCondition(names, config.train.label_dropout, config.model.null_class)
 
 
-def make_texts(config: ConfigDict, dataset: Mapping[str, Any]) -> Texts:
-    """How captions and prompts reach the network; `dataset` as in `make_condition`."""
+def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None = None) -> Texts:
+    """How captions and prompts reach the network; `dataset` and `dtype` as in `make_condition`."""
     text = config.text
     is_trained = text.encoder == TRAINED
     encoder_folder = dataset.get("text_encoder", text.encoder)
@@ -307,9 +333,8 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any]) -> Texts:
     if is_trained:
         vocab_size = tokenizer.vocab_size if text.tokenizer else text.vocab_size
         sizes = (text.width, text.num_layers, text.num_heads)
-        return TrainedTexts(
-            tokenizer, TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
-        )
+        encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
+        return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
     encoder = transformers.read_module(encoder_folder)
     if tokenizer.vocab_size > encoder.vocab_size or tokenizer.max_length > encoder.max_length:
         raise UserError(
@@ -319,8 +344,10 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any]) -> Texts:
     return FrozenTexts(
         tokenizer,
         encoder,
-        open_params=lambda: transformers.read(encoder_folder)[1],
+        open_params=lambda: _held_in(dtype, transformers.read(encoder_folder)[1]),
         cache_bytes=int(config.data.cache_gib * 2**30),
+        mask_padding=text.mask_padding,
+        pooled=text.pooled,
     )
 
 
@@ -329,10 +356,70 @@ def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:
     return Tokenizer.train(captions, config.text.vocab_size, config.text.max_length or 64)
 
 
-def make_decoder(config: ConfigDict) -> Decoder:
-    """What lies between pictures and what the run diffuses."""
+def make_pixels(config: ConfigDict) -> Pixels:
     data = config.data
     return Pixels((data.height, data.width, data.channels), data.flip)
+
+
+def make_autoencoder(config: ConfigDict) -> Autoencoder:
+    """The autoencoder that a run with train.objective "autoencoder" trains."""
+    autoencoder = config.autoencoder
+    return Autoencoder(
+        channels=config.data.channels,
+        latent_channels=autoencoder.latent_channels,
+        widths=tuple(autoencoder.level_channels),
+        num_res_blocks=autoencoder.num_res_blocks,
+        num_groups=autoencoder.num_groups,
+        middle_attention=autoencoder.middle_attention,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def is_workdir(path: str | Path) -> bool:
+    """Whether a folder holds a run, not another project's files."""
+    return (Path(path).expanduser() / "dataset.json").is_file()
+
+
+def autoencoder_folder(path: str | Path) -> Path:
+    """Where the autoencoder lies in a diffusers folder, which may be a whole pipeline's."""
+    folder = Path(path).expanduser()
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def open_autoencoder(path: str | Path) -> tuple[Autoencoder, float]:
+    """The autoencoder of a workdir or of a diffusers folder, without its parameters, and the scaling factor of its
+    latents, 1 where that is not known yet.
+
+    Raises:
+      UserError: no autoencoder there, or one that is not supported.
+    """
+    if not is_workdir(path):
+        return autoencoder_lib.read_module(autoencoder_folder(path))
+    config = from_json((Path(path).expanduser() / "config.json").read_text())
+    if config.train.objective != "autoencoder":
+        raise UserError(
+            f"config.autoencoder.source {str(path)!r} is a run with train.objective {config.train.objective!r}; "
+            "accepted: 'autoencoder'"
+        )
+    return make_autoencoder(config), 1.0
+
+
+def make_decoder(
+    config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Decoder:
+    """What lies between pictures and what the run diffuses; `dataset` and `dtype` as in `make_condition`."""
+    if not config.autoencoder.source:
+        return make_pixels(config)
+    data, folder = config.data, (dataset or {}).get("autoencoder", config.autoencoder.source)
+    autoencoder, scaling_factor = open_autoencoder(folder)
+    return Latents(
+        (data.height, data.width, data.channels),
+        autoencoder,
+        open_params=lambda: _held_in(dtype, autoencoder_lib.read(folder)[1]),
+        scaling_factor=config.autoencoder.scaling_factor or scaling_factor,
+        flip=data.flip,
+        cache_bytes=int(data.cache_gib * 2**30),
+    )
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
@@ -356,10 +443,14 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
     return condition.network(net)
 
 
-def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Model:
-    """The run's three parts; `dataset` as in `make_condition`."""
-    condition = make_condition(config, dataset)
-    return Model(condition, make_network(config, condition), make_schedule_from(config), make_decoder(config))
+def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Model:
+    """The run's three parts; `dataset` and `dtype` as in `make_condition`."""
+    condition, decoder = make_condition(config, dataset, dtype), make_decoder(config, dataset, dtype)
+    return Model(condition, make_network(config, condition), make_schedule_from(config), decoder)
+
+
+def _held_in(dtype: str | None, params: Any) -> Any:
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -407,12 +498,12 @@ def loss_options(config: ConfigDict) -> dict[str, Any]:
 
 def step_options(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `make_train_step` that the config fixes, but for the steps per dispatch."""
-    return {
-        "seed": config.seed,
-        "timestep_sampler": config.diffusion.timestep_sampler,
-        "accumulation": config.train.accumulation,
-        **loss_options(config),
-    }
+    return {"seed": config.seed, "accumulation": config.train.accumulation}
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """What LoRA's adapters are multiplied by."""
+    return (config.lora.alpha or config.lora.rank) / config.lora.rank
 
 
 def sampling_steps(config: ConfigDict) -> Steps:

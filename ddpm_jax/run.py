@@ -23,6 +23,7 @@ from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Observer, Progress, Steps, Watch, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
+from ddpm_jax.models import lora
 from ddpm_jax.runtime import parallel, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError, nearest, reason
@@ -98,11 +99,29 @@ class Run:
         """Which weights these are, in words."""
         return f"step {self.step}, {'raw weights' if self.ema_decay is None else f'EMA {self.ema_decay}'}"
 
+    def at(self, height: int | None = None, width: int | None = None) -> "Run":
+        """The same run for pictures of another size; None: the size that it has.
+
+        Raises:
+          UserError: a size that its decoder or its network cannot have.
+        """
+        size = self.shape[0] if height is None else height, self.shape[1] if width is None else width
+        if size == self.shape[:2]:
+            return self
+        run = dataclasses.replace(self, model=dataclasses.replace(self.model, decoder=self.model.decoder.of_size(*size)))
+        try:
+            jax.eval_shape(lambda: run.net.init(jax.random.key(0), *run.model.example()))
+        except ValueError as error:
+            raise UserError(f"height and width are {size[0]} and {size[1]}: {error}") from None
+        return run
+
     def sample(
         self,
         num_images: int = 16,
         seed: int = 0,
         *,
+        height: int | None = None,
+        width: int | None = None,
         indices: Sequence[int] | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -114,6 +133,7 @@ class Run:
 
         Args:
           num_images, seed: how many of which seed.
+          height, width: of the images; None: the run's. See `at`, which gives the other methods another size.
           indices: the images' numbers, in the place of num_images.
           batch_size: images at a time; None: the config's.
           progress: told (network calls done, calls in all).
@@ -132,7 +152,7 @@ class Run:
           UserError: a count or option that does not exist or does not fit.
         """
         observer = Observer(progress, watch, snapshots_of=snapshots_of)
-        return self._generate(num_images, seed, indices, batch_size, observer, options)[0]
+        return self.at(height, width)._generate(num_images, seed, indices, batch_size, observer, options)[0]
 
     def progressive(
         self,
@@ -389,11 +409,13 @@ class Run:
         for leaf in jax.tree.leaves(self.params):
             weights = zlib.crc32(parallel.to_host(leaf).tobytes(), weights)
         request = self.request(**options)
+        size = {} if self.shape[:2] == (self.config.data.height, self.config.data.width) else {"size": self.shape[:2]}
         return {
             "step": self.step,
             "ema_decay": self.ema_decay,
             "weights_crc32": weights,
             "seed": seed,
+            **{name: list(value) for name, value in size.items()},
             **request.condition.settings(),
             "batch_size": batch_size or self.config.sample.batch_size,
             **request.settings(),
@@ -547,7 +569,13 @@ def deterministic(num_steps: int | None = None, spacing: str | None = None) -> d
     return {"sampler": "ddim", "eta": 0.0, "clip": False, "num_steps": num_steps, "spacing": spacing}
 
 
-def load(path: str | Path, step: int | None = None, ema_decay: float | None = None, raw: bool = False) -> Run:
+def load(
+    path: str | Path,
+    step: int | None = None,
+    ema_decay: float | None = None,
+    raw: bool = False,
+    dtype: str | None = None,
+) -> Run:
     """Opens a workdir: restores a checkpoint's weights onto this machine's devices.
 
     Args:
@@ -555,24 +583,50 @@ def load(path: str | Path, step: int | None = None, ema_decay: float | None = No
       step: of the checkpoint; None: the newest that can be read.
       ema_decay: which moving average; None: the first of the config's.
       raw: the weights as trained instead of an average.
+      dtype: "float32" or "bfloat16": what the weights are held in and what the network computes in; None: float32
+        weights, and config.model.dtype.
 
     Raises:
       UserError: no run there, no such checkpoint, or no such average.
     """
     config, dataset = workdir.read_config(path), workdir.read_dataset(path)
+    if dtype is not None:
+        config.model.dtype = dtype
     validate(config, dataset=dataset)
+    if config.train.objective == "autoencoder":
+        raise UserError(
+            f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
+            "autoencoder.source it is, or ddpm_jax.load_autoencoder"
+        )
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay
     if ema_decay is not None and ema_decay not in decays:
         raise UserError(f"this run has no average of decay {ema_decay}; it has {', '.join(map(str, decays))}")
     if dataset is None:
         raise UserError(f"{str(path)!r} has no checkpoint yet")
-    model = config_lib.make_model(config, dataset)
+    model = config_lib.make_model(config, dataset, dtype)
     devices, fsdp = jax.device_count(), config.mesh.fsdp
     mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))
-    shapes = model.param_shapes()
-    wanted = parallel.laid(shapes, parallel.state_shardings(mesh, shapes))
-    checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
-    found, params = checkpoints.restore_weights(step, "params" if raw else f"ema_{ema_decay}", wanted)
-    checkpoints.close()
+    folder, shapes = Path(path).expanduser(), model.param_shapes()
+    # Of imported weights there is no average, or it is the same.
+    part = "params" if raw or "imported" in dataset else f"ema_{ema_decay}"
+    if not config.lora.rank:
+        found, params = _restored(folder, step, part, shapes, mesh, dtype)
+        return Run(config, dataset, found, ema_decay, model, params, mesh)
+    adapters = jax.eval_shape(lambda: lora.init(shapes, config.lora.rank, jax.random.key(0)))
+    _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
+    found, adapted = _restored(folder, step, part, adapters, mesh, None)
+    params = jax.jit(lora.merge, donate_argnums=0)(base, adapted, config_lib.lora_scale(config))
     return Run(config, dataset, found, ema_decay, model, params, mesh)
+
+
+def _restored(
+    folder: Path, step: int | None, part: str, shapes: Any, mesh: Mesh, dtype: str | None
+) -> tuple[int, Any]:
+    """The step and the weights of a checkpoint, on the mesh and in the dtype; None: as they are."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        return checkpoints.restore_weights(step, part, parallel.laid(shapes, parallel.state_shardings(mesh, shapes)))
+    finally:
+        checkpoints.close()

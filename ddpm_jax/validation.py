@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -21,6 +22,7 @@ from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE
 
 _ELEMENTS: dict[str, type] = {
     "model.channel_multipliers": int,
+    "autoencoder.level_channels": int,
     "model.level_channels": int,
     "model.attention_resolutions": int,
     "model.downsample_levels": str,
@@ -62,6 +64,7 @@ def _check_values(config: ConfigDict) -> None:
         ("diffusion.loss", diffusion.loss, losses.LOSSES),
         ("diffusion.weighting", diffusion.weighting, losses.WEIGHTINGS),
         ("diffusion.timestep_sampler", diffusion.timestep_sampler, TIMESTEP_SAMPLERS),
+        ("train.objective", train.objective, config_lib.OBJECTIVES),
         ("optimizer.decay", optimizer.decay, config_lib.DECAYS),
         ("sample.sampler", config.sample.sampler, tuple(tables.SAMPLERS)),
         ("evaluate.sampler", config.evaluate.sampler, tuple(tables.SAMPLERS)),
@@ -91,6 +94,13 @@ def _check_values(config: ConfigDict) -> None:
         ("model.middle_attention_groups", config.model.middle_attention_groups, -1),
         ("model.attention_patch_size", config.model.attention_patch_size, 1),
         ("model.transformer_depth", config.model.transformer_depth, 0),
+        ("autoencoder.scaling_factor", config.autoencoder.scaling_factor, 0),
+        ("autoencoder.latent_channels", config.autoencoder.latent_channels, 1),
+        ("autoencoder.num_res_blocks", config.autoencoder.num_res_blocks, 1),
+        ("autoencoder.num_groups", config.autoencoder.num_groups, 1),
+        ("autoencoder.kl_weight", config.autoencoder.kl_weight, 0),
+        ("lora.rank", config.lora.rank, 0),
+        ("lora.alpha", config.lora.alpha, 0),
         ("text.vocab_size", config.text.vocab_size, MIN_VOCAB_SIZE),
         ("text.max_length", config.text.max_length, 0),
         ("text.width", config.text.width, 1),
@@ -136,6 +146,9 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.level_channels is {config.model.level_channels}; accepted: integers of 1 or more"
         )
+    widths = config.autoencoder.level_channels
+    if not widths or min(widths) < 1:
+        raise UserError(f"config.autoencoder.level_channels is {widths}; accepted: integers of 1 or more")
     if not config.model.norm_epsilon > 0:
         raise UserError(f"config.model.norm_epsilon is {config.model.norm_epsilon}; accepted: above 0")
     for name in () if diffusion.betas else BETAS_OF.get(diffusion.schedule, ()):
@@ -163,6 +176,11 @@ def _check_values(config: ConfigDict) -> None:
             f"config.data.caption is {config.data.caption!r}, which is for config.data.source='tfds' and a "
             "config.text.encoder"
         )
+    if config.autoencoder.source:
+        _check_latents(config)
+    if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
+        what = "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
+        raise UserError(f"config.lora.rank is {config.lora.rank}; accepted for {what}: 0")
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"sample.num_steps": config.sample.num_steps}
@@ -180,9 +198,39 @@ def _check_values(config: ConfigDict) -> None:
             )
 
 
+def _check_latents(config: ConfigDict) -> None:
+    """What a run of latents cannot have."""
+    if config.train.objective == "autoencoder":
+        raise UserError(
+            f"config.autoencoder.source is {config.autoencoder.source!r} and config.train.objective is 'autoencoder'; "
+            "accepted: one of the two"
+        )
+    for name in ("clip", "dynamic_threshold"):
+        if config.diffusion[name]:
+            raise UserError(
+                f"config.diffusion.{name} is {config.diffusion[name]}, which limits x_0 to [-1, 1], and latents have no "
+                f"limits; accepted with an autoencoder.source: {type(config.diffusion[name])(0)}"
+            )
+    if config.evaluate.every_steps and config.evaluate.likelihood_images:
+        raise UserError(
+            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run of latents has no "
+            "likelihood of its pictures; accepted with an autoencoder.source: 0"
+        )
+
+
 def _check_training(config: ConfigDict) -> None:
     """What only a run that is trained must have: another is opened without."""
-    diffusion, evaluate, data = config.diffusion, config.evaluate, config.data
+    diffusion, evaluate, data, train = config.diffusion, config.evaluate, config.data, config.train
+    if config.lora.rank and not train.init_from:
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank}, and adapters change a network that has learned; it needs "
+            "--init_from, the workdir of one"
+        )
+    if config.train.objective == "autoencoder" and evaluate.every_steps:
+        raise UserError(
+            f"config.evaluate.every_steps is {evaluate.every_steps}, and an autoencoder makes no samples to judge; "
+            "accepted with train.objective 'autoencoder': 0"
+        )
     if diffusion.loss == "vlb" and diffusion.weighting != "none":
         raise UserError(
             f"config.diffusion.weighting is {diffusion.weighting!r}, of the squared error, which loss 'vlb' does not "
@@ -223,6 +271,11 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
         _check_pure_noise(config, schedule)
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
+        if config.train.objective == "autoencoder":
+            autoencoder = config_lib.make_autoencoder(config)
+            shape = (1, config.data.height, config.data.width, config.data.channels)
+            jax.eval_shape(autoencoder.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+            return
         model = config_lib.make_model(config, dataset)
         check_guidance(model.condition, config_lib.guidance(config))
 

@@ -27,6 +27,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.runtime.workdir import CONFIG, check_writable
+from ddpm_jax.sampling.decoder import Pixels
 
 LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
     "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),
@@ -102,8 +103,11 @@ def evaluate(
         agreement |= clip_scores(run, clip, made, count) if clip else {}
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
     result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed) | agreement
-    if likelihood != "none":
+    if likelihood != "none" and isinstance(run.model.decoder, Pixels):
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
+    elif likelihood != "none":
+        absent = [result["not computed"]] if "not computed" in result else []
+        result["not computed"] = ", ".join([*absent, "bits/dim of pictures, since latents are diffused"])
     _finish(folder, result, told, real, save_reference)
     return result | told
 

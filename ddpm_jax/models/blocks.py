@@ -124,8 +124,8 @@ class GroupNorm(nn.Module):
 class ResBlock(nn.Module):
     """norm, activation, conv; add the time embedding; norm, activation, dropout, conv; plus the input.
 
-    Input [B, H, W, C], the embedding [B, E], already through the activation, and what a skip connection brings,
-    [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample` "down" (the mean of
+    Input [B, H, W, C], the embedding [B, E], already through the activation (None: nothing is added), and what a skip
+    connection brings, [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample` "down" (the mean of
     2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first convolution (BigGAN's).
     """
 
@@ -140,7 +140,9 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array, skip: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, embedding: jax.Array | None = None, skip: jax.Array | None = None
+    ) -> jax.Array:
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
         activation, norm = ACTIVATIONS[self.activation], partial(GroupNorm, self.num_groups, self.epsilon)
@@ -150,13 +152,13 @@ class ResBlock(nn.Module):
         elif self.resample == "up":
             x, h = (v.repeat(2, axis=1).repeat(2, axis=2) for v in (x, h))
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
-        width = self.features * (2 if self.scale_shift else 1)
-        modulation = Dense(width, dtype=self.dtype, name="embedding")(embedding)
-        if self.scale_shift:
-            h = norm(name="norm_1")(h, modulation)
-        else:
-            h = norm(name="norm_1")(h + modulation[:, None, None, :])
-        h = activation(h)
+        modulation = None
+        if embedding is not None:
+            width = self.features * (2 if self.scale_shift else 1)
+            modulation = Dense(width, dtype=self.dtype, name="embedding")(embedding)
+            if not self.scale_shift:
+                h, modulation = h + modulation[:, None, None, :], None
+        h = activation(norm(name="norm_1")(h, modulation))
         if self.train and self.dropout > 0:
             h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
         h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)

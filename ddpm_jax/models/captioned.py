@@ -13,10 +13,14 @@ class Captioned(nn.Module):
     Attributes:
       net: called (x, t, cond, train=...), such as a `UNet`.
       encoder: called (ids, mask), such as a `TextEncoder`.
+      mask_padding: whether the network attends to the tokens of a text alone, not to its padding.
+      pooled: whether it is given the state of the whole text, too.
     """
 
     net: nn.Module
     encoder: nn.Module
+    mask_padding: bool = True
+    pooled: bool = True
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         """The network's output.
@@ -28,7 +32,12 @@ class Captioned(nn.Module):
         return self.net(x, t, self.encode(cond) if "ids" in cond else cond, train=train)
 
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", "tokens_mask" and
-        "vector"."""
+        """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", and "tokens_mask"
+        and "vector" where it is given them."""
         states = self.encoder(cond["ids"], cond["ids_mask"])
-        return {"tokens": states.tokens, "tokens_mask": cond["ids_mask"], "vector": states.pooled}
+        encoded = {"tokens": states.tokens}
+        if self.mask_padding:
+            encoded["tokens_mask"] = cond["ids_mask"]
+        if self.pooled:
+            encoded["vector"] = states.pooled
+        return encoded

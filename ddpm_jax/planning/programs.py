@@ -21,6 +21,7 @@ from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Cond
 from ddpm_jax.sampling.generate import Model
+from ddpm_jax.training.objectives import make_objective
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 
@@ -69,28 +70,28 @@ def programs_of(
     """
     model = config_lib.make_model(config, dataset)
     makers: dict[str, Callable[[], Planned]] = {
-        "train": lambda: training_step(config, model, mesh),
+        "train": lambda: training_step(config, dataset, mesh),
         "sample": lambda: sampling(config, model, mesh, calls),
         "evaluate": lambda: judging(model.decoder.picture_shape, mesh),
     }
     return {name: makers[name]() for name in names}
 
 
-def training_step(config: ConfigDict, model: Model, mesh: Mesh) -> Planned:
+def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
     """One training step, whatever the number of steps that the run takes in one dispatch."""
     optimizer, size = config_lib.make_optimizer(config), config.train.batch_size
-    function = make_train_step(model, optimizer, mesh, **config_lib.step_options(config))
+    objective = make_objective(config, dataset)
+    function = make_train_step(objective, optimizer, mesh, **config_lib.step_options(config))
 
     def create() -> Any:
         steps = config_lib.history_timesteps(config)
-        return create_state(model.init_params(config.seed), optimizer, config.train.ema_decays, num_timesteps=steps)
+        return create_state(objective.init_params(config.seed), optimizer, config.train.ema_decays, num_timesteps=steps)
 
     state = jax.eval_shape(create)
-    reads = {name: _rows(mesh, (size, *x.shape), x.dtype) for name, x in model.condition.reads.items()}
     arguments = (
         parallel.laid(state, parallel.state_shardings(mesh, state)),
         _whole(mesh, jax.eval_shape(Metrics.zero)),
-        {"image": _rows(mesh, (size, *model.decoder.picture_shape), np.uint8), **reads},
+        {name: _rows(mesh, (size, *x.shape), x.dtype) for name, x in objective.reads.items()},
     )
     return Planned(f"training step of {size} images", function, arguments, size, donates=True)
 

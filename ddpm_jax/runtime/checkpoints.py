@@ -90,6 +90,12 @@ class Checkpoints:
                 self._manager.save(step, args=args, force=True)
             self._is_saving = True
 
+    def save_weights(self, step: int, params: Params) -> None:
+        """Writes weights alone, as "params", to sample from and not to train on; see `save`."""
+        with self._in_a_sentence():
+            self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
+        self._is_saving = True
+
     def check(self) -> None:
         """UserError if what was written in the background has failed; waits for nothing."""
         if self._is_saving and not self._manager.is_saving_in_progress():

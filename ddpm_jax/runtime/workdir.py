@@ -21,7 +21,8 @@ from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, write_text
 
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
-TOKENIZER, TEXT_ENCODER = "tokenizer.json", "text_encoder"
+TOKENIZER, TEXT_ENCODER, AUTOENCODER = "tokenizer.json", "text_encoder", "autoencoder"
+BASE = "base"  # the checkpoint of the network whose adapters the run trains
 LOCK = "lock.json"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -122,8 +123,8 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
 def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
     """The description of the images that the run learned from, or None before training started.
 
-    With captions it has "tokenizer", the text of a tokenizer.json, and with a frozen encoder "text_encoder", its
-    transformers folder in the workdir.
+    With captions it has "tokenizer", the text of a tokenizer.json. The frozen parts of a run lie in the workdir, too:
+    "text_encoder" is a transformers folder, and "autoencoder" one of diffusers.
     """
     folder = Path(workdir).expanduser()
     description: dict[str, Any] | None = read_json(folder / DATASET, None)
@@ -131,8 +132,9 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
         return None
     if (folder / TOKENIZER).exists():
         description["tokenizer"] = (folder / TOKENIZER).read_text("utf-8")
-    if (folder / TEXT_ENCODER).exists():
-        description["text_encoder"] = str(folder / TEXT_ENCODER)
+    for part in (TEXT_ENCODER, AUTOENCODER):
+        if (folder / part).exists():
+            description[part] = str(folder / part)
     return description
 
 
@@ -160,11 +162,12 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
 
 
 def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> None:
-    """Writes the config, the description of the data, and the environment; the tokenizer has a file of its own."""
+    """Writes the config, the description of the data, and the environment; the tokenizer has a file of its own, and the
+    frozen parts have folders."""
     write_text(workdir / CONFIG, config_lib.to_json(config))
     if "tokenizer" in description:
         write_text(workdir / TOKENIZER, description["tokenizer"])
-    rest = {name: value for name, value in description.items() if name not in ("tokenizer", "text_encoder")}
+    rest = {name: value for name, value in description.items() if name not in ("tokenizer", TEXT_ENCODER, AUTOENCODER)}
     write_text(workdir / DATASET, json.dumps(rest, indent=2) + "\n")
     write_text(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
 

@@ -83,7 +83,8 @@ class CaptionCondition:
         cond = self.of_batch(batch)
         if not self.dropout:
             return cond
-        dropped = jax.random.bernoulli(key("caption_dropout"), self.dropout, batch["image"].shape[:1])
+        count = len(next(iter(cond.values())))
+        dropped = jax.random.bernoulli(key("caption_dropout"), self.dropout, (count,))
         null = self.texts.arrays([""])
         return {
             name: jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), null[name], value)

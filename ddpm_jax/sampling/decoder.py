@@ -1,7 +1,7 @@
 """Between pictures and what is diffused, both ways: the last part of condition -> generation -> decoder.
 
-The diffusion sees arrays of any meaning. A decoder says what they are: here the pixels themselves, scaled to [-1, 1].
-It is made once from a run's config (`ddpm_jax.config.make_decoder`); a kind of decoder is one class here and one line
+The diffusion sees arrays of any meaning. A decoder says what they are: here the pixels themselves, scaled to [-1, 1],
+in `latents.py` an autoencoder's latents. It is made once from a run's config (`ddpm_jax.config.make_decoder`); a kind of decoder is one class here and one line
 there.
 """
 
@@ -22,6 +22,7 @@ class Decoder(Protocol):
     Attributes:
       picture_shape: (H, W, C) of the pictures.
       shape: of what is diffused, without the batch.
+      reads: the entries of a training batch that it needs.
     """
 
     @property
@@ -29,6 +30,17 @@ class Decoder(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    def of_size(self, height: int, width: int) -> "Decoder":
+        """The same for pictures of another size; UserError for one that it cannot have."""
+        ...
+
+    def read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries that `reads` names, of a batch of `host_batches`, on the host."""
+        ...
 
     def of_batch(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> jax.Array:
         """x_0 [B, *shape] of a training batch, on the devices; `key` gives the step's key for a purpose."""
@@ -62,6 +74,16 @@ class Pixels:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.picture_shape
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"image": jax.ShapeDtypeStruct(self.picture_shape, jnp.uint8)}
+
+    def of_size(self, height: int, width: int) -> "Pixels":
+        return dataclasses.replace(self, picture_shape=(height, width, self.picture_shape[-1]))
+
+    def read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": batch["image"]}
 
     def of_batch(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> jax.Array:
         pictures = random_flip(key("flip"), batch["image"]) if self.flip else batch["image"]

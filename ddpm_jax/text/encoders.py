@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from ddpm_jax.models.captioned import Captioned
 from ddpm_jax.models.clip import CLIPTextEncoder
+from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -50,10 +49,13 @@ class TrainedTexts:
     Attributes:
       tokenizer: of the texts.
       encoder: called (ids, mask), such as a `TextEncoder`.
+      mask_padding, pooled: as of `FrozenTexts`.
     """
 
     tokenizer: Tokenizer
     encoder: nn.Module
+    mask_padding: bool = True
+    pooled: bool = True
 
     @property
     def shapes(self) -> Shapes:
@@ -65,7 +67,7 @@ class TrainedTexts:
         return {"ids": tokens.ids, "ids_mask": tokens.mask}
 
     def network(self, net: nn.Module) -> nn.Module:
-        return Captioned(net, self.encoder)
+        return Captioned(net, self.encoder, self.mask_padding, self.pooled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,39 +79,38 @@ class FrozenTexts:
       encoder: CLIP's.
       open_params: reads the encoder's parameters when they are first needed.
       cache_bytes: the size of the cache, from which the least recently used texts are dropped.
+      mask_padding: whether the network attends to the tokens of a text alone; Stable Diffusion's attends to padding,
+        too.
+      pooled: whether the network is given the state of the whole text, as "vector".
     """
 
     tokenizer: Tokenizer
     encoder: CLIPTextEncoder
     open_params: Callable[[], Any]
     cache_bytes: int = 2 << 30
-    _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    mask_padding: bool = True
+    pooled: bool = True
 
     @property
     def shapes(self) -> Shapes:
         length, width = self.tokenizer.max_length, self.encoder.width
-        return {
-            "tokens": jax.ShapeDtypeStruct((length, width), jnp.float32),
-            "tokens_mask": jax.ShapeDtypeStruct((length,), jnp.bool_),
-            "vector": jax.ShapeDtypeStruct((self.encoder.projection or width,), jnp.float32),
-        }
+        shapes = {"tokens": jax.ShapeDtypeStruct((length, width), jnp.float32)}
+        if self.mask_padding:
+            shapes["tokens_mask"] = jax.ShapeDtypeStruct((length,), jnp.bool_)
+        if self.pooled:
+            shapes["vector"] = jax.ShapeDtypeStruct((self.encoder.projection or width,), jnp.float32)
+        return shapes
 
     def network(self, net: nn.Module) -> nn.Module:
         return net
 
     def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        with self._lock:  # training reads batches in a thread of its own
-            found = {text: self._kept[text] for text in texts if text in self._kept}
-            missing = [text for text in dict.fromkeys(texts) if text not in found]
-            for first in range(0, len(missing), _CHUNK):
-                chunk = missing[first : first + _CHUNK]
-                found |= zip(chunk, self._encoded(chunk), strict=True)
-            for text, states in found.items():
-                self._kept[text] = states
-                self._kept.move_to_end(text)
-            while len(self._kept) > max(self._most, 1):
-                self._kept.popitem(last=False)
-        return {name: np.stack([found[text][name] for text in texts]) for name in self.shapes}
+        rows = self._cache(texts, self._made)
+        return {name: np.stack([row[name] for row in rows]) for name in self.shapes}
+
+    def _made(self, texts: list[str]) -> list[dict[str, np.ndarray]]:
+        chunks = (texts[first : first + _CHUNK] for first in range(0, len(texts), _CHUNK))
+        return [states for chunk in chunks for states in self._encoded(chunk)]
 
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
@@ -117,8 +118,8 @@ class FrozenTexts:
         # A training step has the empty text's states as a constant, so this may be called while the step is traced.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, tokens.mask))
-        rows = zip(states, tokens.mask, vectors, strict=True)
-        return [dict(zip(self.shapes, row, strict=True)) for row in list(rows)[: len(texts)]]
+        found = {"tokens": states, "tokens_mask": tokens.mask, "vector": vectors}
+        return [{name: found[name][row] for name in self.shapes} for row in range(len(texts))]
 
     @functools.cached_property
     def _params(self) -> Any:
@@ -133,10 +134,6 @@ class FrozenTexts:
         return jax.jit(apply)
 
     @functools.cached_property
-    def _kept(self) -> "OrderedDict[str, dict[str, np.ndarray]]":
-        return OrderedDict()
-
-    @property
-    def _most(self) -> int:
-        """How many texts fit into the cache."""
-        return self.cache_bytes // sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in self.shapes.values())
+    def _cache(self) -> Cache[str, dict[str, np.ndarray]]:
+        size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in self.shapes.values())
+        return Cache(self.cache_bytes // size)

@@ -24,16 +24,18 @@ from ddpm_jax import report
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.dataset import open_dataset
 from ddpm_jax.data.sources import Source
-from ddpm_jax.diffusion.samplers import Observer
 from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.models import lora
 from ddpm_jax.runtime import images, parallel, processes, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints, newest_step
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import read_json_lines
 from ddpm_jax.runtime.progress import ProgressBar, format_seconds
-from ddpm_jax.sampling.generate import Request, generate
+from ddpm_jax.training.autoencoders import autoencoder_description
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor
+from ddpm_jax.training.objectives import Diffusion, make_objective
+from ddpm_jax.training.pictures import make_pictures
 from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state
@@ -41,8 +43,6 @@ from ddpm_jax.training.step import Metrics, make_train_step
 from ddpm_jax.training.texts import text_description
 from ddpm_jax.validation import validate
 
-_NUM_SNAPSHOTS = 10
-_STRIP_IMAGES = 8
 _DATA_IMAGES = 64
 
 
@@ -72,6 +72,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
         known = workdir.read_dataset(folder)
         source = open_dataset(config, known)
         description = source.describe() | text_description(config, source, folder, known)
+        description |= autoencoder_description(config, source, folder, known)
         workdir.check_dataset(folder, description)
         processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
         was_finished = processes.agree(workdir.is_finished(folder, config))
@@ -100,7 +101,8 @@ class _Training:
         self.config, self.folder, self.source, self.check_lock = config, folder, source, check_lock
         self.is_main = jax.process_index() == 0
         self.mesh = parallel.make_mesh(**config.mesh)
-        self.model = config_lib.make_model(config, description)
+        self.objective = make_objective(config, description)
+        self.pictures = make_pictures(config, self.objective, self.mesh, source)
         self.optimizer = config_lib.make_optimizer(config)
         self.learning_rate = config_lib.learning_rate(config)
         self.decay = str(config.train.ema_decays[0])
@@ -170,7 +172,7 @@ class _Training:
         config = self.config
 
         def init() -> Params:
-            return self.model.init_params(config.seed)
+            return self.objective.init_params(config.seed)
 
         def create(params: Params) -> TrainState:
             return create_state(
@@ -181,23 +183,44 @@ class _Training:
         shardings = parallel.state_shardings(self.mesh, shapes)
         restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
-            self._say(f"going on from the checkpoint of step {restored[0]}")
-            return restored
+            step, state = restored
+            self._say(f"going on from the checkpoint of step {step}")
+            return step, dataclasses.replace(state, frozen=self._frozen())
         jit = partial(jax.jit, compiler_options=parallel.run_once_options())
-        if config.train.init_from:
+        if config.train.init_from and not config.lora.rank:
             run = start_weights(config, shapes.params)
             self._say(f"starting from the weights of {config.train.init_from}, step {run.step}")
             start = jax.device_put(run.params, shardings.params)
         else:
             start = jit(init, out_shardings=shardings.params)()
-        return 0, jit(create, out_shardings=shardings)(start)
+        return 0, dataclasses.replace(jit(create, out_shardings=shardings)(start), frozen=self._frozen())
+
+    def _frozen(self) -> Params:
+        """The parameters of the network whose adapters are trained, from the run that this one started from; the
+        workdir keeps them. None without adapters."""
+        if not self.config.lora.rank:
+            return None
+        assert isinstance(self.objective, Diffusion)
+        shapes = self.objective.model.param_shapes()
+        shardings = parallel.state_shardings(self.mesh, shapes)
+        base = Checkpoints(self.folder / workdir.BASE)
+        try:
+            if base.steps():
+                return base.restore_weights(None, "params", parallel.laid(shapes, shardings))[1]
+            run = start_weights(self.config, shapes)
+            self._say(f"adapting the weights of {self.config.train.init_from}, step {run.step}")
+            params = jax.device_put(run.params, shardings)
+            base.save_weights(run.step, params)
+            return params
+        finally:
+            base.close()
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""
         config, num_steps = self.config, self.config.train.num_steps
         log, checkpoint = config.log, config.checkpoint
         train_step = make_train_step(
-            self.model,
+            self.objective,
             self.optimizer,
             self.mesh,
             steps_per_dispatch=config.train.steps_per_dispatch,
@@ -233,9 +256,10 @@ class _Training:
             step = first_step
             for batch in itertools.chain([first], batches):
                 # At the ends of a run, several steps at once may be fewer.
-                program = compiled if batch["image"].shape == first["image"].shape else train_step
+                length = len(jax.tree.leaves(batch)[0])
+                program = compiled if length == len(jax.tree.leaves(first)[0]) else train_step
                 state, metrics = program(state, metrics, batch)
-                before, step = step, step + (len(batch["image"]) if config.train.steps_per_dispatch > 1 else 1)
+                before, step = step, step + (length if config.train.steps_per_dispatch > 1 else 1)
                 is_due = partial(_is_passed, before, step)
                 # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.
                 in_flight.append(metrics)
@@ -301,7 +325,8 @@ class _Training:
 
     @functools.cached_property
     def _monitor(self) -> Monitor:
-        return Monitor(self.config, self.model, self.mesh, self.source)
+        assert isinstance(self.objective, Diffusion)
+        return Monitor(self.config, self.objective.model, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
@@ -322,7 +347,7 @@ class _Training:
             cache_bytes=int(config.data.cache_gib * 2**30),
             num_workers=config.data.num_workers,
         )
-        batches = self._with_condition(batches, first_step, rows)
+        batches = self._read(batches, first_step, rows)
         if several > 1:
             batches = pipeline.several(batches, first_step, several)
 
@@ -333,14 +358,13 @@ class _Training:
 
         return pipeline.prefetch(map(put, batches), depth=2)
 
-    def _with_condition(
+    def _read(
         self, batches: Iterable[pipeline.Batch], first_step: int, rows: slice | np.ndarray
     ) -> Iterator[pipeline.Batch]:
-        """The batches with what the condition reads of them; what it draws is a function of seed, step and row."""
+        """The batches with what the objective reads of them; what it draws is a function of seed, step and row."""
         for step, batch in enumerate(batches, first_step):
             draws = pipeline.batch_draws(self.config.seed, step, self.config.train.batch_size)
-            read = self.model.condition.read(batch, self.source, draws[rows])
-            yield {name: read[name] for name in ("image", *self.model.condition.reads)}
+            yield self.objective.read(batch, self.source, draws[rows])
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
         """Whether this process was told to stop, or any of a multi-host job; the same answer on all."""
@@ -378,50 +402,23 @@ class _Training:
         return self.folder / "samples" / f"step_{step:08d}.png"
 
     def _sample_grid(self, state: TrainState, step: int) -> None:
-        """EMA samples of the same noise every time, so that the pictures can be compared."""
-        log = self.config.log
-        with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
-            request = config_lib.sampling_request(self.config, self.model.condition)
-            steps = dataclasses.replace(request.steps, num_steps=log.sample_steps or None)
-            request = dataclasses.replace(request, steps=steps)
-            grid, _ = self._generate(state, log.sample_images, request, Observer(bar.update))
-        if self.is_main:
-            images.save(self._picture(step), images.grid(grid))
+        """By the averaged weights; of the same draws every time, so that the pictures can be compared."""
+        self.pictures.save_step(self._averaged(state), self._picture(step))
         self._report()
+
+    def _averaged(self, state: TrainState) -> Params:
+        """The parameters that pictures are made with."""
+        average = state.ema[self.decay]
+        return lora.merge(state.frozen, average, config_lib.lora_scale(self.config)) if self.config.lora.rank else average
 
     def _evaluate(self, monitor: Monitor, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
-            values = monitor(state.ema[self.decay], bar.update)
+            values = monitor(self._averaged(state), bar.update)
         self._say("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         return values
 
     def _final_pictures(self, state: TrainState) -> None:
-        """A grid and a strip that shows its first images on the way from noise."""
-        sample, request = self.config.sample, config_lib.sampling_request(self.config, self.model.condition)
-        calls = config_lib.sampling_calls(self.config, self.model.schedule)
-        self._say(f"sampling {sample.num_images} images ...")
-        with ProgressBar("sampling, calls", 0, enabled=self.is_main) as bar:
-            observer = Observer(bar.update, num_snapshots=min(_NUM_SNAPSHOTS, calls + 1))
-            grid, snapshots = self._generate(state, sample.num_images, request, observer)
-        if self.is_main and snapshots is not None:
-            images.save(self.folder / "samples" / "final.png", images.grid(grid))
-            stages = snapshots[:, : min(_STRIP_IMAGES, sample.num_images)].swapaxes(0, 1)
-            strip = images.grid(stages.reshape(-1, *stages.shape[2:]), columns=len(snapshots))
-            images.save(self.folder / "samples" / "denoising.png", strip)
-
-    def _generate(
-        self, state: TrainState, num_images: int, request: Request, observer: Observer
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        return generate(
-            self.model,
-            state.ema[self.decay],
-            self.mesh,
-            request,
-            indices=range(num_images),
-            seed=self.config.seed,
-            batch_size=self.config.sample.batch_size,
-            observer=observer,
-        )
+        self.pictures.save_final(self._averaged(state), self.folder / "samples")
 
     def _say(self, text: str) -> None:
         if self.is_main:

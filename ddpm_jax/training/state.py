@@ -24,6 +24,8 @@ class TrainState:
       ema: one average of the parameters a decay, {"0.9999": params}, float32.
       opt_state: of the optax optimiser.
       history: the losses by timestep where t is drawn by importance, else None.
+      frozen: parameters that training reads and never changes, which checkpoints leave out: those of the network whose
+        adapters are trained; else None.
     """
 
     step: jax.Array
@@ -31,6 +33,7 @@ class TrainState:
     ema: dict[str, Params]
     opt_state: optax.OptState
     history: LossHistory | None
+    frozen: Params = None
 
 
 def create_state(
@@ -40,6 +43,7 @@ def create_state(
     *,
     num_timesteps: int | None = None,
     step: int = 0,
+    frozen: Params = None,
 ) -> TrainState:
     """The state of a run that starts from these parameters; a pure function, to be jit-compiled with the shardings that
     its arrays shall have.
@@ -50,6 +54,7 @@ def create_state(
       ema_decays: one average each.
       num_timesteps: T if a loss history is kept, else None.
       step: how many updates the parameters have seen.
+      frozen: see `TrainState`.
     """
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
@@ -57,6 +62,7 @@ def create_state(
         ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
         opt_state=optimizer.init(params),
         history=None if num_timesteps is None else LossHistory.create(num_timesteps),
+        frozen=frozen,
     )
 
 

@@ -1,24 +1,19 @@
-"""One training step (DDPM, algorithm 1), compiled once for the whole mesh."""
+"""One training step, compiled once for the whole mesh."""
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ddpm_jax.diffusion.gaussian import normal
-from ddpm_jax.diffusion.losses import training_loss
-from ddpm_jax.diffusion.timesteps import sample_timesteps
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
-from ddpm_jax.sampling.generate import Model
+from ddpm_jax.training.objectives import Examples, Objective
 from ddpm_jax.training.state import Params, TrainState, update_ema
 
 Batch = dict[str, jax.Array]
-Examples = dict[str, Any]  # x_0, cond, t, weight and noise of each
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +24,7 @@ class Metrics:
     Attributes:
       steps: how many steps are summed up.
       loss, grad_norm: sums of the batch's mean loss and of the gradient's global norm before clipping.
-      quarter_loss, quarter_count: [4], sums over examples by quarter of t.
+      quarter_loss, quarter_count: [4], sums over examples by quarter of t; without timesteps, zeros.
       bad_step, bad_loss, bad_grad_norm: the first step whose loss or gradient was not finite; -1: none.
     """
 
@@ -55,11 +50,11 @@ class Metrics:
             bad_grad_norm=jnp.zeros(()),
         )
 
-    def add(self, step: jax.Array, loss: jax.Array, grad_norm: jax.Array, quarter: jax.Array) -> "Metrics":
-        """With one step's per-example losses [B] and the quarters [B] that their t lie in."""
+    def add(self, step: jax.Array, loss: jax.Array, grad_norm: jax.Array, quarter: jax.Array | None) -> "Metrics":
+        """With one step's per-example losses [B] and the quarters [B] that their t lie in; None: they have none."""
         mean = jnp.mean(loss)
         is_first_bad = (self.bad_step < 0) & ~(jnp.isfinite(mean) & jnp.isfinite(grad_norm))
-        in_quarter = quarter[:, None] == jnp.arange(4)
+        in_quarter = jnp.zeros((1, 4), bool) if quarter is None else quarter[:, None] == jnp.arange(4)
         return Metrics(
             steps=self.steps + 1,
             loss=self.loss + mean,
@@ -73,64 +68,56 @@ class Metrics:
 
 
 def make_train_step(
-    model: Model,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
     seed: int,
-    timestep_sampler: str = "uniform",
     accumulation: int = 1,
     steps_per_dispatch: int = 1,
-    **loss_options: Any,
 ) -> jax.stages.Wrapped:
     """The jit-compiled step: (state, metrics, batch) -> (state, metrics); the state is donated.
 
-    The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Noise, timesteps, dropout and
-    what condition and decoder draw (dropped conditions, flips) are functions of (seed, step), drawn for the global
-    batch, so the number of devices changes none of them. Where the condition is dropped the network learns to do
-    without (classifier-free guidance: Ho & Salimans 2022, algorithm 1).
+    The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Dropout and what the objective
+    draws (noise, timesteps, dropped conditions, flips) are functions of (seed, step), drawn for the global batch, so
+    the number of devices changes none of them.
 
     Args:
-      model: what is trained.
+      objective: what is trained, and to what end.
       optimizer: how.
       mesh: of `parallel.make_mesh`.
       seed: of the run.
-      timestep_sampler: see `sample_timesteps`.
       accumulation: in how many parts, one after the other, the gradient of a batch is taken, for memory. It is the same
         gradient, but for dropout, which is drawn for each part.
       steps_per_dispatch: with more than one, each array of the batch has a new first axis of about as many steps, which
         are taken in one call; for fast accelerators, which would wait for the host otherwise.
-      loss_options: of `training_loss`.
 
     Returns:
-      A function of the state, the metrics so far and a batch, {"image": uint8 [B, H, W, C]} with what the condition
-      reads.
+      A function of the state, the metrics so far and a batch of what the objective reads.
     """
-    net, schedule = model.net, model.schedule
-    num_timesteps = schedule.num_timesteps
+    T = objective.num_timesteps
     # XLA's CPU backend computes gradients of convolutions 35 to 100 times slower inside a loop.
     unroll = {"unroll": True} if mesh.devices.flat[0].platform == "cpu" else {}
 
-    def gradient(params: Params, examples: Examples, dropout_key: jax.Array) -> tuple[Params, jax.Array]:
+    def gradient(
+        params: Params, frozen: Params, examples: Examples, dropout_key: jax.Array
+    ) -> tuple[Params, jax.Array]:
         """The gradient of the examples' weighted mean loss, and their losses."""
 
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
-                rngs = {"dropout": dropout_key}
-                return net.apply({"params": params}, x_t, t, examples["cond"], train=True, rngs=rngs)
-
-            x_0, t, noise = (examples[name] for name in ("x_0", "t", "noise"))
-            losses = training_loss(schedule, model_fn, None, x_0, t=t, noise=noise, **loss_options)
+            losses = objective.losses(params, frozen, examples, dropout_key)
             return jnp.mean(examples["weight"] * losses), losses
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
-    def accumulated(params: Params, examples: Examples, dropout_key: jax.Array) -> tuple[Params, jax.Array]:
+    def accumulated(
+        params: Params, frozen: Params, examples: Examples, dropout_key: jax.Array
+    ) -> tuple[Params, jax.Array]:
         """`gradient`, of the rows i, i + accumulation, ... at a time, so that none leaves its device."""
 
         def add(total: Params, part: tuple[jax.Array, Examples]) -> tuple[Params, jax.Array]:
             index, examples = part
-            grads, losses = gradient(params, examples, jax.random.fold_in(dropout_key, index))
+            grads, losses = gradient(params, frozen, examples, jax.random.fold_in(dropout_key, index))
             return jax.tree.map(jnp.add, total, grads), losses
 
         def split(x: jax.Array) -> jax.Array:
@@ -143,14 +130,11 @@ def make_train_step(
 
     def step(state: TrainState, metrics: Metrics, batch: Batch) -> tuple[TrainState, Metrics]:
         key = partial(named_key, seed, index=state.step)
-        x_0, cond = model.decoder.of_batch(batch, key), model.condition.of_training(batch, key)
-        t, weights = sample_timesteps(key("t"), x_0.shape[0], num_timesteps, timestep_sampler, state.history)
-        noise = normal(key("noise"), x_0.shape)
-        examples = {"x_0": x_0, "cond": cond, "t": t, "weight": weights, "noise": noise}
+        examples = objective.examples(batch, key, state.history)
 
         # Each device needs all of the parameters, if only for a while, and adds up its part of the gradient.
-        params = jax.lax.with_sharding_constraint(state.params, parallel.replicated(mesh))
-        grads, losses = (accumulated if accumulation > 1 else gradient)(params, examples, key("dropout"))
+        params, frozen = jax.lax.with_sharding_constraint((state.params, state.frozen), parallel.replicated(mesh))
+        grads, losses = (accumulated if accumulation > 1 else gradient)(params, frozen, examples, key("dropout"))
         grads = jax.lax.with_sharding_constraint(grads, parallel.state_shardings(mesh, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -159,10 +143,12 @@ def make_train_step(
             params=params,
             ema={decay: update_ema(ema, params, float(decay), state.step) for decay, ema in state.ema.items()},
             opt_state=opt_state,
-            history=None if state.history is None else state.history.update(t, losses),
+            history=None if state.history is None else state.history.update(examples["t"], losses),
+            frozen=state.frozen,
         )
         new_state = jax.lax.with_sharding_constraint(new_state, parallel.state_shardings(mesh, new_state))
-        return new_state, metrics.add(state.step, losses, optax.tree.norm(grads), t * 4 // num_timesteps)
+        quarter = None if T is None else examples["t"] * 4 // T
+        return new_state, metrics.add(state.step, losses, optax.tree.norm(grads), quarter)
 
     def steps(state: TrainState, metrics: Metrics, batches: Batch) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda carry, batch: (step(*carry, batch), None), (state, metrics), batches, **unroll)[0]

@@ -106,7 +106,7 @@ def test_what_does_not_fit_the_memory_is_encoded_again(encoder):
         texts = frozen(encoder, cache_bytes=kept * size)
         for few in rows:
             assert_same(texts.arrays([many[row] for row in few]), rows_of(everything, few))
-            assert len(texts._kept) <= max(kept, 1)
+            assert len(texts._cache) <= max(kept, 1)
     before = len(texts.tokenizer.calls)
     texts.arrays([many[row] for row in rows[-1]][-1:])  # met last, and kept
     assert len(texts.tokenizer.calls) == before

@@ -19,6 +19,7 @@ from ddpm_jax.sampling.generate import Model
 from ddpm_jax.text.encoders import TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.training.state import create_state
+from ddpm_jax.training.objectives import Diffusion
 from ddpm_jax.training.step import Metrics, make_train_step
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
@@ -66,7 +67,8 @@ def run(
     shardings = parallel.state_shardings(mesh, jax.eval_shape(create))
     state, metrics = jax.jit(create, out_shardings=shardings, compiler_options=parallel.run_once_options())()
     at_once = options.get("steps_per_dispatch", 1)
-    step = make_train_step(model, optimizer, mesh, seed=0, **options)
+    chosen = {name: options.pop(name) for name in ("timestep_sampler", "loss_options") if name in options}
+    step = make_train_step(Diffusion(model, **chosen), optimizer, mesh, seed=0, **options)
     rng = np.random.default_rng(0)
     compiled = None
     for _ in range(0, steps, at_once):
@@ -182,7 +184,7 @@ def test_further_steps_compile_nothing_anew():
     net = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4)
     optimizer = optax.adam(1e-3)
     model = Model(NoCondition(), net, make_schedule("linear", 10), Pixels(SHAPE))
-    step = make_train_step(model, optimizer, mesh, seed=0)
+    step = make_train_step(Diffusion(model), optimizer, mesh, seed=0)
     create = jax.jit(
         lambda: (create_state(model.init_params(0), optimizer, (0.9,)), Metrics.zero()),
         out_shardings=parallel.replicated(mesh),

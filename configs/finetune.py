@@ -1,0 +1,34 @@
+"""Fine-tuning: a run, or an imported one, learns further on a folder of pictures.
+
+    python main.py --mode=import --source=path/to/stable-diffusion --workdir=runs/sd
+    python main.py --config=configs/finetune.py:runs/sd --workdir=runs/mine --config.data.path=path/to/pictures
+
+Behind the colon stands the workdir to start from, whose network, text encoder, autoencoder and diffusion the new run has.
+A run with prompts wants captions beside the pictures. With --config.lora.rank=16, adapters of that rank are trained
+instead of the whole network, which takes a fraction of the memory.
+"""
+
+from pathlib import Path
+
+from ddpm_jax.runtime import workdir
+
+
+def get_config(path: str = ""):
+    if not path:
+        raise ValueError("configs/finetune.py needs the workdir to start from, as in --config=configs/finetune.py:runs/sd")
+    config = workdir.read_config(path)
+    dataset = workdir.read_dataset(path) or {}
+    config.train.init_from = path
+    config.text.encoder = dataset.get(workdir.TEXT_ENCODER, config.text.encoder)
+    if config.text.encoder and "tokenizer" in dataset:
+        config.text.tokenizer = str(Path(path) / workdir.TOKENIZER)
+    config.autoencoder.source = dataset.get(workdir.AUTOENCODER, config.autoencoder.source)
+    config.data.update(source="folder", path="", flip=False)
+    config.optimizer.update(name="adamw", learning_rate=1e-5, decay="constant", warmup_steps=100, options={})
+    config.train.update(batch_size=8, num_steps=2000, ema_decays=(0.999,))
+    config.lora.rank = 0
+    config.checkpoint.update(every_steps=500, keep=2)
+    config.log.update(every_steps=20, sample_every_steps=500, sample_images=8, sample_steps=20)
+    config.evaluate.every_steps = 0
+    config.sample.num_images = 8
+    return config

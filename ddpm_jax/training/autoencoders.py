@@ -1,0 +1,90 @@
+"""The frozen autoencoder that a run of latents keeps in its workdir, so that sampling needs nothing else."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.runtime import processes, workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.sampling.latents import Latents
+
+_MEASURED = 1024  # images whose latents give the scaling factor
+
+
+def autoencoder_description(
+    config: ConfigDict, source: Source, folder: Path, known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The entry on the autoencoder in the description of a run's data; {} where pixels are diffused. Copies it.
+
+    Args:
+      config: of the run.
+      source: its images, on which the scaling factor is measured where none is given.
+      folder: the workdir, to which the autoencoder is copied.
+      known: the description that an earlier start of the run left.
+
+    Returns:
+      "autoencoder", a diffusers folder.
+
+    Raises:
+      UserError: an autoencoder that cannot be read.
+    """
+    if not config.autoencoder.source:
+        return {}
+    target = folder / workdir.AUTOENCODER
+    if workdir.AUTOENCODER not in (known or {}):
+        if jax.process_index() == 0:
+            net, params, factor = load_autoencoder(config.autoencoder.source)
+            factor = config.autoencoder.scaling_factor or factor or measured_scaling(net, params, source)
+            shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
+            autoencoder_lib.write(target, net, params, factor)
+        processes.meet("autoencoder")
+    return {workdir.AUTOENCODER: str(target)}
+
+
+def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
+    """An autoencoder, its float32 parameters, and the scaling factor of its latents.
+
+    Args:
+      path: a diffusers folder of an `AutoencoderKL`, or of a pipeline that has one; or the workdir of a run with
+        train.objective "autoencoder", of which the first average of the newest checkpoint is read.
+
+    Returns:
+      The module, to be applied with method "encode" or "decode"; {"params": ...} without the outer level; and the
+      factor, 0 of a workdir.
+
+    Raises:
+      UserError: no autoencoder there, or one that is not supported.
+    """
+    if not config_lib.is_workdir(path):
+        net, params, factor = autoencoder_lib.read(config_lib.autoencoder_folder(path))
+        return net, params, factor
+    config = workdir.read_config(path)
+    net, _ = config_lib.open_autoencoder(path)
+    shape = jax.ShapeDtypeStruct((1, config.data.height, config.data.width, config.data.channels), np.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), shape)["params"]
+    checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
+    _, params = checkpoints.restore_weights(None, f"ema_{config.train.ema_decays[0]}", shapes)
+    checkpoints.close()
+    return net, params, 0.0
+
+
+def measured_scaling(net: Autoencoder, params: Any, source: Source) -> float:
+    """1 over the standard deviation of the latents of images that are spread over a source (Rombach et al. 2022,
+    appendix G)."""
+    decoder = Latents(source.shape, net, lambda: params, scaling_factor=1.0)
+    posterior = decoder.read(spread(source, _MEASURED))["posterior"][:, 0]
+    variance = np.var(posterior[:, 0], dtype=np.float64) + np.mean(posterior[:, 1] ** 2, dtype=np.float64)
+    factor = float(1 / np.sqrt(variance))
+    logging.info("The scaling factor of the latents is %.5f.", factor)
+    return factor

@@ -1,0 +1,174 @@
+"""What a network is trained to do: the loss of a batch's examples. The step, the loop and the plans serve any."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.gaussian import normal
+from ddpm_jax.diffusion.losses import training_loss
+from ddpm_jax.diffusion.timesteps import LossHistory, sample_timesteps
+from ddpm_jax.models import lora
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.sampling.generate import Model
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+Examples = dict[str, Any]
+Key = Callable[[str], jax.Array]
+
+
+class Objective(Protocol):
+    """One kind of training.
+
+    Attributes:
+      reads: the entries of a training batch that it needs, without the batch's axis.
+      num_timesteps: T if its examples have a timestep, else None.
+    """
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    @property
+    def num_timesteps(self) -> int | None: ...
+
+    def init_params(self, seed: int) -> Params:
+        """The random parameters that a run of this seed starts from."""
+        ...
+
+    def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
+        """The entries that `reads` names, of a batch of `host_batches` of the source, on the host; see
+        `Condition.read`."""
+        ...
+
+    def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
+        """All that is drawn for a batch, as a function of the step's keys: arrays [B, ...], among them "weight", by
+        which a loss counts, and "t" int32 if there are timesteps. The examples are divided over the devices."""
+        ...
+
+    def losses(self, params: Params, frozen: Params, examples: Examples, key: jax.Array) -> jax.Array:
+        """The loss [B] of each example; `frozen` is `TrainState.frozen`, and `key` is for dropout."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """The network predicts the noise (DDPM, algorithm 1), or what `loss_options` says.
+
+    Where the condition is dropped the network learns to do without (classifier-free guidance: Ho & Salimans 2022,
+    algorithm 1).
+
+    Attributes:
+      model: what is trained.
+      timestep_sampler: see `sample_timesteps`.
+      loss_options: of `training_loss`.
+      lora_rank: with one above 0, adapters of that rank are trained, and the network's own parameters are frozen.
+      lora_scale: of the adapters, see `lora.merge`.
+    """
+
+    model: Model
+    timestep_sampler: str = "uniform"
+    loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora_rank: int = 0
+    lora_scale: float = 1.0
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {**self.model.decoder.reads, **self.model.condition.reads}
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.model.schedule.num_timesteps
+
+    def init_params(self, seed: int) -> Params:
+        if not self.lora_rank:
+            return self.model.init_params(seed)
+        return lora.init(self.model.param_shapes(), self.lora_rank, named_key(seed, "lora"))
+
+    def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
+        condition = self.model.condition
+        read = condition.read(batch, source, draws)
+        return self.model.decoder.read(batch) | {name: read[name] for name in condition.reads}
+
+    def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
+        model = self.model
+        x_0, cond = model.decoder.of_batch(batch, key), model.condition.of_training(batch, key)
+        t, weights = sample_timesteps(key("t"), x_0.shape[0], self.num_timesteps, self.timestep_sampler, history)
+        return {"x_0": x_0, "cond": cond, "t": t, "weight": weights, "noise": normal(key("noise"), x_0.shape)}
+
+    def losses(self, params: Params, frozen: Params, examples: Examples, key: jax.Array) -> jax.Array:
+        if self.lora_rank:
+            params = lora.merge(frozen, params, self.lora_scale)
+
+        def model_fn(x_t: jax.Array, t: jax.Array) -> Any:
+            net = self.model.net
+            return net.apply({"params": params}, x_t, t, examples["cond"], train=True, rngs={"dropout": key})
+
+        x_0, t, noise = (examples[name] for name in ("x_0", "t", "noise"))
+        return training_loss(self.model.schedule, model_fn, None, x_0, t=t, noise=noise, **self.loss_options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """An autoencoder gives pictures back from a draw of its posterior (Kingma & Welling 2014; Rombach et al. 2022).
+
+    The loss of a picture is the mean absolute error of its pixels plus `kl_weight` times the Kullback-Leibler
+    divergence of the posterior from a standard normal distribution, the mean over the latents. The perceptual and the
+    adversarial term of Stable Diffusion's autoencoder need networks trained elsewhere and are left out.
+
+    Attributes:
+      autoencoder: what is trained.
+      pixels: the pictures.
+      kl_weight: of the divergence.
+    """
+
+    autoencoder: Autoencoder
+    pixels: Pixels
+    kl_weight: float
+    num_timesteps: None = None
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return self.pixels.reads
+
+    def init_params(self, seed: int) -> Params:
+        example = jnp.zeros((1, *self.pixels.picture_shape))
+        return self.autoencoder.init(named_key(seed, "init"), example)["params"]
+
+    def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
+        return self.pixels.read(batch)
+
+    def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
+        x = self.pixels.of_batch(batch, key)
+        factor = self.autoencoder.downscaling
+        latents = (len(x), x.shape[1] // factor, x.shape[2] // factor, self.autoencoder.latent_channels)
+        return {"x": x, "noise": normal(key("noise"), latents), "weight": jnp.ones(len(x))}
+
+    def losses(self, params: Params, frozen: Params, examples: Examples, key: jax.Array) -> jax.Array:
+        def run(method: str, x: jax.Array) -> Any:
+            return self.autoencoder.apply({"params": params}, x, method=method)
+
+        x = examples["x"]
+        mean, log_variance = run("encode", x)
+        found = run("decode", mean + jnp.exp(0.5 * log_variance) * examples["noise"])
+        axes = tuple(range(1, x.ndim))
+        divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance, axis=axes)
+        return jnp.mean(jnp.abs(found - x), axis=axes) + self.kl_weight * divergence
+
+
+def make_objective(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Objective:
+    """What the config trains; `dataset` as in `ddpm_jax.config.make_condition`."""
+    if config.train.objective == "autoencoder":
+        pixels = config_lib.make_pixels(config)
+        return Reconstruction(config_lib.make_autoencoder(config), pixels, config.autoencoder.kl_weight)
+    model = config_lib.make_model(config, dataset)
+    adapted = {"lora_rank": config.lora.rank, "lora_scale": config_lib.lora_scale(config)} if config.lora.rank else {}
+    return Diffusion(model, config.diffusion.timestep_sampler, config_lib.loss_options(config), **adapted)

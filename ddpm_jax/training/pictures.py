@@ -1,0 +1,130 @@
+"""The pictures that training leaves in samples/: what the run's averaged weights make."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.samplers import Observer
+from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.runtime import images, parallel
+from ddpm_jax.runtime.progress import ProgressBar
+from ddpm_jax.sampling.generate import Model, Request, generate
+from ddpm_jax.sampling.latents import Latents
+from ddpm_jax.training.objectives import Diffusion, Objective, Params, Reconstruction
+
+_NUM_SNAPSHOTS = 10
+_STRIP_IMAGES = 8
+
+
+class Pictures(Protocol):
+    """What a run shows of itself. Every process of a job calls these; process 0 writes."""
+
+    def save_step(self, params: Params, path: Path) -> None:
+        """Writes one picture of where the run stands."""
+        ...
+
+    def save_final(self, params: Params, folder: Path) -> None:
+        """Writes the pictures of the end of a run."""
+        ...
+
+
+def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: Source) -> Pictures:
+    """Those of a run with this objective."""
+    if isinstance(objective, Reconstruction):
+        return Reconstructions(config, objective, mesh, source)
+    assert isinstance(objective, Diffusion)
+    return Samples(config, objective.model, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Samples of a diffusion, of the same noise every time."""
+
+    config: ConfigDict
+    model: Model
+    mesh: Mesh
+
+    def save_step(self, params: Params, path: Path) -> None:
+        log = self.config.log
+        with _bar("sampling, calls") as bar:
+            request = config_lib.sampling_request(self.config, self.model.condition)
+            steps = dataclasses.replace(request.steps, num_steps=log.sample_steps or None)
+            request = dataclasses.replace(request, steps=steps)
+            grid, _ = self._generate(params, log.sample_images, request, Observer(bar.update))
+        _save(path, lambda: images.grid(grid))
+
+    def save_final(self, params: Params, folder: Path) -> None:
+        """final.png, a grid, and denoising.png, a strip that shows its first images on the way from noise."""
+        sample, request = self.config.sample, config_lib.sampling_request(self.config, self.model.condition)
+        calls = config_lib.sampling_calls(self.config, self.model.schedule)
+        _say(f"sampling {sample.num_images} images ...")
+        with _bar("sampling, calls") as bar:
+            observer = Observer(bar.update, num_snapshots=min(_NUM_SNAPSHOTS, calls + 1))
+            grid, snapshots = self._generate(params, sample.num_images, request, observer)
+        assert snapshots is not None
+        _save(folder / "final.png", lambda: images.grid(grid))
+        stages = snapshots[:, : min(_STRIP_IMAGES, sample.num_images)].swapaxes(0, 1)
+        strip = stages.reshape(-1, *stages.shape[2:])
+        _save(folder / "denoising.png", lambda: images.grid(strip, columns=len(snapshots)))
+
+    def _generate(
+        self, params: Params, num_images: int, request: Request, observer: Observer
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        return generate(
+            self.model,
+            params,
+            self.mesh,
+            request,
+            indices=range(num_images),
+            seed=self.config.seed,
+            batch_size=self.config.sample.batch_size,
+            observer=observer,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructions:
+    """Pairs of training pictures and what an autoencoder gives back from the mean of their posterior."""
+
+    config: ConfigDict
+    objective: Reconstruction
+    mesh: Mesh
+    source: Source
+
+    def save_step(self, params: Params, path: Path) -> None:
+        self._save_pairs(params, path, self.config.log.sample_images)
+
+    def save_final(self, params: Params, folder: Path) -> None:
+        self._save_pairs(params, folder / "final.png", self.config.sample.num_images)
+
+    def _save_pairs(self, params: Params, path: Path, count: int) -> None:
+        whole = jax.tree.map(parallel.to_host, params)
+        pictures = spread(self.source, count)["image"]
+        shape = self.objective.pixels.picture_shape
+        decoder = Latents(shape, self.objective.autoencoder, lambda: whole, scaling_factor=1.0)
+        pairs = np.stack([pictures, decoder.decode(decoder.encode(pictures))], axis=1)
+        columns = 2 * max(round((len(pairs) / 2) ** 0.5), 1)
+        _save(path, lambda: images.grid(pairs.reshape(-1, *shape), columns))
+
+
+def _bar(what: str) -> ProgressBar:
+    return ProgressBar(what, 0, enabled=jax.process_index() == 0)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _save(path: Path, make: Callable[[], Any]) -> None:
+    if jax.process_index() == 0:
+        images.save(path, make())
