@@ -1,25 +1,19 @@
-"""diffusers' `UNet2DModel` as this project's UNet, and back: the config and the tensors.
+"""diffusers' `UNet2DModel` as this project's UNet, and back: the config and the tensors."""
 
-The two networks differ in names and in the order of a kernel's axes only, so every value survives both ways to the bit.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.interop.diffusers import unet_tensors
 from ddpm_jax.interop.diffusers.fields import check_accepted, choose, refusal, with_defaults
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
 
+_NAME = "UNet2DModel"
 # Every field, with what diffusers takes where a file does not have it.
 _DEFAULTS: dict[str, Any] = {
     "sample_size": None,
@@ -58,6 +52,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "class_embed_type": (None,),
 }
+# Plain, with attention, with residual resampling.
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 _ACTIVATIONS = {"silu": "swish", "swish": "swish", "gelu": "gelu", "mish": "mish", "relu": "relu"}
@@ -66,28 +61,6 @@ _SHIFTS = {"default": False, "scale_shift": True}
 # In blocks with attention; those without it say it by their type.
 _DOWNSAMPLERS = {"conv": "conv", "resnet": "residual", None: "conv"}
 _UPSAMPLERS = {"conv": "nearest", "resnet": "residual", None: "nearest"}
-
-_RES = {
-    "norm_0": "norm1",
-    "conv_0": "conv1",
-    "embedding": "time_emb_proj",
-    "norm_1": "norm2",
-    "conv_1": "conv2",
-    "shortcut": "conv_shortcut",
-}
-_ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
-_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_OUTER = {
-    "time_table": "time_proj",
-    "time_0": "time_embedding.linear_1",
-    "time_1": "time_embedding.linear_2",
-    "label": "class_embedding",
-    "conv_in": "conv_in",
-    "norm_out": "conv_norm_out",
-    "conv_out": "conv_out",
-}
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-_TABLES = ("time_proj.weight", "class_embedding.weight")  # of embeddings, [rows, features] in both
 
 
 # The config.
@@ -107,82 +80,121 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> int:
     Raises:
       UserError: a value that this project's network does not have, by the name of its field.
     """
-    check_accepted(where, {"_class_name": "UNet2DModel", **found}, {"_class_name": ("UNet2DModel",)})
+    check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     unet = with_defaults(where, found, _DEFAULTS)
     check_accepted(where, unet, _ACCEPTED)
-    widths, size, num_classes = tuple(unet["block_out_channels"]), unet["sample_size"], unet["num_class_embeds"]
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise refusal(where, "sample_size", size, ("a side", "[height, width]"))
-    attention, downsampling, upsampling = _read_blocks(unet, len(widths), where)
+    size, num_classes = read_size(unet, where), unet["num_class_embeds"]
+    downsampler = choose(where, unet, "downsample_type", _DOWNSAMPLERS)
+    upsampler = choose(where, unet, "upsample_type", _UPSAMPLERS)
+    attention, halvings, doublings = read_blocks(
+        unet, where, _DOWN_BLOCKS, _UP_BLOCKS, ("conv", downsampler, "residual"), ("nearest", upsampler, "residual")
+    )
     head_channels = unet["attention_head_dim"]
     if head_channels is not None and head_channels < 1:
         raise refusal(where, "attention_head_dim", head_channels, ("1 or more", None))
     if num_classes is not None and num_classes < 1:
         raise refusal(where, "num_class_embeds", num_classes, ("1 or more", None))
-    shift, groups = choose(where, unet, "resnet_time_scale_shift", _SHIFTS), unet["norm_num_groups"]
-    middle_groups = unet["attn_norm_num_groups"]
+    groups, middle_groups = unet["norm_num_groups"], unet["attn_norm_num_groups"]
     if middle_groups is None:  # then a network with scale_shift has no norm there
-        middle_groups = 0 if shift else groups
+        middle_groups = 0 if choose(where, unet, "resnet_time_scale_shift", _SHIFTS) else groups
     config.data.update(source="folder", height=size[0], width=size[1], channels=unet["in_channels"])
     config.model.update(
-        channels=widths[0],
-        num_res_blocks=unet["layers_per_block"],
-        attention_levels=attention,
-        attention_resolutions=(),
+        **read_common(unet, where, attention, halvings, doublings),
         middle_attention=unet["add_attention"],
         middle_attention_groups=-1 if middle_groups == groups else middle_groups,
         num_heads=1,
         head_channels=head_channels or 0,
-        dropout=float(unet["dropout"]),
-        num_groups=groups,
-        norm_epsilon=float(unet["norm_eps"]),
         activation=choose(where, {"act_fn": str(unet["act_fn"]).lower()}, "act_fn", _ACTIVATIONS),
         time_embedding=_read_time_embedding(unet, len(config_lib.make_betas_from(config)), where),
-        time_frequency_shift=float(unet["freq_shift"]),
-        time_cosines_first=unet["flip_sin_to_cos"],
-        scale_shift=shift,
-        downsample_padding=choose(where, unet, "downsample_padding", _PADDINGS),
-        center_input=unet["center_input_sample"],
         class_conditional=num_classes is not None,
         null_class=num_classes is None,
     )
-    if all(width % widths[0] == 0 for width in widths):
-        config.model.channel_multipliers = tuple(width // widths[0] for width in widths)
-    else:
-        config.model.level_channels = widths
-    for name, methods in (("downsample", downsampling), ("upsample", upsampling)):
-        if len(set(methods)) == 1:
-            config.model[name] = methods[0]
-        else:
-            config.model[f"{name}_levels"] = methods
     return num_classes or 0
 
 
-def _read_blocks(
-    unet: Mapping[str, Any], levels: int, where: str
+def read_common(
+    unet: Mapping[str, Any],
+    where: str,
+    attention: tuple[bool, ...],
+    halvings: tuple[str, ...],
+    doublings: tuple[str, ...],
+) -> dict[str, Any]:
+    """The fields of config.model that mean the same in a `UNet2DModel` and a `UNet2DConditionModel`.
+
+    Args:
+      unet: the fields of the file `where`.
+      attention, halvings, doublings: of `read_blocks`.
+    """
+    widths = tuple(unet["block_out_channels"])
+    fields = {
+        "channels": widths[0],
+        "num_res_blocks": unet["layers_per_block"],
+        "attention_levels": attention,
+        "attention_resolutions": (),
+        "dropout": float(unet["dropout"]),
+        "num_groups": unet["norm_num_groups"],
+        "norm_epsilon": float(unet["norm_eps"]),
+        "time_frequency_shift": float(unet["freq_shift"]),
+        "time_cosines_first": unet["flip_sin_to_cos"],
+        "scale_shift": choose(where, unet, "resnet_time_scale_shift", _SHIFTS),
+        "downsample_padding": choose(where, unet, "downsample_padding", _PADDINGS),
+        "center_input": unet["center_input_sample"],
+    }
+    if all(width % widths[0] == 0 for width in widths):
+        fields["channel_multipliers"] = tuple(width // widths[0] for width in widths)
+    else:
+        fields["level_channels"] = widths
+    for name, methods in (("downsample", halvings), ("upsample", doublings)):
+        if len(set(methods)) == 1:
+            fields[name] = methods[0]
+        else:
+            fields[f"{name}_levels"] = methods
+    return fields
+
+
+def read_size(unet: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Height and width of what the network is for."""
+    size = unet["sample_size"]
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise refusal(where, "sample_size", size, ("a side", "[height, width]"))
+    return size[0], size[1]
+
+
+def read_blocks(
+    unet: Mapping[str, Any],
+    where: str,
+    down_blocks: Sequence[str],
+    up_blocks: Sequence[str],
+    halvings: Sequence[str],
+    doublings: Sequence[str],
 ) -> tuple[tuple[bool, ...], tuple[str, ...], tuple[str, ...]]:
-    """Attention of each level, and how each halving and each doubling is done, from the full size down."""
+    """Attention of each level, and how each halving and each doubling is done, from the full size down.
+
+    Args:
+      unet: the fields of the file `where`.
+      down_blocks, up_blocks: the types of blocks that the fields may name: plain, with attention and residual.
+      halvings, doublings: how each of these changes the size.
+
+    Raises:
+      UserError: another type, more or fewer blocks than levels, or attention in different levels down and up.
+    """
     sides = []
-    for field, accepted in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
+    for field, accepted in (("down_block_types", down_blocks), ("up_block_types", up_blocks)):
         blocks = [block.removeprefix("UNetRes") for block in unet[field]]
         unknown = [block for block in blocks if block not in accepted]
-        if unknown or len(blocks) != levels:
+        if unknown or len(blocks) != len(unet["block_out_channels"]):
             raise refusal(where, field, unknown[0] if unknown else unet[field], accepted)
-        sides.append(blocks)
+        sides.append([accepted.index(block) for block in blocks])
     down, up = sides[0], sides[1][::-1]
-    attention = tuple(block.startswith("Attn") for block in down)
-    if tuple(block.startswith("Attn") for block in up) != attention:
+    attention = tuple(kind == 1 for kind in down)
+    if tuple(kind == 1 for kind in up) != attention:
         raise UserError(
             f"up_block_types is {unet['up_block_types']} in {where!r}; accepted: attention at the levels of "
             "down_block_types"
         )
-    downsampler = choose(where, unet, "downsample_type", _DOWNSAMPLERS)
-    upsampler = choose(where, unet, "upsample_type", _UPSAMPLERS)
-    halvings = {"DownBlock2D": "conv", "AttnDownBlock2D": downsampler, "ResnetDownsampleBlock2D": "residual"}
-    doublings = {"UpBlock2D": "nearest", "AttnUpBlock2D": upsampler, "ResnetUpsampleBlock2D": "residual"}
-    return attention, tuple(halvings[block] for block in down[:-1]), tuple(doublings[block] for block in up[1:])
+    return attention, tuple(halvings[kind] for kind in down[:-1]), tuple(doublings[kind] for kind in up[1:])
 
 
 def _read_time_embedding(unet: Mapping[str, Any], num_timesteps: int, where: str) -> str:
@@ -210,49 +222,68 @@ def to_fields(config: ConfigDict, net: UNet) -> dict[str, Any]:
       UserError: an option that diffusers' network does not have, by name.
     """
     model, data = config.model, config.data
-    if model.attention_patch_size != 1:
-        raise _lacking("attention_patch_size", model.attention_patch_size, "has 1 only")
     if net.num_classes is not None and net.null_class:
-        raise _lacking("class_conditional", True, "has no null class, as model.null_class=True makes one")
-    if net.widths[0] != net.channels:
-        raise _lacking("channels", net.channels, f"begins with the {net.widths[0]} channels of the first level")
+        raise lacking("class_conditional", True, "has no null class, as model.null_class=True makes one", _NAME)
     groups = net.middle_attention_groups
     if groups == 0 and not model.scale_shift and model.middle_attention:
-        raise _lacking("middle_attention_groups", 0, "leaves that norm out with scale_shift only")
+        raise lacking("middle_attention_groups", 0, "leaves that norm out with scale_shift only", _NAME)
     attends = net.levels_with_attention(data.height, data.width)
     inverse = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    shift = model.time_frequency_shift
     fields = {
-        "_class_name": "UNet2DModel",
-        "sample_size": data.height if data.height == data.width else [data.height, data.width],
+        **common_fields(config, net, (data.height, data.width), _NAME),
         "in_channels": data.channels,
         "out_channels": data.channels * (2 if net.learned_variance else 1),
-        "center_input_sample": model.center_input,
         "time_embedding_type": "learned" if model.time_embedding == "learned" else "positional",
+        "mid_block_type": "UNetMidBlock2D",
+        "act_fn": inverse[model.activation],
+        "attention_head_dim": _head_channels(net, attends),
+        "attn_norm_num_groups": (model.num_groups if model.scale_shift else None) if groups is None else groups or None,
+        "add_attention": model.middle_attention,
+        "num_class_embeds": net.num_classes,
+        **write_blocks(net, attends, _DOWN_BLOCKS, _UP_BLOCKS, _NAME),
+        **_samplers(net, attends),
+    }
+    return fields | ({"num_train_timesteps": net.num_timesteps} if net.num_timesteps else {})
+
+
+def common_fields(config: ConfigDict, net: UNet, size: tuple[int, int], kind: str) -> dict[str, Any]:
+    """The fields that mean the same in a `UNet2DModel` and a `UNet2DConditionModel`.
+
+    Args:
+      config, net: of the run.
+      size: height and width of what the network is for.
+      kind: the name of the class.
+
+    Raises:
+      UserError: an option that neither has, by name.
+    """
+    model = config.model
+    if model.attention_patch_size != 1:
+        raise lacking("attention_patch_size", model.attention_patch_size, "has 1 only", kind)
+    if net.widths[0] != net.channels:
+        raise lacking("channels", net.channels, f"begins with the {net.widths[0]} channels of the first level", kind)
+    shift = model.time_frequency_shift
+    return {
+        "_class_name": kind,
+        "sample_size": size[0] if size[0] == size[1] else list(size),
+        "center_input_sample": model.center_input,
         "freq_shift": int(shift) if shift == int(shift) else shift,
         "flip_sin_to_cos": model.time_cosines_first,
-        "mid_block_type": "UNetMidBlock2D",
         "mid_block_scale_factor": 1,
         "block_out_channels": net.widths,
         "layers_per_block": model.num_res_blocks,
         "downsample_padding": {ours: theirs for theirs, ours in _PADDINGS.items()}[model.downsample_padding],
         "dropout": model.dropout,
-        "act_fn": inverse[model.activation],
-        "attention_head_dim": _head_channels(net, attends),
         "norm_num_groups": model.num_groups,
-        "attn_norm_num_groups": (model.num_groups if model.scale_shift else None) if groups is None else groups or None,
         "norm_eps": model.norm_epsilon,
         "resnet_time_scale_shift": "scale_shift" if model.scale_shift else "default",
-        "add_attention": model.middle_attention,
         "class_embed_type": None,
-        "num_class_embeds": net.num_classes,
-        **_blocks(net, attends),
     }
-    return fields | ({"num_train_timesteps": net.num_timesteps} if net.num_timesteps else {})
 
 
-def _lacking(field: str, value: Any, what: str) -> UserError:
-    return UserError(f"config.model.{field} is {value!r}; diffusers' UNet2DModel {what}")
+def lacking(field: str, value: Any, what: str, kind: str) -> UserError:
+    """The error for an option of ours that the class `kind` of diffusers does not have."""
+    return UserError(f"config.model.{field} is {value!r}; diffusers' {kind} {what}")
 
 
 def _head_channels(net: UNet, attends: list[bool]) -> int | None:
@@ -262,30 +293,42 @@ def _head_channels(net: UNet, attends: list[bool]) -> int | None:
     with_attention |= {net.widths[-1]} if net.middle_attention else set()
     if len(with_attention) > 1:
         channels = f"levels of {sorted(with_attention)} channels"
-        raise _lacking("num_heads", net.num_heads, f"has one number of channels a head, which {channels} do not give")
+        raise lacking(
+            "num_heads", net.num_heads, f"has one number of channels a head, which {channels} do not give", _NAME
+        )
     return with_attention.pop() // net.num_heads if with_attention else None
 
 
-def _blocks(net: UNet, attends: list[bool]) -> dict[str, Any]:
-    """The types of the blocks, and of the resampling in those with attention."""
-    halvings = len(attends) - 1
-    down = list(net.downsample_levels or [net.downsample] * halvings)
-    up = list(net.upsample_levels or [net.upsample] * halvings)
-    for field, methods, samplers, levels in (
-        ("downsample", down, _DOWNSAMPLERS, attends[:-1]),
-        ("upsample", up, _UPSAMPLERS, attends[1:]),
-    ):
-        unknown = [method for method in methods if method not in samplers.values()]
+def resampling(net: UNet) -> tuple[list[str], list[str]]:
+    """How each halving and each doubling of the size is done, from the full size down."""
+    levels = len(net.widths) - 1
+    return (
+        list(net.downsample_levels or [net.downsample] * levels),
+        list(net.upsample_levels or [net.upsample] * levels),
+    )
+
+
+def write_blocks(
+    net: UNet, attends: Sequence[bool], down_blocks: Sequence[str], up_blocks: Sequence[str], kind: str
+) -> dict[str, list[str]]:
+    """The types of the blocks.
+
+    Args:
+      net: of the run.
+      attends: whether each level has attention.
+      down_blocks, up_blocks: the types: plain, with attention and residual.
+      kind: the name of the class.
+
+    Raises:
+      UserError: a way to change the size that no block has, by name.
+    """
+    down, up = resampling(net)
+    for field, methods, accepted in (("downsample", down, _DOWNSAMPLERS), ("upsample", up, _UPSAMPLERS)):
+        unknown = [method for method in methods if method not in accepted.values()]
         if unknown:
-            raise _lacking(field, unknown[0], f"only has {' and '.join(sorted(set(samplers.values())))}")
-        if len({method for method, attention in zip(methods, levels, strict=True) if attention}) > 1:
-            raise _lacking(f"{field}_levels", tuple(methods), "has one kind for all levels with attention")
+            raise lacking(field, unknown[0], f"only has {' and '.join(sorted(set(accepted.values())))}", kind)
 
-    def sampler(methods: list[str], levels: list[bool]) -> str:
-        chosen = [method for method, attention in zip(methods, levels, strict=True) if attention]
-        return "resnet" if "residual" in chosen else "conv"
-
-    def kinds(names: tuple[str, ...], methods: list[str]) -> list[str]:
+    def types(names: Sequence[str], methods: list[str]) -> list[str]:
         plain, attention, residual = names
         return [
             attention if attends_here else residual if method == "residual" else plain
@@ -293,52 +336,25 @@ def _blocks(net: UNet, attends: list[bool]) -> dict[str, Any]:
         ]
 
     return {
-        "down_block_types": kinds(_DOWN_BLOCKS, [*down, "conv"]),
-        "up_block_types": kinds(_UP_BLOCKS, ["nearest", *up])[::-1],
-        "downsample_type": sampler(down, attends[:-1]),
-        "upsample_type": sampler(up, attends[1:]),
+        "down_block_types": types(down_blocks, [*down, "conv"]),
+        "up_block_types": types(up_blocks, ["nearest", *up])[::-1],
     }
 
 
+def _samplers(net: UNet, attends: list[bool]) -> dict[str, str]:
+    """The types of the resampling in blocks with attention."""
+    down, up = resampling(net)
+    types = {}
+    for name, methods, levels in (("downsample", down, attends[:-1]), ("upsample", up, attends[1:])):
+        chosen = {method for method, attention in zip(methods, levels, strict=True) if attention}
+        if len(chosen) > 1:
+            what = "has one kind for all levels with attention"
+            raise lacking(f"{name}_levels", tuple(methods), what, _NAME)
+        types[f"{name}_type"] = "resnet" if "residual" in chosen else "conv"
+    return types
+
+
 # The tensors.
-
-
-def _names(params: Mapping[str, Any], levels: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path in our tree, name in theirs) of every parameter."""
-    for path in flatten_dict(params):
-        block, leaf = path[0], _LEAVES[path[-1]]
-        if block in _OUTER:
-            yield path, f"{_OUTER[block]}.{leaf}"
-            continue
-        side, level, *rest = block.split("_")
-        if side == "middle":
-            (kind,) = rest
-            prefix = f"mid_block.{'resnets' if kind == 'res' else 'attentions'}.{level}"
-        else:
-            blocks = f"{side}_blocks.{level if side == 'down' else levels - 1 - int(level)}"
-            if rest[-1].endswith("sample"):
-                part = _RES.get(path[1], "conv")  # of a residual block, or the convolution itself
-                yield path, f"{blocks}.{rest[-1]}rs.0.{part}.{leaf}"
-                continue
-            index, kind = rest
-            prefix = f"{blocks}.{'resnets' if kind == 'res' else 'attentions'}.{index}"
-        yield path, f"{prefix}.{(_RES if kind == 'res' else _ATTENTION)[path[1]]}.{leaf}"
-
-
-def _to_theirs(name: str, value: np.ndarray) -> np.ndarray:
-    """Kernels [h, w, C, D] become [D, C, h, w], [C, D] become [D, C] ([D, C, 1, 1] in a shortcut)."""
-    if value.ndim == 4:
-        return value.transpose(3, 2, 0, 1)
-    if value.ndim == 2 and name not in _TABLES:
-        return value.T[..., None, None] if ".conv_shortcut." in name else value.T
-    return value
-
-
-def _to_ours(name: str, value: np.ndarray) -> np.ndarray:
-    if value.ndim == 4:
-        value = value.transpose(2, 3, 1, 0)
-        return value[0, 0] if ".conv_shortcut." in name else value
-    return value.T if value.ndim == 2 and name not in _TABLES else value
 
 
 def _param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
@@ -352,9 +368,7 @@ def _levels(config: ConfigDict) -> int:
 
 def tensor_shapes(config: ConfigDict, num_classes: int = 0) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a `UNet2DModel` of this config has."""
-    shapes = _param_shapes(config, num_classes)
-    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-    return {name: value.shape for name, value in to_tensors(empty, _levels(config)).items()}
+    return unet_tensors.tensor_shapes(_param_shapes(config, num_classes), _levels(config))
 
 
 def to_params(
@@ -371,21 +385,9 @@ def to_params(
     Raises:
       UserError: a tensor that is missing, too many, or of another shape or dtype than the config's network has.
     """
-    shapes = _param_shapes(config, num_classes)
-    names = dict(_names(shapes, _levels(config)))
-    wanted = tensor_shapes(config, num_classes)
-    old = any(".attentions." in name and ".query." in name for name in tensors)
-    if old:
-        for new, former in _OLD_ATTENTION.items():
-            pattern = re.compile(rf"(\.attentions\.\d+\.){re.escape(new)}(?=\.)")
-            former_name = partial(pattern.sub, rf"\g<1>{former}")
-            names = {ours: former_name(name) for ours, name in names.items()}
-            wanted = {former_name(name): shape for name, shape in wanted.items()}
-    tensors_lib.check(path, tensors, wanted)
-    return unflatten_dict({ours: np.ascontiguousarray(_to_ours(name, tensors[name])) for ours, name in names.items()})
+    return unet_tensors.to_params(path, tensors, _param_shapes(config, num_classes), _levels(config))
 
 
 def to_tensors(params: Mapping[str, Any], levels: int) -> tensors_lib.Tensors:
     """A `UNet2DModel`'s tensors from our parameters; `levels` is how many the network has."""
-    flat = flatten_dict(params)
-    return {name: _to_theirs(name, np.asarray(flat[ours])) for ours, name in _names(params, levels)}
+    return unet_tensors.to_tensors(params, levels)
