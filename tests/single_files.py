@@ -1,4 +1,4 @@
-"""Narrow Stable Diffusions of random weights: names and shapes of diffusers' and transformers' tensors, and CompVis'."""
+"""Narrow Stable Diffusions of random weights: names of diffusers and transformers, shapes, and CompVis' names."""
 
 import re
 

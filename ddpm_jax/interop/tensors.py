@@ -148,8 +148,9 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
-        known = name in _SKIPPED_BUILTINS if module == "builtins" else module.split(".")[0] in _SKIPPED_MODULES
-        if self._skipping and known:
+        builtin = module in ("builtins", "__builtin__")  # the latter in Python 2's words
+        known = name in _SKIPPED_BUILTINS if builtin else module.split(".")[0] in _SKIPPED_MODULES
+        if self._skipping and known and not name.endswith("Storage"):
             return _Skipped
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor, and it is not run")
 
