@@ -26,6 +26,8 @@ SECTIONS = {
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
     "tests/interop/diffusers/test_peers.py": "Other networks and schedulers of diffusers",
     "tests/interop/test_transformers.py": "CLIP's encoders",
+    "tests/interop/test_single_file.py": "Single files of Stable Diffusion",
+    "tests/interop/test_lora.py": "LoRA",
     "tests/evaluation/test_peers.py": "Evaluation",
     "tests/evaluation/test_agreement.py": "Agreement of picture and text",
 }

@@ -27,7 +27,14 @@ _STORAGES = {
     "BFloat16Storage": jnp.bfloat16,
     "LongStorage": np.int64,
     "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
+# Whose objects lie beside the weights in a training checkpoint: callbacks, settings, optimizers, random states.
+_SKIPPED_MODULES = ("_codecs", "collections", "lightning", "numpy", "omegaconf", "pytorch_lightning", "torch", "typing")
+_SKIPPED_BUILTINS = ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice")
 # How files of PyTorch before 1.6 begin.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -38,11 +45,32 @@ def read(path: str | Path) -> Tensors:
     Raises:
       UserError: the file is not there, cut off, of another format, or holds Python objects other than tensors.
     """
+    return _read(path, _named_tensors, skipping=False)
+
+
+def read_checkpoint(path: str | Path) -> Tensors:
+    """The tensors of a training checkpoint of PyTorch (.ckpt, .pt, .bin) or of a .safetensors file.
+
+    They are those of the checkpoint's "state_dict", or of the file itself where it has none. Everything else in it is
+    passed over: numbers, texts, optimizer states, and objects of PyTorch, PyTorch Lightning, NumPy and OmegaConf. For
+    these the file names classes; an object without behaviour takes the place of each, so that none of them is imported
+    or run.
+
+    Raises:
+      UserError: as `read`; a file that names code of any other module.
+    """
+    return _read(path, _state_dict, skipping=True)
+
+
+def _read(path: str | Path, select: Callable[[Any], dict[str, "_Tensor"]], skipping: bool) -> Tensors:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{str(path)!r} is not a file")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _read_pickled(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = _read_zip(path, skipping) if zipfile.is_zipfile(path) else _read_legacy(path, skipping)
+        return {name: tensor.array() for name, tensor in select(content).items()}
     except Exception as error:  # a broken file raises nearly any kind
         raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
 
@@ -81,12 +109,35 @@ class _StorageType:
         self.dtype = np.dtype(dtype)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows how tensors are put together from raw data, and nothing else."""
+class _Skipped:
+    """Stands for any class or function of another project, and for its objects: takes everything, keeps nothing."""
 
-    def __init__(self, file: IO[bytes], find_storage: Callable[[Any], "_Storage"] | None = None):
+    def __new__(cls, *_: Any, **__: Any) -> "_Skipped":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows how tensors are put together from raw data, and nothing else; `skipping` puts a `_Skipped` for some."""
+
+    def __init__(
+        self, file: IO[bytes], find_storage: Callable[[Any], "_Storage"] | None = None, *, skipping: bool = False
+    ):
         super().__init__(file)
-        self._find_storage = find_storage
+        self._find_storage, self._skipping = find_storage, skipping
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "collections" and name == "OrderedDict":
@@ -97,6 +148,10 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
+        builtin = module in ("builtins", "__builtin__")  # the latter in Python 2's words
+        known = name in _SKIPPED_BUILTINS if builtin else module.split(".")[0] in _SKIPPED_MODULES
+        if self._skipping and known and not name.endswith("Storage"):
+            return _Skipped
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor, and it is not run")
 
     def persistent_load(self, pid: Any) -> "_Storage":
@@ -146,16 +201,27 @@ def _rebuild_tensor(source: _Storage, offset: int, size: tuple, stride: tuple, *
     return _Tensor(source, offset, tuple(size), tuple(stride))
 
 
-def _read_pickled(path: Path) -> Tensors:
-    tensors = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in tensors.items()
+def _named_tensors(content: Any) -> dict[str, _Tensor]:
+    """The whole content of a file, which must be named tensors."""
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in content.items()
     ):
         raise ValueError("it holds something other than named tensors")
-    return {name: tensor.array() for name, tensor in tensors.items()}
+    return content
 
 
-def _read_zip(path: Path) -> Any:
+def _state_dict(content: Any) -> dict[str, _Tensor]:
+    """The named tensors among the content of a training checkpoint."""
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if isinstance(value, _Tensor)}
+    if not content:
+        raise ValueError("it holds no named tensors")
+    return _named_tensors(content)
+
+
+def _read_zip(path: Path, skipping: bool) -> Any:
     """PyTorch 1.6 and later: an archive with one pickle and one file of data a storage."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -171,10 +237,10 @@ def _read_zip(path: Path) -> Any:
                 storages[key].fill(archive.read(f"{folder}data/{key}"))
             return storages[key]
 
-        return _Unpickler(io.BytesIO(archive.read(index)), find).load()
+        return _Unpickler(io.BytesIO(archive.read(index)), find, skipping=skipping).load()
 
 
-def _read_legacy(path: Path) -> Any:
+def _read_legacy(path: Path, skipping: bool) -> Any:
     """PyTorch before 1.6: pickles one behind the other, then the data of the storages that they name."""
     with path.open("rb") as file:
         try:
@@ -199,7 +265,7 @@ def _read_legacy(path: Path) -> Any:
             views.append((_Storage(kind.dtype, length), whole, offset))
             return views[-1][0]
 
-        tensors = _Unpickler(file, find).load()
+        tensors = _Unpickler(file, find, skipping=skipping).load()
         for key in _Unpickler(file).load():
             storage = storages[key]
             count = int.from_bytes(file.read(8), "little", signed=True)

@@ -207,3 +207,63 @@ def test_legacy_file(tmp_path, value, expected):
 def test_refused_legacy_file(tmp_path, content, said):
     (tmp_path / "x.pth").write_bytes(content)
     assert said in refusal(tensors_lib.read, tmp_path / "x.pth")
+
+
+# Training checkpoints.
+
+
+def pickled(*items):
+    """A pickle of the oldest protocol that holds these keys and values, written out."""
+    return b"(d" + b"".join(b"V%s\n%bs" % (key.encode(), value) for key, value in items) + b"."
+
+
+TENSOR = tensor(STORAGE, 0, (4,), (1,))
+CALLBACKS = b"(dcpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n(dVbest\nF0.5\nss"
+
+
+def write_checkpoint(path, content):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", content)
+        archive.writestr("x/data/0", np.arange(4, dtype=np.float32).tobytes())
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [("epoch", b"I3\n"), ("global_step", b"I875000\n"), ("pytorch-lightning_version", b"V1.4\n")],
+        [("callbacks", CALLBACKS)],
+        [("hyper", b"comegaconf.dictconfig\nDictConfig\n)R(dVa\nI1\nsb")],
+        [("hyper", b"comegaconf.listconfig\nListConfig\n)RI1\naVa\nI1\ns")],
+        [("loss", b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(Vf8\ntRVxx\ntR")],
+        [("kinds", b"c__builtin__\nset\n((lI1\natR")],
+        [("optimizer_states", b"(l(dVa\n%bsa" % TENSOR)],
+    ],
+)
+def test_what_lies_beside_the_weights_is_skipped(tmp_path, others):
+    for nested in (True, False):
+        weights = [("state_dict", b"(dVa\n%bs" % TENSOR)] if nested else [("a", TENSOR)]
+        write_checkpoint(tmp_path / "x.ckpt", pickled(*others, *weights))
+        found = tensors_lib.read_checkpoint(tmp_path / "x.ckpt")
+        assert list(found) == ["a"]
+        np.testing.assert_array_equal(found["a"], np.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (pickled(("a", TENSOR), ("b", b"cos\nsystem\n(Vtrue\ntR")), "os.system, which is no tensor, and it is not run"),
+        (pickled(("a", TENSOR), ("b", b"c__builtin__\neval\n(V1\ntR")), "eval, which is no tensor"),
+        (pickled(("a", TENSOR), ("b", b"cnumpyx\nload\n(V1\ntR")), "numpyx.load, which is no tensor"),
+        (pickled(("a", TENSOR.replace(b"FloatStorage", b"QInt8Storage"))), "torch.QInt8Storage, which is no tensor"),
+        (pickled(("a", b"I1\n")), "no named tensors"),
+        (pickled(("state_dict", b"I1\n")), "other than named tensors"),
+        (b"(l.", "no named tensors"),
+        (b"(dI1\n%bs." % TENSOR, "other than named tensors"),
+    ],
+)
+def test_refused_checkpoints(tmp_path, content, said):
+    write_checkpoint(tmp_path / "x.ckpt", content)
+    with pytest.raises(UserError) as caught:
+        tensors_lib.read_checkpoint(tmp_path / "x.ckpt")
+    assert said in str(caught.value)
