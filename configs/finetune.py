@@ -3,19 +3,20 @@
     python main.py --mode=import --source=path/to/stable-diffusion --workdir=runs/sd
     python main.py --config=configs/finetune.py:runs/sd --workdir=runs/mine --config.data.path=path/to/pictures
 
-Behind the colon stands the workdir to start from, whose network, text encoder, autoencoder and diffusion the new run has.
-A run with prompts wants captions beside the pictures. With --config.lora.rank=16, adapters of that rank are trained
-instead of the whole network, which takes a fraction of the memory.
+The workdir behind the colon is the run to start from: the new run has its network, text encoder, autoencoder and
+diffusion. If it takes prompts, the pictures need captions. With --config.lora.rank=16, adapters of that rank are
+trained instead of the whole network, which needs a fraction of the memory.
 """
 
 from pathlib import Path
 
 from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError
 
 
 def get_config(path: str = ""):
     if not path:
-        raise ValueError("configs/finetune.py needs the workdir to start from, as in --config=configs/finetune.py:runs/sd")
+        raise UserError("configs/finetune.py needs a workdir to start from: --config=configs/finetune.py:runs/sd")
     config = workdir.read_config(path)
     dataset = workdir.read_dataset(path) or {}
     config.train.init_from = path

@@ -109,7 +109,9 @@ def default_config() -> ConfigDict:
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
-    autoencoder.source = ""  # a workdir or a diffusers folder of an autoencoder whose latents are diffused; "": pixels are
+    autoencoder.source = (
+        ""  # a workdir or a diffusers folder of an autoencoder whose latents are diffused; "": pixels are
+    )
     autoencoder.scaling_factor = 0.0  # of the latents; 0: the folder's, or for a workdir measured on the data
     autoencoder.latent_channels = 4  # of an autoencoder that is trained (train.objective), like all that follow
     autoencoder.level_channels = (128, 256, 512, 512)  # one for each level; the image is halved from one to the next
@@ -295,9 +297,7 @@ def history_timesteps(config: ConfigDict) -> int | None:
     return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
 
 
-def make_condition(
-    config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None
-) -> Condition:
+def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Condition:
     """What can be said to the run.
 
     Args:
@@ -335,15 +335,15 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         sizes = (text.width, text.num_layers, text.num_heads)
         encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
-    encoder = transformers.read_module(encoder_folder)
-    if tokenizer.vocab_size > encoder.vocab_size or tokenizer.max_length > encoder.max_length:
+    clip = transformers.read_module(encoder_folder)
+    if tokenizer.vocab_size > clip.vocab_size or tokenizer.max_length > clip.max_length:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; the encoder "
-            f"{encoder_folder!r} has {encoder.vocab_size} tokens and texts of at most {encoder.max_length}"
+            f"{encoder_folder!r} has {clip.vocab_size} tokens and texts of at most {clip.max_length}"
         )
     return FrozenTexts(
         tokenizer,
-        encoder,
+        clip,
         open_params=lambda: _held_in(dtype, transformers.read(encoder_folder)[1]),
         cache_bytes=int(config.data.cache_gib * 2**30),
         mask_padding=text.mask_padding,
@@ -404,9 +404,7 @@ def open_autoencoder(path: str | Path) -> tuple[Autoencoder, float]:
     return make_autoencoder(config), 1.0
 
 
-def make_decoder(
-    config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None
-) -> Decoder:
+def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Decoder:
     """What lies between pictures and what the run diffuses; `dataset` and `dtype` as in `make_condition`."""
     if not config.autoencoder.source:
         return make_pixels(config)

@@ -108,7 +108,9 @@ class Run:
         size = self.shape[0] if height is None else height, self.shape[1] if width is None else width
         if size == self.shape[:2]:
             return self
-        run = dataclasses.replace(self, model=dataclasses.replace(self.model, decoder=self.model.decoder.of_size(*size)))
+        run = dataclasses.replace(
+            self, model=dataclasses.replace(self.model, decoder=self.model.decoder.of_size(*size))
+        )
         try:
             jax.eval_shape(lambda: run.net.init(jax.random.key(0), *run.model.example()))
         except ValueError as error:
@@ -620,9 +622,7 @@ def load(
     return Run(config, dataset, found, ema_decay, model, params, mesh)
 
 
-def _restored(
-    folder: Path, step: int | None, part: str, shapes: Any, mesh: Mesh, dtype: str | None
-) -> tuple[int, Any]:
+def _restored(folder: Path, step: int | None, part: str, shapes: Any, mesh: Mesh, dtype: str | None) -> tuple[int, Any]:
     """The step and the weights of a checkpoint, on the mesh and in the dtype; None: as they are."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
     checkpoints = Checkpoints(folder, read_only=True)

@@ -179,7 +179,9 @@ def _check_values(config: ConfigDict) -> None:
     if config.autoencoder.source:
         _check_latents(config)
     if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
-        what = "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
+        what = (
+            "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
+        )
         raise UserError(f"config.lora.rank is {config.lora.rank}; accepted for {what}: 0")
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
@@ -208,8 +210,8 @@ def _check_latents(config: ConfigDict) -> None:
     for name in ("clip", "dynamic_threshold"):
         if config.diffusion[name]:
             raise UserError(
-                f"config.diffusion.{name} is {config.diffusion[name]}, which limits x_0 to [-1, 1], and latents have no "
-                f"limits; accepted with an autoencoder.source: {type(config.diffusion[name])(0)}"
+                f"config.diffusion.{name} is {config.diffusion[name]}, and latents lie outside of [-1, 1], too; "
+                f"accepted with an autoencoder.source: {type(config.diffusion[name])(0)}"
             )
     if config.evaluate.every_steps and config.evaluate.likelihood_images:
         raise UserError(

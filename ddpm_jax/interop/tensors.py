@@ -6,7 +6,7 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.runtime.errors import UserError, first_line
-from ddpm_jax.runtime.files import atomic_path
+from ddpm_jax.runtime.files import atomic_path, read_json_object
 
 Tensors = dict[str, np.ndarray]
 
@@ -73,6 +73,51 @@ def _read(path: str | Path, select: Callable[[Any], dict[str, "_Tensor"]], skipp
         return {name: tensor.array() for name, tensor in select(content).items()}
     except Exception as error:  # a broken file raises nearly any kind
         raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
+
+
+def read_weights(folder: str | Path, names: Sequence[str]) -> tuple[Path, Tensors]:
+    """The weights of a folder, whole or in shards that an index names.
+
+    Args:
+      folder: to look in.
+      names: of the file, the first one that is there counts; where none is, their half-precision variants are looked
+        for, such as model.fp16.safetensors.
+
+    Returns:
+      The file or the index, and all tensors.
+
+    Raises:
+      UserError: none of them is there, or one cannot be read.
+    """
+    folder = Path(folder)
+    for variant in ("", ".fp16", ".bf16"):
+        for name in names:
+            stem, dot, suffix = name.rpartition(".")
+            path = folder / f"{stem}{variant}{dot}{suffix}"
+            if path.is_file():
+                return path, read(path)
+            for index in (folder / f"{path.name}.index.json", folder / f"{name}.index{variant}.json"):
+                if index.is_file():
+                    return index, _read_shards(index)
+    raise UserError(f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, whole or in shards")
+
+
+def _read_shards(index: Path) -> Tensors:
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{str(index)!r} has no weight_map from names of tensors to files")
+    tensors: Tensors = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file:
+            raise UserError(f"{str(index)!r} names {file!r}; accepted: files of its own folder")
+        tensors |= read(index.parent / file)
+    return tensors
+
+
+def to_float32(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The tensors with those of half precision in float32, which changes no value."""
+    halves = (np.float16, jnp.bfloat16)
+    return {name: value.astype(np.float32) if value.dtype in halves else value for name, value in tensors.items()}
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

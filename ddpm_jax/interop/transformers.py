@@ -97,7 +97,7 @@ def read(folder: str | Path) -> tuple[CLIPTextEncoder, dict[str, Any]]:
         is missing, too many, or of another shape or dtype.
     """
     net = read_module(folder)
-    path, tensors = _read_weights(Path(folder))
+    path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
     return net, to_params(path, tensors, net)
 
 
@@ -129,7 +129,7 @@ def read_clip(folder: str | Path) -> CLIP:
             f"the tokenizer in {str(folder)!r} has {tokenizer.vocab_size} tokens; accepted: at most the "
             f"{text.vocab_size} of the text encoder"
         )
-    path, tensors = _read_weights(folder)
+    path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
     shapes: dict[tuple[str, ...], Any] = {("logit_scale",): jax.ShapeDtypeStruct((), jnp.float32)}
     for half, net in (("text", text), ("image", image)):
         shapes |= {(half, *ours): shape for ours, shape in _shapes(net).items()}
@@ -348,8 +348,7 @@ def _converted(
     names: Mapping[tuple[str, ...], str],
 ) -> dict[str, Any]:
     """A tree of our parameters from tensors of theirs, which must be exactly the named ones."""
-    halves = (np.float16, jnp.bfloat16)
-    own = {name: value.astype(np.float32) if value.dtype in halves else value for name, value in tensors.items()}
+    own = tensors_lib.to_float32(tensors)
     wanted = {name: _to_theirs(ours, np.broadcast_to(0, shapes[ours].shape)).shape for ours, name in names.items()}
     tensors_lib.check(path, own, wanted)
     return unflatten_dict({ours: np.asarray(_to_ours(ours, own[name]), order="C") for ours, name in names.items()})
@@ -362,22 +361,3 @@ def _to_theirs(path: tuple[str, ...], value: Any) -> np.ndarray:
 
 def _to_ours(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, (0, 1), (-1, -2)) if path[-1] == "kernel" else value
-
-
-def _read_weights(folder: Path) -> tuple[Path, tensors_lib.Tensors]:
-    """The file of the weights, or the index of its shards, and all tensors."""
-    for name in WEIGHTS:
-        path, index = folder / name, folder / f"{name}.index.json"
-        if path.is_file():
-            return path, tensors_lib.read(path)
-        if index.is_file():
-            files = read_json_object(index).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise UserError(f"{str(index)!r} has no weight_map from names of tensors to files")
-            tensors: tensors_lib.Tensors = {}
-            for file in sorted(set(files.values())):
-                if Path(file).name != file:
-                    raise UserError(f"{str(index)!r} names {file!r}; accepted: files of its own folder")
-                tensors |= tensors_lib.read(folder / file)
-            return index, tensors
-    raise UserError(f"{str(folder)!r} has no weights; accepted: {' or '.join(WEIGHTS)}, whole or in shards")

@@ -1,8 +1,10 @@
 """Workdirs made of other projects' weights, and weights for other projects made of workdirs."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
-from ddpm_jax.interop import plain
+from ddpm_jax.interop import plain, transformers
+from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
+from ddpm_jax.interop.diffusers import stable_diffusion
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder
-from ddpm_jax.training.state import create_state
 
 Tell = Callable[[str], None]
 
@@ -45,23 +47,35 @@ def import_weights(source: str, path: str | Path, tell: Tell = _silent) -> Path:
     """
     if jax.process_count() > 1:
         raise UserError("weights are imported by one process, not by a job of several")
+    notes: list[str] = []
+    write_parts: Callable[[Path], None] = lambda folder: None  # noqa: E731
     if source.endswith(".safetensors"):
         config, dataset, step, params = plain.read(os.path.expanduser(source))
+    elif stable_diffusion.is_pipeline(folder := diffusers_folder.locate(source)):
+        pipeline = stable_diffusion.read(folder, source)
+        config, step, params, notes = pipeline.config, 0, pipeline.params, pipeline.notes
+        dataset = _description(source, config, params, 0) | {"diffusers": dataclasses.asdict(pipeline.layout)}
+        dataset |= {"tokenizer": pipeline.tokenizer.to_json(), "shown_captions": [""]}
+        write_parts = partial(_write_parts, pipeline)
     else:
-        described, params = diffusers_folder.read(diffusers_folder.locate(source))
-        config, step = described.config, 0
+        described, params = diffusers_folder.read(folder)
+        config, step, notes = described.config, 0, described.notes
         dataset = _description(source, config, params, described.num_classes)
-        for note in described.notes:
-            tell(note)
+    for note in notes:
+        tell(note)
     with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
+        write_parts(temporary)
         workdir.record(temporary, config, {**dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
-        optimizer, history = config_lib.make_optimizer(config), config_lib.history_timesteps(config)
-        params = jax.tree.map(jnp.asarray, params)
-        state = create_state(params, optimizer, config.train.ema_decays, num_timesteps=history, step=step)
-        checkpoints.save(step, state)
+        checkpoints.save_weights(step, jax.tree.map(jnp.asarray, params))
         checkpoints.close()
     return Path(path).expanduser()
+
+
+def _write_parts(pipeline: stable_diffusion.Pipeline, folder: Path) -> None:
+    """The frozen parts of a pipeline, to the places in a workdir where `workdir.read_dataset` finds them."""
+    transformers.write(folder / workdir.TEXT_ENCODER, *pipeline.text_encoder)
+    autoencoder_lib.write(folder / workdir.AUTOENCODER, *pipeline.autoencoder)
 
 
 def _description(source: str, config: ConfigDict, params: Mapping[str, Any], num_classes: int) -> dict[str, Any]:

@@ -125,8 +125,9 @@ class ResBlock(nn.Module):
     """norm, activation, conv; add the time embedding; norm, activation, dropout, conv; plus the input.
 
     Input [B, H, W, C], the embedding [B, E], already through the activation (None: nothing is added), and what a skip
-    connection brings, [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample` "down" (the mean of
-    2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first convolution (BigGAN's).
+    connection brings, [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample`
+    "down" (the mean of 2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first
+    convolution (BigGAN's).
     """
 
     features: int
@@ -140,9 +141,7 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, embedding: jax.Array | None = None, skip: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, embedding: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
         activation, norm = ACTIVATIONS[self.activation], partial(GroupNorm, self.num_groups, self.epsilon)

@@ -1,8 +1,8 @@
 """Between pictures and what is diffused, both ways: the last part of condition -> generation -> decoder.
 
 The diffusion sees arrays of any meaning. A decoder says what they are: here the pixels themselves, scaled to [-1, 1],
-in `latents.py` an autoencoder's latents. It is made once from a run's config (`ddpm_jax.config.make_decoder`); a kind of decoder is one class here and one line
-there.
+in `latents.py` an autoencoder's latents. It is made once from a run's config (`ddpm_jax.config.make_decoder`); a kind
+of decoder is one class and one line there.
 """
 
 import dataclasses

@@ -86,7 +86,8 @@ class Latents:
         """A latent is under the mask if any of its pixels is."""
         height, width, _ = self.shape
         factor = self.autoencoder.downscaling
-        return masks.reshape(len(masks), height, factor, width, factor, 1).any(axis=(2, 4))
+        blocks = masks.reshape(len(masks), height, factor, width, factor, 1)
+        return np.asarray(blocks.any(axis=(2, 4)))
 
     def decode(self, x_0: Any) -> np.ndarray:
         lead = np.shape(x_0)[: -len(self.shape)]

@@ -409,7 +409,9 @@ class _Training:
     def _averaged(self, state: TrainState) -> Params:
         """The parameters that pictures are made with."""
         average = state.ema[self.decay]
-        return lora.merge(state.frozen, average, config_lib.lora_scale(self.config)) if self.config.lora.rank else average
+        return (
+            lora.merge(state.frozen, average, config_lib.lora_scale(self.config)) if self.config.lora.rank else average
+        )
 
     def _evaluate(self, monitor: Monitor, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:

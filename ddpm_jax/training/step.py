@@ -78,9 +78,9 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jit-compiled step: (state, metrics, batch) -> (state, metrics); the state is donated.
 
-    The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Dropout and what the objective
-    draws (noise, timesteps, dropped conditions, flips) are functions of (seed, step), drawn for the global batch, so
-    the number of devices changes none of them.
+    The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Dropout and what the
+    objective draws (noise, timesteps, dropped conditions, flips) are functions of (seed, step), drawn for the global
+    batch, so the number of devices changes none of them.
 
     Args:
       objective: what is trained, and to what end.

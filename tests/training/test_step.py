@@ -18,8 +18,8 @@ from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.sampling.generate import Model
 from ddpm_jax.text.encoders import TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
-from ddpm_jax.training.state import create_state
 from ddpm_jax.training.objectives import Diffusion
+from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10

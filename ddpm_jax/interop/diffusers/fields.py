@@ -5,6 +5,8 @@ from typing import Any
 
 from ddpm_jax.runtime.errors import UserError
 
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # of a component's folder
+
 
 def refusal(where: str, field: str, value: Any, accepted: Collection[Any]) -> UserError:
     """The error for a field of the file `where` whose value this project does not have."""

@@ -14,12 +14,12 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
+from ddpm_jax.interop.diffusers.fields import WEIGHTS
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.validation import validate
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _FILES = ("config.json", "scheduler_config.json", "model_index.json", *WEIGHTS)
 
 
@@ -76,11 +76,8 @@ def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
         _fields(scheduler / "scheduler_config.json"),
         where=(str(unet / "config.json"), str(scheduler / "scheduler_config.json")),
     )
-    files = [unet / name for name in WEIGHTS if (unet / name).is_file()]
-    if not files:
-        raise UserError(f"{str(unet)!r} has no weights; accepted: {' or '.join(WEIGHTS)}")
-    tensors = tensors_lib.read(files[0])
-    return described, unet_lib.to_params(files[0], tensors, described.config, described.num_classes)
+    path, tensors = tensors_lib.read_weights(unet, WEIGHTS)
+    return described, unet_lib.to_params(path, tensors, described.config, described.num_classes)
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Stable Diffusion's pipelines of diffusers: UNet, scheduler, autoencoder, text encoder and tokenizer in one folder."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet_condition as unet_lib
-from ddpm_jax.interop.diffusers.fields import refusal
+from ddpm_jax.interop.diffusers.fields import WEIGHTS, refusal
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.runtime.files import read_json_object
+from ddpm_jax.sampling.condition import NoCondition
 from ddpm_jax.text.tokenizers import Tokenizer
-from ddpm_jax.validation import validate
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _INDEX = "model_index.json"
@@ -33,7 +32,12 @@ _FOREIGN = {
     "prior": "a prior, as unCLIP has",
 }
 _GUIDANCE = 7.5  # of diffusers' pipeline, where nothing is said
-_IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
+_CONFIGS = {
+    "unet": "config.json",
+    "scheduler": "scheduler_config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Pipeline:
     Attributes:
       config: of the run.
       params: of the UNet.
+      layout: what the UNet's file says beside the config.
       text_encoder: the module and its parameters.
       autoencoder: the module, its parameters and the scaling factor of its latents.
       tokenizer: of the prompts.
@@ -51,6 +56,7 @@ class Pipeline:
 
     config: ConfigDict
     params: Any
+    layout: unet_lib.Layout
     text_encoder: tuple[CLIPTextEncoder, Any]
     autoencoder: tuple[Autoencoder, Any, float]
     tokenizer: Tokenizer
@@ -75,31 +81,99 @@ def read(folder: str | Path, source: str | None = None) -> Pipeline:
     folder = Path(folder)
     index = read_json_object(folder / _INDEX) if (folder / _INDEX).is_file() else {}
     for part, whose in _FOREIGN.items():
-        if index.get(part, [None])[0] is not None or (folder / part).is_dir():
+        if _is_named(index, part) or (folder / part).is_dir():
             raise UserError(f"{str(folder)!r} has {part!r}, {whose}; accepted: Stable Diffusion 1 and 2")
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in PIPELINES:
         raise refusal(str(folder / _INDEX), "_class_name", kind, PIPELINES)
     for part in ("unet", "scheduler", "vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
-            raise UserError(f"{str(folder)!r} has no {part}/, which a Stable Diffusion pipeline needs")
-    fields = {
-        name: read_json_object(folder / name / file)
-        for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json"))
-    }
-    text_encoder = transformers.read(folder / "text_encoder")
-    autoencoder = autoencoder_lib.read(folder / "vae")
-    tokenizer = Tokenizer.read(folder / "tokenizer")
-    config, notes = to_config(
-        fields["unet"],
-        fields["scheduler"],
-        autoencoder[0],
-        text_encoder[0],
+            raise UserError(f"{str(folder)!r} has no {part}/, which a Stable Diffusion pipeline has")
+    paths = {part: folder / part / file for part, file in _CONFIGS.items()}
+    fields = {part: read_json_object(path) for part, path in paths.items()}
+    weights = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": transformers.WEIGHTS}
+    pipeline = assemble(
+        fields,
+        lambda part: tensors_lib.read_weights(folder / part, weights[part]),
+        Tokenizer.read(folder / "tokenizer"),
         source=source or str(folder),
-        where=(str(folder / "unet" / "config.json"), str(folder / "scheduler" / "scheduler_config.json")),
+        where={part: str(path) for part, path in paths.items()},
     )
-    path, tensors = tensors_lib.read_weights(folder / "unet", unet_lib.WEIGHTS)
-    params = unet_lib.to_params(path, tensors, config)
-    left = [part for part in _IGNORED if index.get(part, [None])[0] is not None]
-    notes += [f"{part} is not a part of the run: pictures are not checked" for part in left if part == _IGNORED[0]]
-    return Pipeline(config, params, text_encoder, autoencoder, tokenizer, notes)
+    if _is_named(index, "safety_checker"):
+        pipeline.notes.append("the safety checker is left aside: the run does not check its pictures")
+    return pipeline
+
+
+def _is_named(index: Mapping[str, Any], part: str) -> bool:
+    entry = index.get(part)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
+def assemble(
+    fields: Mapping[str, Mapping[str, Any]],
+    open_tensors: Callable[[str], tuple[str | Path, tensors_lib.Tensors]],
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+    where: Mapping[str, str],
+) -> Pipeline:
+    """A pipeline of the parts "unet", "scheduler", "vae" and "text_encoder".
+
+    Args:
+      fields: of each part's config file.
+      open_tensors: (file, tensors) of a part, by the names of diffusers and transformers.
+      tokenizer: of the prompts.
+      source: how the run's config calls it all.
+      where: each part's config file, for what is said of it.
+
+    Raises:
+      UserError: a value or a tensor that is not supported.
+    """
+    config = config_lib.default_config()
+    try:
+        clip = transformers.to_module(fields["text_encoder"], where["text_encoder"])
+        autoencoder, factor = autoencoder_lib.to_module(fields["vae"], where["vae"])
+        notes = scheduler_lib.read(config, fields["scheduler"], where["scheduler"])
+        layout = unet_lib.read(config, fields["unet"], where["unet"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        files = ", ".join(map(repr, where.values()))
+        raise UserError(f"one of {files} holds a value that does not fit: {error}") from None
+    _check(where, clip, autoencoder, layout)
+    _set_fields(config, autoencoder, layout, source)
+    net = config_lib.make_network(config, NoCondition())
+    assert isinstance(net, UNet)
+    path, tensors = open_tensors("text_encoder")
+    text_encoder = clip, transformers.to_params(path, tensors, clip)
+    path, tensors = open_tensors("vae")
+    latents = autoencoder, autoencoder_lib.to_params(path, tensors, autoencoder), factor
+    path, tensors = open_tensors("unet")
+    params = unet_lib.to_params(path, tensors, net, layout)
+    return Pipeline(config, params, layout, text_encoder, latents, tokenizer, notes)
+
+
+def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoencoder, layout: unet_lib.Layout) -> None:
+    """UserError for parts that do not go together."""
+    if layout.context_width != clip.width:
+        raise UserError(
+            f"cross_attention_dim is {layout.context_width} in {where['unet']!r}, and hidden_size {clip.width} in "
+            f"{where['text_encoder']!r}; accepted: the same"
+        )
+    if autoencoder.latent_channels != layout.out_channels:
+        raise UserError(
+            f"out_channels is {layout.out_channels} in {where['unet']!r}, and latent_channels "
+            f"{autoencoder.latent_channels} in {where['vae']!r}; accepted: the same"
+        )
+    if layout.in_channels != layout.out_channels:
+        raise refusal(where["unet"], "in_channels", layout.in_channels, (layout.out_channels,))
+
+
+def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.Layout, source: str) -> None:
+    """The fields of a run's config beside those of its network and its diffusion."""
+    height, width = (side * autoencoder.downscaling for side in layout.sample_size)
+    config.data.update(source="folder", height=height, width=width, channels=autoencoder.channels, flip=False)
+    # As it was trained: padding is attended to, and there is no vector for the whole text.
+    config.text.update(encoder=f"{source}/text_encoder", mask_padding=False, pooled=False, dropout=0.1)
+    config.autoencoder.source = f"{source}/vae"
+    config.diffusion.update(clip=False, dynamic_threshold=0.0)
+    config.sample.update(guidance_scale=_GUIDANCE, num_images=4, batch_size=4)
+    config.log.sample_images = 4

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax.interop import tensors as tensors_lib
@@ -308,9 +307,7 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, net: UNet, layout:
     Raises:
       UserError: a tensor that is missing, too many, or of another shape or dtype than the network has.
     """
-    halves = (np.float16, jnp.bfloat16)
-    own = {name: value.astype(np.float32) if value.dtype in halves else value for name, value in tensors.items()}
-    return unet_tensors.to_params(path, own, param_shapes(net, layout), len(net.widths), layout.linear_projections)
+    return unet_tensors.to_params(path, tensors, param_shapes(net, layout), len(net.widths), layout.linear_projections)
 
 
 def to_tensors(params: Mapping[str, Any], levels: int, linear_projections: bool) -> tensors_lib.Tensors:

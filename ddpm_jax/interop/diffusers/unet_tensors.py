@@ -58,26 +58,29 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 _TABLES = ("time_proj.weight", "class_embedding.weight")  # of embeddings, [rows, features] in both
 
 
-def to_tensors(params: Mapping[str, Any], levels: int, linear_projections: bool = False) -> tensors_lib.Tensors:
+def to_tensors(
+    params: Mapping[str, Any], levels: int, linear_projections: bool = False, prefix: str = ""
+) -> tensors_lib.Tensors:
     """A network's tensors from our parameters.
 
     Args:
-      params: of a `UNet`.
+      params: of a `UNet`, or of one half of an `Autoencoder`.
       levels: how many it has.
       linear_projections: of its spatial transformers, instead of 1 x 1 convolutions.
+      prefix: of the tensors' names.
     """
     flat = flatten_dict(params)
     pointwise = _pointwise(linear_projections)
-    return {name: _to_theirs(name, np.asarray(flat[ours]), pointwise) for ours, name in _names(params, levels)}
+    return {prefix + name: _to_theirs(name, np.asarray(flat[ours]), pointwise) for ours, name in _names(params, levels)}
 
 
 def tensor_shapes(
-    param_shapes: Mapping[str, Any], levels: int, linear_projections: bool = False
+    param_shapes: Mapping[str, Any], levels: int, linear_projections: bool = False, prefix: str = ""
 ) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a network whose parameters have these shapes."""
     flat = flatten_dict(param_shapes)
     empty = unflatten_dict({path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in flat.items()})
-    return {name: value.shape for name, value in to_tensors(empty, levels, linear_projections).items()}
+    return {name: value.shape for name, value in to_tensors(empty, levels, linear_projections, prefix).items()}
 
 
 def to_params(
@@ -86,26 +89,33 @@ def to_params(
     param_shapes: Mapping[str, Any],
     levels: int,
     linear_projections: bool = False,
+    prefix: str = "",
 ) -> dict[str, Any]:
-    """Our parameters from a network's tensors, with today's or the old names of attention.
+    """Our parameters from a network's tensors, with today's or the old names of attention, whose kernels some old files
+    have as 1 x 1 convolutions. Half precision becomes float32, which changes no value.
 
     Args:
       path: of the file, for what is said of it.
       tensors: [D, C, h, w] and so on, by diffusers' names.
       param_shapes: of our network.
-      levels, linear_projections: see `to_tensors`.
+      levels, linear_projections, prefix: see `to_tensors`.
 
     Raises:
       UserError: a tensor that is missing, too many, or of another shape or dtype than the network has.
     """
-    names = dict(_names(param_shapes, levels))
-    wanted = tensor_shapes(param_shapes, levels, linear_projections)
+    names = {ours: prefix + name for ours, name in _names(param_shapes, levels)}
+    wanted = tensor_shapes(param_shapes, levels, linear_projections, prefix)
+    tensors = tensors_lib.to_float32(tensors)
     if any(".attentions." in name and ".query." in name for name in tensors):
         for new, former in _OLD_ATTENTION.items():
             pattern = re.compile(rf"(\.attentions\.\d+\.){re.escape(new)}(?=\.)")
             former_name = partial(pattern.sub, rf"\g<1>{former}")
             names = {ours: former_name(name) for ours, name in names.items()}
             wanted = {former_name(name): shape for name, shape in wanted.items()}
+        tensors = {
+            name: value[..., 0, 0] if value.shape[2:] == (1, 1) and len(wanted.get(name, ())) == 2 else value
+            for name, value in tensors.items()
+        }
     tensors_lib.check(path, tensors, wanted)
     pointwise = _pointwise(linear_projections)
     return unflatten_dict(

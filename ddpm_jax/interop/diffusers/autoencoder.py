@@ -1,0 +1,177 @@
+"""diffusers' `AutoencoderKL` as this project's autoencoder, and back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.interop.diffusers import unet_tensors
+from ddpm_jax.interop.diffusers.fields import WEIGHTS, check_accepted, refusal, with_defaults
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+
+_NAME = "AutoencoderKL"
+# Every field, with what diffusers takes where a file does not have it.
+_DEFAULTS: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+# Fields of which this project has one value.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None, 0.0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "force_upcast": (True, False),  # of half precision only
+}
+_LATENT_LAYERS = {"to_latents": "quant_conv", "from_latents": "post_quant_conv"}
+_HALVES = ("encoder", "decoder")
+
+
+def read_module(folder: str | Path) -> tuple[Autoencoder, float]:
+    """The autoencoder of a folder without its parameters, and the scaling factor of its latents; UserError by field."""
+    path = Path(folder) / "config.json"
+    return to_module(read_json_object(path), str(path))
+
+
+def read(folder: str | Path) -> tuple[Autoencoder, dict[str, Any], float]:
+    """The autoencoder of a folder, its float32 parameters, and the scaling factor of its latents.
+
+    Raises:
+      UserError: a file that is missing or broken, a field that is not supported, or a tensor that does not fit.
+    """
+    net, factor = read_module(folder)
+    path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
+    return net, to_params(path, tensors, net), factor
+
+
+def write(folder: str | Path, net: Autoencoder, params: Mapping[str, Any], scaling_factor: float) -> None:
+    """Writes a folder that diffusers' `AutoencoderKL.from_pretrained` opens, whole or not at all.
+
+    Raises:
+      UserError: the folder holds something, or cannot be written.
+    """
+    with new_folder(folder, "the folder") as temporary:
+        write_text(temporary / "config.json", json.dumps(to_fields(net, scaling_factor), indent=2) + "\n")
+        tensors_lib.write(temporary / WEIGHTS[0], to_tensors(params, net), {"format": "pt"})
+
+
+# The config.
+
+
+def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Autoencoder, float]:
+    """What an `AutoencoderKL`'s config stands for; see `read_module`."""
+    check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
+    fields = with_defaults(where, found, _DEFAULTS)
+    check_accepted(where, fields, _ACCEPTED)
+    widths = tuple(fields["block_out_channels"])
+    for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        other = [block for block in fields[field] if block != kind]
+        if other or len(fields[field]) != len(widths):
+            raise refusal(where, field, other[0] if other else fields[field], (kind,))
+    if fields["in_channels"] != fields["out_channels"]:
+        raise refusal(where, "out_channels", fields["out_channels"], (fields["in_channels"],))
+    if fields["use_quant_conv"] != fields["use_post_quant_conv"]:
+        raise refusal(where, "use_post_quant_conv", fields["use_post_quant_conv"], (fields["use_quant_conv"],))
+    groups, factor = fields["norm_num_groups"], fields["scaling_factor"]
+    if any(width % groups for width in widths):
+        raise refusal(where, "norm_num_groups", groups, (f"a divisor of {widths}",))
+    if not isinstance(factor, int | float) or not factor > 0:
+        raise refusal(where, "scaling_factor", factor, ("a number above 0",))
+    net = Autoencoder(
+        channels=fields["in_channels"],
+        latent_channels=fields["latent_channels"],
+        widths=widths,
+        num_res_blocks=fields["layers_per_block"],
+        num_groups=groups,
+        middle_attention=fields["mid_block_add_attention"],
+        latent_layers=fields["use_quant_conv"],
+    )
+    return net, float(factor)
+
+
+def to_fields(net: Autoencoder, scaling_factor: float) -> dict[str, Any]:
+    """The config of the `AutoencoderKL` that computes what the autoencoder does."""
+    levels = len(net.widths)
+    return {
+        "_class_name": _NAME,
+        "in_channels": net.channels,
+        "out_channels": net.channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(net.widths),
+        "layers_per_block": net.num_res_blocks,
+        "act_fn": "silu",
+        "latent_channels": net.latent_channels,
+        "norm_num_groups": net.num_groups,
+        "sample_size": 8 * net.downscaling,
+        "scaling_factor": scaling_factor,
+        "use_quant_conv": net.latent_layers,
+        "use_post_quant_conv": net.latent_layers,
+        "mid_block_add_attention": net.middle_attention,
+    }
+
+
+# The tensors.
+
+
+def param_shapes(net: Autoencoder) -> dict[str, Any]:
+    """The parameters of the autoencoder as `jax.ShapeDtypeStruct`s."""
+    example = jax.ShapeDtypeStruct((1, net.downscaling, net.downscaling, net.channels), jnp.float32)
+    return jax.eval_shape(net.init, jax.random.key(0), example)["params"]
+
+
+def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Autoencoder) -> dict[str, Any]:
+    """Our parameters from an `AutoencoderKL`'s tensors; see `unet_tensors.to_params`.
+
+    Raises:
+      UserError: a tensor that is missing, too many, or of another shape or dtype than the autoencoder has.
+    """
+    shapes, params, levels = param_shapes(net), {}, len(net.widths)
+    for half in _HALVES:
+        own = {name: value for name, value in tensors.items() if name.startswith(f"{half}.")}
+        params[half] = unet_tensors.to_params(path, own, shapes[half], levels, prefix=f"{half}.")
+    rest = {name: value for name, value in tensors.items() if name.partition(".")[0] not in _HALVES}
+    layers = {ours: theirs for ours, theirs in _LATENT_LAYERS.items() if net.latent_layers}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for ours, theirs in layers.items():
+        inputs, outputs = shapes[ours]["kernel"].shape
+        wanted |= {f"{theirs}.weight": (outputs, inputs, 1, 1), f"{theirs}.bias": (outputs,)}
+    rest = tensors_lib.to_float32(rest)
+    tensors_lib.check(path, rest, wanted)
+    for ours, theirs in layers.items():
+        kernel = np.ascontiguousarray(rest[f"{theirs}.weight"][..., 0, 0].T)
+        params[ours] = {"kernel": kernel, "bias": rest[f"{theirs}.bias"]}
+    return params
+
+
+def to_tensors(params: Mapping[str, Any], net: Autoencoder) -> tensors_lib.Tensors:
+    """An `AutoencoderKL`'s tensors from our parameters."""
+    tensors: tensors_lib.Tensors = {}
+    for half in _HALVES:
+        tensors |= unet_tensors.to_tensors(params[half], len(net.widths), prefix=f"{half}.")
+    for ours, theirs in _LATENT_LAYERS.items() if net.latent_layers else ():
+        tensors[f"{theirs}.weight"] = np.asarray(params[ours]["kernel"]).T[..., None, None]
+        tensors[f"{theirs}.bias"] = np.asarray(params[ours]["bias"])
+    return tensors
