@@ -1,4 +1,4 @@
-"""Configs of diffusers' `UNet2DModel` and of its schedulers, for the tests that read, run and write them back."""
+"""Configs of diffusers' networks and of its schedulers, for the tests that read, run and write them back."""
 
 # A small network of diffusers' defaults: what is not said here is as its training script has it.
 DEFAULT = {
@@ -55,6 +55,81 @@ NETWORKS = {
 
 def network(name):
     return DEFAULT | NETWORKS[name]
+
+
+# The network of Stable Diffusion 1.5, and of 2.1.
+STABLE_DIFFUSION_1 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+STABLE_DIFFUSION_2 = STABLE_DIFFUSION_1 | {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+    "upcast_attention": True,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+}
+# Narrow ones, which between them have every option of a `UNet2DConditionModel` that has a counterpart here.
+NARROW = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+CONDITION_NETWORKS = {
+    "like 1.x": {},
+    "like 2.x": {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True},
+    "inpainting": {"in_channels": 9},
+    "two blocks a transformer": {
+        "transformer_layers_per_block": 2,
+        "layers_per_block": 2,
+        "attention_head_dim": (2, 2),
+        "resnet_time_scale_shift": "scale_shift",
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    "other sizes and time": {
+        "sample_size": (8, 16),
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 24, 40),
+        "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (1, 3, 5),
+        "downsample_padding": 0,
+        "center_input_sample": True,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-3,
+        "dropout": 0.1,
+    },
+}
+
+
+def condition_network(name):
+    return NARROW | CONDITION_NETWORKS[name]
 
 
 # The schedulers whose steps are this project's: the fields, and the sampler and the timesteps that become the default.

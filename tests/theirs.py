@@ -3,13 +3,13 @@
 import numpy as np
 
 
-def their_network(config):
-    """A `UNet2DModel` with every parameter random, those too that start at zero or one."""
+def their_network(config, kind="UNet2DModel"):
+    """A network of diffusers with every parameter random, those too that start at zero or one."""
     import diffusers
     import torch
 
     torch.manual_seed(0)
-    net = diffusers.UNet2DModel(**config)
+    net = getattr(diffusers, kind)(**config)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim == 1:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ddpm_jax.models import layers
+from ddpm_jax.models.attention import attend
 
 Dtype = Any
 
@@ -227,12 +228,7 @@ class AttentionBlock(nn.Module):
             projected = Dense(inner, dtype=self.dtype, name=prefix + name)(source)
             return projected.reshape(*source.shape[:2], *heads)
 
-        attended = jax.nn.dot_product_attention(
-            project("query", tokens),
-            project("key", context),
-            project("value", context),
-            mask=None if mask is None else mask[:, None, None, :],
-        )
+        attended = attend(project("query", tokens), project("key", context), project("value", context), mask)
         attended = attended.reshape(*tokens.shape[:2], inner)
         return Dense(tokens.shape[-1], init_scale=0.0, dtype=self.dtype, name=prefix + "out")(attended)
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.models.attention import attend
 from ddpm_jax.models.blocks import Dense, Dtype, kernel_init
 
 ACTIVATIONS = {
@@ -68,13 +69,8 @@ class Attention(nn.Module):
             return projected.reshape(*source.shape[:2], self.num_heads, width // self.num_heads)
 
         context = x if context is None else context
-        attended = jax.nn.dot_product_attention(
-            project("query", x),
-            project("key", context),
-            project("value", context),
-            mask=None if mask is None else mask[:, None, None, :],
-            is_causal=self.causal,
-        )
+        query, key, value = project("query", x), project("key", context), project("value", context)
+        attended = attend(query, key, value, mask, self.causal)
         return Dense(width, init_scale=0.0, dtype=self.dtype, name="out")(attended.reshape(x.shape))
 
 

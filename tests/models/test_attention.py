@@ -1,0 +1,89 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ddpm_jax.models import attention
+from ddpm_jax.models.attention import attend
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+QUERY, KEY, VALUE = normal(0, 8, 21, 3, 10), 3 * normal(1, 8, 13, 3, 10), normal(2, 8, 13, 3, 10)
+MASK = np.random.default_rng(3).random((8, 13)) < 0.6
+MASK[:, 0] = True
+ROW = 4 * 3 * 13  # bytes of one query's logits
+
+
+def chunks(monkeypatch, queries):
+    """Makes every attention hold the logits of so many queries at a time."""
+    monkeypatch.setattr(attention, "LARGEST_LOGITS", queries * ROW)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": MASK}, {"causal": True}, {"mask": MASK, "causal": True}])
+def test_chunks_change_neither_numbers_nor_gradients(monkeypatch, options):
+    def loss(*arguments):
+        attended = attend(*arguments, **options)
+        return (attended * normal(4, *QUERY.shape)).sum(), attended
+
+    found = []
+    for queries in (21, 1, 4, 7, 20):  # of 21, which 4 does not divide
+        chunks(monkeypatch, queries)
+        gradients, attended = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(QUERY, KEY, VALUE)
+        found.append((attended, *gradients))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max())
+
+
+def test_small_matrices_go_the_plain_way():
+    """To the bit, in both of the blocks that attend."""
+    expected = jax.nn.dot_product_attention(QUERY, KEY, VALUE, mask=MASK[:, None, None, :])
+    np.testing.assert_array_equal(attend(QUERY, KEY, VALUE, MASK), expected)
+
+
+@pytest.mark.parametrize("length", [4096, 5000])
+def test_no_whole_matrix_is_held(length):
+    """Stable Diffusion's largest attention at 512x512, and a size that no chunk divides, forward and back."""
+    x = jax.ShapeDtypeStruct((2, length, 8, 40), jnp.float32)
+    gradient = jax.grad(lambda *arguments: attend(*arguments).sum(), (0, 1, 2))
+    whole = 2 * 8 * length**2 * 4
+    for function in (attend, gradient):
+        memory = jax.jit(function).lower(x, x, x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_the_batch_does_not_choose_the_way():
+    """So that an image does not depend on how many are made with it."""
+
+    def primitives(batch, length):
+        x = jax.ShapeDtypeStruct((batch, length, 8, 40), jnp.float32)
+        return {equation.primitive.name for equation in jax.make_jaxpr(attend)(x, x, x).eqns}
+
+    assert "scan" in primitives(1, 4096)
+    assert "scan" not in primitives(512, 512)
+
+
+def test_computes_in_half_precision_with_logits_in_float32(monkeypatch):
+    expected = attend(QUERY, KEY, VALUE)
+    chunks(monkeypatch, 4)
+    found = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (QUERY, KEY, VALUE)))
+    assert found.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+    assert error < 2e-2
+
+
+def test_a_divided_batch_stays_divided(monkeypatch):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = [jax.device_put(x, divided) for x in (QUERY, KEY, VALUE, MASK)]
+    expected = attend(QUERY, KEY, VALUE, MASK)
+    chunks(monkeypatch, 4)
+    compiled = jax.jit(partial(attend, causal=False), out_shardings=divided).lower(*arguments).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all"))
+    np.testing.assert_allclose(compiled(*arguments), expected, atol=1e-5)
