@@ -115,9 +115,10 @@ class FrozenTexts:
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
         tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (_CHUNK - len(texts))])
+        mask = tokens.mask if self.mask_padding else None  # states of padding must have seen padding where they count
         # A training step has the empty text's states as a constant, so this may be called while the step is traced.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, tokens.mask))
+            states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, mask))
         found = {"tokens": states, "tokens_mask": tokens.mask, "vector": vectors}
         return [{name: found[name][row] for name in self.shapes} for row in range(len(texts))]
 
@@ -127,7 +128,7 @@ class FrozenTexts:
 
     @functools.cached_property
     def _apply(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        def apply(params: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def apply(params: Any, ids: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             states: Any = self.encoder.apply({"params": params}, ids, mask)
             return states.tokens, states.pooled if states.projected is None else states.projected
 

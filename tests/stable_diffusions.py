@@ -1,0 +1,64 @@
+"""A narrow Stable Diffusion of random weights, as a folder of diffusers."""
+
+import json
+
+from clips import VOCAB_SIZE, write_tokenizer
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+AUTOENCODER = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+TEXT_ENCODER = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 20,
+    "bos_token_id": 512,
+    "eos_token_id": 513,
+    "pad_token_id": 513,
+}
+# As the files of Stable Diffusion 1.x have it.
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULER = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False}
+
+
+def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, **unet):
+    """Writes the pipeline by diffusers, which is returned. Needs PyTorch, diffusers and transformers."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    tokens = write_tokenizer(folder.with_name(f"{folder.name}_tokens"), max_length=20)
+    (tokens / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(**AUTOENCODER),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(tokens),
+        unet=diffusers.UNet2DConditionModel(**{**UNET, **unet}),
+        scheduler=getattr(diffusers, scheduler)(**fields),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
