@@ -109,7 +109,7 @@ class Layout:
     Attributes:
       context_width: of the tokens that the network attends to.
       in_channels: of the latents and of the image that is joined to them.
-      out_channels: of the latents, doubled with a learned variance.
+      latent_channels: of the latents; the output has twice as many with a learned variance.
       sample_size: height and width of the latents that the network is for.
       linear_projections: the transformers' projections lie in the file as linear layers, not as 1 x 1 convolutions.
       upcast_attention: in half precision, diffusers computes attention's logits in float32; ours always are.
@@ -117,7 +117,7 @@ class Layout:
 
     context_width: int
     in_channels: int = 4
-    out_channels: int = 4
+    latent_channels: int = 4
     sample_size: tuple[int, int] = (64, 64)
     linear_projections: bool = False
     upcast_attention: bool = False
@@ -130,7 +130,7 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
     """Sets the fields of config.model that a `UNet2DConditionModel`'s config stands for.
 
     Args:
-      config: of a run.
+      config: of a run, whose diffusion is set already.
       found: the fields of the file.
       where: its name.
 
@@ -148,15 +148,15 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
     attention, halvings, doublings = unet_lib.read_blocks(
         unet, where, _DOWN_BLOCKS, _UP_BLOCKS, ("conv", "conv", "residual"), ("nearest", "nearest", "residual")
     )
-    every = (True,) * len(attention)
     used = (*attention[:-1], True)  # the middle has attention of the last level's kind
-    unet["layers_per_block"] = _one_for_all(where, unet, "layers_per_block", every)
-    if _one_for_all(where, unet, "only_cross_attention", used) is not False:
+    unet["layers_per_block"] = _one_for_all(where, unet, "layers_per_block", (True,) * len(attention))
+    if any(_by_level(where, unet, "only_cross_attention")):
         raise refusal(where, "only_cross_attention", unet["only_cross_attention"], (False,))
     in_channels, out_channels = unet["in_channels"], unet["out_channels"]
-    if in_channels < out_channels:
-        raise refusal(where, "in_channels", in_channels, (f"the {out_channels} of out_channels or more",))
-    if unet["center_input_sample"] and in_channels != out_channels:
+    latent_channels = out_channels // 2 if config.diffusion.variance == "learned" else out_channels
+    if in_channels < latent_channels:
+        raise refusal(where, "in_channels", in_channels, (f"the {latent_channels} of the latents or more",))
+    if unet["center_input_sample"] and in_channels > latent_channels:
         raise refusal(where, "center_input_sample", True, (f"with {in_channels} in_channels, False",))
     config.model.update(
         **unet_lib.read_common(unet, where, attention, halvings, doublings),
@@ -172,7 +172,7 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
     return Layout(
         _one_for_all(where, unet, "cross_attention_dim", used),
         in_channels,
-        out_channels,
+        latent_channels,
         unet_lib.read_size(unet, where),
         choose(where, unet, "use_linear_projection", _BOOLS),
         choose(where, unet, "upcast_attention", _BOOLS),
@@ -189,13 +189,11 @@ def _by_level(where: str, unet: Mapping[str, Any], field: str) -> tuple[Any, ...
     return (value,) * levels
 
 
-def _one_for_all(where: str, unet: Mapping[str, Any], field: str, used: tuple[bool, ...]) -> Any:
-    """The value of a field in the levels that use it, which must be the same in all."""
+def _one_for_all(where: str, unet: Mapping[str, Any], field: str, used: tuple[bool, ...]) -> int:
+    """The number that a field gives the levels that use it, which must be the same for all."""
     values = [value for value, uses in zip(_by_level(where, unet, field), used, strict=True) if uses]
-    least = False if field == "only_cross_attention" else 1
-    if not all(type(value) is type(least) and value >= least for value in values) or len(set(values)) > 1:
-        accepted = (False,) if least is False else ("a whole number above 0, the same in all levels",)
-        raise refusal(where, field, unet[field], accepted)
+    if not all(isinstance(value, int) and value > 0 for value in values) or len(set(values)) > 1:
+        raise refusal(where, field, unet[field], ("a whole number above 0, the same in all levels",))
     return values[0]
 
 
@@ -234,7 +232,7 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
     ):
         if model[field] != accepted:
             raise _lacking(field, model[field], f"is written with {accepted!r} only")
-    if model.center_input and layout.in_channels != layout.out_channels:
+    if model.center_input and layout.in_channels > layout.latent_channels:
         raise _lacking("center_input", True, "would center the image that is joined to the latents, too")
     attends = net.levels_with_attention(*layout.sample_size)
     for field, methods, accepted, levels in zip(
@@ -255,7 +253,7 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
         **common,
         **unet_lib.write_blocks(net, attends, _DOWN_BLOCKS, _UP_BLOCKS, _NAME),
         "in_channels": layout.in_channels,
-        "out_channels": layout.out_channels,
+        "out_channels": layout.latent_channels * (2 if net.learned_variance else 1),
         "act_fn": "silu",
         "attention_head_dim": heads,
         "transformer_layers_per_block": net.transformer_depth,
@@ -279,7 +277,7 @@ def example(net: UNet, layout: Layout, tokens: int = 77) -> tuple[jax.Array, jax
     network four of the masked picture's latents and the mask.
     """
     side = 2 ** (len(net.widths) - 1)
-    latents = layout.out_channels // 2 if net.learned_variance else layout.out_channels
+    latents = layout.latent_channels
     cond = {"tokens": jnp.zeros((1, tokens, layout.context_width))}
     if layout.in_channels > latents:
         cond["image"] = jnp.zeros((1, side, side, layout.in_channels - latents))

@@ -61,6 +61,16 @@ def test_fields_there_and_back(name):
     assert json.loads(json.dumps(again)) == found | {"attention_head_dim": heads}
 
 
+def test_learned_variance():
+    config = config_lib.default_config()
+    config.diffusion.variance = "learned"
+    layout = unet_condition.read(config, NARROW | {"out_channels": 8}, "config.json")
+    assert (layout.in_channels, layout.latent_channels) == (4, 4)
+    net = config_lib.make_network(config)
+    assert unet_condition.to_fields(config, net, layout)["out_channels"] == 8
+    assert unet_condition.tensor_shapes(net, layout)["conv_out.weight"] == (8, 16, 3, 3)
+
+
 @pytest.mark.parametrize("name", ["like 1.x", "like 2.x", "inpainting"])
 def test_tensors_there_and_back(name):
     _, net, layout = read(condition_network(name))
