@@ -224,8 +224,8 @@ def sample(
       model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
       key: one typed key, or [B] of them, one an image.
       shape: (B, H, W, C).
-      sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun" or "unipc"; see `ddpm_jax.diffusion.tables`.
-      num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
+      sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc" or "plms"; see `ddpm_jax.diffusion.tables`.
+      num_steps: timesteps to call the network at ("heun" calls twice, "plms" once more in all); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
         "linspace" for ddpm and ddim, "logsnr" for the others.
       spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
@@ -417,7 +417,7 @@ def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _start(keys, x_t, shape, num_snapshots, sharding):
-    """x, the kept image, the predictions of x_0 before, and the snapshots."""
+    """x, the kept image, what the calls before have left, and the snapshots."""
     x = _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
     return _laid((x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots), sharding)
@@ -444,13 +444,13 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)
-        images = (x, kept, x_0, *past)
+        images, left = (x, kept, x_0, *past), row.left[0] * x + row.left[1] * x_0
         x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
         # Numbers are from 1, since 0 drew the start.
         x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * _noise(keys, shape, number)
         if snapshots is not None:
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
-        return x, kept, (x_0, *past[:-1]), snapshots
+        return x, kept, (left, *past[:-1]), snapshots
 
     def step(carry, row):
         return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None

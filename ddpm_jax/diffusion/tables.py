@@ -1,10 +1,12 @@
 """Samplers as tables: every method is a handful of factors a network call, computed beforehand in float64 NumPy.
 
 All the methods here are linear in the same few images. Writing x_t = a x_0 + s eps, D for the network's prediction of
-x_0 at the present x, and D1, D2, D3 for those of the calls before, one row of a table says
+x_0 at the present x, and D1, D2, D3 for what the calls before have left, which is their D or their eps, one row of a
+table says
 
     next x  <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
     kept    <-  other factors      .  the same
+    D1 of the next row  <-  two factors  .  (x, D)
 
 where "kept" is one image that a method may carry along: the point that Heun's step departs from, or UniPC's corrected
 point. So `ddpm_jax.sample` has one loop for all of them, and another method, eta, order or choice of timesteps is
@@ -44,6 +46,7 @@ class SamplerTable:
       a, s: x_t = a x_0 + s eps, to turn the network's output into x_0.
       next: the factors of the next x.
       kept: the factors of the image to keep.
+      left: [R, 2], the factors of x and D that give what the row leaves to the rows after it: (0, 1) for D itself.
       log_variance_min, log_variance_max: bounds between which a learned variance interpolates; equal if it is fixed.
       noise_scale, noise_variance: the noise's variance is noise_scale * exp(that logarithm) + noise_variance.
     """
@@ -53,6 +56,7 @@ class SamplerTable:
     s: np.ndarray
     next: np.ndarray
     kept: np.ndarray
+    left: np.ndarray
     log_variance_min: np.ndarray
     log_variance_max: np.ndarray
     noise_scale: np.ndarray
@@ -207,7 +211,7 @@ def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTab
     """
     rows = len(next)
     zeros = dict.fromkeys(("log_variance_min", "log_variance_max", "noise_scale", "noise_variance"), np.zeros(rows))
-    columns = {"kept": np.zeros((rows, 6)), **zeros, **rest}
+    columns = {"kept": np.zeros((rows, 6)), "left": np.tile([0.0, 1.0], (rows, 1)), **zeros, **rest}
     return SamplerTable(levels.t[:rows], levels.a[:rows], levels.s[:rows], next, **columns)
 
 
@@ -318,6 +322,42 @@ def heun(levels: Levels) -> SamplerTable:
     return table_of(calls, interleave(euler, mean)[:rows], kept=interleave(keep_x, np.zeros((S, 6)))[:rows])
 
 
+def plms(levels: Levels) -> SamplerTable:
+    """Pseudo linear multistep (PNDM: Liu et al. 2022, arXiv:2202.09778), as in Stable Diffusion: DDIM's steps by a
+    fourth-order Adams-Bashforth combination of eps, one call a step and one more in all.
+
+    The first step is taken twice, the second time with the mean of the eps at both of its ends. The next two have fewer
+    eps behind them and are of second and third order (the paper's equations 12 and 22).
+    """
+    a, s = levels.a, levels.s
+    if a[0] == 0:
+        raise ValueError(
+            "sampler 'plms' has no step from a timestep of pure noise; accepted there: the other samplers"
+        )
+    unit, S = np.eye(6), len(levels.t) - 1
+    rows = [0, 1, *range(1, S)] if S > 1 else [0]  # the level of each call
+    eps = [(unit[X] - a[i] * unit[D]) / s[i] for i in rows]
+
+    def step(i: int, start: np.ndarray, eps: np.ndarray) -> np.ndarray:
+        return a[i + 1] / a[i] * start + (s[i + 1] - a[i + 1] * s[i] / a[i]) * eps
+
+    next, kept = np.zeros((len(rows), 6)), np.zeros((len(rows), 6))
+    for row, (i, e) in enumerate(zip(rows, eps, strict=True)):
+        if row == 0:
+            next[row], kept[row] = step(i, unit[X], e), unit[X]
+        elif row == 1:
+            next[row], kept[row] = step(0, unit[KEPT], (e + unit[D1]) / 2), unit[D1]
+        else:
+            # Row 1 leaves what does not count, so the eps of row 0 is kept until it is out of use.
+            first, kept[row] = unit[KEPT if row < 5 else D3], unit[KEPT] if row < 4 else 0.0
+            combined = {2: (3 * e - first) / 2, 3: (23 * e - 16 * unit[D1] + 5 * first) / 12}.get(
+                row, (55 * e - 59 * unit[D1] + 37 * unit[D2] - 9 * first) / 24
+            )
+            next[row] = step(i, unit[X], combined)
+    calls = Levels(levels.t[[*rows, -1]], levels.log_abar[[*rows, -1]])
+    return table_of(calls, next, kept=kept, left=np.stack([1 / s[rows], -a[rows] / s[rows]], axis=-1))
+
+
 def unipc(levels: Levels, order: int = 2) -> SamplerTable:
     """UniPC (Zhao et al. 2023, algorithms 5 to 8, for x_0) with B(h) = e^h - 1, of order 1, 2 or 3, one call a step.
 
@@ -372,7 +412,7 @@ def _unipc_step(
 
 
 # Where the timesteps lie if nobody says: second-order steps want them even in log-SNR.
-DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace"} | dict.fromkeys(
+DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace", "plms": "leading"} | dict.fromkeys(
     ("dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"), "logsnr"
 )
 SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
@@ -382,6 +422,7 @@ SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "heun": heun,
     "unipc": unipc,
+    "plms": plms,
 }
 
 

@@ -89,6 +89,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "timestep_type": "discrete",
     },
     "EulerAncestralDiscreteScheduler": {**_SCHEDULE, **_SNR, "timestep_spacing": "linspace"},
+    "HeunDiscreteScheduler": {
+        **_SCHEDULE,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        **{name: value for name, value in _SIGMAS.items() if name != "final_sigmas_type"},
+    },
 }
 # Of former releases, and without effect there too.
 _FORMER: dict[str, tuple[Any, ...]] = {"tensor_format": (None, "pt", "np"), "timestep_values": (None,)}
@@ -107,6 +115,8 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
+# The sampler that a scheduler's steps are; ddim, where nothing else is said.
+_FIRST_CHOICE = {"EulerAncestralDiscreteScheduler": "ddpm", "HeunDiscreteScheduler": "heun"}
 _PIPELINE_STEPS = 50  # what diffusers' pipelines of DDIM and PNDM take by default
 _SOLVER_STEPS = 20
 
@@ -200,9 +210,10 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         if spacing == "trailing" or (spacing == "leading" and offset):
             notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
     else:
-        sample.sampler = "ddpm" if kind.startswith("EulerAncestral") else "ddim"
+        is_plms = kind == "PNDMScheduler" and fields["skip_prk_steps"]
+        sample.sampler = "plms" if is_plms else _FIRST_CHOICE.get(kind, "ddim")
         sample.num_steps = min(_PIPELINE_STEPS, T)
-        notes += _notes_of(kind, spacing, diffusion.clip or bool(diffusion.dynamic_threshold))
+        notes += [] if is_plms else _notes_of(kind, spacing, diffusion.clip or bool(diffusion.dynamic_threshold))
     for field, ours in (
         ("use_karras_sigmas", "karras"),
         ("use_exponential_sigmas", "logsnr"),
@@ -228,14 +239,15 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
 def _notes_of(kind: str, spacing: str, clips: bool) -> list[str]:
     notes = {
         "DDIMScheduler": "eps follows from the clipped x_0, diffusers' use_clipped_model_output" if clips else "",
-        "PNDMScheduler": "not one of this project's samplers; the run's is ddim, of the first order, at the same "
-        "timesteps and with the same end",
+        "PNDMScheduler": "skip_prk_steps False begins with Runge-Kutta steps, which this project does not have; the "
+        "run's sampler is ddim, of the first order, at the same timesteps and with the same end",
+        "HeunDiscreteScheduler": "",
         "EulerDiscreteScheduler": "the run's sampler is ddim, which is the same step written in x",
         "EulerAncestralDiscreteScheduler": "the run's sampler is ddpm with its small variance, which is the same step "
         "written in x",
     }
     found = [notes[kind]] if notes[kind] else []
-    if kind.startswith("Euler") and spacing != "leading":
+    if kind.startswith(("Euler", "Heun")) and spacing != "leading":
         found.append(
             f"timestep_spacing {spacing!r}: the start is noise of variance 1 and timesteps are integers here, where "
             "diffusers starts from a little less and takes fractions"
@@ -296,7 +308,10 @@ _KINDS: dict[str, tuple[str, int | None]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", 2),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2),
     "unipc": ("UniPCMultistepScheduler", 2),
+    "plms": ("PNDMScheduler", None),
+    "heun": ("HeunDiscreteScheduler", None),
 }
+_WITHOUT_LEARNED = ("DDIMScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler")
 _SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order
 
 
@@ -313,7 +328,7 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
     if sample.sampler not in _KINDS:
         notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
-    if learned and kind in ("DDIMScheduler", "UniPCMultistepScheduler"):
+    if learned and kind in _WITHOUT_LEARNED:
         notes.append(f"{kind} does not take a learned variance; DDPMScheduler is written")
         kind = "DDPMScheduler"
     is_solver = "Multistep" in kind
@@ -343,8 +358,10 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
     if sample.eta and kind == "DDIMScheduler":
         notes.append(f"eta {sample.eta} is an argument of {kind}'s steps")
-    if kind == "DDIMScheduler":
+    if kind in ("DDIMScheduler", "PNDMScheduler"):
         fields["set_alpha_to_one"] = not sample.stop_at_first
+    if kind == "PNDMScheduler":
+        fields["skip_prk_steps"] = True
     elif is_solver:
         fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
     elif sample.stop_at_first:

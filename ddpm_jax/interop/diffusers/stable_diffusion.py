@@ -158,13 +158,13 @@ def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoenc
             f"cross_attention_dim is {layout.context_width} in {where['unet']!r}, and hidden_size {clip.width} in "
             f"{where['text_encoder']!r}; accepted: the same"
         )
-    if autoencoder.latent_channels != layout.out_channels:
+    if autoencoder.latent_channels != layout.latent_channels:
         raise UserError(
-            f"out_channels is {layout.out_channels} in {where['unet']!r}, and latent_channels "
+            f"out_channels is {layout.latent_channels} in {where['unet']!r}, and latent_channels "
             f"{autoencoder.latent_channels} in {where['vae']!r}; accepted: the same"
         )
-    if layout.in_channels != layout.out_channels:
-        raise refusal(where["unet"], "in_channels", layout.in_channels, (layout.out_channels,))
+    if layout.in_channels != layout.latent_channels:
+        raise refusal(where["unet"], "in_channels", layout.in_channels, (layout.latent_channels,))
 
 
 def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.Layout, source: str) -> None:
