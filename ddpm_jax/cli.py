@@ -385,6 +385,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     A config that is no file is looked for among those that come with the package. Help is no failure: its status is 0.
     """
+    from ddpm_jax.runtime.errors import UserError
+
     argv = [argv[0], *("--help" if argument == "-h" else _with_config_found(argument) for argument in argv[1:])]
     try:
         return FLAGS(argv)
@@ -395,6 +397,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {_unknown_flag(error.flagname)}")
     except flags.Error as error:
         sys.exit(f"error: {_illegal_value(error)}")
+    except UserError as error:  # of a config file's function
+        sys.exit(f"error: {error}")
     except (AttributeError, KeyError) as error:
         if "'get_config'" in str(error):
             sys.exit("error: the file of --config has no function get_config; configs/digits.py shows one")
@@ -443,6 +447,7 @@ def _illegal_value(error: flags.Error) -> str:
 
 def _with_config_found(argument: str) -> str:
     name, _, value = argument.lstrip("-").partition("=")
+    value, colon, told = value.partition(":")  # behind it stands what the file's get_config is called with
     if name != "config" or not value or Path(value).is_file():
         return argument
     package = Path(__file__).parent
@@ -455,7 +460,7 @@ def _with_config_found(argument: str) -> str:
     spec = importlib.util.spec_from_file_location("configs", folder / "__init__.py")
     assert spec is not None
     sys.modules.setdefault("configs", importlib.util.module_from_spec(spec))
-    return f"--config={path}"
+    return f"--config={path}{colon}{told}"
 
 
 def run() -> None:

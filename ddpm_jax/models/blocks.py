@@ -256,17 +256,25 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbours, then a 3 x 3 convolution (the original's), or a transposed 4 x 4
-    convolution of stride 2 (the article's)."""
+    convolution of stride 2 (the article's).
+
+    With nearest neighbours, `size` may be one less along a side, where the halving that this undoes rounded up.
+    """
 
     method: str = "nearest"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         channels = x.shape[-1]
-        size = 4 if self.method == "transposed" else 3
-        kernel = self.param("kernel", kernel_init(), (size, size, channels, channels))
+        taps = 4 if self.method == "transposed" else 3
+        kernel = self.param("kernel", kernel_init(), (taps, taps, channels, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        doubled = (2 * x.shape[1], 2 * x.shape[2])
+        if size is not None and tuple(size) != doubled:
+            x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+            x = x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
+            return layers.conv(x, kernel, ((1, 1), (1, 1))) + bias
         if self.method == "nearest":
             kernel = layers.upsampling_kernel(kernel)
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))

@@ -122,7 +122,8 @@ class UNet(nn.Module):
         """Predicts the noise (or x_0, or v: what the loss trains it to).
 
         Args:
-          x: [B, H, W, C] in any float dtype; H and W divisible by 2 ** (levels - 1).
+          x: [B, H, W, C] in any float dtype; H and W divisible by 2 ** (levels - 1). Where downsampling pads
+            symmetrically and upsampling is "nearest", any size: halving rounds up, as in Stable Diffusion.
           t: [B], integer or float; integer with a learned time embedding.
           cond: None or a dict of any of
             "label": int32 [B] in 0..num_classes (num_classes: no class, where there is a null class);
@@ -205,7 +206,7 @@ class UNet(nn.Module):
             name = f"up_{level}_upsample"
             if method == "residual":
                 return residual(widths[level], resample="up", name=name)(h, embedding)
-            return Upsample(method, dtype=self.dtype, name=name)(h)
+            return Upsample(method, dtype=self.dtype, name=name)(h, skips[-1].shape[1:3])
 
         last = len(widths) - 1
         downsampling = self.downsample_levels or [self.downsample] * last
@@ -277,7 +278,9 @@ class UNet(nn.Module):
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have shape {x.shape[:1]}, one entry an image, not {t.shape}")
         factor = 2 ** (levels - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
+        rounds_up = self.downsample == "conv" and self.downsample_padding == "symmetric" and self.upsample == "nearest"
+        rounds_up &= not (self.downsample_levels or self.upsample_levels)
+        if not rounds_up and (x.shape[1] % factor or x.shape[2] % factor):
             raise ValueError(
                 f"an image of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: "
                 f"with {levels} levels height and width must be divisible by {factor}"
