@@ -22,6 +22,8 @@ _B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 
+_LARGE_KERNEL = 2**19  # channels in times channels out
+
 Grid = list[list[jax.Array]]  # a matrix of arrays
 
 
@@ -36,11 +38,15 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
         and x.dtype == jnp.float32
         and min(channels, features) >= 64
         and batch * height * width * channels * features >= 2**24
+        and 4 * 4 * x.size < 2**30  # bytes of the tiles, which lie in memory all at once
     )
 
 
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of x [B, H, W, C] with a kernel [3, 3, C, D] that keeps the size: [B, H, W, D]."""
+    if kernel.shape[2] * kernel.shape[3] > _LARGE_KERNEL:
+        # XLA would transform all kernels of a network at once, 16/9 of its weights in memory. This makes it wait for x.
+        kernel = kernel + 0.0 * x[0, 0, 0, 0]
     places = _matmuls(_tiles(x), _sandwich(_G, _taps(kernel)), contract=(1, 0))
     return _image(_sandwich(_A_T, places), x.shape)
 

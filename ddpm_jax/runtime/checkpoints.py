@@ -199,8 +199,11 @@ class Checkpoints:
             raise UserError(f"{self.directory.parent} has no checkpoint of step {step}; it has {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             try:
-                args = ocp.args.Composite(**{part: ocp.args.StandardRestore(params)})
-                return candidate, self._manager.restore(candidate, args=args)[part]
+                # By a handler of its own, which reads a gigabyte at a time: by default as much again as the weights
+                # lies in memory for a while.
+                with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=1)) as reader:
+                    path = self.directory / str(candidate) / part
+                    return candidate, reader.restore(path, args=ocp.args.StandardRestore(params))
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 logging.error("Checkpoint %d cannot be read: %s", candidate, first_line(error)[:200])
         raise UserError(f"no checkpoint in {self.directory} can be read")

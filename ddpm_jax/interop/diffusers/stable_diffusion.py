@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
@@ -176,4 +177,6 @@ def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.L
     config.autoencoder.source = f"{source}/vae"
     config.diffusion.update(clip=False, dynamic_threshold=0.0)
     config.sample.update(guidance_scale=_GUIDANCE, num_images=4, batch_size=4)
+    # Said aloud, so that it holds for other samplers, too.
+    config.sample.spacing = config.sample.spacing or DEFAULT_SPACING[config.sample.sampler]
     config.log.sample_images = 4
