@@ -87,7 +87,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Images at a time; by default the config's; serve: of a request, by default 8.", lower_bound=1
 )
 _OPTIONS = {
-    "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc."),
+    "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms."),
     "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
     "spacing": flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras."),
     "eta": flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1."),

@@ -162,7 +162,7 @@ def default_config() -> ConfigDict:
     checkpoint.keep = 3  # of the newest
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun or unipc
+    sample.sampler = "ddpm"  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms
     sample.num_steps = 0  # timesteps to call the network at; 0: every one
     sample.spacing = ""  # linspace, leading, trailing, quadratic, logsnr or karras; "": as suits the sampler
     sample.spacing_offset = 0  # added to the timesteps of the leading spacing

@@ -57,22 +57,24 @@ def network(name):
     return DEFAULT | NETWORKS[name]
 
 
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 # The schedulers whose steps are this project's: the fields, and the sampler and the timesteps that become the default.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}, "ddim"),
     "ddim, clipped": ("DDIMScheduler", {}, "ddim"),
     "ddim of Stable Diffusion": (
         "DDIMScheduler",
-        {
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-        },
+        {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False},
         "ddim",
     ),
+    "plms of Stable Diffusion": ("PNDMScheduler", {**STABLE_DIFFUSION, "skip_prk_steps": True}, "plms"),
+    "plms to the clean image": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, "plms"),
+    "plms, trailing": ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "trailing"}, "plms"),
     "ddim that ends at its last timestep": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, "ddim"),
     "ddim, trailing": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, "ddim"),
     "ddim, offset alone": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, "ddim"),

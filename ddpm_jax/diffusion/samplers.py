@@ -224,10 +224,10 @@ def sample(
       model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
       key: one typed key, or [B] of them, one an image.
       shape: (B, H, W, C).
-      sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun" or "unipc"; see `ddpm_jax.diffusion.tables`.
-      num_steps: timesteps to call the network at ("heun" calls twice); None: every one.
+      sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc" or "plms"; see `ddpm_jax.diffusion.tables`.
+      num_steps: timesteps to call the network at ("heun" calls twice, "plms" once more in all); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
-        "linspace" for ddpm and ddim, "logsnr" for the others.
+        "linspace" for ddpm and ddim, "leading" for plms, "logsnr" for the others.
       spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
       timesteps: the user's own, descending, in their place.
@@ -250,9 +250,9 @@ def sample(
         the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end or timestep 0; with num_snapshots also
-      [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start. The last is what the
-      last call gave, before known pixels are put in their places.
+      x_0 [B, H, W, C], clipped to [-1, 1] if `clip` ("plms" may end a little outside), or x at t_end or timestep 0;
+      with num_snapshots also [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start.
+      The last is what the last call gave, before known pixels are put in their places.
 
     Raises:
       ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
@@ -339,11 +339,11 @@ def run_table(
             if before is not None:
                 tell(*before)
             # A copy, since the next portion takes the memory of what is carried.
-            seen = carry[0] if observer.snapshots_of == "x" else carry[2][0]
+            seen = carry[0] if observer.snapshots_of == "x" else carry[2]
             before = done, jnp.copy(seen) if observer.watch else None
     if before is not None:
         tell(*before)
-    x, _, _, snapshots = carry
+    x, *_, snapshots = carry
     if known is not None:
         x = jnp.where(known[1], known[0], x)
     return (x, snapshots) if observer.num_snapshots else x
@@ -417,10 +417,11 @@ def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _start(keys, x_t, shape, num_snapshots, sharding):
-    """x, the kept image, the predictions of x_0 before, and the snapshots."""
+    """x, the kept image, the prediction of x_0, what calls before remembered, and the snapshots."""
     x = _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
-    return _laid((x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots), sharding)
+    kept, x_0, *past = (jnp.zeros_like(x) for _ in range(5))
+    return _laid((x, kept, x_0, tuple(past), snapshots), sharding)
 
 
 @partial(
@@ -432,7 +433,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
     shape = carry[0].shape
 
     def call(carry, row):
-        x, kept, past, snapshots = carry
+        x, kept, _, past, snapshots = carry
         row, number, slot = row.table, row.number, row.slot
         if known is not None:
             image, mask = known
@@ -445,12 +446,13 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)
         images = (x, kept, x_0, *past)
+        remembered = row.remembered[0] * x + row.remembered[1] * x_0
         x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
         # Numbers are from 1, since 0 drew the start.
         x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * _noise(keys, shape, number)
         if snapshots is not None:
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
-        return x, kept, (x_0, *past[:-1]), snapshots
+        return x, kept, x_0, (remembered, *past[:-1]), snapshots
 
     def step(carry, row):
         return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None

@@ -1,14 +1,16 @@
 """Samplers as tables: every method is a handful of factors a network call, computed beforehand in float64 NumPy.
 
 All the methods here are linear in the same few images. Writing x_t = a x_0 + s eps, D for the network's prediction of
-x_0 at the present x, and D1, D2, D3 for those of the calls before, one row of a table says
+x_0 at the present x, and D1, D2, D3 for what was remembered one, two and three calls before, one row of a table says
 
-    next x  <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
-    kept    <-  other factors      .  the same
+    next x      <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
+    kept        <-  other factors      .  the same
+    remembered  <-  other factors      .  (x, D)
 
 where "kept" is one image that a method may carry along: the point that Heun's step departs from, or UniPC's corrected
-point. So `ddpm_jax.sample` has one loop for all of them, and another method, eta, order or choice of timesteps is
-another table and compiles nothing anew as long as the number of rows is the same.
+point. Most methods remember D itself; PLMS remembers eps = (x - a D) / s. So `ddpm_jax.sample` has one loop for all of
+them, and another method, eta, order or choice of timesteps is another table and compiles nothing anew as long as the
+number of rows is the same.
 
 A builder takes the `Levels` that sampling passes through and gives its rows beside the paper's equation. There lambda =
 log(a / s), half the log-SNR, h is its difference, and "next" means the level that a row leads to; the clean image has
@@ -44,6 +46,7 @@ class SamplerTable:
       a, s: x_t = a x_0 + s eps, to turn the network's output into x_0.
       next: the factors of the next x.
       kept: the factors of the image to keep.
+      remembered: [R, 2], the factors (of x, of D) of what later rows know as D1, D2 and D3.
       log_variance_min, log_variance_max: bounds between which a learned variance interpolates; equal if it is fixed.
       noise_scale, noise_variance: the noise's variance is noise_scale * exp(that logarithm) + noise_variance.
     """
@@ -53,6 +56,7 @@ class SamplerTable:
     s: np.ndarray
     next: np.ndarray
     kept: np.ndarray
+    remembered: np.ndarray
     log_variance_min: np.ndarray
     log_variance_max: np.ndarray
     noise_scale: np.ndarray
@@ -203,11 +207,11 @@ def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTab
     Args:
       levels: to sample at.
       next: [S, 6] of `factors`: of the next x.
-      rest: further columns of `SamplerTable`; what is not given is zero.
+      rest: further columns of `SamplerTable`. What is not given is zero, but D is remembered.
     """
     rows = len(next)
     zeros = dict.fromkeys(("log_variance_min", "log_variance_max", "noise_scale", "noise_variance"), np.zeros(rows))
-    columns = {"kept": np.zeros((rows, 6)), **zeros, **rest}
+    columns = {"kept": np.zeros((rows, 6)), "remembered": np.tile((0.0, 1.0), (rows, 1)), **zeros, **rest}
     return SamplerTable(levels.t[:rows], levels.a[:rows], levels.s[:rows], next, **columns)
 
 
@@ -371,8 +375,48 @@ def _unipc_step(
     return point
 
 
-# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR.
-DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace"} | dict.fromkeys(
+# The shares of the past eps in Adams and Bashforth's methods, from the newest; and the columns of those before it, by
+# the row of PLMS.
+_ADAMS_BASHFORTH = {
+    2: np.array([3, -1]) / 2,
+    3: np.array([23, -16, 5]) / 12,
+    4: np.array([55, -59, 37, -9]) / 24,
+}
+_PAST_EPS = {2: (D2,), 3: (D1, D3), 4: (D1, D2, KEPT)}
+
+
+def plms(levels: Levels) -> SamplerTable:
+    """Pseudo linear multistep (PNDM, Liu et al. 2022, eqs. 9 and 12) with Stable Diffusion's start; deterministic.
+
+    A step is DDIM's with a combination of the last four eps in the place of eps. Before there are four, it combines
+    fewer, and the first step is made twice: Euler's, then from the same start with the mean of the eps at both ends.
+    S timesteps are S + 1 calls; a single one is one. From pure noise, where eps says nothing about x_0, the first step
+    stays Euler's.
+    """
+    a, s, S = levels.a, levels.s, len(levels.t) - 1
+    level = np.array([0, 1, *range(1, S)] if S > 1 else [0])  # of each call
+    calls, unit = Levels(levels.t[level], levels.log_abar[level]), np.eye(6)
+    remembered = np.stack([1 / calls.s, -calls.a / calls.s], axis=-1)
+    eps = remembered @ unit[[X, D]]
+    next, kept = np.zeros_like(eps), np.zeros_like(eps)
+    next[0] = ddim(levels).next[0]
+    # What row 1 remembers is combined nowhere, but it would push row 0's eps out before row 4, for which that is kept.
+    kept[0], kept[3:4] = unit[X], unit[D3]
+    for row, i in enumerate(level[1:], start=1):
+        if row == 1:
+            i, start, combined = 0, unit[KEPT], (eps[1] + unit[D1]) / 2
+        else:
+            past = _PAST_EPS.get(row, (D1, D2, D3))
+            start, combined = unit[X], _ADAMS_BASHFORTH[min(row, 4)] @ np.stack([eps[row], *unit[list(past)]])
+        if a[i] == 0:
+            next[row] = unit[X]
+        else:
+            next[row] = a[i + 1] / a[i] * start + (s[i + 1] - a[i + 1] * s[i] / a[i]) * combined
+    return table_of(calls, next, kept=kept, remembered=remembered)
+
+
+# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR, and PLMS even in t.
+DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace", "plms": "leading"} | dict.fromkeys(
     ("dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"), "logsnr"
 )
 SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
@@ -382,6 +426,7 @@ SAMPLERS: dict[str, Callable[..., SamplerTable]] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "heun": heun,
     "unipc": unipc,
+    "plms": plms,
 }
 
 

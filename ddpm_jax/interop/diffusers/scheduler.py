@@ -200,9 +200,17 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         if spacing == "trailing" or (spacing == "leading" and offset):
             notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
     else:
-        sample.sampler = "ddpm" if kind.startswith("EulerAncestral") else "ddim"
+        multistep = kind == "PNDMScheduler" and fields["skip_prk_steps"]
+        sample.sampler = "ddpm" if kind.startswith("EulerAncestral") else "plms" if multistep else "ddim"
         sample.num_steps = min(_PIPELINE_STEPS, T)
         notes += _notes_of(kind, spacing, diffusion.clip or bool(diffusion.dynamic_threshold))
+        if kind == "PNDMScheduler" and not multistep:
+            notes.append(
+                "skip_prk_steps False, which starts with Runge-Kutta steps, is not one of this project's samplers; the "
+                "run's is ddim, of the first order, at the same timesteps and with the same end"
+            )
+        elif kind == "PNDMScheduler" and diffusion.prediction == "v":
+            notes.append("what steps combine is eps here, of any prediction, in diffusers v")
     for field, ours in (
         ("use_karras_sigmas", "karras"),
         ("use_exponential_sigmas", "logsnr"),
@@ -211,7 +219,7 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         if fields.get(field, False):
             spacing, sample.skip_lowest = ours, False
             notes.append(f"{field}: sampled at the timesteps nearest to these noise levels (spacing {ours!r})")
-    if kind in ("DDPMScheduler", "DDIMScheduler") and spacing == "linspace":
+    if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "linspace":
         notes.append(
             "timestep_spacing 'linspace': a step leads to the next timestep here, in diffusers "
             "num_train_timesteps // num_inference_steps lower"
@@ -228,13 +236,11 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
 def _notes_of(kind: str, spacing: str, clips: bool) -> list[str]:
     notes = {
         "DDIMScheduler": "eps follows from the clipped x_0, diffusers' use_clipped_model_output" if clips else "",
-        "PNDMScheduler": "not one of this project's samplers; the run's is ddim, of the first order, at the same "
-        "timesteps and with the same end",
         "EulerDiscreteScheduler": "the run's sampler is ddim, which is the same step written in x",
         "EulerAncestralDiscreteScheduler": "the run's sampler is ddpm with its small variance, which is the same step "
         "written in x",
     }
-    found = [notes[kind]] if notes[kind] else []
+    found = [notes[kind]] if notes.get(kind) else []
     if kind.startswith("Euler") and spacing != "leading":
         found.append(
             f"timestep_spacing {spacing!r}: the start is noise of variance 1 and timesteps are integers here, where "
@@ -296,6 +302,7 @@ _KINDS: dict[str, tuple[str, int | None]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", 2),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2),
     "unipc": ("UniPCMultistepScheduler", 2),
+    "plms": ("PNDMScheduler", None),
 }
 _SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order
 
@@ -313,9 +320,16 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
     if sample.sampler not in _KINDS:
         notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
-    if learned and kind in ("DDIMScheduler", "UniPCMultistepScheduler"):
-        notes.append(f"{kind} does not take a learned variance; DDPMScheduler is written")
-        kind = "DDPMScheduler"
+    is_plms = kind == "PNDMScheduler"
+    lacking = {
+        "a learned variance": learned and (is_plms or kind in ("DDIMScheduler", "UniPCMultistepScheduler")),
+        "a network of x_0": is_plms and diffusion.prediction == "x_0",
+        "pure noise at the last timestep": is_plms and diffusion.zero_terminal_snr,
+    }
+    if any(lacking.values()):
+        what = " and ".join(what for what, applies in lacking.items() if applies)
+        notes.append(f"{kind} does not take {what}; DDPMScheduler is written")
+        kind, is_plms = "DDPMScheduler", False
     is_solver = "Multistep" in kind
     fields: dict[str, Any] = {
         "_class_name": kind,
@@ -343,7 +357,7 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
     if sample.eta and kind == "DDIMScheduler":
         notes.append(f"eta {sample.eta} is an argument of {kind}'s steps")
-    if kind == "DDIMScheduler":
+    if kind in ("DDIMScheduler", "PNDMScheduler"):
         fields["set_alpha_to_one"] = not sample.stop_at_first
     elif is_solver:
         fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
@@ -354,6 +368,13 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         fields |= {"solver_order": order, "variance_type": "learned_range" if learned else None}
     elif kind.startswith("UniPC"):
         fields["solver_order"] = sample.order or order
+    elif is_plms:
+        fields = {name: value for name, value in fields.items() if name in ("_class_name", *_DEFAULTS[kind])}
+        fields["skip_prk_steps"] = True
+        if diffusion.clip or diffusion.dynamic_threshold:
+            notes.append(f"{kind} does not clip the predicted x_0, as this run does")
+        if diffusion.prediction == "v":
+            notes.append("what steps combine is v in diffusers, here eps, of any prediction")
     return fields, notes
 
 

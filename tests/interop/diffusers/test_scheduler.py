@@ -24,7 +24,7 @@ def test_sampler_and_steps(name):
     assert config.sample.sampler == sampler
     assert config.sample.num_steps == (20 if "Multistep" in kind else 50)
     assert config.sample.skip_lowest == ("Multistep" in kind and fields.get("timestep_spacing") != "trailing")
-    ends_early = {"set_alpha_to_one": False}.items() <= fields.items() or "final_sigmas_type" in fields
+    ends_early = not fields.get("set_alpha_to_one", kind != "PNDMScheduler") or "final_sigmas_type" in fields
     assert config.sample.stop_at_first == ends_early
     assert config.diffusion.variance == "fixed_small"
     assert config.diffusion.clip == (name.endswith("clipped"))
@@ -48,6 +48,7 @@ def test_what_diffusers_passes_over():
         tensor_format="pt",
     )
     assert (config.diffusion.clip, config.sample.spacing_offset, config.sample.stop_at_first) == (False, 1, True)
+    assert config.sample.sampler == "plms"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,8 @@ def test_what_diffusers_passes_over():
         ("DDIMScheduler", {}, "use_clipped_model_output"),
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
-        ("PNDMScheduler", {}, "PNDMScheduler: not one of this project's samplers; the run's is ddim"),
+        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not one"),
+        ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "v_prediction"}, "in diffusers v"),
         ("EulerDiscreteScheduler", {}, "the run's sampler is ddim"),
         ("EulerDiscreteScheduler", {}, "timestep_spacing 'linspace': the start is noise of variance 1"),
         ("EulerAncestralDiscreteScheduler", {}, "the run's sampler is ddpm with its small variance"),
@@ -143,6 +145,7 @@ CONFIGS = {
     "zero terminal SNR": ({"zero_terminal_snr": True, "prediction": "v"}, {}),
     "solver": ({"clip": True, "variance": "fixed_small"}, {"sampler": "dpmpp_2m", "num_steps": 20}),
     "unipc": ({"clip": False, "variance": "fixed_small"}, {"sampler": "unipc", "order": 3, "num_steps": 20}),
+    "plms": ({"clip": False, "schedule": "quadratic"}, {"sampler": "plms", "num_steps": 50, "stop_at_first": True}),
 }
 
 
@@ -167,6 +170,7 @@ def test_configs_there_and_back(name):
     ("sample", "said"),
     [
         ({"sampler": "heun"}, "sampler 'heun' has no counterpart with these options; DDPMScheduler is written"),
+        ({"sampler": "plms"}, "PNDMScheduler does not clip the predicted x_0"),
         ({"sampler": "ddim", "eta": 0.5}, "eta 0.5 is an argument of DDIMScheduler's steps"),
         ({"spacing": "quadratic"}, "DDPMScheduler has no spacing 'quadratic'; linspace is written"),
         ({"stop_at_first": True}, "DDPMScheduler ends at the clean image"),
@@ -182,10 +186,19 @@ def test_what_diffusers_samples_otherwise_is_said(sample, said):
     assert any(said in note for note in notes), notes
 
 
-def test_learned_variances_keep_the_scheduler_that_takes_them():
+@pytest.mark.parametrize(
+    ("sampler", "diffusion", "said"),
+    [
+        ("ddim", {"variance": "learned", "loss": "hybrid"}, "DDIMScheduler does not take a learned variance"),
+        ("plms", {"prediction": "x_0"}, "PNDMScheduler does not take a network of x_0; DDPMScheduler is written"),
+        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not take pure noise at the last timestep"),
+    ],
+)
+def test_what_a_scheduler_does_not_take_is_written_as_ddpm(sampler, diffusion, said):
     config = config_lib.default_config()
-    config.diffusion.update(variance="learned", loss="hybrid")
-    config.sample.sampler = "ddim"
+    config.diffusion.update(diffusion)
+    config.sample.sampler = sampler
     fields, notes = scheduler.to_fields(config)
-    assert (fields["_class_name"], fields["variance_type"]) == ("DDPMScheduler", "learned_range")
-    assert "DDIMScheduler does not take a learned variance" in notes[0]
+    assert fields["_class_name"] == "DDPMScheduler"
+    assert (fields["variance_type"] == "learned_range") == (diffusion.get("variance") == "learned")
+    assert any(said in note for note in notes)
