@@ -82,6 +82,7 @@ SHAPE = (3, 4, 4, 2)
         {"sampler": "unipc", "t_end": 4},
         {"sampler": "plms"},
         {"sampler": "plms", "t_end": 4, "clip": False},
+        {"sampler": "heun", "levels": "karras", "fractional": True, "spacing": "linspace", "clip": False},
         {"sampler": "ddpm", "t_end": 4},
         {"sampler": "ddim", "eta": 1.0, "resampling": (3, 2)},
     ],
@@ -115,7 +116,7 @@ def test_sample_runs_the_table(measure, options, variance):
     measure(f"`sample`, {options['sampler']}: 12 steps", "its table in a float64 loop", np.abs(got - x).max(), 1e-5)
 
 
-PLANNED = ("num_steps", "spacing", "timesteps", "t_end")
+PLANNED = ("num_steps", "spacing", "timesteps", "t_end", "levels", "fractional")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +361,32 @@ def test_plan():
     np.testing.assert_array_equal(plan(LINEAR, num_steps=2, skip_lowest=True).t, [999, 500, -1])
     with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
         plan(LINEAR, timesteps=[0], stop_at_first=True)
+
+
+def test_plan_between_timesteps():
+    even = {"num_steps": 3, "levels": "linspace"}
+    np.testing.assert_array_equal(plan(LINEAR, **even, fractional=True).t, [999, 499.5, 0, -1])
+    np.testing.assert_array_equal(plan(LINEAR, **even).t, [999, 500, 0, -1])
+    np.testing.assert_array_equal(plan(LINEAR, **even, stop_at_first=True).t, [999, 500, 0])
+    np.testing.assert_array_equal(plan(LINEAR, **even, t_start=500, t_end=99, fractional=True).t[[0, -1]], [500, 99])
+    with pytest.raises(ValueError, match="timesteps have noise levels of their own, but levels is 'karras'"):
+        plan(LINEAR, timesteps=[5, 3], levels="karras")
+    with pytest.raises(ValueError, match="fractional timesteps need levels between timesteps; accepted: linspace"):
+        plan(LINEAR, fractional=True)
+    with pytest.raises(ValueError, match="levels is 'even'; accepted: linspace, karras, logsnr"):
+        plan(LINEAR, levels="even")
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+        plan(LINEAR, t_start=0, levels="karras", stop_at_first=True)
+
+
+def test_start_of_the_first_level_s_size():
+    options = {"num_steps": 1, "sampler": "ddim", "t_end": 99, "clip": False}
+    still = lambda x, t: 0 * x  # noqa: E731
+    plain, scaled = (
+        sample(LINEAR, still, jax.random.key(0), SHAPE, t_start=None, scaled_start=scaled, **options)
+        for scaled in (False, True)
+    )
+    np.testing.assert_allclose(scaled, plain * LINEAR.sqrt_one_minus_alphas_cumprod[999], rtol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

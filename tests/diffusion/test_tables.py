@@ -115,6 +115,37 @@ def test_noise_levels_of_a_schedule_that_ends_in_pure_noise():
     assert spaced_timesteps(schedule, 10, "karras")[-1] == 0
 
 
+# Noise levels between timesteps.
+
+
+@pytest.mark.parametrize("how", tables.LEVELS)
+def test_levels_between_timesteps(how):
+    """Even where they should be, with timesteps where the schedule has these levels."""
+    levels = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how)
+    a, _ = noise_levels("linear", [951, 1])
+    np.testing.assert_allclose(levels.a[[0, -2, -1]], [a[0], a[1], 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(levels.t[[0, -1]], [951, -1])
+    sigma = (levels.s / levels.a)[:-1]
+    even = {"linspace": levels.t[:-1], "karras": sigma ** (1 / 7), "logsnr": np.log(sigma)}[how]
+    np.testing.assert_allclose(np.diff(even), (even[-1] - even[0]) / 4)
+    of_all = noise_levels("linear", np.arange(T))
+    of_all = np.log(of_all[1] / of_all[0])[:-1]
+    np.testing.assert_allclose(np.log(sigma), np.interp(levels.t[:-1], np.arange(T), of_all), atol=1e-5)
+    whole = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how, fractional=False)
+    assert whole.t.dtype == np.int32
+    np.testing.assert_array_equal(whole.t, np.round(levels.t))
+    np.testing.assert_array_equal(whole.log_abar, levels.log_abar)
+
+
+def test_where_levels_between_timesteps_end():
+    timesteps = np.array([999, 500, 0])
+    np.testing.assert_array_equal(Levels.between(LINEAR, timesteps, 0, "linspace").t, [999, 499.5, 0])
+    timesteps = np.array([999, 500, 1])
+    np.testing.assert_array_equal(Levels.between(LINEAR, timesteps, 0, "linspace").t, [999, 500, 1, 0])
+    pure = make_schedule("jsd", 50)
+    assert Levels.between(pure, np.array([49, 20, 0]), None, "karras").log_abar[0] == -24 * np.log(2)
+
+
 # Ancestral sampling.
 
 
@@ -270,31 +301,35 @@ def test_dpmpp_2m_is_the_paper_s_algorithm(measure, stochastic):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 12])
 @pytest.mark.parametrize("to_clean", [True, False])
-def test_plms_is_the_paper_s_algorithm(measure, num_steps, to_clean):
-    """Equations 9 and 12 over lists of eps, with the start of Stable Diffusion's sampler."""
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_plms_is_the_paper_s_algorithm(measure, num_steps, to_clean, prediction):
+    """Equations 9 and 12 over lists of eps, or of v, with the start of Stable Diffusion's sampler."""
     timesteps = np.linspace(999, 40, num_steps).round().astype(int)
     a, s = noise_levels("linear", timesteps if to_clean else [*timesteps, 0])
     x = np.random.default_rng(3).standard_normal(50)
     levels = Levels.of(LINEAR, timesteps, None if to_clean else 0)
-    path = replay(make_table("plms", levels), x, mixture)
+    path = replay(make_table("plms", levels, prediction=prediction), x, mixture)
 
-    def eps(x, i):
-        return (x - a[i] * mixture(x, a[i], s[i])) / s[i]
+    def output(x, i):
+        x_0 = mixture(x, a[i], s[i])
+        eps = (x - a[i] * x_0) / s[i]
+        return eps if prediction == "eps" else a[i] * eps - s[i] * x_0
 
     def transferred(x, e, i):
+        e = e if prediction == "eps" else a[i] * e + s[i] * x
         now, after = a[i] ** 2, a[i + 1] ** 2
         below = np.sqrt(now) * (np.sqrt((1 - after) * now) + np.sqrt((1 - now) * after))
         return a[i + 1] / a[i] * x - (after - now) / below * e
 
     before, found = [], [x]
     for i in range(num_steps):
-        e = eps(x, i)
+        e = output(x, i)
         if i == 0:
             combined = e
             if num_steps > 1:
                 euler = transferred(x, e, 0)
                 found.append(euler)
-                combined = (e + eps(euler, 1)) / 2
+                combined = (e + output(euler, 1)) / 2
         elif i == 1:
             combined = (3 * e - before[-1]) / 2
         elif i == 2:
@@ -470,6 +505,10 @@ def test_resampling_keeps_the_marginals():
         (lambda: Levels.of(LINEAR, [1000, 3]), "the timesteps are 1000 to 3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, -3]), "the timesteps are 10 to -3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, 5], 7), r"the timesteps are \[10, 5, 7\]; accepted: descending"),
+        (
+            lambda: Levels.between(LINEAR, np.array([9, 0]), None, "even"),
+            "levels is 'even'; accepted: linspace, karras",
+        ),
         (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs 2 timesteps or more"),
         (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("plms", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
