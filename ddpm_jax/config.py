@@ -193,6 +193,9 @@ def default_config() -> ConfigDict:
     sample.spacing_offset = 0  # added to the timesteps of the leading spacing
     sample.skip_lowest = False  # of num_steps + 1 timesteps, the lowest is left out
     sample.stop_at_first = False  # end at the first timestep's noise level, not at the clean image
+    sample.levels = ""  # noise levels between timesteps too: linspace, karras or logsnr; "": the timesteps' own
+    sample.fractional = False  # call the network at fractional timesteps there, not at the nearest
+    sample.scaled_start = False  # start from noise of the first level's size, not of variance 1
     sample.eta = 0.0  # of ddim: 0, deterministic, to 1
     sample.order = 0  # of unipc: 1, 2 or 3; 0: 2
     sample.guidance_scale = 1.0  # of a class-conditional run: 1 is the class alone, more exaggerates it
@@ -516,6 +519,9 @@ def sampling_steps(config: ConfigDict) -> Steps:
         stop_at_first=sample.stop_at_first,
         eta=sample.eta or None,
         order=sample.order or None,
+        levels=sample.levels or None,
+        fractional=sample.fractional,
+        scaled_start=sample.scaled_start,
     )
 
 

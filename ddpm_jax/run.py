@@ -143,9 +143,9 @@ class Run:
           options: labels, the classes of a class-conditional run, or prompts, of a run that learned from captions,
             repeated as needed (without them every class, or captions of the data set, come in turn);
             negative_prompts, which guidance leads away from; and in place of the config's: sampler, num_steps, spacing,
-            spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, clip, dynamic_threshold (see
-            `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale,
-            guidance_interval (see `guided`).
+            spacing_offset, skip_lowest, stop_at_first, levels, fractional, scaled_start, timesteps, eta, order, clip,
+            dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
+            guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -351,7 +351,7 @@ class Run:
         if request.guidance.is_on:
             request.condition.require()
         model_fn = self.model.model_fn(self.params, request.condition.null(len(x_0)))
-        of_steps = ("num_steps", "spacing", "spacing_offset", "skip_lowest", "stop_at_first")
+        of_steps = ("num_steps", "spacing", "spacing_offset", "skip_lowest", "stop_at_first", "levels", "fractional")
         way = {name: request.keywords()[name] for name in (*of_steps, "prediction", "variance")}
         way["spacing"] = way["spacing"] or DEFAULT_SPACING["ddim"]
         try:
@@ -439,9 +439,11 @@ class Run:
         if given.get("sampler", steps.sampler) != steps.sampler:
             steps = dataclasses.replace(steps, eta=None, order=None, skip_lowest=False)  # of the other sampler
         if given.get("spacing", steps.spacing) != steps.spacing:
-            steps = dataclasses.replace(steps, spacing_offset=0, skip_lowest=False)  # of the other spacing
+            steps = dataclasses.replace(  # of the other spacing
+                steps, spacing_offset=0, skip_lowest=False, levels=None, fractional=False, scaled_start=False
+            )
         if "timesteps" in given:
-            steps = dataclasses.replace(steps, num_steps=None)
+            steps = dataclasses.replace(steps, num_steps=None, levels=None, fractional=False)
         if "clip" in given:
             output = dataclasses.replace(output, dynamic_threshold=None)
         steps, output = (_replaced(part, given) for part in (steps, output))

@@ -120,6 +120,11 @@ def test_options_of_the_steps_go_with_their_spacing_and_sampler():
         settings = run.settings(seed=0, **chosen)
         assert {name: settings[name] for name in own if name in settings} == {name: own[name] for name in kept}
     assert run.calls(num_steps=3) == 3
+    between = make_run(spacing="linspace", levels="karras", fractional=True, scaled_start=True)
+    own = {"levels": "karras", "fractional": True, "scaled_start": True}
+    for chosen, kept in (({}, set(own)), ({"spacing": "leading"}, set()), ({"timesteps": (5, 3)}, {"scaled_start"})):
+        settings = between.settings(seed=0, **chosen)
+        assert {name: settings[name] for name in own if name in settings} == {name: own[name] for name in kept}
     noise = run.encode(PICTURES, num_steps=5)
     assert near(run.decode(noise, num_steps=5), run.decode(noise, num_steps=5, spacing="leading"))
 

@@ -132,23 +132,42 @@ def condition_network(name):
     return NARROW | CONDITION_NETWORKS[name]
 
 
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 # The schedulers whose steps are this project's: the fields, and the sampler and the timesteps that become the default.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}, "ddim"),
     "ddim, clipped": ("DDIMScheduler", {}, "ddim"),
     "ddim of Stable Diffusion": (
         "DDIMScheduler",
+        {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False},
+        "ddim",
+    ),
+    "plms of Stable Diffusion": ("PNDMScheduler", {**STABLE_DIFFUSION, "skip_prk_steps": True}, "plms"),
+    "plms to the clean image": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, "plms"),
+    "plms of v": (
+        "PNDMScheduler",
+        {**STABLE_DIFFUSION, "skip_prk_steps": True, "prediction_type": "v_prediction"},
+        "plms",
+    ),
+    "plms, trailing": ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "trailing"}, "plms"),
+    "ddim that ends at its last timestep": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, "ddim"),
+    "ddim from pure noise": (
+        "DDIMScheduler",
         {
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            **STABLE_DIFFUSION,
+            "steps_offset": 0,
             "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
+            "timestep_spacing": "trailing",
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
         },
         "ddim",
     ),
-    "ddim that ends at its last timestep": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, "ddim"),
     "ddim, trailing": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, "ddim"),
     "ddim, offset alone": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, "ddim"),
     "dpmpp_2m, linspace": ("DPMSolverMultistepScheduler", {}, "dpmpp_2m"),
@@ -173,6 +192,40 @@ SCHEDULERS = {
         {"solver_order": 3, "timestep_spacing": "leading", "trained_betas": [0.001 + i * 1e-5 for i in range(1000)]},
         "unipc",
     ),
+    "dpmpp_2m, karras": (
+        "DPMSolverMultistepScheduler",
+        {**STABLE_DIFFUSION, "steps_offset": 0, "use_karras_sigmas": True},
+        "dpmpp_2m",
+    ),
+    "dpmpp_2m_sde, lu": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_lu_lambdas": True},
+        "dpmpp_2m_sde",
+    ),
+    "dpmpp_2m, karras, from pure noise": (
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        "dpmpp_2m",
+    ),
+    "unipc, karras": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "unipc"),
     "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "ddim"),
+    "euler, linspace": ("EulerDiscreteScheduler", {}, "ddim"),
+    "euler, trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, "ddim"),
+    "euler, karras": (
+        "EulerDiscreteScheduler",
+        {**STABLE_DIFFUSION, "timestep_spacing": "leading", "use_karras_sigmas": True},
+        "ddim",
+    ),
+    "euler, exponential": ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "ddim"),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}, "ddpm"),
+    "euler ancestral, linspace": ("EulerAncestralDiscreteScheduler", {}, "ddpm"),
+    "euler ancestral, trailing": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "ddpm"),
+    "heun": ("HeunDiscreteScheduler", {}, "heun"),
+    "heun, leading": ("HeunDiscreteScheduler", {**STABLE_DIFFUSION, "timestep_spacing": "leading"}, "heun"),
+    "heun, trailing, clipped": (
+        "HeunDiscreteScheduler",
+        {"timestep_spacing": "trailing", "clip_sample": True},
+        "heun",
+    ),
+    "heun, karras": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, "heun"),
 }

@@ -90,6 +90,8 @@ def encode(
     spacing_offset: int = 0,
     skip_lowest: bool = False,
     stop_at_first: bool = False,
+    levels: str | None = None,
+    fractional: bool = False,
     prediction: str = "eps",
     variance: str = "fixed_large",
     progress: Progress | None = None,
@@ -102,7 +104,8 @@ def encode(
     Args:
       schedule, model_fn: of the network.
       x_0: [B, H, W, C].
-      num_steps, spacing, spacing_offset, skip_lowest, stop_at_first: see `plan`; of the way back too.
+      num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, levels, fractional: see `plan`; of the way back
+        too.
       prediction, variance: what the network's output means.
       progress: told (network calls done, calls in all).
     """
@@ -114,6 +117,8 @@ def encode(
         spacing_offset=spacing_offset,
         skip_lowest=skip_lowest,
         stop_at_first=stop_at_first,
+        levels=levels,
+        fractional=fractional,
     )
     table = ddim_inverse(steps)
     # The method draws no noise, so any key will do.

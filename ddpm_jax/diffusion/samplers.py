@@ -28,6 +28,7 @@ from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.shapes import Images, Keys
 from ddpm_jax.diffusion.tables import (
     DEFAULT_SPACING,
+    LEVELS,
     SAMPLERS,
     Levels,
     SamplerTable,
@@ -42,6 +43,7 @@ Watch = Callable[[int, int, Array], None]
 SNAPSHOTS = ("x", "x_0")
 _PORTION = 10  # network calls of one call of the compiled program
 _WATCHED = 2  # the same where somebody watches
+_STARTS_AT_FIRST = "stop_at_first ends at timestep 0, and sampling starts there; accepted: a later start"
 
 
 def plan(
@@ -52,6 +54,8 @@ def plan(
     spacing_offset: int = 0,
     skip_lowest: bool = False,
     stop_at_first: bool = False,
+    levels: str | None = None,
+    fractional: bool = False,
     timesteps: Sequence[int] | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
@@ -63,23 +67,34 @@ def plan(
       num_steps, spacing, spacing_offset, skip_lowest: see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image, as with diffusers'
         set_alpha_to_one=False. A call at timestep 0 itself would leave x as it is and is left out.
+      levels, fractional: noise levels between timesteps too, from the first's to the last's, and whether the network is
+        called at fractional timesteps there; see `Levels.between`. None: those of the timesteps.
       timesteps: the user's own, descending, in the place of num_steps and spacing.
       t_start: the first timestep; None: T - 1.
       t_end: the timestep to stop at, whose x is the result; None: the clean image.
 
     Raises:
-      ValueError: timesteps that do not exist, do not descend, or contradict t_start.
+      ValueError: timesteps that do not exist, do not descend, or contradict t_start; fractional without levels.
     """
+    if fractional and levels is None:
+        raise ValueError(f"fractional timesteps need levels between timesteps; accepted: {', '.join(LEVELS)}")
+    between = None if levels is None else partial(Levels.between, schedule, how=levels, fractional=fractional)
     if timesteps is not None:
         if num_steps is not None or t_start is not None:
             raise ValueError("timesteps take the place of num_steps and t_start; give either")
+        if levels is not None:
+            raise ValueError(f"timesteps have noise levels of their own, but levels is {levels!r}; leave one out")
         return _ending(schedule, timesteps, t_end, stop_at_first)
     if t_end is None:
         options: dict[str, Any] = {"offset": spacing_offset, "skip_lowest": skip_lowest}
         chosen = spaced_timesteps(schedule, num_steps, spacing, t_start, **options)
         if t_start is not None:
             chosen[0] = t_start  # x_t has that noise, whatever the spacing starts from
-        return _ending(schedule, chosen, None, stop_at_first)
+        if between is None:
+            return _ending(schedule, chosen, None, stop_at_first)
+        if stop_at_first and chosen[0] == 0:
+            raise ValueError(_STARTS_AT_FIRST)
+        return between(chosen, 0 if stop_at_first else None)
     t_start = schedule.num_timesteps - 1 if t_start is None else t_start
     if not 0 <= t_end < t_start:
         raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
@@ -88,7 +103,8 @@ def plan(
         raise ValueError(f"num_steps is {steps}; accepted: 1 to {t_start - t_end}, the timesteps there are")
     # Between two ends, "leading" and "trailing" are the same.
     spacing = "linspace" if spacing in ("leading", "trailing") else spacing
-    return Levels.of(schedule, spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)[:-1], t_end)
+    chosen = spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)
+    return Levels.of(schedule, chosen[:-1], t_end) if between is None else between(chosen, t_end)
 
 
 def _ending(
@@ -99,7 +115,7 @@ def _ending(
     timesteps = np.asarray(timesteps)
     timesteps = timesteps[:-1] if timesteps.size and timesteps[-1] == 0 else timesteps
     if not timesteps.size:
-        raise ValueError("stop_at_first ends at timestep 0, and sampling starts there; accepted: a later start")
+        raise ValueError(_STARTS_AT_FIRST)
     return Levels.of(schedule, timesteps, 0)
 
 
@@ -108,8 +124,8 @@ class Steps:
     """Which steps a sampling run takes.
 
     Attributes:
-      sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse: as in
-        `sample`.
+      sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse, levels,
+      fractional, scaled_start: as in `sample`.
     """
 
     sampler: str = "ddpm"
@@ -122,11 +138,15 @@ class Steps:
     eta: float | None = None
     order: int | None = None
     x_0_mse: ArrayLike | None = None
+    levels: str | None = None
+    fractional: bool = False
+    scaled_start: bool = False
 
     def table(
         self,
         schedule: Schedule,
         variance: str = "fixed_large",
+        prediction: str = "eps",
         *,
         t_start: int | None = None,
         t_end: int | None = None,
@@ -137,6 +157,7 @@ class Steps:
         Args:
           schedule: T timesteps.
           variance: of p_theta, for "ddpm".
+          prediction: of the network, for "plms".
           t_start, t_end: see `plan`.
           resampling: see `with_resampling`; None: none.
 
@@ -153,14 +174,26 @@ class Steps:
             spacing_offset=self.spacing_offset,
             skip_lowest=self.skip_lowest,
             stop_at_first=self.stop_at_first,
+            levels=self.levels,
+            fractional=self.fractional,
             timesteps=self.timesteps,
             t_start=t_start,
             t_end=t_end,
         )
         table = make_table(
-            self.sampler, levels, variance=variance, eta=self.eta, order=self.order, x_0_mse=self.x_0_mse
+            self.sampler,
+            levels,
+            variance=variance,
+            eta=self.eta,
+            order=self.order,
+            x_0_mse=self.x_0_mse,
+            prediction=prediction,
         )
         return table if resampling is None else with_resampling(table, levels, *resampling)
+
+    def start_scale(self, table: SamplerTable) -> float:
+        """The standard deviation of the noise that a run of this table starts from."""
+        return float(table.s[0]) if self.scaled_start else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +233,9 @@ def sample(
     eta: float | None = None,
     order: int | None = None,
     x_0_mse: ArrayLike | None = None,
+    levels: str | None = None,
+    fractional: bool = False,
+    scaled_start: bool = False,
     x_t: Images | None = None,
     t_start: int | None = None,
     t_end: int | None = None,
@@ -227,7 +263,7 @@ def sample(
       sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc" or "plms"; see `ddpm_jax.diffusion.tables`.
       num_steps: timesteps to call the network at ("heun" calls twice, "plms" once more in all); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
-        "linspace" for ddpm and ddim, "logsnr" for the others.
+        "linspace" for ddpm and ddim, "leading" for plms, "logsnr" for the others.
       spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
       timesteps: the user's own, descending, in their place.
@@ -235,6 +271,10 @@ def sample(
       order: of "unipc", 1, 2 (the default) or 3.
       x_0_mse: of "ddpm", [T], the mean squared error of the predicted x_0 at each timestep, for Analytic-DPM's variance
         in place of `variance`; `ddpm_jax.evaluation.likelihood.evaluate_bound` measures it as `bound.mse.mean`.
+      levels, fractional: exact noise levels between timesteps, "linspace", "karras" or "logsnr", and whether the
+        network is called at fractional timesteps there; see `Levels.between`. None: the noise levels of the timesteps.
+      scaled_start: noise to start from has the standard deviation s of the first level, as it has in diffusers' Euler
+        and Heun schedulers, instead of 1.
       x_t: [B, H, W, C] to start from; None: noise.
       t_start: the timestep of x_t; None: T - 1.
       t_end: the timestep to stop at; None: the clean image.
@@ -250,9 +290,9 @@ def sample(
         the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip`, or x at t_end or timestep 0; with num_snapshots also
-      [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start. The last is what the
-      last call gave, before known pixels are put in their places.
+      x_0 [B, H, W, C], clipped to [-1, 1] if `clip` ("plms" may end a little outside), or x at t_end or timestep 0;
+      with num_snapshots also [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start.
+      The last is what the last call gave, before known pixels are put in their places.
 
     Raises:
       ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
@@ -264,9 +304,21 @@ def sample(
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
     steps = Steps(
-        sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse
+        sampler,
+        num_steps,
+        spacing,
+        spacing_offset,
+        skip_lowest,
+        stop_at_first,
+        timesteps,
+        eta,
+        order,
+        x_0_mse,
+        levels,
+        fractional,
+        scaled_start,
     )
-    table = steps.table(schedule, variance, t_start=t_start, t_end=t_end, resampling=resampling)
+    table = steps.table(schedule, variance, prediction, t_start=t_start, t_end=t_end, resampling=resampling)
     if known is not None and t_end is not None:
         raise ValueError("known pixels need sampling to the clean image; leave t_end out")
     return run_table(
@@ -278,6 +330,7 @@ def sample(
         observer=Observer(progress, watch, num_snapshots, snapshots_of),
         x_t=x_t,
         known=known,
+        start_scale=steps.start_scale(table),
     )
 
 
@@ -291,8 +344,10 @@ def run_table(
     observer: Observer | None = None,
     x_t: Images | None = None,
     known: tuple[Array, Array] | None = None,
+    start_scale: float = 1.0,
 ) -> Any:
-    """Runs any table; the arguments, and what is returned, are those of `sample`.
+    """Runs any table; the arguments, and what is returned, are those of `sample`, and start_scale is the standard
+    deviation of the noise to start from.
 
     The rows go through the compiled scan in portions of one length, the last one filled up with rows that are skipped:
     so one program serves every number of steps, and the host learns how far it is without a callback inside of it.
@@ -321,7 +376,7 @@ def run_table(
 
     # Fixed variances are numbers in the table, and one compiled program serves them all.
     scanned = output if output.variance == "learned" else dataclasses.replace(output, variance="fixed_large")
-    carry, before = _start(key, x_t, shape, observer.num_snapshots, sharding), None
+    carry, before = _start(key, x_t, np.float32(start_scale), shape, observer.num_snapshots, sharding), None
     for first in range(0, calls, length):
         portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
         carry, done = _scan(
@@ -339,11 +394,11 @@ def run_table(
             if before is not None:
                 tell(*before)
             # A copy, since the next portion takes the memory of what is carried.
-            seen = carry[0] if observer.snapshots_of == "x" else carry[2][0]
+            seen = carry[0] if observer.snapshots_of == "x" else carry[2]
             before = done, jnp.copy(seen) if observer.watch else None
     if before is not None:
         tell(*before)
-    x, _, _, snapshots = carry
+    x, *_, snapshots = carry
     if known is not None:
         x = jnp.where(known[1], known[0], x)
     return (x, snapshots) if observer.num_snapshots else x
@@ -415,12 +470,13 @@ def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
     return *images, snapshots
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _start(keys, x_t, shape, num_snapshots, sharding):
-    """x, the kept image, what the calls before have left, and the snapshots."""
-    x = _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _start(keys, x_t, scale, shape, num_snapshots, sharding):
+    """x, the kept image, the prediction of x_0, what calls before remembered, and the snapshots."""
+    x = scale * _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
-    return _laid((x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(3)), snapshots), sharding)
+    kept, x_0, *past = (jnp.zeros_like(x) for _ in range(5))
+    return _laid((x, kept, x_0, tuple(past), snapshots), sharding)
 
 
 @partial(
@@ -432,7 +488,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
     shape = carry[0].shape
 
     def call(carry, row):
-        x, kept, past, snapshots = carry
+        x, kept, _, past, snapshots = carry
         row, number, slot = row.table, row.number, row.slot
         if known is not None:
             image, mask = known
@@ -444,13 +500,14 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)
-        images, left = (x, kept, x_0, *past), row.left[0] * x + row.left[1] * x_0
+        images = (x, kept, x_0, *past)
+        remembered = row.remembered[0] * x + row.remembered[1] * x_0
         x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
         # Numbers are from 1, since 0 drew the start.
         x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * _noise(keys, shape, number)
         if snapshots is not None:
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
-        return x, kept, (left, *past[:-1]), snapshots
+        return x, kept, x_0, (remembered, *past[:-1]), snapshots
 
     def step(carry, row):
         return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None

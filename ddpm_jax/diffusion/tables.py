@@ -1,16 +1,16 @@
 """Samplers as tables: every method is a handful of factors a network call, computed beforehand in float64 NumPy.
 
 All the methods here are linear in the same few images. Writing x_t = a x_0 + s eps, D for the network's prediction of
-x_0 at the present x, and D1, D2, D3 for what the calls before have left, which is their D or their eps, one row of a
-table says
+x_0 at the present x, and D1, D2, D3 for what was remembered one, two and three calls before, one row of a table says
 
-    next x  <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
-    kept    <-  other factors      .  the same
-    D1 of the next row  <-  two factors  .  (x, D)
+    next x      <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
+    kept        <-  other factors      .  the same
+    remembered  <-  other factors      .  (x, D)
 
 where "kept" is one image that a method may carry along: the point that Heun's step departs from, or UniPC's corrected
-point. So `ddpm_jax.sample` has one loop for all of them, and another method, eta, order or choice of timesteps is
-another table and compiles nothing anew as long as the number of rows is the same.
+point. Most methods remember D itself; PLMS remembers eps = (x - a D) / s. So `ddpm_jax.sample` has one loop for all of
+them, and another method, eta, order or choice of timesteps is another table and compiles nothing anew as long as the
+number of rows is the same.
 
 A builder takes the `Levels` that sampling passes through and gives its rows beside the paper's equation. There lambda =
 log(a / s), half the log-SNR, h is its difference, and "next" means the level that a row leads to; the clean image has
@@ -32,6 +32,8 @@ from ddpm_jax.diffusion.schedules import Schedule
 
 SPACINGS = ("linspace", "leading", "trailing", "quadratic", "logsnr", "karras")
 
+LEVELS = ("linspace", "karras", "logsnr")
+
 # The images that a row combines, by their column.
 X, KEPT, D, D1, D2, D3 = range(6)
 
@@ -42,11 +44,11 @@ class SamplerTable:
     """One row a network call, in order; each field is an array [R], or [R, 6] with the columns X, KEPT, D, ... D3.
 
     Attributes:
-      t: int32, the timestep that the network is called with.
+      t: the timestep that the network is called with: int32, or floating where some lie between two.
       a, s: x_t = a x_0 + s eps, to turn the network's output into x_0.
       next: the factors of the next x.
       kept: the factors of the image to keep.
-      left: [R, 2], the factors of x and D that give what the row leaves to the rows after it: (0, 1) for D itself.
+      remembered: [R, 2], the factors (of x, of D) of what later rows know as D1, D2 and D3.
       log_variance_min, log_variance_max: bounds between which a learned variance interpolates; equal if it is fixed.
       noise_scale, noise_variance: the noise's variance is noise_scale * exp(that logarithm) + noise_variance.
     """
@@ -56,7 +58,7 @@ class SamplerTable:
     s: np.ndarray
     next: np.ndarray
     kept: np.ndarray
-    left: np.ndarray
+    remembered: np.ndarray
     log_variance_min: np.ndarray
     log_variance_max: np.ndarray
     noise_scale: np.ndarray
@@ -146,7 +148,7 @@ class Levels:
     """The S + 1 noise levels that sampling passes through, in float64: those of its timesteps, and where it ends.
 
     Attributes:
-      t: int32 [S + 1], the timesteps; -1 at the end stands for the clean image.
+      t: [S + 1], the timesteps, int32, or float64 where some lie between two; -1 at the end stands for the clean image.
       log_abar: [S + 1], log abar there; 0 at the clean image.
     """
 
@@ -170,6 +172,45 @@ class Levels:
         if end is None:
             t, log_abar = np.append(t, -1), np.append(log_abar, 0.0)
         return cls(t.astype(np.int32), log_abar)
+
+    @classmethod
+    def between(
+        cls, schedule: Schedule, timesteps: np.ndarray, end: int | None, how: str, fractional: bool = True
+    ) -> "Levels":
+        """As many noise levels as there are timesteps, from the first's to the last's, between timesteps too.
+
+        Pure noise counts as abar = 2^-24, since a level between needs a finite s / a.
+
+        Args:
+          schedule: T timesteps.
+          timesteps: descending; only the first, the last and how many they are matters.
+          end: the timestep to end at, which may be the last of them; None: the clean image.
+          how: "linspace", evenly in t, s / a interpolated between the two timesteps beside it;
+            "karras", evenly in (s / a)^(1/7), or "logsnr", evenly in log-SNR, t interpolated in log(s / a).
+          fractional: whether the network is called at these t, or at the nearest timesteps.
+
+        Raises:
+          ValueError: another `how`.
+        """
+        check_option("levels", how, LEVELS)
+        all_log_abar = np.maximum(log_alphas_cumprod(schedule), -24 * math.log(2))
+        log_sigma = 0.5 * (np.log(-np.expm1(all_log_abar)) - all_log_abar)
+        first, last = timesteps[0], timesteps[-1]
+        if how == "linspace":
+            t = np.linspace(first, last, len(timesteps))
+            chosen = np.log(np.interp(t, np.arange(len(log_sigma)), np.exp(log_sigma)))
+        else:
+            chosen = np.linspace(log_sigma[first], log_sigma[last], len(timesteps))
+            if how == "karras":
+                low, high = np.exp(log_sigma[[last, first]] / 7)
+                chosen = 7 * np.log(np.linspace(high, low, len(timesteps)))
+            t = np.interp(chosen, log_sigma, np.arange(len(log_sigma)))
+        log_abar = -np.log1p(np.exp(2 * chosen))
+        if end is None:
+            t, log_abar = np.append(t, -1), np.append(log_abar, 0.0)
+        elif end != last:
+            t, log_abar = np.append(t, end), np.append(log_abar, all_log_abar[end])
+        return cls(t if fractional else np.round(t).astype(np.int32), log_abar)
 
     @property
     def to_clean(self) -> bool:
@@ -207,11 +248,11 @@ def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTab
     Args:
       levels: to sample at.
       next: [S, 6] of `factors`: of the next x.
-      rest: further columns of `SamplerTable`; what is not given is zero.
+      rest: further columns of `SamplerTable`. What is not given is zero, but D is remembered.
     """
     rows = len(next)
     zeros = dict.fromkeys(("log_variance_min", "log_variance_max", "noise_scale", "noise_variance"), np.zeros(rows))
-    columns = {"kept": np.zeros((rows, 6)), "left": np.tile([0.0, 1.0], (rows, 1)), **zeros, **rest}
+    columns = {"kept": np.zeros((rows, 6)), "remembered": np.tile((0.0, 1.0), (rows, 1)), **zeros, **rest}
     return SamplerTable(levels.t[:rows], levels.a[:rows], levels.s[:rows], next, **columns)
 
 
@@ -243,7 +284,7 @@ def ddpm(levels: Levels, variance: str = "fixed_large", x_0_mse: ArrayLike | Non
         X: np.exp(0.5 * log_ratio) * one_minus_next / one_minus_now,
     }
     if x_0_mse is not None:
-        mse = np.asarray(x_0_mse, np.float64)[levels.t[:-1]]
+        mse = np.interp(levels.t[:-1], np.arange(np.size(x_0_mse)), x_0_mse)
         log_small = log_large = np.log(small + columns[D] ** 2 * mse)
     return table_of(
         levels,
@@ -322,42 +363,6 @@ def heun(levels: Levels) -> SamplerTable:
     return table_of(calls, interleave(euler, mean)[:rows], kept=interleave(keep_x, np.zeros((S, 6)))[:rows])
 
 
-def plms(levels: Levels) -> SamplerTable:
-    """Pseudo linear multistep (PNDM: Liu et al. 2022, arXiv:2202.09778), as in Stable Diffusion: DDIM's steps by a
-    fourth-order Adams-Bashforth combination of eps, one call a step and one more in all.
-
-    The first step is taken twice, the second time with the mean of the eps at both of its ends. The next two have fewer
-    eps behind them and are of second and third order (the paper's equations 12 and 22).
-    """
-    a, s = levels.a, levels.s
-    if a[0] == 0:
-        raise ValueError(
-            "sampler 'plms' has no step from a timestep of pure noise; accepted there: the other samplers"
-        )
-    unit, S = np.eye(6), len(levels.t) - 1
-    rows = [0, 1, *range(1, S)] if S > 1 else [0]  # the level of each call
-    eps = [(unit[X] - a[i] * unit[D]) / s[i] for i in rows]
-
-    def step(i: int, start: np.ndarray, eps: np.ndarray) -> np.ndarray:
-        return a[i + 1] / a[i] * start + (s[i + 1] - a[i + 1] * s[i] / a[i]) * eps
-
-    next, kept = np.zeros((len(rows), 6)), np.zeros((len(rows), 6))
-    for row, (i, e) in enumerate(zip(rows, eps, strict=True)):
-        if row == 0:
-            next[row], kept[row] = step(i, unit[X], e), unit[X]
-        elif row == 1:
-            next[row], kept[row] = step(0, unit[KEPT], (e + unit[D1]) / 2), unit[D1]
-        else:
-            # Row 1 leaves what does not count, so the eps of row 0 is kept until it is out of use.
-            first, kept[row] = unit[KEPT if row < 5 else D3], unit[KEPT] if row < 4 else 0.0
-            combined = {2: (3 * e - first) / 2, 3: (23 * e - 16 * unit[D1] + 5 * first) / 12}.get(
-                row, (55 * e - 59 * unit[D1] + 37 * unit[D2] - 9 * first) / 24
-            )
-            next[row] = step(i, unit[X], combined)
-    calls = Levels(levels.t[[*rows, -1]], levels.log_abar[[*rows, -1]])
-    return table_of(calls, next, kept=kept, left=np.stack([1 / s[rows], -a[rows] / s[rows]], axis=-1))
-
-
 def unipc(levels: Levels, order: int = 2) -> SamplerTable:
     """UniPC (Zhao et al. 2023, algorithms 5 to 8, for x_0) with B(h) = e^h - 1, of order 1, 2 or 3, one call a step.
 
@@ -411,7 +416,53 @@ def _unipc_step(
     return point
 
 
-# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR.
+# The shares of the past eps in Adams and Bashforth's methods, from the newest; and the columns of those before it, by
+# the row of PLMS.
+_ADAMS_BASHFORTH = {
+    2: np.array([3, -1]) / 2,
+    3: np.array([23, -16, 5]) / 12,
+    4: np.array([55, -59, 37, -9]) / 24,
+}
+_PAST = {2: (D2,), 3: (D1, D3), 4: (D1, D2, KEPT)}
+
+
+def plms(levels: Levels, prediction: str = "eps") -> SamplerTable:
+    """Pseudo linear multistep (PNDM, Liu et al. 2022, eqs. 9 and 12) with Stable Diffusion's start; deterministic.
+
+    A step is DDIM's with a combination of the last four eps in the place of eps. Before there are four, it combines
+    fewer, and the first step is made twice: Euler's, then from the same start with the mean of the eps at both ends.
+    S timesteps are S + 1 calls; a single one is one. From pure noise, where eps says nothing about x_0, the first step
+    stays Euler's.
+
+    Of a network that predicts v, what is combined is v, as in diffusers' PNDMScheduler, and becomes eps afterwards.
+    """
+    of_v = prediction == "v"
+    a, s, S = levels.a, levels.s, len(levels.t) - 1
+    level = np.array([0, 1, *range(1, S)] if S > 1 else [0])  # of each call
+    calls, unit = Levels(levels.t[level], levels.log_abar[level]), np.eye(6)
+    eps = np.stack([1 / calls.s, -calls.a / calls.s], axis=-1)
+    remembered = calls.a[:, None] * eps - calls.s[:, None] * unit[D, [X, D]] if of_v else eps
+    found = remembered @ unit[[X, D]]
+    next, kept = np.zeros_like(found), np.zeros_like(found)
+    next[0] = ddim(levels).next[0]
+    # What row 1 remembers is combined nowhere, but it would push row 0's out before row 4, for which that is kept.
+    kept[0], kept[3:4] = unit[X], unit[D3]
+    for row, i in enumerate(level[1:], start=1):
+        if row == 1:
+            i, start, combined = 0, unit[KEPT], (found[1] + unit[D1]) / 2
+        else:
+            past = _PAST.get(row, (D1, D2, D3))
+            start, combined = unit[X], _ADAMS_BASHFORTH[min(row, 4)] @ np.stack([found[row], *unit[list(past)]])
+        if of_v:
+            next[row] = (a[i + 1] * a[i] + s[i + 1] * s[i]) * start + (s[i + 1] * a[i] - a[i + 1] * s[i]) * combined
+        elif a[i] == 0:
+            next[row] = unit[X]
+        else:
+            next[row] = a[i + 1] / a[i] * start + (s[i + 1] - a[i + 1] * s[i] / a[i]) * combined
+    return table_of(calls, next, kept=kept, remembered=remembered)
+
+
+# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR, and PLMS even in t.
 DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace", "plms": "leading"} | dict.fromkeys(
     ("dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"), "logsnr"
 )
@@ -434,6 +485,7 @@ def make_table(
     eta: float | None = None,
     order: int | None = None,
     x_0_mse: ArrayLike | None = None,
+    prediction: str = "eps",
 ) -> SamplerTable:
     """The table of a sampler by name.
 
@@ -444,6 +496,7 @@ def make_table(
       eta: of "ddim"; None: 0.
       order: of "unipc"; None: 2.
       x_0_mse: of "ddpm", [T], for Analytic-DPM's variance in place of `variance`; None: that.
+      prediction: what the network predicts, for "plms".
 
     Raises:
       ValueError: an unknown sampler, or an option that it does not take.
@@ -457,8 +510,7 @@ def make_table(
         if name not in takes:
             takers = [other for other in SAMPLERS if name in inspect.signature(SAMPLERS[other]).parameters]
             raise ValueError(f"sampler {sampler!r} takes no {name}; accepted: {', '.join(takers)}")
-    if "variance" in takes:
-        options["variance"] = variance
+    options |= {name: value for name, value in (("variance", variance), ("prediction", prediction)) if name in takes}
     return SAMPLERS[sampler](levels, **options)
 
 

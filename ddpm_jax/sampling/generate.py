@@ -57,7 +57,16 @@ class Request:
         values = self.keywords() | {f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()}
         # Of these only what is given, and last: files of earlier versions are recognised by the others.
         plain = Steps()
-        for name in ("spacing_offset", "skip_lowest", "stop_at_first", "timesteps", "x_0_mse"):
+        for name in (
+            "spacing_offset",
+            "skip_lowest",
+            "stop_at_first",
+            "levels",
+            "fractional",
+            "scaled_start",
+            "timesteps",
+            "x_0_mse",
+        ):
             value, default = values.pop(name), getattr(plain, name)
             if type(value) is not type(default) or value != default:
                 values[name] = value
@@ -192,7 +201,7 @@ def generate(
     numbers = np.asarray(indices)
     batch_size = parallel.rounded(min(batch_size, len(numbers)), mesh)
     batches = -(-len(numbers) // batch_size)
-    table = request.steps.table(model.schedule, request.output.variance)
+    table = request.steps.table(model.schedule, request.output.variance, request.output.prediction)
 
     done, snapshots = [], None
     for batch in range(batches):
@@ -209,6 +218,7 @@ def generate(
             (batch_size, *model.decoder.shape),
             output=request.output,
             observer=watching,
+            start_scale=request.steps.start_scale(table),
         )
         if watching.num_snapshots:
             result, stages = result

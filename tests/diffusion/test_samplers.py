@@ -80,6 +80,9 @@ SHAPE = (3, 4, 4, 2)
         {"sampler": "heun", "timesteps": (29, 20, 12, 7, 2), "clip": False},
         {"sampler": "unipc", "order": 3, "clip": False},
         {"sampler": "unipc", "t_end": 4},
+        {"sampler": "plms"},
+        {"sampler": "plms", "t_end": 4, "clip": False},
+        {"sampler": "heun", "levels": "karras", "fractional": True, "spacing": "linspace", "clip": False},
         {"sampler": "ddpm", "t_end": 4},
         {"sampler": "ddim", "eta": 1.0, "resampling": (3, 2)},
     ],
@@ -107,13 +110,13 @@ def test_sample_runs_the_table(measure, options, variance):
         if v.size:
             log_variance = (v + 1) / 2 * table.log_variance_max[i] + (1 - v) / 2 * table.log_variance_min[i]
         images = [x, kept, x_0, *past]
+        past = [table.remembered[i, 0] * x + table.remembered[i, 1] * x_0, *past[:2]]
         x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
         x = x + np.sqrt(table.noise_scale[i] * np.exp(log_variance) + table.noise_variance[i]) * noise[i + 1]
-        past = [x_0, *past[:2]]
     measure(f"`sample`, {options['sampler']}: 12 steps", "its table in a float64 loop", np.abs(got - x).max(), 1e-5)
 
 
-PLANNED = ("num_steps", "spacing", "timesteps", "t_end")
+PLANNED = ("num_steps", "spacing", "timesteps", "t_end", "levels", "fractional")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +363,32 @@ def test_plan():
         plan(LINEAR, timesteps=[0], stop_at_first=True)
 
 
+def test_plan_between_timesteps():
+    even = {"num_steps": 3, "levels": "linspace"}
+    np.testing.assert_array_equal(plan(LINEAR, **even, fractional=True).t, [999, 499.5, 0, -1])
+    np.testing.assert_array_equal(plan(LINEAR, **even).t, [999, 500, 0, -1])
+    np.testing.assert_array_equal(plan(LINEAR, **even, stop_at_first=True).t, [999, 500, 0])
+    np.testing.assert_array_equal(plan(LINEAR, **even, t_start=500, t_end=99, fractional=True).t[[0, -1]], [500, 99])
+    with pytest.raises(ValueError, match="timesteps have noise levels of their own, but levels is 'karras'"):
+        plan(LINEAR, timesteps=[5, 3], levels="karras")
+    with pytest.raises(ValueError, match="fractional timesteps need levels between timesteps; accepted: linspace"):
+        plan(LINEAR, fractional=True)
+    with pytest.raises(ValueError, match="levels is 'even'; accepted: linspace, karras, logsnr"):
+        plan(LINEAR, levels="even")
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+        plan(LINEAR, t_start=0, levels="karras", stop_at_first=True)
+
+
+def test_start_of_the_first_level_s_size():
+    options = {"num_steps": 1, "sampler": "ddim", "t_end": 99, "clip": False}
+    still = lambda x, t: 0 * x  # noqa: E731
+    plain, scaled = (
+        sample(LINEAR, still, jax.random.key(0), SHAPE, t_start=None, scaled_start=scaled, **options)
+        for scaled in (False, True)
+    )
+    np.testing.assert_allclose(scaled, plain * LINEAR.sqrt_one_minus_alphas_cumprod[999], rtol=1e-6)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_plans_start_and_end_where_they_shall(spacing):
     """At the timestep of x_t, whatever the spacing; and with num_steps calls before t_end."""
@@ -456,6 +485,7 @@ def test_clip_bounds_the_result():
         {"sampler": "ddim"},
         {"sampler": "ddim", "eta": 0.7},
         {"sampler": "unipc", "order": 3},
+        {"sampler": "plms"},
         {"num_steps": 23},
         {"sampler": "heun", "num_steps": 100},
     ],

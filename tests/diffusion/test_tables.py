@@ -13,7 +13,7 @@ from ddpm_jax.diffusion.tables import Levels, ddim_inverse, ddpm, make_table, sp
 
 T = 1000
 LINEAR = make_schedule("linear", T)
-DETERMINISTIC = {"ddim": {}, "dpmpp_2m": {}, "heun": {}, "unipc": {"order": 2}}
+DETERMINISTIC = {"ddim": {}, "dpmpp_2m": {}, "heun": {}, "unipc": {"order": 2}, "plms": {}}
 
 
 def replay(table, x, denoise, noise=lambda i: 0.0):
@@ -22,12 +22,12 @@ def replay(table, x, denoise, noise=lambda i: 0.0):
     for i in range(len(table.t)):
         x_0 = denoise(x, table.a[i], table.s[i])
         images = [x, kept, x_0, *past]
+        past = [table.remembered[i, 0] * x + table.remembered[i, 1] * x_0, *past[:2]]
         x, kept = (
             sum(f * image for f, image in zip(factors, images, strict=True))
             for factors in (table.next[i], table.kept[i])
         )
         x = x + np.sqrt(table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i]) * noise(i)
-        past = [x_0, *past[:2]]
         path.append(x)
     return path
 
@@ -115,6 +115,37 @@ def test_noise_levels_of_a_schedule_that_ends_in_pure_noise():
     assert spaced_timesteps(schedule, 10, "karras")[-1] == 0
 
 
+# Noise levels between timesteps.
+
+
+@pytest.mark.parametrize("how", tables.LEVELS)
+def test_levels_between_timesteps(how):
+    """Even where they should be, with timesteps where the schedule has these levels."""
+    levels = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how)
+    a, _ = noise_levels("linear", [951, 1])
+    np.testing.assert_allclose(levels.a[[0, -2, -1]], [a[0], a[1], 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(levels.t[[0, -1]], [951, -1])
+    sigma = (levels.s / levels.a)[:-1]
+    even = {"linspace": levels.t[:-1], "karras": sigma ** (1 / 7), "logsnr": np.log(sigma)}[how]
+    np.testing.assert_allclose(np.diff(even), (even[-1] - even[0]) / 4)
+    of_all = noise_levels("linear", np.arange(T))
+    of_all = np.log(of_all[1] / of_all[0])[:-1]
+    np.testing.assert_allclose(np.log(sigma), np.interp(levels.t[:-1], np.arange(T), of_all), atol=1e-5)
+    whole = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how, fractional=False)
+    assert whole.t.dtype == np.int32
+    np.testing.assert_array_equal(whole.t, np.round(levels.t))
+    np.testing.assert_array_equal(whole.log_abar, levels.log_abar)
+
+
+def test_where_levels_between_timesteps_end():
+    timesteps = np.array([999, 500, 0])
+    np.testing.assert_array_equal(Levels.between(LINEAR, timesteps, 0, "linspace").t, [999, 499.5, 0])
+    timesteps = np.array([999, 500, 1])
+    np.testing.assert_array_equal(Levels.between(LINEAR, timesteps, 0, "linspace").t, [999, 500, 1, 0])
+    pure = make_schedule("jsd", 50)
+    assert Levels.between(pure, np.array([49, 20, 0]), None, "karras").log_abar[0] == -24 * np.log(2)
+
+
 # Ancestral sampling.
 
 
@@ -170,8 +201,11 @@ def test_ddpm_of_a_sub_sequence(measure, name, timesteps):
 @pytest.mark.parametrize("sampler", tables.SAMPLERS)
 @pytest.mark.parametrize("timesteps", [[999, 500, 250, 10, 0], [999], [42, 7]])
 def test_last_step_gives_x_0_itself(sampler, timesteps):
+    S = len(timesteps)
     table = make_table(sampler, Levels.of(LINEAR, timesteps))
-    assert len(table.t) == len(timesteps) * 2 - 1 if sampler == "heun" else len(timesteps)
+    assert len(table.t) == {"heun": 2 * S - 1, "plms": S + (S > 1)}.get(sampler, S)
+    if sampler == "plms" and S > 1:
+        return  # which steps by the eps of several calls there, too
     expected = np.zeros(6)
     expected[tables.D] = 1.0
     np.testing.assert_allclose(table.next[-1], expected, atol=1e-12)
@@ -189,7 +223,7 @@ def test_consistency(sampler):
             if eps and sampler not in DETERMINISTIC:
                 continue
             path = replay(table, np.array(levels.a[0] * x_0 + levels.s[0] * eps), lambda x, a, s: np.array(x_0))  # noqa: B023
-            steps = path[::2] if sampler == "heun" else path
+            steps = {"heun": path[::2], "plms": [path[0], *path[2:]]}.get(sampler, path)
             np.testing.assert_allclose(steps, levels.a * x_0 + levels.s * eps, atol=1e-9)
 
 
@@ -265,6 +299,50 @@ def test_dpmpp_2m_is_the_paper_s_algorithm(measure, stochastic):
         measure(name, "DPM-Solver++, algorithm 2, in a float64 loop", np.abs(path[i + 1] - x).max(), 1e-5)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 12])
+@pytest.mark.parametrize("to_clean", [True, False])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_plms_is_the_paper_s_algorithm(measure, num_steps, to_clean, prediction):
+    """Equations 9 and 12 over lists of eps, or of v, with the start of Stable Diffusion's sampler."""
+    timesteps = np.linspace(999, 40, num_steps).round().astype(int)
+    a, s = noise_levels("linear", timesteps if to_clean else [*timesteps, 0])
+    x = np.random.default_rng(3).standard_normal(50)
+    levels = Levels.of(LINEAR, timesteps, None if to_clean else 0)
+    path = replay(make_table("plms", levels, prediction=prediction), x, mixture)
+
+    def output(x, i):
+        x_0 = mixture(x, a[i], s[i])
+        eps = (x - a[i] * x_0) / s[i]
+        return eps if prediction == "eps" else a[i] * eps - s[i] * x_0
+
+    def transferred(x, e, i):
+        e = e if prediction == "eps" else a[i] * e + s[i] * x
+        now, after = a[i] ** 2, a[i + 1] ** 2
+        below = np.sqrt(now) * (np.sqrt((1 - after) * now) + np.sqrt((1 - now) * after))
+        return a[i + 1] / a[i] * x - (after - now) / below * e
+
+    before, found = [], [x]
+    for i in range(num_steps):
+        e = output(x, i)
+        if i == 0:
+            combined = e
+            if num_steps > 1:
+                euler = transferred(x, e, 0)
+                found.append(euler)
+                combined = (e + output(euler, 1)) / 2
+        elif i == 1:
+            combined = (3 * e - before[-1]) / 2
+        elif i == 2:
+            combined = (23 * e - 16 * before[-1] + 5 * before[-2]) / 12
+        else:
+            combined = (55 * e - 59 * before[-1] + 37 * before[-2] - 9 * before[-3]) / 24
+        x = transferred(x, combined, i)
+        before.append(e)
+        found.append(x)
+    errors = np.abs(np.array(path) - np.array(found))
+    measure("plms", "PNDM, eqs. 9 and 12, in a float64 loop", errors.max(), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("sampler", "options", "order"),
     [
@@ -304,9 +382,9 @@ def gaussian_result(table, m, v):
         x_0 = gain * x
         x_0[-1] += m - gain * table.a[i] * m
         images = np.array([x, kept, x_0, *past])
+        past = [table.remembered[i] @ images[[tables.X, tables.D]], *past[:2]]
         x, kept = table.next[i] @ images, table.kept[i] @ images
         x[i + 1] += np.sqrt(table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i])
-        past = [x_0, *past[:2]]
     return x[-1], x[:-1] @ x[:-1]
 
 
@@ -323,6 +401,7 @@ def gaussian_result(table, m, v):
         ("dpmpp_2m_sde", {}),
         ("heun", {}),
         ("unipc", {}),
+        ("plms", {}),
     ],
 )
 def test_marginals_of_gaussian_data(sampler, options, spacing):
@@ -426,8 +505,13 @@ def test_resampling_keeps_the_marginals():
         (lambda: Levels.of(LINEAR, [1000, 3]), "the timesteps are 1000 to 3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, -3]), "the timesteps are 10 to -3; accepted: 999 to 0"),
         (lambda: Levels.of(LINEAR, [10, 5], 7), r"the timesteps are \[10, 5, 7\]; accepted: descending"),
+        (
+            lambda: Levels.between(LINEAR, np.array([9, 0]), None, "even"),
+            "levels is 'even'; accepted: linspace, karras",
+        ),
         (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs 2 timesteps or more"),
         (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
+        (lambda: with_resampling(make_table("plms", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("heun", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("ddpm", LEVELS), LEVELS, 0, 2), "jump and times are 0 and 2"),
     ],

@@ -255,10 +255,10 @@ def replay(table, x, network, noise=None):
     for i, t in enumerate(table.t):
         x_0 = (x - table.s[i] * network(x, t)) / table.a[i]
         images = [x, kept, x_0, *past]
+        past = [table.remembered[i, 0] * x + table.remembered[i, 1] * x_0, *past[:2]]
         x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
         if noise is not None:
             x = x + np.sqrt(table.noise_variance[i]) * noise[i]
-        past = [x_0, *past[:2]]
     return x
 
 

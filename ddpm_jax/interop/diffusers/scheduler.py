@@ -93,11 +93,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_SCHEDULE,
         "beta_start": 0.00085,
         "beta_end": 0.012,
+        "timestep_spacing": "linspace",
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
         "clip_sample": False,
         "clip_sample_range": 1.0,
-        **{name: value for name, value in _SIGMAS.items() if name != "final_sigmas_type"},
     },
 }
+# The sampler of those that sample x / a at exact noise levels, with fractional timesteps.
+_SIGMA_KINDS = {
+    "EulerDiscreteScheduler": "ddim",
+    "EulerAncestralDiscreteScheduler": "ddpm",
+    "HeunDiscreteScheduler": "heun",
+}
+_LEVELS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "logsnr", "use_lu_lambdas": "logsnr"}
 # Of former releases, and without effect there too.
 _FORMER: dict[str, tuple[Any, ...]] = {"tensor_format": (None, "pt", "np"), "timestep_values": (None,)}
 # diffusers passes over another scheduler's fields, which files that were converted still have.
@@ -115,8 +125,6 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-# The sampler that a scheduler's steps are; ddim, where nothing else is said.
-_FIRST_CHOICE = {"EulerAncestralDiscreteScheduler": "ddpm", "HeunDiscreteScheduler": "heun"}
 _PIPELINE_STEPS = 50  # what diffusers' pipelines of DDIM and PNDM take by default
 _SOLVER_STEPS = 20
 
@@ -210,24 +218,24 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         if spacing == "trailing" or (spacing == "leading" and offset):
             notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
     else:
-        is_plms = kind == "PNDMScheduler" and fields["skip_prk_steps"]
-        sample.sampler = "plms" if is_plms else _FIRST_CHOICE.get(kind, "ddim")
         sample.num_steps = min(_PIPELINE_STEPS, T)
-        notes += [] if is_plms else _notes_of(kind, spacing, diffusion.clip or bool(diffusion.dynamic_threshold))
-    for field, ours in (
-        ("use_karras_sigmas", "karras"),
-        ("use_exponential_sigmas", "logsnr"),
-        ("use_lu_lambdas", "logsnr"),
-    ):
-        if fields.get(field, False):
-            spacing, sample.skip_lowest = ours, False
-            notes.append(f"{field}: sampled at the timesteps nearest to these noise levels (spacing {ours!r})")
-    if kind in ("DDPMScheduler", "DDIMScheduler") and spacing == "linspace":
+        notes += _read_one_step(config, kind, fields)
+    for field in _LEVELS.keys() & {field for field, value in fields.items() if value}:
+        sample.levels, sample.skip_lowest = _LEVELS[field], False
+        if kind not in _SIGMA_KINDS:  # over all timesteps, whatever the spacing
+            spacing = "linspace"
+            if field == "use_exponential_sigmas" or (
+                fields["beta_schedule"] == "squaredcos_cap_v2" and kind.startswith("DPM")
+            ):
+                notes.append(
+                    f"{field}: the network is called at the nearest timestep here, in diffusers at the one below"
+                )
+    if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "linspace":
         notes.append(
             "timestep_spacing 'linspace': a step leads to the next timestep here, in diffusers "
             "num_train_timesteps // num_inference_steps lower"
         )
-    if diffusion.zero_terminal_snr and kind not in ("DDPMScheduler", "DDIMScheduler"):
+    if diffusion.zero_terminal_snr and not sample.levels and kind not in ("DDPMScheduler", "DDIMScheduler"):
         notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, where diffusers leaves abar 2^-24")
     sample.spacing = "" if spacing == DEFAULT_SPACING[sample.sampler] and not sample.skip_lowest else spacing
     sample.spacing_offset = offset if spacing == "leading" else 0
@@ -236,23 +244,26 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
     return [f"{kind}: {note}" for note in notes]
 
 
-def _notes_of(kind: str, spacing: str, clips: bool) -> list[str]:
-    notes = {
-        "DDIMScheduler": "eps follows from the clipped x_0, diffusers' use_clipped_model_output" if clips else "",
-        "PNDMScheduler": "skip_prk_steps False begins with Runge-Kutta steps, which this project does not have; the "
-        "run's sampler is ddim, of the first order, at the same timesteps and with the same end",
-        "HeunDiscreteScheduler": "",
-        "EulerDiscreteScheduler": "the run's sampler is ddim, which is the same step written in x",
-        "EulerAncestralDiscreteScheduler": "the run's sampler is ddpm with its small variance, which is the same step "
-        "written in x",
-    }
-    found = [notes[kind]] if notes[kind] else []
-    if kind.startswith(("Euler", "Heun")) and spacing != "leading":
-        found.append(
-            f"timestep_spacing {spacing!r}: the start is noise of variance 1 and timesteps are integers here, where "
-            "diffusers starts from a little less and takes fractions"
-        )
-    return found
+def _read_one_step(config: ConfigDict, kind: str, fields: Mapping[str, Any]) -> list[str]:
+    """DDIM, PNDM, and the schedulers of x / a: Euler's step is DDIM's, and its ancestral one that of DDPM."""
+    sample, diffusion = config.sample, config.diffusion
+    sample.sampler = _SIGMA_KINDS.get(kind, "ddim")
+    if kind in _SIGMA_KINDS:
+        sample.levels = "linspace" if fields["timestep_spacing"] == "linspace" else ""
+        sample.fractional = bool(sample.levels) or any(fields.get(field, False) for field in _LEVELS)
+        sample.scaled_start = fields["timestep_spacing"] != "leading"
+        if fields.get("final_sigmas_type") == "sigma_min":
+            return ["final_sigmas_type 'sigma_min': the result is x here, in diffusers x / a"]
+    elif kind == "PNDMScheduler" and fields["skip_prk_steps"]:
+        sample.sampler = "plms"
+    elif kind == "PNDMScheduler":
+        return [
+            "skip_prk_steps False, which starts with Runge-Kutta steps, is not one of this project's samplers; the "
+            "run's is ddim, of the first order, at the same timesteps and with the same end"
+        ]
+    elif diffusion.clip or diffusion.dynamic_threshold:
+        return ["eps follows from the clipped x_0, diffusers' use_clipped_model_output"]
+    return []
 
 
 def _read_dpm(config: ConfigDict, fields: Mapping[str, Any], where: str) -> list[str]:
@@ -307,12 +318,34 @@ _KINDS: dict[str, tuple[str, int | None]] = {
     "ddim": ("DDIMScheduler", None),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", 2),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", 2),
+    "heun": ("HeunDiscreteScheduler", None),
     "unipc": ("UniPCMultistepScheduler", 2),
     "plms": ("PNDMScheduler", None),
-    "heun": ("HeunDiscreteScheduler", None),
 }
-_WITHOUT_LEARNED = ("DDIMScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler")
-_SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order
+_SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order, and Euler's ancestral step
+
+
+def _kind_of(config: ConfigDict, notes: list[str]) -> tuple[str, int | None]:
+    """The class of the scheduler and its order."""
+    sample, diffusion = config.sample, config.diffusion
+    kind, order = _KINDS.get(sample.sampler, ("DDPMScheduler", None))
+    one_step = sample.sampler == "ddim" or (sample.sampler, diffusion.variance) == _SMALL
+    if one_step and sample.skip_lowest:
+        kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
+    elif one_step and (sample.fractional or sample.scaled_start):
+        kind = "EulerDiscreteScheduler" if sample.sampler == "ddim" else "EulerAncestralDiscreteScheduler"
+    if sample.sampler not in _KINDS:
+        notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
+    lacking = {
+        "a learned variance": diffusion.variance == "learned" and kind != "DDPMScheduler" and kind[:3] != "DPM",
+        "a network of x_0": diffusion.prediction == "x_0" and (kind == "PNDMScheduler" or kind.startswith("Euler")),
+        "pure noise at the last timestep": diffusion.zero_terminal_snr and not _SNR.keys() <= _DEFAULTS[kind].keys(),
+    }
+    if any(lacking.values()):
+        what = " and ".join(what for what, applies in lacking.items() if applies)
+        notes.append(f"{kind} does not take {what}; DDPMScheduler is written")
+        kind = "DDPMScheduler"
+    return kind, order
 
 
 def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
@@ -321,49 +354,32 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     Returns:
       The fields, and sentences about what diffusers does otherwise.
     """
-    sample, diffusion, notes = config.sample, config.diffusion, []
-    kind, order = _KINDS.get(sample.sampler, ("DDPMScheduler", None))
-    learned = diffusion.variance == "learned"
-    if sample.skip_lowest and (sample.sampler == "ddim" or (sample.sampler, diffusion.variance) == _SMALL):
-        kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
-    if sample.sampler not in _KINDS:
-        notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
-    if learned and kind in _WITHOUT_LEARNED:
-        notes.append(f"{kind} does not take a learned variance; DDPMScheduler is written")
-        kind = "DDPMScheduler"
-    is_solver = "Multistep" in kind
+    sample, diffusion = config.sample, config.diffusion
+    notes: list[str] = []
+    kind, order = _kind_of(config, notes)
+    learned, is_solver = diffusion.variance == "learned", "Multistep" in kind
     fields: dict[str, Any] = {
-        "_class_name": kind,
         "num_train_timesteps": len(diffusion.betas) or diffusion.num_timesteps,
         "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[diffusion.prediction],
         "steps_offset": sample.spacing_offset,
         **_clipping(diffusion, is_solver),
         **_schedule(config),
+        **_spacing(config, kind, notes),
     }
     if kind == "DDPMScheduler":
         fields["variance_type"] = {ours: theirs for theirs, ours in reversed(_VARIANCES.items())}[diffusion.variance]
-    spacing = sample.spacing or DEFAULT_SPACING[sample.sampler]
-    if spacing in _SPACINGS:
-        fields["timestep_spacing"] = spacing
-        if is_solver and spacing != "trailing" and not sample.skip_lowest:
-            notes.append(f"{kind} takes num_steps + 1 timesteps and leaves out the lowest")
-    elif is_solver and spacing in ("karras", "logsnr"):
-        exponential = "use_lu_lambdas" if kind.startswith("DPM") else "use_exponential_sigmas"
-        fields["use_karras_sigmas" if spacing == "karras" else exponential] = True
-        notes.append(f"{kind} takes the noise levels of spacing {spacing!r} between timesteps too")
-    else:
-        fields["timestep_spacing"] = "linspace"
-        notes.append(f"{kind} has no spacing {spacing!r}; linspace is written")
     if sample.skip_lowest and not is_solver:
         notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
-    if sample.eta and kind == "DDIMScheduler":
-        notes.append(f"eta {sample.eta} is an argument of {kind}'s steps")
-    if kind in ("DDIMScheduler", "PNDMScheduler"):
+    if sample.eta and sample.sampler == "ddim":
+        notes.append(
+            f"eta {sample.eta} is an argument of {kind}'s steps" if kind == "DDIMScheduler" else f"{kind} has no eta"
+        )
+    if "set_alpha_to_one" in _DEFAULTS[kind]:
         fields["set_alpha_to_one"] = not sample.stop_at_first
-    if kind == "PNDMScheduler":
-        fields["skip_prk_steps"] = True
-    elif is_solver:
+    elif "final_sigmas_type" in _DEFAULTS[kind]:
         fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
+        if sample.stop_at_first and kind in _SIGMA_KINDS:
+            notes.append("final_sigmas_type 'sigma_min': the result is x / a in diffusers, here x")
     elif sample.stop_at_first:
         notes.append(f"{kind} ends at the clean image, this run at the first timestep's noise level")
     if kind.startswith("DPM"):
@@ -371,7 +387,52 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         fields |= {"solver_order": order, "variance_type": "learned_range" if learned else None}
     elif kind.startswith("UniPC"):
         fields["solver_order"] = sample.order or order
-    return fields, notes
+    elif kind == "PNDMScheduler":
+        fields["skip_prk_steps"] = True
+    if diffusion.dynamic_threshold and not _THRESHOLD.keys() <= _DEFAULTS[kind].keys():
+        notes.append(f"{kind} has no dynamic threshold, which this run has")
+    elif diffusion.clip and not {"clip_sample", "thresholding"} & _DEFAULTS[kind].keys():
+        notes.append(f"{kind} does not clip the predicted x_0, as this run does")
+    known = {name: value for name, value in fields.items() if name in _DEFAULTS[kind]}
+    return {"_class_name": kind, **known}, notes
+
+
+def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
+    """The fields of the timesteps and the noise levels."""
+    sample, defaults = config.sample, _DEFAULTS[kind]
+    spacing, is_solver = sample.spacing or DEFAULT_SPACING[sample.sampler], "Multistep" in kind
+    fields: dict[str, Any] = {"timestep_spacing": spacing if spacing in _SPACINGS else "linspace"}
+    exponential = "use_lu_lambdas" if kind.startswith("DPM") else "use_exponential_sigmas"
+    by_level = {"karras": "use_karras_sigmas", "logsnr": exponential}
+    if is_solver and spacing in by_level and not sample.levels:
+        fields[by_level[spacing]] = True
+        notes.append(f"{kind} takes the noise levels of spacing {spacing!r} between timesteps too")
+    elif spacing not in _SPACINGS:
+        notes.append(f"{kind} has no spacing {spacing!r}; linspace is written")
+    elif is_solver and spacing != "trailing" and not sample.skip_lowest and not sample.levels:
+        notes.append(f"{kind} takes num_steps + 1 timesteps and leaves out the lowest")
+    field = by_level.get(sample.levels)
+    between = bool(sample.levels)
+    if field in defaults:
+        fields[field] = True
+        if kind.startswith("UniPC") and sample.levels == "logsnr":
+            notes.append(f"{field}: {kind} calls the network at the timestep below, this run at the nearest")
+    elif between and (sample.levels, fields["timestep_spacing"], kind in _SIGMA_KINDS) != (
+        "linspace",
+        "linspace",
+        True,
+    ):
+        notes.append(f"{kind} does not take the noise levels {sample.levels!r}; those of its timesteps are written")
+        between = False
+    if kind in _SIGMA_KINDS:
+        starts_scaled = fields["timestep_spacing"] != "leading"
+        if starts_scaled != sample.scaled_start:
+            notes.append(f"{kind} starts from noise of {'the first level' if starts_scaled else 'variance 1'}")
+        if not sample.fractional and (between or fields["timestep_spacing"] == "linspace"):
+            notes.append(f"{kind} calls the network at fractional timesteps")
+    elif sample.scaled_start or sample.fractional:
+        notes.append(f"{kind} starts from noise of variance 1 and calls the network at whole timesteps")
+    return fields
 
 
 def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:

@@ -202,17 +202,21 @@ def in_float64(scheduler, config):
     return scheduler
 
 
-def replay(table, x, clip, noise):
-    """A table in a NumPy loop, for a network of eps."""
+def replay(table, x, output, noise):
+    """A table in a NumPy loop, for a network of eps or v."""
     kept, past = np.zeros_like(x), [np.zeros_like(x)] * 3
     for i, t in enumerate(table.t):
-        x_0 = (x - table.s[i] * smooth_network(x, t)) / table.a[i]
-        x_0 = np.clip(x_0, -1, 1) if clip else x_0
+        predicted = smooth_network(x, t)
+        if output.prediction == "v":
+            x_0 = table.a[i] * x - table.s[i] * predicted
+        else:
+            x_0 = (x - table.s[i] * predicted) / table.a[i]
+        x_0 = np.clip(x_0, -1, 1) if output.clip else x_0
         images = [x, kept, x_0, *past]
+        past = [table.remembered[i, 0] * x + table.remembered[i, 1] * x_0, *past[:2]]
         x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
         variance = table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i]
         x = x + np.sqrt(variance) * noise[i]
-        past = [x_0, *past[:2]]
     return x
 
 
@@ -225,9 +229,11 @@ def test_runs_of_schedulers(measure, monkeypatch, name):
     scheduler_lib.read(config, json.loads(theirs.to_json_string()), "scheduler_config.json")
     assert config.sample.sampler == sampler
     config.sample.num_steps = 20
-    in_float64(theirs, config).set_timesteps(20)
+    if not config.diffusion.zero_terminal_snr:
+        in_float64(theirs, config)
+    theirs.set_timesteps(20)
     rng = np.random.default_rng(0)
-    x, noise = rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((20, 2, 3, 4, 4))
+    x, noise = rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((40, 2, 3, 4, 4))
     draw = iter(noise)
     module = importlib.import_module(type(theirs).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(next(draw)), raising=False)
@@ -235,12 +241,13 @@ def test_runs_of_schedulers(measure, monkeypatch, name):
     options = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
     for t in theirs.timesteps:
         seen = theirs.scale_model_input(expected, t)
-        output = torch.tensor(smooth_network(seen.numpy(), int(t)))
+        output = torch.tensor(smooth_network(seen.numpy(), float(t)))
         expected = theirs.step(output, t, expected, **options).prev_sample
-    table = config_lib.sampling_steps(config).table(config_lib.make_schedule_from(config), config.diffusion.variance)
-    found = replay(table, x, config.diffusion.clip, noise)
+    steps, output = config_lib.sampling_steps(config), config_lib.parameterization(config)
+    table = steps.table(config_lib.make_schedule_from(config), output.variance, output.prediction)
+    found = replay(table, steps.start_scale(table) * x, output, noise)
     # Their noise levels are float32 in the solvers.
-    what = "whole runs of DDIM, DPM-Solver, UniPC and Euler schedulers; all spacings, offsets and ends"
+    what = "whole runs of DDIM, PNDM, DPM-Solver, UniPC, Euler and Heun schedulers; all spacings, levels and ends"
     measure(what, "diffusers' schedulers", relative(found, expected.numpy()), 1e-5, "relative")
 
 
@@ -260,7 +267,7 @@ def test_schedulers_written_back(name):
     back, notes = scheduler_lib.to_fields(config)
     assert notes == []
     again = getattr(diffusers, back["_class_name"])(**{k: v for k, v in back.items() if k != "_class_name"})
-    if kind.startswith("Euler"):
+    if kind.startswith("Euler") and fields.get("timestep_spacing") == "leading" and not config.sample.levels:
         assert type(again).__name__ == ("DDPMScheduler" if "Ancestral" in kind else "DDIMScheduler")
         np.testing.assert_array_equal(again.betas, theirs.betas)
     else:

@@ -23,8 +23,11 @@ def test_sampler_and_steps(name):
     config, _ = read(kind, **fields)
     assert config.sample.sampler == sampler
     assert config.sample.num_steps == (20 if "Multistep" in kind else 50)
-    assert config.sample.skip_lowest == ("Multistep" in kind and fields.get("timestep_spacing") != "trailing")
-    ends_early = {"set_alpha_to_one": False}.items() <= fields.items() or "final_sigmas_type" in fields
+    by_level = {"use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas"} & fields.keys()
+    leaves_out = "Multistep" in kind and fields.get("timestep_spacing") != "trailing"
+    assert config.sample.skip_lowest == (leaves_out and not by_level)
+    assert config.sample.fractional == (bool(config.sample.levels) and "Multistep" not in kind)
+    ends_early = not fields.get("set_alpha_to_one", kind != "PNDMScheduler") or "final_sigmas_type" in fields
     assert config.sample.stop_at_first == ends_early
     assert config.diffusion.variance == "fixed_small"
     assert config.diffusion.clip == (name.endswith("clipped"))
@@ -48,6 +51,7 @@ def test_what_diffusers_passes_over():
         tensor_format="pt",
     )
     assert (config.diffusion.clip, config.sample.spacing_offset, config.sample.stop_at_first) == (False, 1, True)
+    assert config.sample.sampler == "plms"
 
 
 @pytest.mark.parametrize(
@@ -56,10 +60,9 @@ def test_what_diffusers_passes_over():
         ("DDIMScheduler", {}, "use_clipped_model_output"),
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
-        ("PNDMScheduler", {}, "PNDMScheduler: not one of this project's samplers; the run's is ddim"),
-        ("EulerDiscreteScheduler", {}, "the run's sampler is ddim"),
-        ("EulerDiscreteScheduler", {}, "timestep_spacing 'linspace': the start is noise of variance 1"),
-        ("EulerAncestralDiscreteScheduler", {}, "the run's sampler is ddpm with its small variance"),
+        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not one"),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "the result is x here, in diffusers x / a"),
+        ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "abar 2^-24"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not one of this project's methods"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type 'heun' is not"),
         (
@@ -69,8 +72,12 @@ def test_what_diffusers_passes_over():
         ),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver' is not"),
         ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1: sampling starts at"),
-        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "(spacing 'karras')"),
-        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "(spacing 'logsnr')"),
+        ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, "called at the nearest timestep here"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+            "called at the nearest timestep here",
+        ),
         ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "the last steps keep their order here"),
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type 'bh1' is not one of this project's methods"),
         ("UniPCMultistepScheduler", {"solver_order": 4}, "solver_order 4 is not"),
@@ -135,14 +142,26 @@ def test_sigmoid_schedule():
 
 # Back.
 
+EVEN = {"spacing": "linspace", "levels": "logsnr"}
 CONFIGS = {
     "cosine": ({"schedule": "cosine", "prediction": "v", "variance": "fixed_small"}, {}),
     "learned": ({"variance": "learned", "loss": "hybrid", "clip": False}, {}),
     "threshold": ({"prediction": "x_0", "dynamic_threshold": 0.99}, {"sampler": "ddim", "num_steps": 50}),
     "jsd": ({"schedule": "jsd", "prediction": "x_0"}, {"spacing": "trailing"}),
     "zero terminal SNR": ({"zero_terminal_snr": True, "prediction": "v"}, {}),
-    "solver": ({"clip": True, "variance": "fixed_small"}, {"sampler": "dpmpp_2m", "num_steps": 20}),
-    "unipc": ({"clip": False, "variance": "fixed_small"}, {"sampler": "unipc", "order": 3, "num_steps": 20}),
+    "solver": ({"clip": True, "variance": "fixed_small"}, {"sampler": "dpmpp_2m", "num_steps": 20, **EVEN}),
+    "unipc": ({"clip": False, "variance": "fixed_small"}, {"sampler": "unipc", "order": 3, "num_steps": 20, **EVEN}),
+    "karras": (
+        {"clip": False},
+        {"sampler": "dpmpp_2m", "num_steps": 20, "spacing": "linspace", "levels": "karras"},
+    ),
+    "heun": (
+        {"clip": False, "prediction": "v"},
+        {"sampler": "heun", "spacing": "linspace", "levels": "linspace", "fractional": True, "scaled_start": True}
+        | {"num_steps": 50},
+    ),
+    "euler": ({"clip": False}, {"sampler": "ddim", "spacing": "trailing", "scaled_start": True, "num_steps": 50}),
+    "plms": ({"clip": False, "schedule": "quadratic"}, {"sampler": "plms", "num_steps": 50, "stop_at_first": True}),
 }
 
 
@@ -166,7 +185,13 @@ def test_configs_there_and_back(name):
 @pytest.mark.parametrize(
     ("sample", "said"),
     [
-        ({"sampler": "heun"}, "sampler 'heun' has no counterpart with these options; DDPMScheduler is written"),
+        ({"sampler": "heun"}, "HeunDiscreteScheduler has no spacing 'logsnr'; linspace is written"),
+        ({"sampler": "heun", "spacing": "linspace"}, "HeunDiscreteScheduler starts from noise of the first level"),
+        ({"sampler": "heun", "spacing": "linspace"}, "HeunDiscreteScheduler calls the network at fractional timesteps"),
+        ({"sampler": "ddim", "levels": "karras"}, "DDIMScheduler does not take the noise levels 'karras'"),
+        ({"sampler": "unipc", "levels": "logsnr"}, "calls the network at the timestep below, this run at the nearest"),
+        ({"sampler": "unipc", "levels": "karras", "fractional": True}, "calls the network at whole timesteps"),
+        ({"sampler": "plms"}, "PNDMScheduler does not clip the predicted x_0"),
         ({"sampler": "ddim", "eta": 0.5}, "eta 0.5 is an argument of DDIMScheduler's steps"),
         ({"spacing": "quadratic"}, "DDPMScheduler has no spacing 'quadratic'; linspace is written"),
         ({"stop_at_first": True}, "DDPMScheduler ends at the clean image"),
@@ -182,10 +207,19 @@ def test_what_diffusers_samples_otherwise_is_said(sample, said):
     assert any(said in note for note in notes), notes
 
 
-def test_learned_variances_keep_the_scheduler_that_takes_them():
+@pytest.mark.parametrize(
+    ("sampler", "diffusion", "said"),
+    [
+        ("ddim", {"variance": "learned", "loss": "hybrid"}, "DDIMScheduler does not take a learned variance"),
+        ("plms", {"prediction": "x_0"}, "PNDMScheduler does not take a network of x_0; DDPMScheduler is written"),
+        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not take pure noise at the last timestep"),
+    ],
+)
+def test_what_a_scheduler_does_not_take_is_written_as_ddpm(sampler, diffusion, said):
     config = config_lib.default_config()
-    config.diffusion.update(variance="learned", loss="hybrid")
-    config.sample.sampler = "ddim"
+    config.diffusion.update(diffusion)
+    config.sample.sampler = sampler
     fields, notes = scheduler.to_fields(config)
-    assert (fields["_class_name"], fields["variance_type"]) == ("DDPMScheduler", "learned_range")
-    assert "DDIMScheduler does not take a learned variance" in notes[0]
+    assert fields["_class_name"] == "DDPMScheduler"
+    assert (fields["variance_type"] == "learned_range") == (diffusion.get("variance") == "learned")
+    assert any(said in note for note in notes)
