@@ -13,5 +13,5 @@ def get_config():
     config.autoencoder.source = "runs/numbers_autoencoder"
     config.diffusion.clip = False
     config.model.update(attention_resolutions=(8, 4))
-    config.train.num_steps = 1800
+    config.train.num_steps = 1200
     return config

@@ -132,6 +132,9 @@ _OUT = flags.DEFINE_string(
 _INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
 _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
 _T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
+_STRENGTH = flags.DEFINE_float(
+    "strength", None, "vary: in place of t, the share of the steps that are taken, above 0 to 1; diffusers' strength."
+)
 _WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
 _LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
 _JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps in each of RePaint's jumps back.", lower_bound=1)

@@ -234,15 +234,32 @@ class Run:
             found.append(source[int(number)]["image"])
         return np.stack(found) if found else np.zeros((0, *self.shape), np.uint8)
 
-    def vary(self, pictures: np.ndarray, t: int, seed: int = 0, **options: Any) -> np.ndarray:
+    def vary(
+        self,
+        pictures: np.ndarray,
+        t: int | None = None,
+        seed: int = 0,
+        *,
+        strength: float | None = None,
+        **options: Any,
+    ) -> np.ndarray:
         """Other pictures like these, uint8 like `pictures`: diffused to t and denoised again.
 
         Args:
           pictures: uint8 [N, H, W, C].
           t: how far; the larger, the less is kept.
           seed: picture i's noise depends on the seed and i.
+          strength: in the place of t, the share of the steps that are taken, above 0 to 1: with 0.75, 15 of 20. This is
+            diffusers' image to image.
           options: batch_size, progress and those of `sample`.
         """
+        if (t is None) == (strength is None):
+            raise UserError(f"t is {t} and strength is {strength}; accepted: one of the two")
+        if strength is not None:
+            options["timesteps"] = self._last_timesteps(strength, options)
+            options.pop("num_steps", None)  # which they follow from
+            t = int(options["timesteps"][0])
+        assert t is not None
         return self._edit(functools.partial(editing.vary, t=t), pictures, seed, "vary", t=t, **options)
 
     def denoise(self, pictures: np.ndarray, t: int | None = None, seed: int = 0, **options: Any) -> np.ndarray:
@@ -456,6 +473,20 @@ class Run:
         condition = self.condition.say(**said)
         check_guidance(condition, guidance)
         return Request(condition, steps, output, guidance)
+
+    def _last_timesteps(self, strength: float, options: Mapping[str, Any]) -> np.ndarray:
+        """The lowest of the timesteps that sampling with these options has, as large a share as `strength` says."""
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is {strength}; accepted: above 0 to 1")
+        own = {name: value for name, value in options.items() if name not in ("batch_size", "progress", "watch")}
+        try:
+            timesteps = self.request(**own).steps.timesteps_of(self.schedule)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        count = int(len(timesteps) * strength)
+        if not count:
+            raise UserError(f"strength is {strength}, which leaves none of {len(timesteps)} steps")
+        return timesteps[-count:]
 
     def _ends(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         for picture in (first, second):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,16 +68,28 @@ def _rows(first: np.ndarray, rest: np.ndarray) -> list[np.ndarray]:
 
 
 def vary(
-    job: Job, *, input: Sequence[str], t: Sequence[str], num_images: int | None, batch_size: int | None = None
+    job: Job,
+    *,
+    input: Sequence[str],
+    t: Sequence[str],
+    strength: float | None,
+    num_images: int | None,
+    batch_size: int | None = None,
 ) -> Path:
     """Variations of each picture: one row a picture and t, the picture first."""
     pictures, target = job.pictures(input), job.target("vary_", ".png")
     repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
+    if strength is not None and t:
+        raise UserError("--t and --strength both say how far the pictures are diffused; accepted: one of the two")
+    if strength is not None:
+        steps: list[dict[str, Any]] = [{"strength": strength}]
+    else:
+        steps = [{"t": t_} for t_ in parse_numbers("t", t) or [job.run.schedule.num_timesteps // 2]]
     rows = []
-    for t_ in parse_numbers("t", t) or [job.run.schedule.num_timesteps // 2]:
-        with calls_bar(f"varying at t = {t_}") as bar:
-            varied = job.run.vary(repeated, t_, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
-        rows += _rows(pictures, varied)
+    for how in steps:
+        with calls_bar("varying at " + ", ".join(f"{name} = {value}" for name, value in how.items())) as bar:
+            options = {"batch_size": batch_size, "progress": bar.update, **how, **job.options}
+            rows += _rows(pictures, job.run.vary(repeated, seed=job.seed, **options))
     return _save(target, rows)
 
 

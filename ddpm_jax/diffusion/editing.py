@@ -32,8 +32,12 @@ def diffuse(schedule: Schedule, key: Keys, x_0: Images, t: int) -> Images:
 
 
 def vary(schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, t: int, **options: Any) -> Images:
-    """Other pictures like these: diffused to t and denoised again. The larger t, the less is kept."""
-    return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), t_start=t, **options)
+    """Other pictures like these: diffused to t and denoised again. The larger t, the less is kept.
+
+    With `timesteps` among the options of `sample`, these are taken, and t is the first of them.
+    """
+    start: dict[str, Any] = {"t_start": t} if options.get("timesteps") is None else {}
+    return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), **start, **options)
 
 
 def interpolate(

@@ -142,6 +142,12 @@ class Steps:
     fractional: bool = False
     scaled_start: bool = False
 
+    def timesteps_of(self, schedule: Schedule) -> np.ndarray:
+        """The timesteps themselves, descending; ValueError as of `plan`."""
+        spacing = DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing
+        names = ("num_steps", "spacing_offset", "skip_lowest", "stop_at_first", "timesteps")
+        return plan(schedule, spacing=spacing, **{name: getattr(self, name) for name in names}).t[:-1]
+
     def table(
         self,
         schedule: Schedule,
