@@ -235,6 +235,11 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
             "timestep_spacing 'linspace': a step leads to the next timestep here, in diffusers "
             "num_train_timesteps // num_inference_steps lower"
         )
+    if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "trailing":
+        notes.append(
+            "timestep_spacing 'trailing': a step leads to the next timestep here, in diffusers to one beside it if the "
+            "number of steps does not divide num_train_timesteps"
+        )
     if diffusion.zero_terminal_snr and not sample.levels and kind not in ("DDPMScheduler", "DDIMScheduler"):
         notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, where diffusers leaves abar 2^-24")
     sample.spacing = "" if spacing == DEFAULT_SPACING[sample.sampler] and not sample.skip_lowest else spacing

@@ -59,6 +59,7 @@ def test_what_diffusers_passes_over():
     [
         ("DDIMScheduler", {}, "use_clipped_model_output"),
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}, "if the number of steps does not divide"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
         ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not one"),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "the result is x here, in diffusers x / a"),
