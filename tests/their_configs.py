@@ -173,6 +173,21 @@ SCHEDULERS = {
         {"solver_order": 3, "timestep_spacing": "leading", "trained_betas": [0.001 + i * 1e-5 for i in range(1000)]},
         "unipc",
     ),
+    "plms of Stable Diffusion": (
+        "PNDMScheduler",
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        },
+        "plms",
+    ),
+    "plms to the clean image": ("PNDMScheduler", {"set_alpha_to_one": True, "skip_prk_steps": True}, "plms"),
+    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "heun"),
+    "heun, clipped": ("HeunDiscreteScheduler", {"timestep_spacing": "leading", "clip_sample": True}, "heun"),
     "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "ddim"),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}, "ddpm"),
 }

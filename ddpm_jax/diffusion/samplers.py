@@ -227,7 +227,7 @@ def sample(
       sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc" or "plms"; see `ddpm_jax.diffusion.tables`.
       num_steps: timesteps to call the network at ("heun" calls twice, "plms" once more in all); None: every one.
       spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
-        "linspace" for ddpm and ddim, "logsnr" for the others.
+        "linspace" for ddpm and ddim, "leading" for plms, "logsnr" for the others.
       spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
       timesteps: the user's own, descending, in their place.

@@ -13,7 +13,8 @@ from ddpm_jax.diffusion.tables import Levels, ddim_inverse, ddpm, make_table, sp
 
 T = 1000
 LINEAR = make_schedule("linear", T)
-DETERMINISTIC = {"ddim": {}, "dpmpp_2m": {}, "heun": {}, "unipc": {"order": 2}}
+DETERMINISTIC = ("ddim", "dpmpp_2m", "heun", "unipc", "plms")
+OF_X_0 = [sampler for sampler in tables.SAMPLERS if sampler != "plms"]  # which extrapolates eps
 
 
 def replay(table, x, denoise, noise=lambda i: 0.0):
@@ -21,13 +22,13 @@ def replay(table, x, denoise, noise=lambda i: 0.0):
     kept, past, path = np.zeros_like(x), [np.zeros_like(x)] * 3, [x]
     for i in range(len(table.t)):
         x_0 = denoise(x, table.a[i], table.s[i])
-        images = [x, kept, x_0, *past]
+        images, left = [x, kept, x_0, *past], table.left[i, 0] * x + table.left[i, 1] * x_0
         x, kept = (
             sum(f * image for f, image in zip(factors, images, strict=True))
             for factors in (table.next[i], table.kept[i])
         )
         x = x + np.sqrt(table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i]) * noise(i)
-        past = [x_0, *past[:2]]
+        past = [left, *past[:2]]
         path.append(x)
     return path
 
@@ -167,7 +168,7 @@ def test_ddpm_of_a_sub_sequence(measure, name, timesteps):
 # All methods.
 
 
-@pytest.mark.parametrize("sampler", tables.SAMPLERS)
+@pytest.mark.parametrize("sampler", OF_X_0)
 @pytest.mark.parametrize("timesteps", [[999, 500, 250, 10, 0], [999], [42, 7]])
 def test_last_step_gives_x_0_itself(sampler, timesteps):
     table = make_table(sampler, Levels.of(LINEAR, timesteps))
@@ -189,7 +190,7 @@ def test_consistency(sampler):
             if eps and sampler not in DETERMINISTIC:
                 continue
             path = replay(table, np.array(levels.a[0] * x_0 + levels.s[0] * eps), lambda x, a, s: np.array(x_0))  # noqa: B023
-            steps = path[::2] if sampler == "heun" else path
+            steps = {"heun": path[::2], "plms": [path[0], *path[2:]]}.get(sampler, path)
             np.testing.assert_allclose(steps, levels.a * x_0 + levels.s * eps, atol=1e-9)
 
 
@@ -243,6 +244,44 @@ def test_heun_is_edm_s_algorithm(measure):
         measure("heun", "EDM, algorithm 1, in a float64 loop", errors.max(), 1e-5)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("end", [None, 0])
+def test_plms_is_the_paper_s_step(measure, num_steps, end):
+    """PNDM's equations 11 (the step) and 12, as Stable Diffusion's samplers begin it: without Runge-Kutta steps."""
+    timesteps = spaced_timesteps(LINEAR, num_steps, "leading", offset=1)
+    table = make_table("plms", Levels.of(LINEAR, timesteps, end))
+    abar = np.cumprod(1 - make_betas("linear", T))
+    abar = np.append(abar[timesteps], 1.0 if end is None else abar[end])
+
+    def eps(x, i):
+        a, s = np.sqrt(abar[i]), np.sqrt(1 - abar[i])
+        return (x - a * mixture(x, a, s)) / s
+
+    def step(x, i, eps):
+        now, following = abar[i], abar[i + 1]
+        denominator = now * np.sqrt(1 - following) + np.sqrt(now * (1 - now) * following)
+        return np.sqrt(following / now) * x - (following - now) * eps / denominator
+
+    start = x = np.random.default_rng(3).standard_normal(50)
+    calls, past = [0], [eps(x, 0)]
+    x = step(x, 0, past[0])
+    if num_steps > 1:
+        calls.append(1)
+        x = step(start, 0, (past[0] + eps(x, 1)) / 2)
+    for i in range(1, num_steps):
+        calls.append(i)
+        past.append(eps(x, i))
+        weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}.get(
+            len(past), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+        )
+        x = step(x, i, sum(weight * e for weight, e in zip(weights, reversed(past), strict=False)))
+    assert len(table.t) == num_steps + (num_steps > 1)
+    np.testing.assert_array_equal(table.t, timesteps[calls])
+    np.testing.assert_array_equal(table.noise_scale + table.noise_variance, 0)
+    found = replay(table, start, mixture)[-1]
+    measure("plms", "PNDM, eqs. 11 and 12, in a float64 loop", np.abs(found - x).max(), 1e-4)
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_dpmpp_2m_is_the_paper_s_algorithm(measure, stochastic):
     timesteps = [999, 800, 500, 200, 50, 3]
@@ -271,6 +310,7 @@ def test_dpmpp_2m_is_the_paper_s_algorithm(measure, stochastic):
         ("ddim", {}, 1),
         ("dpmpp_2m", {}, 2),
         ("heun", {}, 2),
+        ("plms", {}, 2),
         ("unipc", {"order": 1}, 2),
         ("unipc", {"order": 2}, 3),
         ("unipc", {"order": 3}, 4),
@@ -303,10 +343,10 @@ def gaussian_result(table, m, v):
         gain = table.a[i] * v / (table.a[i] ** 2 * v + table.s[i] ** 2)
         x_0 = gain * x
         x_0[-1] += m - gain * table.a[i] * m
-        images = np.array([x, kept, x_0, *past])
+        images, left = np.array([x, kept, x_0, *past]), table.left[i, 0] * x + table.left[i, 1] * x_0
         x, kept = table.next[i] @ images, table.kept[i] @ images
         x[i + 1] += np.sqrt(table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i])
-        past = [x_0, *past[:2]]
+        past = [left, *past[:2]]
     return x[-1], x[:-1] @ x[:-1]
 
 
@@ -323,6 +363,7 @@ def gaussian_result(table, m, v):
         ("dpmpp_2m_sde", {}),
         ("heun", {}),
         ("unipc", {}),
+        ("plms", {}),
     ],
 )
 def test_marginals_of_gaussian_data(sampler, options, spacing):
@@ -354,12 +395,12 @@ def test_analytic_variance_keeps_gaussian_data_at_any_number_of_steps():
         assert abs(variance / v - 1) < 1e-3 < 0.01 < abs(plain / v - 1)
 
 
-@pytest.mark.parametrize("sampler", tables.SAMPLERS)
+@pytest.mark.parametrize("sampler", OF_X_0)
 def test_pure_noise_at_the_start_gives_finite_tables(sampler):
     schedule = make_schedule("jsd", 50)
     assert float(schedule.alphas_cumprod[-1]) == 0
     table = make_table(sampler, Levels.of(schedule, spaced_timesteps(schedule, 10)))
-    for column in (table.next, table.kept, table.a, table.s, table.noise_scale, table.noise_variance):
+    for column in (table.next, table.kept, table.left, table.a, table.s, table.noise_scale, table.noise_variance):
         assert np.all(np.isfinite(column))
     for column in dataclasses.astuple(ddim_inverse(Levels.of(schedule, spaced_timesteps(schedule, 10)))):
         assert np.all(np.isfinite(column))
@@ -429,6 +470,11 @@ def test_resampling_keeps_the_marginals():
         (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs 2 timesteps or more"),
         (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
         (lambda: with_resampling(make_table("heun", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
+        (lambda: with_resampling(make_table("plms", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
+        (
+            lambda: make_table("plms", Levels.of(make_schedule("jsd", 50), [49, 20])),
+            "'plms' has no step from a timestep",
+        ),
         (lambda: with_resampling(make_table("ddpm", LEVELS), LEVELS, 0, 2), "jump and times are 0 and 2"),
     ],
 )

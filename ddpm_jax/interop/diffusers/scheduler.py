@@ -322,14 +322,15 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
       The fields, and sentences about what diffusers does otherwise.
     """
     sample, diffusion, notes = config.sample, config.diffusion, []
-    kind, order = _KINDS.get(sample.sampler, ("DDPMScheduler", None))
+    kind, order = _KINDS[sample.sampler]
     learned = diffusion.variance == "learned"
     if sample.skip_lowest and (sample.sampler == "ddim" or (sample.sampler, diffusion.variance) == _SMALL):
         kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
-    if sample.sampler not in _KINDS:
-        notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
     if learned and kind in _WITHOUT_LEARNED:
         notes.append(f"{kind} does not take a learned variance; DDPMScheduler is written")
+        kind = "DDPMScheduler"
+    if diffusion.zero_terminal_snr and "rescale_betas_zero_snr" not in _DEFAULTS[kind]:
+        notes.append(f"{kind} has no rescale_betas_zero_snr; DDPMScheduler is written")
         kind = "DDPMScheduler"
     is_solver = "Multistep" in kind
     fields: dict[str, Any] = {
@@ -340,6 +341,11 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         **_clipping(diffusion, is_solver),
         **_schedule(config),
     }
+    if diffusion.dynamic_threshold and "thresholding" not in _DEFAULTS[kind]:
+        notes.append(f"{kind} does not clip x_0 to a dynamic threshold, as dynamic_threshold does")
+    elif diffusion.clip and not {"clip_sample", "thresholding"} & _DEFAULTS[kind].keys():
+        notes.append(f"{kind} does not clip x_0, as clip does")
+    fields = {field: value for field, value in fields.items() if field in {"_class_name", *_DEFAULTS[kind]}}
     if kind == "DDPMScheduler":
         fields["variance_type"] = {ours: theirs for theirs, ours in reversed(_VARIANCES.items())}[diffusion.variance]
     spacing = sample.spacing or DEFAULT_SPACING[sample.sampler]
@@ -347,7 +353,7 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         fields["timestep_spacing"] = spacing
         if is_solver and spacing != "trailing" and not sample.skip_lowest:
             notes.append(f"{kind} takes num_steps + 1 timesteps and leaves out the lowest")
-    elif is_solver and spacing in ("karras", "logsnr"):
+    elif "use_karras_sigmas" in _DEFAULTS[kind] and spacing in ("karras", "logsnr"):
         exponential = "use_lu_lambdas" if kind.startswith("DPM") else "use_exponential_sigmas"
         fields["use_karras_sigmas" if spacing == "karras" else exponential] = True
         notes.append(f"{kind} takes the noise levels of spacing {spacing!r} between timesteps too")
@@ -358,10 +364,10 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
     if sample.eta and kind == "DDIMScheduler":
         notes.append(f"eta {sample.eta} is an argument of {kind}'s steps")
-    if kind in ("DDIMScheduler", "PNDMScheduler"):
-        fields["set_alpha_to_one"] = not sample.stop_at_first
     if kind == "PNDMScheduler":
         fields["skip_prk_steps"] = True
+    if kind in ("DDIMScheduler", "PNDMScheduler"):
+        fields["set_alpha_to_one"] = not sample.stop_at_first
     elif is_solver:
         fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
     elif sample.stop_at_first:

@@ -208,11 +208,11 @@ def replay(table, x, clip, noise):
     for i, t in enumerate(table.t):
         x_0 = (x - table.s[i] * smooth_network(x, t)) / table.a[i]
         x_0 = np.clip(x_0, -1, 1) if clip else x_0
-        images = [x, kept, x_0, *past]
+        images, left = [x, kept, x_0, *past], table.left[i, 0] * x + table.left[i, 1] * x_0
         x, kept = (sum(map(np.multiply, factors, images)) for factors in (table.next[i], table.kept[i]))
         variance = table.noise_scale[i] * np.exp(table.log_variance_min[i]) + table.noise_variance[i]
         x = x + np.sqrt(variance) * noise[i]
-        past = [x_0, *past[:2]]
+        past = [left, *past[:2]]
     return x
 
 
@@ -227,7 +227,7 @@ def test_runs_of_schedulers(measure, monkeypatch, name):
     config.sample.num_steps = 20
     in_float64(theirs, config).set_timesteps(20)
     rng = np.random.default_rng(0)
-    x, noise = rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((20, 2, 3, 4, 4))
+    x, noise = rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((40, 2, 3, 4, 4))
     draw = iter(noise)
     module = importlib.import_module(type(theirs).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(next(draw)), raising=False)
@@ -240,7 +240,7 @@ def test_runs_of_schedulers(measure, monkeypatch, name):
     table = config_lib.sampling_steps(config).table(config_lib.make_schedule_from(config), config.diffusion.variance)
     found = replay(table, x, config.diffusion.clip, noise)
     # Their noise levels are float32 in the solvers.
-    what = "whole runs of DDIM, DPM-Solver, UniPC and Euler schedulers; all spacings, offsets and ends"
+    what = "whole runs of DDIM, DPM-Solver, UniPC, PNDM, Heun and Euler schedulers; all spacings, offsets and ends"
     measure(what, "diffusers' schedulers", relative(found, expected.numpy()), 1e-5, "relative")
 
 

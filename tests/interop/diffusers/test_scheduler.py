@@ -50,13 +50,21 @@ def test_what_diffusers_passes_over():
     assert (config.diffusion.clip, config.sample.spacing_offset, config.sample.stop_at_first) == (False, 1, True)
 
 
+def test_pndm_without_its_runge_kutta_steps():
+    config, notes = read("PNDMScheduler", skip_prk_steps=True)
+    assert (config.sample.sampler, config.sample.spacing, notes) == ("plms", "", [])
+    assert read("PNDMScheduler")[0].sample.sampler == "ddim"
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
         ("DDIMScheduler", {}, "use_clipped_model_output"),
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
-        ("PNDMScheduler", {}, "PNDMScheduler: not one of this project's samplers; the run's is ddim"),
+        ("PNDMScheduler", {}, "skip_prk_steps False begins with Runge-Kutta steps, which this project does not have"),
+        ("HeunDiscreteScheduler", {}, "timestep_spacing 'linspace': the start is noise of variance 1"),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, "(spacing 'karras')"),
         ("EulerDiscreteScheduler", {}, "the run's sampler is ddim"),
         ("EulerDiscreteScheduler", {}, "timestep_spacing 'linspace': the start is noise of variance 1"),
         ("EulerAncestralDiscreteScheduler", {}, "the run's sampler is ddpm with its small variance"),
@@ -143,6 +151,9 @@ CONFIGS = {
     "zero terminal SNR": ({"zero_terminal_snr": True, "prediction": "v"}, {}),
     "solver": ({"clip": True, "variance": "fixed_small"}, {"sampler": "dpmpp_2m", "num_steps": 20}),
     "unipc": ({"clip": False, "variance": "fixed_small"}, {"sampler": "unipc", "order": 3, "num_steps": 20}),
+    "plms": ({"clip": False}, {"sampler": "plms", "num_steps": 50, "spacing_offset": 1, "stop_at_first": True}),
+    "heun": ({"clip": True}, {"sampler": "heun", "num_steps": 50, "spacing": "leading"}),
+    "heun, karras": ({"clip": False}, {"sampler": "heun", "num_steps": 50, "spacing": "karras"}),
 }
 
 
@@ -166,7 +177,10 @@ def test_configs_there_and_back(name):
 @pytest.mark.parametrize(
     ("sample", "said"),
     [
-        ({"sampler": "heun"}, "sampler 'heun' has no counterpart with these options; DDPMScheduler is written"),
+        ({"sampler": "heun"}, "HeunDiscreteScheduler takes the noise levels of spacing 'logsnr' between timesteps too"),
+        ({"sampler": "heun", "spacing": "quadratic"}, "HeunDiscreteScheduler has no spacing 'quadratic'"),
+        ({"sampler": "plms"}, "PNDMScheduler does not clip x_0, as clip does"),
+        ({"sampler": "plms", "spacing": "karras"}, "PNDMScheduler has no spacing 'karras'; linspace is written"),
         ({"sampler": "ddim", "eta": 0.5}, "eta 0.5 is an argument of DDIMScheduler's steps"),
         ({"spacing": "quadratic"}, "DDPMScheduler has no spacing 'quadratic'; linspace is written"),
         ({"stop_at_first": True}, "DDPMScheduler ends at the clean image"),
@@ -182,10 +196,42 @@ def test_what_diffusers_samples_otherwise_is_said(sample, said):
     assert any(said in note for note in notes), notes
 
 
-def test_learned_variances_keep_the_scheduler_that_takes_them():
+@pytest.mark.parametrize(
+    ("sampler", "kind"), [("ddim", "DDIMScheduler"), ("plms", "PNDMScheduler"), ("heun", "HeunDiscreteScheduler")]
+)
+def test_learned_variances_keep_the_scheduler_that_takes_them(sampler, kind):
     config = config_lib.default_config()
     config.diffusion.update(variance="learned", loss="hybrid")
-    config.sample.sampler = "ddim"
+    config.sample.sampler = sampler
     fields, notes = scheduler.to_fields(config)
     assert (fields["_class_name"], fields["variance_type"]) == ("DDPMScheduler", "learned_range")
-    assert "DDIMScheduler does not take a learned variance" in notes[0]
+    assert f"{kind} does not take a learned variance" in notes[0]
+
+
+@pytest.mark.parametrize(("sampler", "kind"), [("plms", "PNDMScheduler"), ("heun", "HeunDiscreteScheduler")])
+def test_zero_terminal_snr_keeps_the_scheduler_that_takes_it(sampler, kind):
+    config = config_lib.default_config()
+    config.diffusion.update(zero_terminal_snr=True, prediction="v")
+    config.sample.sampler = sampler
+    fields, notes = scheduler.to_fields(config)
+    assert (fields["_class_name"], fields["rescale_betas_zero_snr"]) == ("DDPMScheduler", True)
+    assert notes[0] == f"{kind} has no rescale_betas_zero_snr; DDPMScheduler is written"
+
+
+def test_thresholds_of_schedulers_without_them():
+    config = config_lib.default_config()
+    config.diffusion.dynamic_threshold = 0.99
+    config.sample.update(sampler="heun", spacing="leading")
+    _, notes = scheduler.to_fields(config)
+    assert notes == ["HeunDiscreteScheduler does not clip x_0 to a dynamic threshold, as dynamic_threshold does"]
+
+
+def test_the_end_of_ddim_and_plms():
+    config = config_lib.default_config()
+    config.diffusion.clip = False
+    for sampler in ("ddim", "plms"):
+        config.sample.update(sampler=sampler, stop_at_first=True)
+        fields, notes = scheduler.to_fields(config)
+        assert (fields["set_alpha_to_one"], notes) == (False, [])
+    config.sample.update(sampler="heun", spacing="leading")
+    assert "HeunDiscreteScheduler ends at the clean image" in scheduler.to_fields(config)[1][0]
