@@ -161,6 +161,7 @@ def test_loss_is_that_of_the_merged_network():
         np.testing.assert_allclose(value_and_gradient("adapters")(factors, base())[0], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_factors_follows_from_that_of_the_kernel():
     """d/d up = scale down^T G and d/d down = scale G up^T, with the kernel's gradient G."""
     adapters = randomised(ADAPTED.init_params(0))

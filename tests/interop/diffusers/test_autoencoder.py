@@ -60,8 +60,8 @@ def folder(tmp_path, params):
 VARIANTS = [
     NET,
     NET.clone(widths=(8,), num_res_blocks=2, middle_attention=False),
-    NET.clone(use_quant_conv=False, use_post_quant_conv=False),
-    NET.clone(use_post_quant_conv=False),
+    NET.clone(widths=(8,), use_quant_conv=False, use_post_quant_conv=False),
+    NET.clone(widths=(8,), use_post_quant_conv=False),
 ]
 
 
