@@ -21,7 +21,8 @@ def get_config(path: str = ""):
     dataset = workdir.read_dataset(path) or {}
     config.train.init_from = path
     config.text.encoder = dataset.get(workdir.TEXT_ENCODER, config.text.encoder)
-    if config.text.encoder and "tokenizer" in dataset:
+    # A tokenizer that was trained along is taken over from train.init_from.
+    if workdir.TEXT_ENCODER in dataset or config.text.tokenizer:
         config.text.tokenizer = str(Path(path) / workdir.TOKENIZER)
     config.autoencoder.source = dataset.get(workdir.AUTOENCODER, config.autoencoder.source)
     config.data.update(source="folder", path="", flip=False)

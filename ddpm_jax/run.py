@@ -631,7 +631,7 @@ def load(
     if config.train.objective == "autoencoder":
         raise UserError(
             f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
-            "autoencoder.source it is, or ddpm_jax.load_autoencoder"
+            "autoencoder.source it is, or ddpm_jax.training.autoencoders.load_autoencoder"
         )
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay

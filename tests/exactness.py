@@ -25,6 +25,8 @@ SECTIONS = {
     "tests/test_golden.py": "Golden numbers",
     "tests/interop/test_peers.py": "Against diffusers and PyTorch",
     "tests/interop/diffusers/test_peers.py": "Other networks and schedulers of diffusers",
+    "tests/interop/diffusers/test_autoencoder.py": "The autoencoder",
+    "tests/interop/diffusers/test_stable_diffusion.py": "Whole pipelines of Stable Diffusion",
     "tests/interop/diffusers/test_unet_condition": "Stable Diffusion's network",
     "tests/interop/test_transformers.py": "CLIP's encoders",
     "tests/interop/test_single_file.py": "Single files of Stable Diffusion",

@@ -40,8 +40,15 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 SCHEDULER = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 
-def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, **unet):
-    """Writes the pipeline by diffusers, which is returned. Needs PyTorch, diffusers and transformers."""
+def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, text_encoder=None, **unet):
+    """Writes the pipeline by diffusers, which is returned. Needs PyTorch, diffusers and transformers.
+
+    Args:
+      folder: to write.
+      scheduler, fields: its class and its config.
+      seed: of the weights.
+      text_encoder, unet: other fields of these configs than `TEXT_ENCODER` and `UNET`.
+    """
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -51,7 +58,7 @@ def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, **unet):
     (tokens / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(**AUTOENCODER),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).eval(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **(text_encoder or {})})).eval(),
         tokenizer=CLIPTokenizer.from_pretrained(tokens),
         unet=diffusers.UNet2DConditionModel(**{**UNET, **unet}),
         scheduler=getattr(diffusers, scheduler)(**fields),

@@ -1,3 +1,4 @@
+import json
 import math
 from functools import cache
 from importlib import import_module
@@ -6,11 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import finetune
 from ddpm_jax import config as config_lib
+from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.validation import validate
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
-NAMES = [name for name in NAMES if name not in ("__init__", "common")]
+NAMES = [name for name in NAMES if name not in ("__init__", "common", "finetune")]  # which needs an argument
 SMALL = ("cifar10", "cifar10_article")
 LARGE = ("celebahq256", "lsun_bedroom", "lsun_cat", "lsun_church")
 
@@ -24,6 +30,15 @@ def parameter_shapes(name):
     return config_lib.make_model(load(name)).param_shapes()
 
 
+@pytest.fixture
+def autoencoder(tmp_path):
+    """A folder of diffusers with the config file of the autoencoder of the numbers, but without weights."""
+    net = config_lib.make_autoencoder(load("numbers_autoencoder"))
+    (tmp_path / "autoencoder").mkdir()
+    (tmp_path / "autoencoder" / "config.json").write_text(json.dumps(autoencoder_lib.to_fields(net, 0.5)))
+    return tmp_path / "autoencoder"
+
+
 def test_all_are_covered():
     assert set(NAMES) == {
         *SMALL,
@@ -33,6 +48,8 @@ def test_all_are_covered():
         "folder",
         "folder_small",
         "numbers",
+        "numbers_autoencoder",
+        "numbers_latent",
         "captions",
         "captions_small",
     }
@@ -42,8 +59,11 @@ def test_all_are_covered():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE[1:3] else ()) for name in NAMES]
 )
-def test_config_is_valid(name):
-    validate(load(name), num_devices=1)
+def test_config_is_valid(name, autoencoder):
+    config = load(name)
+    if config.autoencoder.source:
+        config.autoencoder.source = str(autoencoder)
+    validate(config, num_devices=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,3 +192,59 @@ def test_captioned_pictures_of_ones_own(name, plain):
     assert data == {**without, "flip": False}
     assert load(name).text.encoder == "trained"
     assert {"encoder", "net"} == set(parameter_shapes(name))
+
+
+def test_numbers_in_latents(autoencoder):
+    """The first config's autoencoder makes the latents that the second one's network diffuses."""
+    first, second, plain = (load(name) for name in ("numbers_autoencoder", "numbers_latent", "numbers"))
+    assert second.autoencoder.source == "runs/numbers_autoencoder"
+    assert first.data == second.data == plain.data
+    net = config_lib.make_autoencoder(first)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.numpy.zeros((1, 8, 16, 1)))["params"]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 209_061
+    assert (first.train.objective, first.text.encoder) == ("autoencoder", "")
+    second.autoencoder.source = str(autoencoder)
+    model = config_lib.make_model(second)
+    assert model.decoder.shape == (4, 8, 4)
+    assert (second.diffusion.clip, second.text.encoder) == (False, "trained")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.param_shapes()))
+    assert count == 897_668
+
+
+def test_fine_tuning_of_a_run(tmp_path):
+    """Its network and diffusion, on a folder of pictures."""
+    config = load("digits")
+    workdir.record(tmp_path, config, {"fingerprint": "x", "class_names": None})
+    found = finetune.get_config(str(tmp_path))
+    assert found.model == config.model
+    assert found.diffusion == config.diffusion
+    assert found.train.init_from == str(tmp_path)
+    assert (found.data.source, found.data.path, found.data.height, found.data.flip) == ("folder", "", 8, False)
+    assert (found.text.encoder, found.text.tokenizer, found.autoencoder.source) == ("", "", "")
+    found.lora.rank = 4
+    validate(found, num_devices=1)
+
+
+def test_fine_tuning_of_a_run_with_frozen_parts(tmp_path, autoencoder):
+    """They are those of the run's workdir, and so is the tokenizer of a frozen encoder."""
+    config, tokenizer = load("numbers_latent"), Tokenizer.train(["forty-two"], 270, 8)
+    run = tmp_path / "run"
+    run.mkdir()
+    workdir.record(run, config, {"fingerprint": "x", "tokenizer": tokenizer.to_json()})
+    autoencoder.rename(run / workdir.AUTOENCODER)
+    found, description = finetune.get_config(str(run)), workdir.read_dataset(run)
+    assert found.autoencoder.source == str(run / workdir.AUTOENCODER)
+    assert (found.text.encoder, found.text.tokenizer) == ("trained", "")
+    config.autoencoder.source = found.autoencoder.source
+    shapes = [config_lib.make_model(one, description).param_shapes() for one in (config, found)]
+    assert shapes[0] == shapes[1]
+    (run / workdir.TEXT_ENCODER).mkdir()
+    text = finetune.get_config(str(run)).text
+    assert (text.encoder, text.tokenizer) == (str(run / workdir.TEXT_ENCODER), str(run / workdir.TOKENIZER))
+
+
+def test_fine_tuning_of_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"needs a workdir to start from: --config=configs/finetune.py:runs/sd"):
+        finetune.get_config()
+    with pytest.raises(UserError, match="holds no run"):
+        finetune.get_config(str(tmp_path))

@@ -99,7 +99,10 @@ def read_weights(folder: str | Path, names: Sequence[str]) -> tuple[Path, Tensor
             for index in (folder / f"{path.name}.index.json", folder / f"{name}.index{variant}.json"):
                 if index.is_file():
                     return index, _read_shards(index)
-    raise UserError(f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, whole or in shards")
+    raise UserError(
+        f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, whole or in shards, or their fp16 or bf16 "
+        "variant"
+    )
 
 
 def _read_shards(index: Path) -> Tensors:

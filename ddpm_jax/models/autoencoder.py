@@ -1,7 +1,6 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), made of the UNet's blocks."""
+"""The autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), made of the UNet's blocks."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,28 +9,34 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.blocks import AttentionBlock, Conv, Dense, Downsample, Dtype, GroupNorm, ResBlock, Upsample
 
-_LOG_VARIANCES = (-30.0, 20.0)  # between which they are kept
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class Autoencoder(nn.Module):
-    """Pictures to the mean and variance of latents, and latents to pictures.
+    """Pictures to the distribution of their latents, and latents to pictures.
 
         net = Autoencoder()
         variables = net.init(jax.random.key(0), pictures)
-        mean, log_variance = net.apply(variables, pictures, method="encode")           # [B, H / 8, W / 8, 4]
-        pictures = net.apply(variables, mean, method="decode")
+        mean, log_variance = net.apply(variables, pictures, method="encode")         # [B, H / 8, W / 8, 4] each
+        pictures = net.apply(variables, mean, method="decode")                       # [B, H, W, 3]
 
-    The defaults are Stable Diffusion's: 83,653,863 parameters.
+    The latents of a picture are normal, independent of one another. The defaults are Stable Diffusion's network, of
+    83,653,863 parameters, whose pictures are scaled to [-1, 1].
+
+    The encoder has `num_res_blocks` residual blocks a level, each level but the last ending in a halving of the size,
+    then a middle block; the decoder mirrors it with one residual block more a level.
 
     Attributes:
-      channels: of a picture.
-      latent_channels: of its latents.
-      widths: channels of each level, from the full size down; the size is halved from one to the next.
-      num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-      num_groups, norm_epsilon: of every GroupNorm.
-      middle_attention: attention between the two blocks in the middle of encoder and decoder.
-      latent_layers: whether a 1 x 1 convolution follows the encoder, and another goes before the decoder.
-      dtype: what convolutions and matrix products compute in; parameters and output are float32.
+      channels: of the pictures.
+      latent_channels: of the latents.
+      widths: channels of each level, from the full size down.
+      num_res_blocks: residual blocks a level in the encoder.
+      num_groups: groups of every GroupNorm.
+      norm_epsilon: of every GroupNorm.
+      middle_attention: attention, of one head, in both middle blocks.
+      use_quant_conv: a dense layer over the channels of mean and log-variance ends the encoder.
+      use_post_quant_conv: a dense layer over the latents' channels begins the decoder.
+      dtype: what convolutions and matrix products compute in; parameters and results are float32.
     """
 
     channels: int = 3
@@ -41,111 +46,131 @@ class Autoencoder(nn.Module):
     num_groups: int = 32
     norm_epsilon: float = 1e-6
     middle_attention: bool = True
-    latent_layers: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        options: dict[str, Any] = {
-            "widths": self.widths,
-            "num_groups": self.num_groups,
-            "epsilon": self.norm_epsilon,
-            "middle_attention": self.middle_attention,
-            "dtype": self.dtype,
-        }
-        self.encoder = _Encoder(2 * self.latent_channels, num_res_blocks=self.num_res_blocks, **options)
-        self.decoder = _Decoder(self.channels, num_res_blocks=self.num_res_blocks + 1, **options)
-        if self.latent_layers:
-            self.to_latents = Dense(2 * self.latent_channels, dtype=self.dtype)
-            self.from_latents = Dense(self.latent_channels, dtype=self.dtype)
-
-    @property
-    def downscaling(self) -> int:
-        """Pixels to a latent, along each side."""
-        return 2 ** (len(self.widths) - 1)
+        norms = (self.num_groups, self.norm_epsilon)
+        options = (tuple(self.widths), self.num_res_blocks, *norms, self.middle_attention, self.dtype)
+        self.encoder = _Encoder(2 * self.latent_channels, *options)
+        self.decoder = _Decoder(self.channels, *options)
+        if self.use_quant_conv:
+            self.quant_conv = Dense(2 * self.latent_channels, dtype=self.dtype)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = Dense(self.latent_channels, dtype=self.dtype)
 
     def __call__(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The mean of the latents, and what is decoded from it; an initialisation calls this."""
+        """The mean of the pictures' latents, and the pictures decoded from it; initialises both halves."""
         mean, _ = self.encode(pictures)
         return mean, self.decode(mean)
 
     def encode(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the latents, float32 [B, h, w, latent_channels].
+        """The distribution of the pictures' latents.
 
         Args:
-          pictures: [B, H, W, channels] in [-1, 1]; H and W divisible by `downscaling`.
+          pictures: [B, H, W, channels] in any float dtype; H and W divisible by `downscaling`.
+
+        Returns:
+          mean and log-variance, float32 [B, H / downscaling, W / downscaling, latent_channels] each; the log-variance
+          is clipped to [-30, 20].
 
         Raises:
-          ValueError: a size that cannot be halved so often, or other channels.
+          ValueError: sizes or channels that do not fit, in words.
         """
-        height, width, channels = pictures.shape[1:]
-        if height % self.downscaling or width % self.downscaling:
+        _check("pictures", pictures, self.channels)
+        factor, (height, width) = self.downscaling, pictures.shape[1:3]
+        if height % factor or width % factor:
             raise ValueError(
-                f"a picture of {height}x{width} cannot be halved {len(self.widths) - 1} times: height and width must "
-                f"be divisible by {self.downscaling}"
+                f"pictures of {height}x{width} cannot be halved {len(self.widths) - 1} times: "
+                f"with {len(self.widths)} levels height and width must be divisible by {factor}"
             )
-        if channels != self.channels:
-            raise ValueError(f"the pictures have {channels} channels; accepted: {self.channels}")
-        h = self.encoder(pictures.astype(self.dtype))
-        h = self.to_latents(h) if self.latent_layers else h
-        mean, log_variance = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(log_variance, *_LOG_VARIANCES)
+        moments = self.encoder(pictures.astype(self.dtype))
+        if self.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Pictures, float32 [B, H, W, channels], of latents [B, h, w, latent_channels]."""
-        h = latents.astype(self.dtype)
-        h = self.from_latents(h) if self.latent_layers else h
-        return self.decoder(h).astype(jnp.float32)
+        """The pictures of the latents.
+
+        Args:
+          latents: [B, h, w, latent_channels] in any float dtype.
+
+        Returns:
+          float32 [B, h * downscaling, w * downscaling, channels].
+
+        Raises:
+          ValueError: channels that do not fit, in words.
+        """
+        _check("latents", latents, self.latent_channels)
+        latents = latents.astype(self.dtype)
+        if self.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
+
+    @property
+    def downscaling(self) -> int:
+        """A picture's side over that of its latents."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def _check(name: str, x: jax.Array, channels: int) -> None:
+    """ValueError for another number of axes or channels."""
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"{name} must be [B, H, W, {channels}], not of shape {x.shape}")
 
 
 class _Half(nn.Module):
-    """What encoder and decoder have in common."""
+    """What the encoder and the decoder share: their options, and the parts that both have."""
 
-    features: int
-    widths: Sequence[int]
+    out_channels: int
+    widths: tuple[int, ...]
     num_res_blocks: int
     num_groups: int
-    epsilon: float
+    norm_epsilon: float
     middle_attention: bool
     dtype: Dtype
 
-    def blocks(self) -> tuple[Any, Any]:
-        """The residual block of a width, and the attention."""
-        common: dict[str, Any] = {"num_groups": self.num_groups, "epsilon": self.epsilon, "dtype": self.dtype}
-        return partial(ResBlock, **common), partial(AttentionBlock, **common)
+    def _options(self) -> dict[str, Any]:
+        return {"num_groups": self.num_groups, "epsilon": self.norm_epsilon, "dtype": self.dtype}
 
-    def middle(self, h: jax.Array) -> jax.Array:
-        residual, attention = self.blocks()
-        h = residual(self.widths[-1], name="middle_0_res")(h)
+    def _residual(self, h: jax.Array, width: int, name: str) -> jax.Array:
+        return ResBlock(width, **self._options(), name=f"{name}_res")(h)
+
+    def _middle(self, h: jax.Array) -> jax.Array:
+        h = self._residual(h, self.widths[-1], "middle_0")
         if self.middle_attention:
-            h = attention(name="middle_0_attention")(h)
-        return residual(self.widths[-1], name="middle_1_res")(h)
+            h = AttentionBlock(**self._options(), name="middle_0_attention")(h)
+        return self._residual(h, self.widths[-1], "middle_1")
 
-    def out(self, h: jax.Array) -> jax.Array:
-        h = nn.swish(GroupNorm(self.num_groups, self.epsilon, name="norm_out")(h))
-        return Conv(self.features, dtype=self.dtype, name="conv_out")(h)
+    def _begin(self, x: jax.Array, width: int) -> jax.Array:
+        return Conv(width, dtype=self.dtype, name="conv_in")(x)
+
+    def _end(self, h: jax.Array) -> jax.Array:
+        h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
+        return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
 
 
 class _Encoder(_Half):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        residual, _ = self.blocks()
-        h = Conv(self.widths[0], dtype=self.dtype, name="conv_in")(x)
+        h = self._begin(x, self.widths[0])
         for level, width in enumerate(self.widths):
             for i in range(self.num_res_blocks):
-                h = residual(width, name=f"down_{level}_{i}_res")(h)
+                h = self._residual(h, width, f"down_{level}_{i}")
             if level < len(self.widths) - 1:
                 h = Downsample(dtype=self.dtype, name=f"down_{level}_downsample")(h)
-        return self.out(self.middle(h))
+        return self._end(self._middle(h))
 
 
 class _Decoder(_Half):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        residual, _ = self.blocks()
-        h = self.middle(Conv(self.widths[-1], dtype=self.dtype, name="conv_in")(x))
+        h = self._middle(self._begin(x, self.widths[-1]))
         for level, width in reversed(list(enumerate(self.widths))):
-            for i in range(self.num_res_blocks):
-                h = residual(width, name=f"up_{level}_{i}_res")(h)
+            for i in range(self.num_res_blocks + 1):
+                h = self._residual(h, width, f"up_{level}_{i}")
             if level > 0:
                 h = Upsample(dtype=self.dtype, name=f"up_{level}_upsample")(h)
-        return self.out(h)
+        return self._end(h)

@@ -1,6 +1,8 @@
+import json
 import pickle
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -155,6 +157,86 @@ def test_check(change, said):
         tensors_lib.check("file", tensors, WANTED)
     else:
         assert said in refusal(tensors_lib.check, "file", tensors, WANTED)
+
+
+# The weights of a folder.
+
+NAMES = ("net.safetensors", "other.bin")
+
+
+def write_shards(folder, tensors, index):
+    """Each tensor in a file of its own."""
+    files = {name: f"net-{i}-of-{len(tensors)}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for name, file in files.items():
+        tensors_lib.write(folder / file, {name: tensors[name]})
+    (folder / index).write_text(json.dumps({"weight_map": files}))
+    return [folder / file for file in files.values()]
+
+
+def write_any(path, value):
+    """A file of weights, or an index with shards, of one tensor of one value."""
+    if path.suffix == ".safetensors":
+        tensors_lib.write(path, {"a": np.float32(value)})
+    elif path.suffix == ".bin":
+        write_pickled(path, tensor(STORAGE, value, (), ()))
+    else:
+        shard = f"shard-{value}.safetensors"
+        tensors_lib.write(path.with_name(shard), {"a": np.float32(value)})
+        path.write_text(json.dumps({"weight_map": {"a": shard}}))
+
+
+def test_which_weights_are_read(tmp_path):
+    """From the last choice to the first, each beside all before it."""
+    last, first = ("other.bf16.bin", "net.safetensors.index.bf16.json"), ("net.safetensors.index.json", NAMES[0])
+    half = ("other.bin.index.fp16.json", "other.fp16.bin", "net.safetensors.index.fp16.json", "net.fp16.safetensors")
+    for i, name in enumerate([*last, *half, "other.bin.index.json", "other.bin", *first]):
+        write_any(tmp_path / name, i % 4)
+        path, tensors = tensors_lib.read_weights(tmp_path, NAMES)
+        assert (path.name, float(tensors["a"])) == (name, i % 4)
+
+
+def test_weights_in_shards(tmp_path):
+    files = write_shards(tmp_path, TENSORS, "net.safetensors.index.json")
+    path, tensors = tensors_lib.read_weights(str(tmp_path), NAMES)
+    assert path == tmp_path / "net.safetensors.index.json"
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    assert refusal(tensors_lib.read_weights, tmp_path, NAMES).startswith(f"{str(files[1])!r} cannot be read: ")
+    files[1].unlink()
+    assert refusal(tensors_lib.read_weights, tmp_path, NAMES) == f"{str(files[1])!r} is not a file"
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{}", "has no weight_map from names of tensors to files"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map from names of tensors to files"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "names '../a.safetensors'; accepted: files of its own folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'; accepted: files of its own folder"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_refused_index(tmp_path, index, said):
+    (tmp_path / "net.safetensors.index.json").write_text(index)
+    assert said in refusal(tensors_lib.read_weights, tmp_path, NAMES)
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "net.non_ema.safetensors").touch()
+    assert refusal(tensors_lib.read_weights, tmp_path, NAMES) == (
+        f"{str(tmp_path)!r} has no weights; accepted: net.safetensors or other.bin, whole or in shards, or their "
+        "fp16 or bf16 variant"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_becomes_float32(dtype):
+    kept = {"b": np.arange(3), "c": np.ones(2), "d": np.ones(2, np.float32)}
+    found = tensors_lib.to_float32({"a": np.array([1 / 3, 2.0]).astype(dtype), **kept})
+    assert [value.dtype for value in found.values()] == [np.float32, np.int64, np.float64, np.float32]
+    np.testing.assert_array_equal(found["a"], np.array([1 / 3, 2.0]).astype(dtype).astype(np.float64))
 
 
 # Files of PyTorch before 1.6.

@@ -171,6 +171,16 @@ def test_res_block(features, scale_shift):
     np.testing.assert_allclose(apply(module, variables, x, embedding), shortcut + h, atol=5e-6)
 
 
+def test_res_block_without_an_embedding():
+    module, x = blocks.ResBlock(12, num_groups=4), normal(0, 2, 6, 4, 8)
+    variables, p = randomised(module, x)
+    assert sorted(p) == ["conv_0", "conv_1", "norm_0", "norm_1", "shortcut"]
+    x64 = np.asarray(x, np.float64)
+    h = conv(p["conv_0"], swish(group_norm(p["norm_0"], x64, 4)))
+    h = conv(p["conv_1"], swish(group_norm(p["norm_1"], h, 4)))
+    np.testing.assert_allclose(apply(module, variables, x), dense(p["shortcut"], x64) + h, atol=5e-6)
+
+
 @pytest.mark.parametrize(("resample", "activation"), [("down", "relu"), ("up", "mish")])
 def test_res_block_that_changes_the_size(resample, activation):
     """Both branches do, before the first convolution."""

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,45 @@ def test_states_are_the_encoder_s(projection):
         name: (x.shape, x.dtype) for name, x in texts.shapes.items()
     }
     assert texts.network(encoder[0]) is encoder[0]
+
+
+def test_states_that_have_seen_the_padding(encoder):
+    """As Stable Diffusion's: the states of padding count, too, so that there is no mask."""
+    texts, tokens = frozen(encoder, mask_padding=False), TOKENIZER.encode(TEXTS)
+    found = texts.arrays(TEXTS)
+    assert found.keys() == texts.shapes.keys() == {"tokens", "vector"}
+    states = jax.jit(encoder[0].apply)({"params": encoder[1]}, tokens.ids)
+    np.testing.assert_allclose(found["tokens"], states.tokens, atol=1e-5)
+    masked = frozen(encoder).arrays(TEXTS)["tokens"]
+    assert not np.allclose(found["tokens"][~tokens.mask], masked[~tokens.mask], atol=1e-3)
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_without_the_state_of_the_whole_text(encoder, mask_padding):
+    texts = frozen(encoder, mask_padding=mask_padding, pooled=False)
+    found, whole = texts.arrays(TEXTS), frozen(encoder, mask_padding=mask_padding).arrays(TEXTS)
+    assert found.keys() == texts.shapes.keys() == whole.keys() - {"vector"}
+    assert_same(found, {name: whole[name] for name in found})
+    assert {name: (values.shape[1:], values.dtype) for name, values in found.items()} == {
+        name: (x.shape, x.dtype) for name, x in texts.shapes.items()
+    }
+
+
+@pytest.mark.parametrize(("mask_padding", "pooled"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_the_network_is_given_of_an_encoder_that_is_trained_along(mask_padding, pooled):
+    given = []
+
+    class Network(nn.Module):
+        def __call__(self, x, t, cond, train=False):
+            given.append(cond)
+            return x
+
+    texts = TrainedTexts(TOKENIZER, TextEncoder(270, 8, 8, 1, 2), mask_padding, pooled)
+    arrays = texts.arrays(TEXTS)
+    texts.network(Network()).init_with_output(jax.random.key(0), jnp.zeros(5), jnp.zeros(5), arrays)
+    assert given[0].keys() == {"tokens"} | ({"tokens_mask"} if mask_padding else set()) | (
+        {"vector"} if pooled else set()
+    )
 
 
 def test_each_text_is_encoded_once_in_any_order_and_number(encoder):

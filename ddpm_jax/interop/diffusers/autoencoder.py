@@ -1,6 +1,7 @@
 """diffusers' `AutoencoderKL` as this project's autoencoder, and back."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop.diffusers import unet_tensors
-from ddpm_jax.interop.diffusers.fields import WEIGHTS, check_accepted, refusal, with_defaults
+from ddpm_jax.interop.diffusers.fields import WEIGHTS, check_accepted, check_counts, refusal, with_defaults
 from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
 _NAME = "AutoencoderKL"
@@ -44,8 +46,11 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "latents_mean": (None,),
     "latents_std": (None,),
     "force_upcast": (True, False),  # of half precision only
+    "use_quant_conv": (True, False),
+    "use_post_quant_conv": (True, False),
+    "mid_block_add_attention": (True, False),
 }
-_LATENT_LAYERS = {"to_latents": "quant_conv", "from_latents": "post_quant_conv"}
+_EPSILON = 1e-6  # of every norm of theirs
 _HALVES = ("encoder", "decoder")
 
 
@@ -85,34 +90,42 @@ def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Aut
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     fields = with_defaults(where, found, _DEFAULTS)
     check_accepted(where, fields, _ACCEPTED)
-    widths = tuple(fields["block_out_channels"])
+    check_counts(where, fields, "in_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+    widths = fields["block_out_channels"]
+    if not isinstance(widths, list | tuple) or not widths:
+        raise refusal(where, "block_out_channels", widths, ("a list of widths",))
+    for width in widths:
+        check_counts(where, {"block_out_channels": width}, "block_out_channels")
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        other = [block for block in fields[field] if block != kind]
-        if other or len(fields[field]) != len(widths):
-            raise refusal(where, field, other[0] if other else fields[field], (kind,))
+        if list(fields[field]) != [kind] * len(widths):
+            raise UserError(
+                f"{field} is {fields[field]!r} in {where!r}; accepted: {kind} for each of block_out_channels"
+            )
     if fields["in_channels"] != fields["out_channels"]:
         raise refusal(where, "out_channels", fields["out_channels"], (fields["in_channels"],))
-    if fields["use_quant_conv"] != fields["use_post_quant_conv"]:
-        raise refusal(where, "use_post_quant_conv", fields["use_post_quant_conv"], (fields["use_quant_conv"],))
     groups, factor = fields["norm_num_groups"], fields["scaling_factor"]
     if any(width % groups for width in widths):
-        raise refusal(where, "norm_num_groups", groups, (f"a divisor of {widths}",))
-    if not isinstance(factor, int | float) or not factor > 0:
-        raise refusal(where, "scaling_factor", factor, ("a number above 0",))
+        raise UserError(f"norm_num_groups is {groups} in {where!r}; accepted: a divisor of {tuple(widths)}")
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise UserError(f"scaling_factor is {factor!r} in {where!r}; accepted: a number above 0")
     net = Autoencoder(
         channels=fields["in_channels"],
         latent_channels=fields["latent_channels"],
-        widths=widths,
+        widths=tuple(widths),
         num_res_blocks=fields["layers_per_block"],
         num_groups=groups,
+        norm_epsilon=_EPSILON,
         middle_attention=fields["mid_block_add_attention"],
-        latent_layers=fields["use_quant_conv"],
+        use_quant_conv=fields["use_quant_conv"],
+        use_post_quant_conv=fields["use_post_quant_conv"],
     )
     return net, float(factor)
 
 
 def to_fields(net: Autoencoder, scaling_factor: float) -> dict[str, Any]:
-    """The config of the `AutoencoderKL` that computes what the autoencoder does."""
+    """The config of the `AutoencoderKL` that computes what the autoencoder does; UserError where none does."""
+    if net.norm_epsilon != _EPSILON:
+        raise UserError(f"norm_epsilon is {net.norm_epsilon}; diffusers' {_NAME} only has {_EPSILON}")
     levels = len(net.widths)
     return {
         "_class_name": _NAME,
@@ -127,8 +140,8 @@ def to_fields(net: Autoencoder, scaling_factor: float) -> dict[str, Any]:
         "norm_num_groups": net.num_groups,
         "sample_size": 8 * net.downscaling,
         "scaling_factor": scaling_factor,
-        "use_quant_conv": net.latent_layers,
-        "use_post_quant_conv": net.latent_layers,
+        "use_quant_conv": net.use_quant_conv,
+        "use_post_quant_conv": net.use_post_quant_conv,
         "mid_block_add_attention": net.middle_attention,
     }
 
@@ -153,25 +166,26 @@ def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Autoenco
         own = {name: value for name, value in tensors.items() if name.startswith(f"{half}.")}
         params[half] = unet_tensors.to_params(path, own, shapes[half], levels, prefix=f"{half}.")
     rest = {name: value for name, value in tensors.items() if name.partition(".")[0] not in _HALVES}
-    layers = {ours: theirs for ours, theirs in _LATENT_LAYERS.items() if net.latent_layers}
+    layers = [layer for layer in shapes if layer not in _HALVES]
     wanted: dict[str, tuple[int, ...]] = {}
-    for ours, theirs in layers.items():
-        inputs, outputs = shapes[ours]["kernel"].shape
-        wanted |= {f"{theirs}.weight": (outputs, inputs, 1, 1), f"{theirs}.bias": (outputs,)}
+    for layer in layers:
+        inputs, outputs = shapes[layer]["kernel"].shape
+        wanted |= {f"{layer}.weight": (outputs, inputs, 1, 1), f"{layer}.bias": (outputs,)}
     rest = tensors_lib.to_float32(rest)
     tensors_lib.check(path, rest, wanted)
-    for ours, theirs in layers.items():
-        kernel = np.ascontiguousarray(rest[f"{theirs}.weight"][..., 0, 0].T)
-        params[ours] = {"kernel": kernel, "bias": rest[f"{theirs}.bias"]}
+    for layer in layers:
+        kernel = np.ascontiguousarray(rest[f"{layer}.weight"][..., 0, 0].T)
+        params[layer] = {"kernel": kernel, "bias": rest[f"{layer}.bias"]}
     return params
 
 
 def to_tensors(params: Mapping[str, Any], net: Autoencoder) -> tensors_lib.Tensors:
     """An `AutoencoderKL`'s tensors from our parameters."""
     tensors: tensors_lib.Tensors = {}
-    for half in _HALVES:
-        tensors |= unet_tensors.to_tensors(params[half], len(net.widths), prefix=f"{half}.")
-    for ours, theirs in _LATENT_LAYERS.items() if net.latent_layers else ():
-        tensors[f"{theirs}.weight"] = np.asarray(params[ours]["kernel"]).T[..., None, None]
-        tensors[f"{theirs}.bias"] = np.asarray(params[ours]["bias"])
+    for part, inner in params.items():
+        if part in _HALVES:
+            tensors |= unet_tensors.to_tensors(inner, len(net.widths), prefix=f"{part}.")
+        else:
+            tensors[f"{part}.weight"] = np.asarray(inner["kernel"]).T[..., None, None]
+            tensors[f"{part}.bias"] = np.asarray(inner["bias"])
     return tensors

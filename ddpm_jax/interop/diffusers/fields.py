@@ -27,6 +27,13 @@ def choose(where: str, found: Mapping[str, Any], field: str, ours: Mapping[Any, 
     return ours[found[field]]
 
 
+def check_counts(where: str, found: Mapping[str, Any], *names: str) -> None:
+    """UserError for the first of these fields that is no whole number above 0."""
+    for name in names:
+        if type(found[name]) is not int or found[name] < 1:
+            raise UserError(f"{name} is {found[name]!r} in {where!r}; accepted: whole numbers above 0")
+
+
 def with_defaults(
     where: str, found: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from their_configs import DEFAULT, NETWORKS, network
@@ -79,6 +80,24 @@ def test_tensors_there_and_back(name):
     assert ("mid_block.attentions.0.group_norm.weight" in tensors) == (name == "residual resampling")
     found = unet.to_params("x.safetensors", tensors, config, net.num_classes or 0)
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision(dtype):
+    """It becomes float32; other types are refused."""
+    config, net = read(DEFAULT)
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in unet.tensor_shapes(config).items()
+    }
+    halves = {name: value.astype(dtype) for name, value in tensors.items()}
+    found = unet.to_tensors(unet.to_params("x.safetensors", halves, config), len(net.widths))
+    for name, value in halves.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], value.astype(np.float32))
+    name = "conv_in.bias"
+    with pytest.raises(UserError, match=f"tensor '{name}' in 'x.safetensors' is float64; accepted: float32"):
+        unet.to_params("x.safetensors", tensors | {name: tensors[name].astype(np.float64)}, config)
 
 
 @pytest.mark.parametrize(
