@@ -276,7 +276,7 @@ def run_mode(mode: str) -> None:
         "prepare": prepare.prepare,
         "report": report,
         "import": weights.import_weights,
-        "export": weights.export_weights,
+        "export": weights.export_autoencoder if _holds_autoencoder() else weights.export_weights,
         "doctor": doctor.doctor,
         "plan": plan.plan,
         "serve": serve.serve,
@@ -301,12 +301,15 @@ def run_mode(mode: str) -> None:
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
     if functions[mode] is editing.interpolate_words:
         variant = " without --input"
+    if functions[mode] is weights.export_autoencoder:
+        variant = " of an autoencoder"
     every: list[Callable[..., Any]] = [
         *functions.values(),
         sampling.sample,
         sampling.sample_shards,
         editing.interpolate,
         editing.interpolate_words,
+        weights.export_weights,
     ]
     known = {"latents"}.union(*map(flags_of, every))
     for name in sorted(known - accepted):
@@ -334,6 +337,13 @@ def _compares_paths() -> bool:
     """Whether --mode=evaluate is told of two sets of images and of no run."""
     given = FLAGS["against"].present and FLAGS["generated"].present
     return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
+
+
+def _holds_autoencoder() -> bool:
+    """Whether --mode=export is of a workdir in which an autoencoder was trained."""
+    from ddpm_jax.runtime import workdir
+
+    return _MODE.value == "export" and workdir.read_config(_WORKDIR.value).train.objective == "autoencoder"
 
 
 # Flags of a job that its file's name has in another place, or that decide nothing of its pictures.

@@ -23,3 +23,12 @@ def export_weights(job: Job) -> Path:
     target = workdirs.export_weights(job.run, job.out, tell=print)
     print(f"{job.run.weights}: {target}")
     return target
+
+
+def export_autoencoder(workdir: str | Path, out: str | None) -> Path:
+    """Writes the autoencoder of a workdir for diffusers; see `ddpm_jax.interop.workdirs.export_autoencoder`."""
+    if not out:
+        raise UserError("--mode=export of an autoencoder needs --out: a folder for diffusers")
+    target = workdirs.export_autoencoder(workdir, out)
+    print(f"{workdir}: {target}")
+    return target

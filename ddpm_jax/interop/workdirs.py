@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.interop import plain, transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
 from ddpm_jax.interop.diffusers import stable_diffusion
-from ddpm_jax.models.unet import UNet
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder
+from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.training import autoencoders
 
 Tell = Callable[[str], None]
 
@@ -98,7 +100,7 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     """Writes a run's weights: a folder for diffusers, or where `out` ends in .safetensors a file of our own names.
 
     Args:
-      run: of `ddpm_jax.load`.
+      run: of `ddpm_jax.load`; one that takes prompts must be a Stable Diffusion.
       out: must not be there, or as a folder be empty.
       tell: given each sentence about what diffusers samples otherwise than the run.
 
@@ -110,11 +112,36 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         return plain.write(out, run.config, run.dataset, run.step, params)
-    if not isinstance(run.net, UNet) or run.condition.reads.keys() - {"label"}:
+    if run.condition.reads.keys() - {"label"}:
+        notes = stable_diffusion.write(out, run.config, run.dataset, run.model, params)
+    elif not isinstance(run.model.decoder, Pixels):
         raise UserError(
-            "this run learned from captions, and diffusers' UNet2DModel knows classes at most; accepted: --out of a "
-            ".safetensors file"
+            "this run diffuses an autoencoder's latents without prompts, for which diffusers has no pipeline of such an "
+            "autoencoder; accepted: --out of a .safetensors file"
         )
-    for note in diffusers_folder.write(out, run.config, run.net, params):
+    else:
+        notes = diffusers_folder.write(out, run.config, run.net, params)
+    for note in notes:
         tell(note)
+    return Path(out).expanduser()
+
+
+def export_autoencoder(path: str | Path, out: str | Path) -> Path:
+    """Writes the autoencoder that a run trained as a folder of diffusers' `AutoencoderKL`.
+
+    The scaling factor of its latents is the config's, or else measured on the images that it learned from.
+
+    Args:
+      path: a workdir with train.objective "autoencoder".
+      out: must not be there, or be empty.
+
+    Raises:
+      UserError: no autoencoder there, `out` is there already, or the images that it learned from are not.
+    """
+    config, dataset = workdir.read_config(path), workdir.read_dataset(path)
+    net, params, _ = autoencoders.load_autoencoder(path)
+    factor = config.autoencoder.scaling_factor
+    if not factor:
+        factor = autoencoders.measured_scaling(net, params, training_images(config, dataset or {}))
+    autoencoder_lib.write(out, net, jax.device_get(params), factor)
     return Path(out).expanduser()
