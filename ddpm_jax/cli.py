@@ -73,7 +73,18 @@ _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {wh
 
 _INIT_FROM = flags.DEFINE_string("init_from", None, "train: start from the averaged weights of this workdir.")
 _SOURCE = flags.DEFINE_string(
-    "source", None, "import: a diffusers folder, its name on the Hugging Face hub, or an exported .safetensors file."
+    "source",
+    None,
+    "import: a diffusers folder, its name on the Hugging Face hub, an exported .safetensors file, or a Stable "
+    "Diffusion's .safetensors or .ckpt file.",
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "import of a Stable Diffusion's file: a folder with CLIP's vocab.json and merges.txt; by default the hub's.",
+)
+_PREDICTION = flags.DEFINE_enum(
+    "prediction", None, ["eps", "v"], "import of a Stable Diffusion's file: what the network predicts; needed for 2.x."
 )
 
 # Which weights, and how to sample with them.

@@ -7,11 +7,14 @@ from ddpm_jax.interop import workdirs
 from ddpm_jax.runtime.errors import UserError
 
 
-def import_weights(source: str | None, workdir: str | Path) -> Path:
+def import_weights(source: str | None, workdir: str | Path, tokenizer: str | None, prediction: str | None) -> Path:
     """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
     if not source:
-        raise UserError("--mode=import needs --source: a diffusers folder, a hub name or an exported .safetensors file")
-    target = workdirs.import_weights(source, workdir, tell=print)
+        raise UserError(
+            "--mode=import needs --source: a diffusers folder, a hub name, an exported .safetensors file, or a Stable "
+            "Diffusion's .safetensors or .ckpt file"
+        )
+    target = workdirs.import_weights(source, workdir, tell=print, tokenizer=tokenizer, prediction=prediction)
     print(f"{source}: {target}")
     return target
 

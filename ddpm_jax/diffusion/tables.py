@@ -331,9 +331,7 @@ def plms(levels: Levels) -> SamplerTable:
     """
     a, s = levels.a, levels.s
     if a[0] == 0:
-        raise ValueError(
-            "sampler 'plms' has no step from a timestep of pure noise; accepted there: the other samplers"
-        )
+        raise ValueError("sampler 'plms' has no step from a timestep of pure noise; accepted there: the other samplers")
     unit, S = np.eye(6), len(levels.t) - 1
     rows = [0, 1, *range(1, S)] if S > 1 else [0]  # the level of each call
     eps = [(unit[X] - a[i] * unit[D]) / s[i] for i in rows]

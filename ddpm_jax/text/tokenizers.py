@@ -131,6 +131,8 @@ class Tokenizer:
         else:
             file = path / "tokenizer.json" if path.is_dir() else path
             tokenizer = _from_json(_read(file), str(file))
+            if pad_token is not None:
+                tokenizer.add_special_tokens([special["pad_token"]])
             length = (tokenizer.truncation or {}).get("max_length")
             pad = (tokenizer.padding or {}).get("pad_token", _PAD)
         named = config.get("model_max_length")

@@ -191,7 +191,9 @@ def parts_of(model: Model) -> tuple[FrozenTexts, UNet, Latents]:
     """The text encoder, the network and the autoencoder of a Stable Diffusion."""
     assert isinstance(model.condition, CaptionCondition)
     texts, net, latents = model.condition.texts, model.net, model.decoder
-    assert isinstance(texts, FrozenTexts) and isinstance(net, UNet) and isinstance(latents, Latents)
+    assert isinstance(texts, FrozenTexts)
+    assert isinstance(net, UNet)
+    assert isinstance(latents, Latents)
     return texts, net, latents
 
 
