@@ -94,6 +94,9 @@ _RAW = flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a 
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Hold the weights in this and compute in it; by default as the config says."
 )
+_LORA = flags.DEFINE_multi_string(
+    "lora", [], "Of a Stable Diffusion: a LoRA file, or FILE:WEIGHT, 1 for all of its change; repeated for several."
+)
 _HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures; by default the config's.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", None, "The same.", lower_bound=1)
 _SEED = flags.DEFINE_integer(
@@ -139,6 +142,9 @@ _OUT = flags.DEFINE_string(
     None,
     "Where to write; by default a name in WORKDIR/samples. "
     "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
+)
+_ADAPTERS = flags.DEFINE_bool(
+    "adapters", False, "export: the adapters that the run trained (config.lora), alone, as a LoRA file for diffusers."
 )
 _INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
 _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
@@ -265,7 +271,7 @@ _OF_SAMPLING = {
     *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
     *_OPTIONS,
 }
-_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "out", *_OF_SAMPLING}
+_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
 
 
 def run_mode(mode: str) -> None:
@@ -370,7 +376,7 @@ def _as_text(name: str) -> str:
 
 def make_job(told: dict[str, str]) -> "Job":
     """What the flags say of a run; `told` as in `Job`."""
-    from ddpm_jax.commands.job import Job, parse_numbers, read_lines
+    from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
     from ddpm_jax.run import load
 
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
@@ -380,7 +386,8 @@ def make_job(told: dict[str, str]) -> "Job":
     prompts = [*_PROMPT.value, *(read_lines(_PROMPTS.name, _PROMPTS.value) if _PROMPTS.value else ())]
     options |= {"prompts": prompts} if prompts else {}
     options |= {"negative_prompts": _NEGATIVE_PROMPT.value} if _NEGATIVE_PROMPT.value else {}
-    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value)
+    weights = (_STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value, parse_loras(_LORA.value))
+    run = load(_WORKDIR.value, *weights)
     run = run.at(_HEIGHT.value, _WIDTH.value)
     return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 

@@ -19,11 +19,14 @@ def import_weights(source: str | None, workdir: str | Path, tokenizer: str | Non
     return target
 
 
-def export_weights(job: Job) -> Path:
-    """Writes a run's weights for others; see `ddpm_jax.interop.workdirs.export_weights`."""
+def export_weights(job: Job, adapters: bool) -> Path:
+    """Writes a run's weights, or its adapters alone, for others; see `ddpm_jax.interop.workdirs`."""
     if not job.out:
         raise UserError("--mode=export needs --out: a folder for diffusers, or a .safetensors file")
-    target = workdirs.export_weights(job.run, job.out, tell=print)
+    if adapters:
+        target = workdirs.export_adapters(job.run, job.folder, job.out)
+    else:
+        target = workdirs.export_weights(job.run, job.out, tell=print)
     print(f"{job.run.weights}: {target}")
     return target
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.data.dataset import training_images
-from ddpm_jax.interop import plain, single_file, transformers
+from ddpm_jax.interop import lora, plain, single_file, transformers
+from ddpm_jax.interop.diffusers import adapters, stable_diffusion
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
-from ddpm_jax.interop.diffusers import stable_diffusion
-from ddpm_jax.run import Run
+from ddpm_jax.run import Run, load_adapters
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
@@ -191,19 +192,52 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
         raise UserError("weights are exported by one process, not by a job of several")
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
+        if changed := [file.name for file in run.loras if file.with_text]:
+            raise UserError(
+                f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not hold; "
+                "accepted: --out of a folder"
+            )
         return plain.write(out, run.config, run.dataset, run.step, params)
     if run.condition.reads.keys() - {"label"}:
         notes = stable_diffusion.write(out, run.config, run.dataset, run.model, params)
     elif not isinstance(run.model.decoder, Pixels):
         raise UserError(
-            "this run diffuses an autoencoder's latents without prompts, for which diffusers has no pipeline; accepted: "
-            "--out of a .safetensors file"
+            "this run diffuses an autoencoder's latents without prompts, for which diffusers has no pipeline; "
+            "accepted: --out of a .safetensors file"
         )
     else:
         notes = diffusers_folder.write(out, run.config, run.net, params)
     for note in notes:
         tell(note)
     return Path(out).expanduser()
+
+
+def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
+    """Writes the adapters that a run trained as a LoRA file, for `load_lora_weights` of diffusers' pipelines.
+
+    Args:
+      run: of `ddpm_jax.load`, with a lora.rank above 0.
+      path: its workdir.
+      out: a .safetensors file that is not there.
+
+    Raises:
+      UserError: `out` is there already or called otherwise, or the run has no adapters of a Stable Diffusion.
+    """
+    out = Path(out).expanduser()
+    if not run.config.lora.rank:
+        raise UserError("this run trained no adapters (lora.rank is 0); accepted: --mode=export without --adapters")
+    if why := stable_diffusion.why_not(run.model):
+        raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
+    if run.loras:
+        raise UserError("the file has the run's own adapters alone; accepted: --adapters without --lora")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out is {str(out)!r}; it must end in .safetensors")
+    if out.exists():
+        raise UserError(f"{str(out)!r} is there already; choose another name")
+    trained = jax.device_get(load_adapters(run, path))
+    net = stable_diffusion.parts_of(run.model)[1]
+    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths)))
+    return out
 
 
 def export_autoencoder(path: str | Path, out: str | Path) -> Path:
