@@ -637,10 +637,13 @@ def load_adapters(run: Run, path: str | Path) -> Any:
       run: of `load`.
       path: its workdir.
     """
-    part = "params" if run.ema_decay is None else f"ema_{run.ema_decay}"
-    return _restored(Path(path).expanduser(), run.step, part, _adapter_shapes(run.config, run.params), run.mesh, None)[
-        1
-    ]
+    folder, part = Path(path).expanduser(), _part(run.dataset, run.ema_decay)
+    return _restored(folder, run.step, part, _adapter_shapes(run.config, run.params), run.mesh, None)[1]
+
+
+def _part(dataset: Mapping[str, Any], ema_decay: float | None) -> str:
+    """Which weights of a checkpoint; of imported ones there is no average, or it is the same."""
+    return "params" if ema_decay is None or "imported" in dataset else f"ema_{ema_decay}"
 
 
 def _adapter_shapes(config: ConfigDict, shapes: Any) -> Any:
