@@ -1,6 +1,7 @@
 """Stable Diffusion's runs, without PyTorch: exported, imported from single files, and changed by LoRA files."""
 
 import dataclasses
+import json
 import shutil
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import single_files
 from clips import VOCAB_SIZE, write_tokenizer
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny import make_run
 
@@ -339,3 +341,59 @@ def test_no_adapters(adapted, imported, two, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             workdirs.export_adapters(load(path, loras=loras), path, tmp_path / out)
+
+
+# By command.
+
+
+def test_commands(call, file, tokens, imported, two, tmp_path):
+    run, made = tmp_path / "run", tmp_path / "made.safetensors"
+    flags = ("--mode=import", f"--source={file}", f"--tokenizer={tokens}", f"--workdir={run}")
+    status, output = call(*flags, config=None)
+    assert status == 0, output
+    loras = [f"--lora={path}:{weight}" for path, weight in two]
+    sized = ("--height=8", "--width=8", "--num_steps=2", "--num_images=1", "--prompt=a red bicycle")
+    status, output = call(
+        "--mode=sample", f"--workdir={run}", *sized, *loras, f"--out={tmp_path / 'x.png'}", config=None
+    )
+    assert status == 0, output
+    assert "LoRA a.safetensors at 0.7, LoRA b.safetensors at 0.3" in output
+    with Image.open(tmp_path / "x.png") as picture:
+        settings = json.loads(picture.text["settings"])
+    assert [found["name"] for found in settings["loras"]] == ["a.safetensors", "b.safetensors"]
+    status, output = call("--mode=export", f"--workdir={run}", *loras, f"--out={tmp_path / 'changed'}", config=None)
+    assert status == 0, output
+    assert (tmp_path / "changed" / "model_index.json").exists()
+    for more, said in (
+        (("--adapters", f"--out={made}"), "this run trained no adapters (lora.rank is 0)"),
+        (("--prediction=v", f"--out={made}"), "--prediction does nothing with --mode=export"),
+        (("--lora=a:b", f"--out={made}"), "--lora is 'a:b'; accepted: a file"),
+        (("--lora=nothing", f"--out={made}"), "'nothing' is not a file"),
+    ):
+        status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
+        assert (status, output.count("\n")) == (1, 1), output
+        assert said in output
+
+
+def test_autoencoder(call, tmp_path):
+    """A run that trained one is written as a folder, with the scaling factor of its latents."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    sizes = {"level_channels": "(8,8)", "num_res_blocks": "1", "num_groups": "4", "middle_attention": "False"}
+    flags = [f"--config.autoencoder.{name}={value}" for name, value in sizes.items()]
+    status, output = call("--config.train.objective=autoencoder", *flags, f"--workdir={run}")
+    assert status == 0, output
+    status, output = call("--mode=export", f"--workdir={run}", f"--out={out}", config=None)
+    assert status == 0, output
+    net, params, factor = ddpm_jax.load_autoencoder(out)
+    own, expected, unknown = ddpm_jax.load_autoencoder(run)
+    assert net == own
+    assert (factor > 0, unknown) == (True, 0)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
+    for more, said in (
+        ((), "--mode=export of an autoencoder needs --out: a folder"),
+        (("--step=4", f"--out={tmp_path / 'x'}"), "--step does nothing with --mode=export of an autoencoder"),
+        ((f"--out={out}",), "is there and not empty"),
+    ):
+        status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
+        assert (status, output.count("\n")) == (1, 1), output
+        assert said in output
