@@ -35,6 +35,7 @@ _NAMES = {
     "train": "training.loop",
     "Run": "run",
     "load": "run",
+    "load_autoencoder": "training.autoencoders",
     "show": "runtime.images",
     "to_uint8": "runtime.images",
     "UserError": "runtime.errors",

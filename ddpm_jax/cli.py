@@ -73,7 +73,18 @@ _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {wh
 
 _INIT_FROM = flags.DEFINE_string("init_from", None, "train: start from the averaged weights of this workdir.")
 _SOURCE = flags.DEFINE_string(
-    "source", None, "import: a diffusers folder, its name on the Hugging Face hub, or an exported .safetensors file."
+    "source",
+    None,
+    "import: a diffusers folder, its name on the Hugging Face hub, an exported .safetensors file, or a Stable "
+    "Diffusion's .safetensors or .ckpt file.",
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "import of a Stable Diffusion's file: a folder with CLIP's vocab.json and merges.txt; by default the hub's.",
+)
+_PREDICTION = flags.DEFINE_enum(
+    "prediction", None, ["eps", "v"], "import of a Stable Diffusion's file: what the network predicts; needed for 2.x."
 )
 
 # Which weights, and how to sample with them.
@@ -82,6 +93,9 @@ _EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Decay of the moving average 
 _RAW = flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a moving average.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Hold the weights in this and compute in it; by default as the config says."
+)
+_LORA = flags.DEFINE_multi_string(
+    "lora", [], "Of a Stable Diffusion: a LoRA file, or FILE:WEIGHT, 1 for all of its change; repeated for several."
 )
 _HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures; by default the config's.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", None, "The same.", lower_bound=1)
@@ -128,6 +142,9 @@ _OUT = flags.DEFINE_string(
     None,
     "Where to write; by default a name in WORKDIR/samples. "
     "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
+)
+_ADAPTERS = flags.DEFINE_bool(
+    "adapters", False, "export: the adapters that the run trained (config.lora), alone, as a LoRA file for diffusers."
 )
 _INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
 _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
@@ -257,7 +274,7 @@ _OF_SAMPLING = {
     *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
     *_OPTIONS,
 }
-_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "out", *_OF_SAMPLING}
+_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
 
 
 def run_mode(mode: str) -> None:
@@ -279,7 +296,7 @@ def run_mode(mode: str) -> None:
         "prepare": prepare.prepare,
         "report": report,
         "import": weights.import_weights,
-        "export": weights.export_weights,
+        "export": weights.export_autoencoder if _holds_autoencoder() else weights.export_weights,
         "doctor": doctor.doctor,
         "plan": plan.plan,
         "serve": serve.serve,
@@ -304,12 +321,15 @@ def run_mode(mode: str) -> None:
     variant = " --images" if "images" in accepted else " --latents" if _LATENTS.value else ""
     if functions[mode] is editing.interpolate_words:
         variant = " without --input"
+    if functions[mode] is weights.export_autoencoder:
+        variant = " of an autoencoder"
     every: list[Callable[..., Any]] = [
         *functions.values(),
         sampling.sample,
         sampling.sample_shards,
         editing.interpolate,
         editing.interpolate_words,
+        weights.export_weights,
     ]
     known = {"latents"}.union(*map(flags_of, every))
     for name in sorted(known - accepted):
@@ -339,6 +359,13 @@ def _compares_paths() -> bool:
     return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
 
 
+def _holds_autoencoder() -> bool:
+    """Whether --mode=export is of a workdir in which an autoencoder was trained."""
+    from ddpm_jax.runtime import workdir
+
+    return _MODE.value == "export" and workdir.read_config(_WORKDIR.value).train.objective == "autoencoder"
+
+
 # Flags of a job that its file's name has in another place, or that decide nothing of its pictures.
 _NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard_size", "part"}
 
@@ -352,7 +379,7 @@ def _as_text(name: str) -> str:
 
 def make_job(told: dict[str, str]) -> "Job":
     """What the flags say of a run; `told` as in `Job`."""
-    from ddpm_jax.commands.job import Job, parse_numbers, read_lines
+    from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
     from ddpm_jax.run import load
 
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
@@ -362,7 +389,8 @@ def make_job(told: dict[str, str]) -> "Job":
     prompts = [*_PROMPT.value, *(read_lines(_PROMPTS.name, _PROMPTS.value) if _PROMPTS.value else ())]
     options |= {"prompts": prompts} if prompts else {}
     options |= {"negative_prompts": _NEGATIVE_PROMPT.value} if _NEGATIVE_PROMPT.value else {}
-    run = load(_WORKDIR.value, _STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value)
+    weights = (_STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value, parse_loras(_LORA.value))
+    run = load(_WORKDIR.value, *weights)
     run = run.at(_HEIGHT.value, _WIDTH.value)
     return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 

@@ -23,6 +23,8 @@ from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Observer, Progress, Steps, Watch, sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING
+from ddpm_jax.interop.diffusers import adapters as adapters_lib
+from ddpm_jax.interop.diffusers.adapters import LoraFile
 from ddpm_jax.models import lora
 from ddpm_jax.runtime import parallel, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
@@ -54,6 +56,7 @@ class Run:
       model: its condition, network, diffusion and decoder.
       params: the weights, on all devices of `mesh`.
       mesh: this machine's devices.
+      loras: the files that were added to the weights.
     """
 
     config: ConfigDict
@@ -63,6 +66,7 @@ class Run:
     model: Model
     params: Any
     mesh: Mesh
+    loras: tuple[LoraFile, ...] = ()
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))
@@ -97,7 +101,8 @@ class Run:
     @property
     def weights(self) -> str:
         """Which weights these are, in words."""
-        return f"step {self.step}, {'raw weights' if self.ema_decay is None else f'EMA {self.ema_decay}'}"
+        which = "raw weights" if self.ema_decay is None else f"EMA {self.ema_decay}"
+        return ", ".join([f"step {self.step}", which, *(f"LoRA {file.name} at {file.weight:g}" for file in self.loras)])
 
     def at(self, height: int | None = None, width: int | None = None) -> "Run":
         """The same run for pictures of another size; None: the size that it has.
@@ -438,6 +443,7 @@ class Run:
             **request.condition.settings(),
             "batch_size": batch_size or self.config.sample.batch_size,
             **request.settings(),
+            **({"loras": [file.settings() for file in self.loras]} if self.loras else {}),
         }
 
     def request(self, **options: Any) -> Request:
@@ -610,6 +616,7 @@ def load(
     ema_decay: float | None = None,
     raw: bool = False,
     dtype: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Run:
     """Opens a workdir: restores a checkpoint's weights onto this machine's devices.
 
@@ -620,9 +627,11 @@ def load(
       raw: the weights as trained instead of an average.
       dtype: "float32" or "bfloat16": what the weights are held in and what the network computes in; None: float32
         weights, and config.model.dtype.
+      loras: files of LoRAs for a Stable Diffusion, each with its weight, 1 for all of its change; all are added to the
+        weights of the network and of the text encoder.
 
     Raises:
-      UserError: no run there, no such checkpoint, or no such average.
+      UserError: no run there, no such checkpoint, or no such average; a LoRA that does not fit.
     """
     config, dataset = workdir.read_config(path), workdir.read_dataset(path)
     if dtype is not None:
@@ -643,16 +652,35 @@ def load(
     devices, fsdp = jax.device_count(), config.mesh.fsdp
     mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))
     folder, shapes = Path(path).expanduser(), model.param_shapes()
-    # Of imported weights there is no average, or it is the same.
-    part = "params" if raw or "imported" in dataset else f"ema_{ema_decay}"
-    if not config.lora.rank:
+    part = _part(dataset, ema_decay)
+    if config.lora.rank:
+        _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
+        found, adapted = _restored(folder, step, part, _adapter_shapes(config, shapes), mesh, None)
+        params = jax.jit(lora.merge, donate_argnums=0)(base, adapted, config_lib.lora_scale(config))
+    else:
         found, params = _restored(folder, step, part, shapes, mesh, dtype)
-        return Run(config, dataset, found, ema_decay, model, params, mesh)
-    adapters = jax.eval_shape(lambda: lora.init(shapes, config.lora.rank, jax.random.key(0)))
-    _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
-    found, adapted = _restored(folder, step, part, adapters, mesh, None)
-    params = jax.jit(lora.merge, donate_argnums=0)(base, adapted, config_lib.lora_scale(config))
-    return Run(config, dataset, found, ema_decay, model, params, mesh)
+    model, added = adapters_lib.add(loras, dataset, model, params) if loras else (model, ())
+    return Run(config, dataset, found, ema_decay, model, params, mesh, added)
+
+
+def load_adapters(run: Run, path: str | Path) -> Any:
+    """The adapters that a run of lora.rank above 0 trained, which `load` added to its weights.
+
+    Args:
+      run: of `load`.
+      path: its workdir.
+    """
+    folder, part = Path(path).expanduser(), _part(run.dataset, run.ema_decay)
+    return _restored(folder, run.step, part, _adapter_shapes(run.config, run.params), run.mesh, None)[1]
+
+
+def _part(dataset: Mapping[str, Any], ema_decay: float | None) -> str:
+    """Which weights of a checkpoint; of imported ones there is no average, or it is the same."""
+    return "params" if ema_decay is None or "imported" in dataset else f"ema_{ema_decay}"
+
+
+def _adapter_shapes(config: ConfigDict, shapes: Any) -> Any:
+    return jax.eval_shape(lambda: lora.init(shapes, config.lora.rank, jax.random.key(0)))
 
 
 def _restored(folder: Path, step: int | None, part: str, shapes: Any, mesh: Mesh, dtype: str | None) -> tuple[int, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,7 @@ class Job:
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
-        told = {name: value for name, value in self.told.items() if name not in FLAGS.values()}
+        told = {name: value for name, value in self.told.items() if name not in (*FLAGS.values(), "lora")}
         return {**told, **self.run.settings(seed=self.seed, **self.options)}
 
     def check_pictures(self) -> None:
@@ -164,6 +165,25 @@ def parse_range(flag: str, text: str, sign: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal()):
         raise UserError(f"--{flag} is {text!r}; accepted: two numbers such as 0{sign}4")
     return int(first), int(last)
+
+
+def parse_loras(values: Sequence[str]) -> list[tuple[str, float]]:
+    """The files and weights of "file" or "file:0.7"."""
+    found = []
+    for value in values:
+        name, colon, weight = value.rpartition(":")
+        if not colon or Path(value).expanduser().exists():
+            name, weight = value, "1"
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise UserError(
+                f"--lora is {value!r}; accepted: a file, or a file and its weight such as mine.safetensors:0.7"
+            )
+        found.append((name, number))
+    return found
 
 
 def check_count(flag: str, values: Sequence[str], least: int, most: int | None = None) -> Sequence[str]:

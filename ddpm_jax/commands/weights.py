@@ -7,19 +7,34 @@ from ddpm_jax.interop import workdirs
 from ddpm_jax.runtime.errors import UserError
 
 
-def import_weights(source: str | None, workdir: str | Path) -> Path:
+def import_weights(source: str | None, workdir: str | Path, tokenizer: str | None, prediction: str | None) -> Path:
     """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
     if not source:
-        raise UserError("--mode=import needs --source: a diffusers folder, a hub name or an exported .safetensors file")
-    target = workdirs.import_weights(source, workdir, tell=print)
+        raise UserError(
+            "--mode=import needs --source: a diffusers folder, a hub name, an exported .safetensors file, or a Stable "
+            "Diffusion's .safetensors or .ckpt file"
+        )
+    target = workdirs.import_weights(source, workdir, tell=print, tokenizer=tokenizer, prediction=prediction)
     print(f"{source}: {target}")
     return target
 
 
-def export_weights(job: Job) -> Path:
-    """Writes a run's weights for others; see `ddpm_jax.interop.workdirs.export_weights`."""
+def export_weights(job: Job, adapters: bool) -> Path:
+    """Writes a run's weights, or its adapters alone, for others; see `ddpm_jax.interop.workdirs`."""
     if not job.out:
         raise UserError("--mode=export needs --out: a folder for diffusers, or a .safetensors file")
-    target = workdirs.export_weights(job.run, job.out, tell=print)
+    if adapters:
+        target = workdirs.export_adapters(job.run, job.folder, job.out)
+    else:
+        target = workdirs.export_weights(job.run, job.out, tell=print)
     print(f"{job.run.weights}: {target}")
+    return target
+
+
+def export_autoencoder(workdir: str | Path, out: str | None) -> Path:
+    """Writes the autoencoder of a workdir for diffusers; see `ddpm_jax.interop.workdirs.export_autoencoder`."""
+    if not out:
+        raise UserError("--mode=export of an autoencoder needs --out: a folder for diffusers")
+    target = workdirs.export_autoencoder(workdir, out)
+    print(f"{workdir}: {target}")
     return target

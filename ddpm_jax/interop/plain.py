@@ -19,6 +19,17 @@ from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.validation import validate
 
+_FORMAT = "ddpm_jax"
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a .safetensors file says that `write` made it."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):  # which whoever reads it says
+        return False
+
 
 def write(
     path: str | Path, config: ConfigDict, dataset: Mapping[str, Any], step: int, params: Mapping[str, Any]
@@ -28,7 +39,7 @@ def write(
     if os.path.exists(path):
         raise UserError(f"{str(path)!r} is there already; choose another name")
     metadata = {
-        "format": "ddpm_jax",
+        "format": _FORMAT,
         "config": config_lib.to_json(config),
         "dataset": json.dumps({name: value for name, value in dataset.items() if name != "text_encoder"}),
         "step": str(step),

@@ -22,6 +22,8 @@ from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTIONS = dict(zip(("eps", "v"), PREDICTION_TYPES, strict=True))  # by their names here
+PAD_TOKENS = {"1.x": "<|endoftext|>", "2.x": "!"}  # of each version's prompts
 
 _UNET, _AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."

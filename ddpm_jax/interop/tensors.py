@@ -4,9 +4,10 @@ import dataclasses
 import io
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,19 +91,40 @@ def read_weights(folder: str | Path, names: Sequence[str]) -> tuple[Path, Tensor
       UserError: none of them is there, or one cannot be read.
     """
     folder = Path(folder)
-    for variant in ("", ".fp16", ".bf16"):
-        for name in names:
-            stem, dot, suffix = name.rpartition(".")
-            path = folder / f"{stem}{variant}{dot}{suffix}"
-            if path.is_file():
-                return path, read(path)
-            for index in (folder / f"{path.name}.index.json", folder / f"{name}.index{variant}.json"):
-                if index.is_file():
-                    return index, _read_shards(index)
+    for file, _ in _candidates(names):
+        path = folder / file
+        if path.is_file():
+            return path, _read_shards(path) if path.suffix == ".json" else read(path)
     raise UserError(
         f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, whole or in shards, or their fp16 or bf16 "
         "variant"
     )
+
+
+def weight_files(files: Collection[str], names: Sequence[str]) -> list[str]:
+    """Those files of a folder that `read_weights` reads: one, an index and its shards, or none.
+
+    Args:
+      files: the names of all.
+      names: as of `read_weights`.
+    """
+    for file, shard in _candidates(names):
+        if file in files:
+            shards = [other for other in files if shard.fullmatch(other)] if file.endswith(".json") else []
+            return [file, *sorted(shards)]
+    return []
+
+
+def _candidates(names: Sequence[str]) -> Iterator[tuple[str, re.Pattern]]:
+    """The files that may hold weights, or be the index of some, in the order of preference; how shards are called."""
+    for variant in ("", ".fp16", ".bf16"):
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            number, form = r"-\d+-of-\d+", re.escape(variant)
+            shard = re.compile(rf"{re.escape(stem)}({form}{number}|{number}{form})\.{suffix}")
+            whole = f"{stem}{variant}.{suffix}"
+            for file in dict.fromkeys((whole, f"{whole}.index.json", f"{name}.index{variant}.json")):
+                yield file, shard
 
 
 def _read_shards(index: Path) -> Tensors:

@@ -313,6 +313,17 @@ def _is_range(name: str) -> bool:
     return name.endswith("embeddings.position_ids")
 
 
+def paths(net: CLIPTextEncoder) -> dict[str, tuple[str, ...]]:
+    """Where each tensor of a text encoder lies in our tree."""
+    return {_name(("text", *ours)): ours for ours in _shapes(net)}
+
+
+def tensor_shapes(net: CLIPTextEncoder) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a text encoder."""
+    shapes = _shapes(net).items()
+    return {_name(("text", *ours)): _to_theirs(ours, np.broadcast_to(0, leaf.shape)).shape for ours, leaf in shapes}
+
+
 def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], Any]:
     """Our paths of an encoder's parameters, with their shapes."""
     if isinstance(net, CLIPTextEncoder):

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,49 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from ddpm_jax.interop import plain, transformers
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.dataset import training_images
+from ddpm_jax.interop import lora, plain, single_file, transformers
+from ddpm_jax.interop.diffusers import adapters, stable_diffusion
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
-from ddpm_jax.interop.diffusers import stable_diffusion
-from ddpm_jax.models.unet import UNet
-from ddpm_jax.run import Run
+from ddpm_jax.run import Run, load_adapters
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder
+from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.text.tokenizers import Tokenizer
+from ddpm_jax.training import autoencoders
 
 Tell = Callable[[str], None]
+
+_TOKENIZER = "openai/clip-vit-large-patch14"  # on the hub
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def _silent(sentence: str) -> None:
     pass
 
 
-def import_weights(source: str, path: str | Path, tell: Tell = _silent) -> Path:
+def import_weights(
+    source: str,
+    path: str | Path,
+    tell: Tell = _silent,
+    *,
+    tokenizer: str | Path | None = None,
+    prediction: str | None = None,
+) -> Path:
     """Makes a workdir, to sample from, to evaluate and to start training from with --init_from.
 
     Args:
-      source: a diffusers folder or its name on the Hugging Face hub, or a .safetensors file of `export_weights`.
+      source: a diffusers folder or its name on the Hugging Face hub, a .safetensors file of `export_weights`, or a
+        Stable Diffusion 1.x or 2.x in a .safetensors or .ckpt file.
       path: the workdir; must not be there, or be empty.
       tell: given each sentence about what the run samples otherwise than the source's program.
+      tokenizer: for a Stable Diffusion in a file: a folder with CLIP's vocab.json and merges.txt; None: those on the
+        hub.
+      prediction: the same: "eps" or "v", which files of 2.x do not say; None: "eps" for 1.x.
 
     Returns:
       The workdir, whole; nothing is left of one that could not be made.
@@ -47,29 +65,94 @@ def import_weights(source: str, path: str | Path, tell: Tell = _silent) -> Path:
     """
     if jax.process_count() > 1:
         raise UserError("weights are imported by one process, not by a job of several")
-    notes: list[str] = []
-    write_parts: Callable[[Path], None] = lambda folder: None  # noqa: E731
-    if source.endswith(".safetensors"):
-        config, dataset, step, params = plain.read(os.path.expanduser(source))
-    elif stable_diffusion.is_pipeline(folder := diffusers_folder.locate(source)):
-        pipeline = stable_diffusion.read(folder, source)
-        config, step, params, notes = pipeline.config, 0, pipeline.params, pipeline.notes
-        dataset = _description(source, config, params, 0) | {"diffusers": dataclasses.asdict(pipeline.layout)}
-        dataset |= {"tokenizer": pipeline.tokenizer.to_json(), "shown_captions": [""]}
-        write_parts = partial(_write_parts, pipeline)
-    else:
-        described, params = diffusers_folder.read(folder)
-        config, step, notes = described.config, 0, described.notes
-        dataset = _description(source, config, params, described.num_classes)
-    for note in notes:
+    found = _read(source, tokenizer, prediction)
+    for note in found.notes:
         tell(note)
     with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
-        write_parts(temporary)
-        workdir.record(temporary, config, {**dataset, "imported": source})
+        found.write_parts(temporary)
+        workdir.record(temporary, found.config, {**found.dataset, "imported": source})
         checkpoints = Checkpoints(temporary)
-        checkpoints.save_weights(step, jax.tree.map(jnp.asarray, params))
+        checkpoints.save_weights(found.step, jax.tree.map(jnp.asarray, found.params))
         checkpoints.close()
     return Path(path).expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a source holds of a run; `write_parts` writes the frozen parts into its folder."""
+
+    config: ConfigDict
+    dataset: dict[str, Any]
+    params: Any
+    step: int = 0
+    notes: Sequence[str] = ()
+    write_parts: Callable[[Path], None] = lambda folder: None
+
+
+def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> _Found:
+    """What a source holds; the arguments are those of `import_weights`."""
+    if _is_single_file(source):
+        return _of_pipeline(source, _read_single_file(source, tokenizer, prediction))
+    for flag, value in (("tokenizer", tokenizer), ("prediction", prediction)):
+        if value is not None:
+            raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file; {source!r} is none")
+    if source.endswith(".safetensors"):
+        config, dataset, step, params = plain.read(os.path.expanduser(source))
+        return _Found(config, dataset, params, step)
+    folder = diffusers_folder.locate(source)
+    if stable_diffusion.is_pipeline(folder):
+        return _of_pipeline(source, stable_diffusion.read(folder, source))
+    described, params = diffusers_folder.read(folder)
+    dataset = _description(source, described.config, params, described.num_classes)
+    return _Found(described.config, dataset, params, notes=described.notes)
+
+
+def _of_pipeline(source: str, pipeline: stable_diffusion.Pipeline) -> _Found:
+    dataset = {
+        **_description(source, pipeline.config, pipeline.params, 0),
+        "diffusers": dataclasses.asdict(pipeline.layout),
+        "tokenizer": pipeline.tokenizer.to_json(),
+        "shown_captions": [""],
+    }
+    parts = partial(_write_parts, pipeline)
+    return _Found(pipeline.config, dataset, pipeline.params, notes=pipeline.notes, write_parts=parts)
+
+
+def _is_single_file(source: str) -> bool:
+    """Whether a source is a file of another project."""
+    path = os.path.expanduser(source)
+    return source.endswith(".ckpt") or (source.endswith(".safetensors") and not plain.is_export(path))
+
+
+def _read_single_file(source: str, tokenizer: str | Path | None, prediction: str | None) -> stable_diffusion.Pipeline:
+    """A Stable Diffusion in a file; the arguments are those of `import_weights`."""
+    file = single_file.read(os.path.expanduser(source))
+    if file.version == "2.x" and prediction is None:
+        raise UserError(
+            f"{source!r} is a Stable Diffusion 2.x, whose files do not say what the network predicts; give "
+            "--prediction=eps for a model of 512 pixels, --prediction=v for one of 768"
+        )
+    fields = file.fields(None if prediction is None else single_file.PREDICTIONS[prediction])
+    folder = _locate_tokenizer(source) if tokenizer is None else Path(tokenizer).expanduser()
+    length = fields["text_encoder"]["max_position_embeddings"]
+    tensors = {"unet": file.unet, "vae": file.autoencoder, "text_encoder": file.text_encoder}
+    return stable_diffusion.assemble(
+        fields,
+        lambda part: (source, tensors.pop(part)),
+        Tokenizer.read(folder, length, single_file.PAD_TOKENS[file.version]),
+        source=source,
+        where=dict.fromkeys(fields, source),
+    )
+
+
+def _locate_tokenizer(source: str) -> Path:
+    try:
+        return diffusers_folder.locate(_TOKENIZER, lambda files: [file for file in files if file in _TOKENIZER_FILES])
+    except UserError as error:
+        raise UserError(
+            f"{source!r} has no tokenizer, and {error}; give --tokenizer: a folder with CLIP's vocab.json and "
+            "merges.txt"
+        ) from None
 
 
 def _write_parts(pipeline: stable_diffusion.Pipeline, folder: Path) -> None:
@@ -98,7 +181,7 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     """Writes a run's weights: a folder for diffusers, or where `out` ends in .safetensors a file of our own names.
 
     Args:
-      run: of `ddpm_jax.load`.
+      run: of `ddpm_jax.load`; one that takes prompts must be a Stable Diffusion.
       out: must not be there, or as a folder be empty.
       tell: given each sentence about what diffusers samples otherwise than the run.
 
@@ -109,12 +192,70 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
         raise UserError("weights are exported by one process, not by a job of several")
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
+        if changed := [file.name for file in run.loras if file.with_text]:
+            raise UserError(
+                f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not hold; "
+                "accepted: --out of a folder"
+            )
         return plain.write(out, run.config, run.dataset, run.step, params)
-    if not isinstance(run.net, UNet) or run.condition.reads.keys() - {"label"}:
+    if run.condition.reads.keys() - {"label"}:
+        notes = stable_diffusion.write(out, run.config, run.dataset, run.model, params)
+    elif not isinstance(run.model.decoder, Pixels):
         raise UserError(
-            "this run learned from captions, and diffusers' UNet2DModel knows classes at most; accepted: --out of a "
-            ".safetensors file"
+            "this run diffuses an autoencoder's latents without prompts, for which diffusers has no pipeline; "
+            "accepted: --out of a .safetensors file"
         )
-    for note in diffusers_folder.write(out, run.config, run.net, params):
+    else:
+        notes = diffusers_folder.write(out, run.config, run.net, params)
+    for note in notes:
         tell(note)
+    return Path(out).expanduser()
+
+
+def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
+    """Writes the adapters that a run trained as a LoRA file, for `load_lora_weights` of diffusers' pipelines.
+
+    Args:
+      run: of `ddpm_jax.load`, with a lora.rank above 0.
+      path: its workdir.
+      out: a .safetensors file that is not there.
+
+    Raises:
+      UserError: `out` is there already or called otherwise, or the run has no adapters of a Stable Diffusion.
+    """
+    out = Path(out).expanduser()
+    if not run.config.lora.rank:
+        raise UserError("this run trained no adapters (lora.rank is 0); accepted: --mode=export without --adapters")
+    if why := stable_diffusion.why_not(run.model):
+        raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
+    if run.loras:
+        raise UserError("the file has the run's own adapters alone; accepted: --adapters without --lora")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out is {str(out)!r}; it must end in .safetensors")
+    if out.exists():
+        raise UserError(f"{str(out)!r} is there already; choose another name")
+    trained = jax.device_get(load_adapters(run, path))
+    net = stable_diffusion.parts_of(run.model)[1]
+    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths)))
+    return out
+
+
+def export_autoencoder(path: str | Path, out: str | Path) -> Path:
+    """Writes the autoencoder that a run trained as a folder of diffusers' `AutoencoderKL`.
+
+    The scaling factor of its latents is the config's, or else measured on the images that it learned from.
+
+    Args:
+      path: a workdir with train.objective "autoencoder".
+      out: must not be there, or be empty.
+
+    Raises:
+      UserError: no autoencoder there, `out` is there already, or the images that it learned from are not.
+    """
+    config, dataset = workdir.read_config(path), workdir.read_dataset(path)
+    net, params, _ = autoencoders.load_autoencoder(path)
+    factor = config.autoencoder.scaling_factor
+    if not factor:
+        factor = autoencoders.measured_scaling(net, params, training_images(config, dataset or {}))
+    autoencoder_lib.write(out, net, jax.device_get(params), factor)
     return Path(out).expanduser()

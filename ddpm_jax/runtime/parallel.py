@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from ddpm_jax.runtime import files
@@ -180,7 +180,7 @@ def laid(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def place(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
+def place(value: ArrayLike, sharding: Sharding) -> jax.Array:
     """An array that every process has, laid onto the devices."""
     array = np.asarray(value)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

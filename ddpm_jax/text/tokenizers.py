@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ddpm_jax.runtime.errors import UserError, first_line, reason
-from ddpm_jax.runtime.files import read_json_object
+from ddpm_jax.runtime.files import read_json_object, write_text
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
 MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
@@ -24,6 +24,8 @@ MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
 # CLIP's words: contractions, letters, single digits, and runs of anything else.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_LENGTH = 77
+_SUFFIX = "</w>"  # of a word's last token
+_PROBE = "A caf\u00e9's 42 r\u00e9sum\u00e9s,  don't!  \u4f60\u597d <|endoftext|> \U0001f600"  # has every kind of word
 _NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no largest length
 
 
@@ -101,7 +103,7 @@ class Tokenizer:
         return cls(_with_length(tokenizer, max_length, _PAD, "the tokenizer"))
 
     @classmethod
-    def read(cls, path: str | Path, max_length: int | None = None) -> "Tokenizer":
+    def read(cls, path: str | Path, max_length: int | None = None, pad_token: str | None = None) -> "Tokenizer":
         """The tokenizer of a transformers folder, or of a tokenizer.json.
 
         A tokenizer.json is taken as it is. CLIP's vocab.json and merges.txt give what transformers' `CLIPTokenizer`
@@ -111,12 +113,15 @@ class Tokenizer:
         Args:
           path: the folder or the file.
           max_length: tokens of every encoded text; None: as the files say, and 77 for CLIP if they do not.
+          pad_token: a token of the vocabulary; None: as the files say, and the end token for CLIP if they do not.
 
         Raises:
           UserError: files that are missing or broken, or that name no pad token or length.
         """
         path = Path(path)
         config, special = _special_tokens(path if path.is_dir() else path.parent)
+        if pad_token is not None:
+            special["pad_token"] = tokenizers.AddedToken(pad_token, special=True)
         length: int | None
         if path.is_dir() and not (path / "tokenizer.json").is_file():
             if not (path / "vocab.json").is_file():
@@ -126,6 +131,8 @@ class Tokenizer:
         else:
             file = path / "tokenizer.json" if path.is_dir() else path
             tokenizer = _from_json(_read(file), str(file))
+            if pad_token is not None:
+                tokenizer.add_special_tokens([special["pad_token"]])
             length = (tokenizer.truncation or {}).get("max_length")
             pad = (tokenizer.padding or {}).get("pad_token", _PAD)
         named = config.get("model_max_length")
@@ -147,6 +154,52 @@ class Tokenizer:
         """The text of a tokenizer.json, with the length and the pad token."""
         return self._tokenizer.to_str()
 
+    def write_clip(self, folder: str | Path) -> None:
+        """Writes CLIP's vocab.json and merges.txt, with tokenizer_config.json and special_tokens_map.json.
+
+        Args:
+          folder: is made if it is not there.
+
+        Raises:
+          UserError: a tokenizer of another kind, which these files cannot say.
+        """
+        folder, content = Path(folder), json.loads(self.to_json())
+        model, added = content["model"], {token["content"]: token for token in content["added_tokens"]}
+        blank = self._tokenizer.encode("")
+        ends = [token for token, counts in zip(blank.tokens, blank.attention_mask, strict=True) if counts]
+        if model["type"] != "BPE" or model.get("end_of_word_suffix") != _SUFFIX or len(ends) != 2:
+            raise _not_clip(f"it is no byte-pair encoding with words that end in {_SUFFIX!r}, a start and an end token")
+        named = {
+            "bos_token": ends[0],
+            "eos_token": ends[1],
+            "unk_token": model.get("unk_token") or ends[1],
+            "pad_token": content["padding"]["pad_token"],
+        }
+        if others := added.keys() - named.values():
+            raise _not_clip(f"it has an added token {min(others)!r}")
+        options = ("content", "lstrip", "normalized", "rstrip", "single_word")
+        special = {
+            name: {option: added[text][option] for option in options} if text in added else text
+            for name, text in named.items()
+        }
+        config = {
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.max_length,
+            "tokenizer_class": "CLIPTokenizer",
+            **{name: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for name, v in special.items()},
+        }
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+        write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+        again = Tokenizer.read(folder)
+        if not np.array_equal(again.encode([_PROBE]).ids, self.encode([_PROBE]).ids):
+            raise _not_clip(f"it encodes {_PROBE!r} otherwise")
+
     def encode(self, texts: Sequence[str]) -> Tokens:
         """The texts' tokens, cut or padded to `max_length`; UserError for one that is no Unicode text."""
         encoded = self._tokenizer.encode_batch([_checked(text) for text in texts])
@@ -163,6 +216,10 @@ class Tokenizer:
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
         suffix = getattr(self._tokenizer.model, "end_of_word_suffix", None)
         return text.replace(suffix, " ").strip() if suffix else text
+
+
+def _not_clip(why: str) -> UserError:
+    return UserError(f"the tokenizer cannot be written as CLIP's vocab.json and merges.txt: {why}")
 
 
 def _checked(text: str) -> str:

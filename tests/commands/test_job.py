@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpm_jax.commands.job import read_lines
+from ddpm_jax.commands.job import parse_loras, read_lines
 from ddpm_jax.runtime.errors import UserError
 
 
@@ -33,3 +33,19 @@ def test_refused_files(tmp_path, content, said):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_lines("prompts", str(tmp_path))
+
+
+def test_loras(tmp_path):
+    """A weight behind the last colon, unless the whole is a file."""
+    odd = tmp_path / "odd:2"
+    odd.touch()
+    given = ["a.safetensors", "b.safetensors:0.7", "c:d.pt:-1", str(odd), f"{odd}:3"]
+    expected = [("a.safetensors", 1.0), ("b.safetensors", 0.7), ("c:d.pt", -1.0), (str(odd), 1.0), (str(odd), 3.0)]
+    assert parse_loras(given) == expected
+
+
+@pytest.mark.parametrize("value", ["a.safetensors:", "a.safetensors:much", ":0.5", "a.safetensors:nan"])
+def test_refused_loras(value):
+    with pytest.raises(UserError) as caught:
+        parse_loras([value])
+    assert str(caught.value).startswith(f"--lora is {value!r}; accepted: a file, or a file and its weight such as")

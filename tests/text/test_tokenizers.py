@@ -195,6 +195,37 @@ FOLDERS = {
 }
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_clip_s_files_written_back(tmp_path, name):
+    tokenizer, prompts = Tokenizer.read(write_clip(tmp_path / "clip", **FOLDERS[name])), many_prompts(50)
+    tokenizer.write_clip(tmp_path / "again")
+    again = Tokenizer.read(tmp_path / "again")
+    assert (again.max_length, again.vocab_size) == (tokenizer.max_length, tokenizer.vocab_size)
+    for found, expected in zip(*(t.encode(["!", "", *prompts]).ids for t in (again, tokenizer)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for file in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "again" / file).read_text().split() == (tmp_path / "clip" / file).read_text().split()
+
+
+def test_what_clip_s_files_cannot_say(trained, clip, tmp_path):
+    assert "written as CLIP's vocab.json and merges.txt: it is no byte-pair" in refusal(
+        trained.write_clip, tmp_path / "x"
+    )
+    content = json.loads(Tokenizer.read(clip).to_json())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 99_999, "content": "<mine>"})
+    added = Tokenizer.from_json(json.dumps(content))
+    assert "it has an added token '<mine>'" in refusal(added.write_clip, tmp_path / "y")
+
+
+def test_another_pad_token(clip):
+    """As Stable Diffusion 2 pads; the token is found within texts, too, as transformers finds it."""
+    vocab = json.loads((clip / "vocab.json").read_text())
+    tokens = Tokenizer.read(clip, 5, pad_token="!").encode(["", "the!"])
+    assert tokens.ids[0].tolist() == [vocab["<|startoftext|>"], vocab["<|endoftext|>"], *[vocab["!"]] * 3]
+    assert vocab["!"] in tokens.ids[1, :4]
+    assert "no token '<none>' to pad with" in refusal(Tokenizer.read, clip, 5, pad_token="<none>")
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("name", FOLDERS)
 def test_clip_s_tokens_are_those_of_transformers(measure, tmp_path, name):
@@ -213,6 +244,9 @@ def test_clip_s_tokens_are_those_of_transformers(measure, tmp_path, name):
         )
         what = "CLIP's tokenizer: of 1000 prompts of many scripts, those with other tokens or another mask"
         measure(what, "transformers' `CLIPTokenizer`", np.sum(different), 0)
+    tokenizer.write_clip(tmp_path / "again")
+    written = transformers.CLIPTokenizer.from_pretrained(tmp_path / "again")
+    assert written(prompts, padding="max_length", truncation=True)["input_ids"] == expected["input_ids"]
     whole = theirs(prompts)["input_ids"]
     assert [bool(text) for text in found.cut] == [len(ids) > 77 for ids in whole]
     assert 100 < sum(map(bool, found.cut)) < 400

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
 from ddpm_jax.interop.diffusers.fields import WEIGHTS
@@ -20,7 +22,12 @@ from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.validation import validate
 
-_FILES = ("config.json", "scheduler_config.json", "model_index.json", *WEIGHTS)
+# What is read of a repository besides weights, and whose weights are.
+_TEXTS = re.compile(
+    r"model_index\.json|((unet|vae|text_encoder)/)?config\.json|(scheduler/)?scheduler_config\.json"
+    r"|tokenizer/(tokenizer|vocab|tokenizer_config|special_tokens_map)\.json|tokenizer/merges\.txt"
+)
+_PARTS = {"": WEIGHTS, "unet/": WEIGHTS, "vae/": WEIGHTS, "text_encoder/": transformers.WEIGHTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +45,21 @@ class Described:
     notes: list[str]
 
 
-def locate(name: str) -> Path:
+def needed(files: Collection[str]) -> list[str]:
+    """Those of a repository's files that are read here: not the safety checker, and each weight in one form alone."""
+    wanted = [file for file in files if _TEXTS.fullmatch(file)]
+    for part, names in _PARTS.items():
+        own = [file.removeprefix(part) for file in files if file.startswith(part)]
+        wanted += [part + file for file in tensors_lib.weight_files(own, names)]
+    return wanted
+
+
+def locate(name: str, choose: Callable[[Collection[str]], list[str]] = needed) -> Path:
     """The folder of that name, or else the model of that name on the Hugging Face hub, downloaded or from its cache.
+
+    Args:
+      name: of the folder, or "owner/model".
+      choose: the files that are downloaded, of all that the model has.
 
     Raises:
       UserError: no such folder, and the hub does not have it or cannot be reached.
@@ -51,12 +71,17 @@ def locate(name: str) -> Path:
         raise UserError(
             f"{name!r} is no folder; accepted: a diffusers folder or a hub name such as google/ddpm-cifar10-32"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        patterns = [*_FILES, *(f"unet/{file}" for file in _FILES), "scheduler/*.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # of several libraries
+        try:
+            files = HfApi().list_repo_files(name)
+        except Exception:  # of several libraries: the hub cannot be reached, and the cache may do
+            with suppress(Exception):
+                return Path(snapshot_download(name, local_files_only=True))
+            raise
+        return Path(snapshot_download(name, allow_patterns=choose(files)))
+    except Exception as error:
         raise UserError(
             f"{name!r} is no folder here, and the Hugging Face hub does not give it: {first_line(error)}"
         ) from None

@@ -1,6 +1,7 @@
 """Stable Diffusion's pipelines of diffusers: UNet, scheduler, autoencoder, text encoder and tokenizer in one folder."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.files import read_json_object
+from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import NoCondition
+from ddpm_jax.sampling.generate import Model
+from ddpm_jax.sampling.latents import Latents
+from ddpm_jax.text.encoders import FrozenTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -150,6 +155,92 @@ def assemble(
     path, tensors = open_tensors("unet")
     params = unet_lib.to_params(path, tensors, net, layout)
     return Pipeline(config, params, layout, text_encoder, latents, tokenizer, notes)
+
+
+def why_not(model: Model) -> str:
+    """What a run has that a Stable Diffusion does not have, or lacks that it has; "" for a Stable Diffusion."""
+    if not isinstance(model.condition, CaptionCondition):
+        return "takes no prompts"
+    texts = model.condition.texts
+    if not isinstance(texts, FrozenTexts) or not isinstance(model.net, UNet):
+        return f"has a text encoder that was trained along (text.encoder {config_lib.TRAINED!r})"
+    if not isinstance(model.decoder, Latents):
+        return "diffuses pixels, no autoencoder's latents (autoencoder.source)"
+    if not model.net.transformer_depth:
+        return "has no spatial transformers (model.transformer_depth is 0)"
+    if texts.mask_padding:
+        return "leaves the padding of prompts aside (text.mask_padding)"
+    return "has a vector for the whole prompt (text.pooled)" if texts.pooled else ""
+
+
+def layout_of(model: Model, dataset: Mapping[str, Any]) -> unet_lib.Layout:
+    """The layout that a run's network was imported with, or else what the run itself says.
+
+    Args:
+      model: a Stable Diffusion's, of a run.
+      dataset: the description of its data.
+    """
+    if "diffusers" in dataset:
+        fields = dataset["diffusers"]
+        return unet_lib.Layout(**{**fields, "sample_size": tuple(fields["sample_size"])})
+    texts, _, latents = parts_of(model)
+    height, width, channels = latents.shape
+    return unet_lib.Layout(texts.encoder.width, channels, channels, (height, width))
+
+
+def parts_of(model: Model) -> tuple[FrozenTexts, UNet, Latents]:
+    """The text encoder, the network and the autoencoder of a Stable Diffusion."""
+    assert isinstance(model.condition, CaptionCondition)
+    texts, net, latents = model.condition.texts, model.net, model.decoder
+    assert isinstance(texts, FrozenTexts)
+    assert isinstance(net, UNet)
+    assert isinstance(latents, Latents)
+    return texts, net, latents
+
+
+def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Any) -> list[str]:
+    """Writes a folder that diffusers' `StableDiffusionPipeline` opens, whole or not at all.
+
+    Args:
+      folder: must not be there, or be empty.
+      config, dataset, model, params: of a run.
+
+    Returns:
+      Sentences about what diffusers samples otherwise than the run.
+
+    Raises:
+      UserError: the folder holds something, or the run is no Stable Diffusion, or has an option that diffusers lacks.
+    """
+    if why := why_not(model):
+        raise UserError(f"this run {why}, which no Stable Diffusion does; accepted: --out of a .safetensors file")
+    texts, net, latents = parts_of(model)
+    layout = layout_of(model, dataset)
+    scheduler, notes = scheduler_lib.to_fields(config)
+    unet = unet_lib.to_fields(config, net, layout)
+    # The network takes the states of the tokens, which a projection does not change.
+    encoder, states = dataclasses.replace(texts.encoder, projection=None), dict(texts.open_params())
+    states.pop("projection", None)
+    index = {
+        "_class_name": PIPELINES[0],
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    with new_folder(folder, "--out") as temporary:
+        texts.tokenizer.write_clip(temporary / "tokenizer")
+        files = {_INDEX: index, f"unet/{_CONFIGS['unet']}": unet, f"scheduler/{_CONFIGS['scheduler']}": scheduler}
+        for name, fields in files.items():
+            write_text(temporary / name, json.dumps(fields, indent=2) + "\n")
+        transformers.write(temporary / "text_encoder", encoder, states)
+        autoencoder_lib.write(temporary / "vae", latents.autoencoder, latents.open_params(), latents.scaling_factor)
+        tensors = unet_lib.to_tensors(params, len(net.widths), layout.linear_projections)
+        tensors_lib.write(temporary / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
+    return notes
 
 
 def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoencoder, layout: unet_lib.Layout) -> None:

@@ -123,6 +123,11 @@ def to_params(
     )
 
 
+def paths(params: Mapping[str, Any], levels: int) -> dict[str, tuple[str, ...]]:
+    """Where each of their tensors lies in our tree; the arguments as of `to_tensors`."""
+    return {name: ours for ours, name in _names(params, levels)}
+
+
 def _names(params: Mapping[str, Any], levels: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path in our tree, name in theirs) of every parameter."""
     for path in flatten_dict(params):

@@ -73,3 +73,49 @@ def test_images_of_two_channels(call, tmp_path):
     status, output = call(*flags, "--output=npz", f"--out={tmp_path / 'images.npz'}", config=None)
     assert status == 0, output
     assert np.load(tmp_path / "images.npz")["image"].shape == (2, 8, 16, 2)
+
+
+def test_files_of_the_hub():
+    """One form of each weight, and no safety checker."""
+    wanted = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/pytorch_model.bin",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    others = [
+        "v1-5-pruned.ckpt",
+        "feature_extractor/preprocessor_config.json",
+        "safety_checker/model.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.bin",
+    ]
+    assert sorted(folder.needed([*others, *wanted])) == wanted
+    flat = ["config.json", "diffusion_pytorch_model.bin", "scheduler_config.json"]
+    assert sorted(folder.needed([*flat, "samples/1.png"])) == flat
+
+
+def test_located_on_the_hub(tmp_path, monkeypatch):
+    """Downloaded are the chosen files; where the hub cannot be reached, what the cache has."""
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, name: ["unet/config.json", "README.md"])
+    assert folder.locate("a/b") == tmp_path
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, name: 1 / 0)
+    assert folder.locate("a/b") == tmp_path
+    assert asked == [("a/b", {"allow_patterns": ["unet/config.json"]}), ("a/b", {"local_files_only": True})]

@@ -1,0 +1,399 @@
+"""Stable Diffusion's runs, without PyTorch: exported, imported from single files, and changed by LoRA files."""
+
+import dataclasses
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import single_files
+from clips import VOCAB_SIZE, write_tokenizer
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tiny import make_run
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax.interop import lora, workdirs
+from ddpm_jax.interop.diffusers import adapters, folder, stable_diffusion
+from ddpm_jax.models import lora as models_lora
+from ddpm_jax.run import load
+from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.workdir import BASE, CONFIG, read_config, read_dataset
+
+pytestmark = pytest.mark.slow
+
+UNET = single_files.unet_shapes()
+TEXT = single_files.text_shapes(tokens=VOCAB_SIZE, length=20)
+PARTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+def small(shapes, seed):
+    return {name: 0.1 * value for name, value in single_files.random(shapes, seed).items()}
+
+
+def tensors(version="1.x"):
+    parts = small(UNET, 0), small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
+    if version == "2.x":
+        parts = small(single_files.unet_shapes(widths=(64, 128), linear=True), 0), *parts[1:]
+    return single_files.checkpoint(*parts, version=version)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokens"), max_length=20)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A narrow Stable Diffusion 1.x."""
+    path = tmp_path_factory.mktemp("file") / "model.safetensors"
+    save_file(tensors(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(file, tokens, tmp_path_factory):
+    return workdirs.import_weights(str(file), tmp_path_factory.mktemp("imported") / "run", tokenizer=tokens)
+
+
+@pytest.fixture(scope="module")
+def exported(imported, tmp_path_factory):
+    return workdirs.export_weights(load(imported), tmp_path_factory.mktemp("exported") / "folder")
+
+
+def part(path, name):
+    return load_file(path / name / PARTS[name])
+
+
+def assert_same_files(first, second):
+    for name, file in PARTS.items():
+        assert (first / name / file).read_bytes() == (second / name / file).read_bytes(), name
+    files = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+    tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    for name in ("model_index.json", *files, *(f"tokenizer/{name}" for name in tokenizer)):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def opened(run):
+    """The parameters of the text encoder and the autoencoder."""
+    return jax.tree.leaves((run.condition.texts.open_params(), run.model.decoder.open_params()))
+
+
+def assert_same_runs(first, second):
+    """But for what their sources are called."""
+    found, expected = load(first), load(second)
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    named = {"text.encoder", "autoencoder.source"}
+    assert {name.partition(":")[0] for name in config_lib.differences(found.config, expected.config)} <= named
+    assert found.dataset["diffusers"] == expected.dataset["diffusers"]
+    assert found.dataset["tokenizer"] == expected.dataset["tokenizer"]
+    for a, b in zip(*(opened(run) for run in (found, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_exported_holds_the_tensors(exported):
+    for name, expected in (("unet", small(UNET, 0)), ("text_encoder", small(TEXT, 2))):
+        found = part(exported, name)
+        assert found.keys() == expected.keys()
+        assert all(value.tobytes() == expected[tensor].tobytes() for tensor, value in found.items())
+
+
+def test_there_and_back(imported, exported, tmp_path):
+    """A folder and a single file are the same run, and its folder is the same to the byte."""
+    again = workdirs.import_weights(str(exported), tmp_path / "run")
+    assert_same_runs(again, imported)
+    assert_same_files(workdirs.export_weights(load(again), tmp_path / "again"), exported)
+
+
+def test_second_version(tokens, tmp_path):
+    """What the network predicts is asked for, and prompts are padded with "!"."""
+    save_file(tensors("2.x"), tmp_path / "model.safetensors")
+    source = str(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="give --prediction=eps for a model of 512 pixels, --prediction=v for one of"):
+        workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens)
+    path = workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens, prediction="v")
+    run = load(path)
+    assert run.config.diffusion.prediction == "v"
+    assert run.shape == (192, 192, 3)
+    assert run.condition.texts.tokenizer.encode([""]).ids[0].tolist() == [512, 513, *[0] * 18]
+    again = workdirs.import_weights(str(workdirs.export_weights(run, tmp_path / "again")), tmp_path / "back")
+    assert_same_runs(again, path)
+    assert read_dataset(again)["diffusers"]["linear_projections"]
+
+
+def test_tokenizer_of_the_hub(file, tokens, tmp_path, monkeypatch):
+    located = []
+
+    def locate(name, choose):
+        located.append((name, choose(["vocab.json", "merges.txt", "tokenizer.json", "pytorch_model.bin"])))
+        return tokens
+
+    monkeypatch.setattr(folder, "locate", locate)
+    run = load(workdirs.import_weights(str(file), tmp_path / "run"))
+    assert located == [("openai/clip-vit-large-patch14", ["vocab.json", "merges.txt"])]
+    assert run.condition.texts.tokenizer.max_length == 20
+
+    def fails(name, choose):
+        raise UserError(f"{name!r} cannot be had")
+
+    monkeypatch.setattr(folder, "locate", fails)
+    with pytest.raises(
+        UserError, match=r"has no tokenizer, and .* cannot be had; give --tokenizer: a folder with CLIP's"
+    ):
+        workdirs.import_weights(str(file), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ("nowhere", "'nowhere' cannot be read"),
+        (".", "'.' has no tokenizer; accepted: tokenizer.json, or vocab.json and merges.txt"),
+    ],
+)
+def test_tokenizer_that_is_none(file, tmp_path, monkeypatch, tokenizer, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        workdirs.import_weights(str(file), tmp_path / "run", tokenizer=tokenizer)
+    assert said in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flag", "value"), [("tokenizer", "."), ("prediction", "v")])
+def test_what_only_a_single_file_needs(exported, tmp_path, flag, value):
+    with pytest.raises(UserError, match=f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file"):
+        workdirs.import_weights(str(exported), tmp_path / "run", **{flag: value})
+
+
+def test_file_of_another_kind(tokens, tmp_path):
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
+        workdirs.import_weights(str(tmp_path / "x.safetensors"), tmp_path / "run", tokenizer=tokens)
+    for name in ("y.safetensors", "y.ckpt"):
+        with pytest.raises(UserError, match=f"{name}' is not a file"):
+            workdirs.import_weights(str(tmp_path / name), tmp_path / "run", tokenizer=tokens)
+
+
+# Runs that diffusers cannot hold.
+
+
+@pytest.mark.parametrize(
+    ("captions", "said"), [(("a", "b"), "has a text encoder that was trained along"), ((), "takes no prompts")]
+)
+def test_no_stable_diffusion(tmp_path, captions, said):
+    run = make_run(captions=captions)
+    with pytest.raises(UserError, match=f"LoRA files are for a Stable Diffusion, and this run {said}"):
+        adapters.add([("x.safetensors", 1.0)], run.dataset, run.model, run.params)
+    if captions:
+        with pytest.raises(UserError, match=f"this run {said}.*accepted: --out of a .safetensors file"):
+            workdirs.export_weights(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "said"), [("mask_padding", "padding of prompts"), ("pooled", "vector for the whole")]
+)
+def test_prompts_that_are_taken_otherwise(imported, field, said):
+    config = read_config(imported)
+    config.text[field] = True
+    assert said in stable_diffusion.why_not(config_lib.make_model(config, read_dataset(imported)))
+
+
+def test_latents_without_prompts(imported, tmp_path):
+    config = read_config(imported)
+    config.text.encoder = ""
+    run = load(imported)
+    run = dataclasses.replace(run, config=config, model=config_lib.make_model(config, read_dataset(imported)))
+    with pytest.raises(UserError, match="latents without prompts, for which diffusers has no pipeline"):
+        workdirs.export_weights(run, tmp_path / "out")
+
+
+def test_layout_of_a_run_that_was_trained_further(imported):
+    """Its description does not have the layout; the default one is this file's."""
+    run = load(imported)
+    assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
+
+
+# LoRA files.
+
+
+def make_lora(seed, text=True):
+    rng = np.random.default_rng(seed)
+
+    def update(shape):
+        out, *inner = shape
+        down, up = ((2, *inner), (out, 2, *[1] * (len(inner) - 1)))
+        return lora.Update(*(0.1 * rng.standard_normal(size).astype(np.float32) for size in (down, up)), 3.0)
+
+    block = "down_blocks.0.attentions.0"
+    in_unet = ("conv_in", f"{block}.proj_in", f"{block}.transformer_blocks.0.attn2.to_k", "time_embedding.linear_1")
+    in_text = ("text_model.encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc2")
+    return lora.Lora(
+        {module: update(UNET[f"{module}.weight"]) for module in in_unet},
+        {module: update(TEXT[f"{module}.weight"]) for module in (in_text if text else ())},
+    )
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two files with their weights; the second changes the network alone."""
+    for name, changes in (("a", make_lora(0)), ("b", make_lora(1, text=False))):
+        lora.write(tmp_path / f"{name}.safetensors", changes)
+    return [(tmp_path / "a.safetensors", 0.7), (str(tmp_path / "b.safetensors"), 0.3)]
+
+
+def test_loras_are_added_to_both_parts(imported, exported, two, tmp_path):
+    """An export of the run has the weights with the changes; nothing else differs."""
+    changed = workdirs.export_weights(ddpm_jax.load(imported, loras=two), tmp_path / "changed")
+    for name, count in (("unet", 4), ("text_encoder", 2)):
+        before, after = part(exported, name), part(changed, name)
+        expected = dict(before)
+        for seed, weight in ((0, 0.7), (1, 0.3)):
+            expected |= lora.merged(expected, getattr(make_lora(seed, text=seed == 0), name), weight)
+        assert sum(not np.array_equal(after[tensor], before[tensor]) for tensor in after) == count
+        for tensor, value in expected.items():
+            np.testing.assert_allclose(after[tensor], value, atol=1e-6, err_msg=tensor)
+
+
+def test_loras_are_in_the_settings(imported, two):
+    run, plain = ddpm_jax.load(imported, loras=two), load(imported)
+    settings = run.settings(seed=0)
+    assert settings["loras"] == [
+        {"name": "a.safetensors", "weight": 0.7, "crc32": zlib.crc32(two[0][0].read_bytes())},
+        {"name": "b.safetensors", "weight": 0.3, "crc32": zlib.crc32(Path(two[1][0]).read_bytes())},
+    ]
+    assert settings["weights_crc32"] != plain.settings(seed=0)["weights_crc32"]
+    assert "loras" not in plain.settings(seed=0)
+    assert run.weights.endswith(", LoRA a.safetensors at 0.7, LoRA b.safetensors at 0.3")
+    texts, others = (found.condition.texts.arrays(["a"])["tokens"] for found in (run, plain))
+    assert np.any(texts != others)
+
+
+def test_precision_stays(imported, two):
+    run = load(imported, dtype="bfloat16", loras=two)
+    texts = run.condition.texts
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((run.params, texts.open_params()))} == {"bfloat16"}
+
+
+def test_a_file_of_the_network_holds_no_text_encoder(imported, two, tmp_path):
+    with pytest.raises(UserError, match=r"'a\.safetensors' changes the text encoder"):
+        workdirs.export_weights(load(imported, loras=two), tmp_path / "x.safetensors")
+    assert workdirs.export_weights(load(imported, loras=two[1:]), tmp_path / "x.safetensors").exists()
+
+
+def test_lora_that_is_missing(imported, tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.safetensors' is not a file"):
+        load(imported, loras=[(tmp_path / "nothing.safetensors", 1.0)])
+
+
+# A run that trained adapters.
+
+
+@pytest.fixture(scope="module")
+def adapted(imported, tmp_path_factory):
+    """As training leaves it: the network's checkpoint in a folder of its own, and one of the adapters."""
+    run, path = load(imported), tmp_path_factory.mktemp("adapted") / "run"
+    shutil.copytree(imported, path)
+    (path / BASE).mkdir()
+    (path / "checkpoints").rename(path / BASE / "checkpoints")
+    config = run.config.copy_and_resolve_references()
+    config.lora.update(rank=2, alpha=3.0)
+    (path / CONFIG).write_text(config_lib.to_json(config))
+    shapes = jax.eval_shape(lambda: models_lora.init(run.params, 2, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    checkpoints = Checkpoints(path)
+    checkpoints.save_weights(
+        5, jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
+    )
+    checkpoints.close()
+    return path
+
+
+def test_adapters_are_a_lora_file(adapted, imported, tmp_path):
+    run = load(adapted)
+    file = workdirs.export_adapters(run, adapted, tmp_path / "mine.safetensors")
+    with_adapters, with_file, before = (
+        flatten_dict(found.params) for found in (run, load(imported, loras=[(file, 1.0)]), load(imported))
+    )
+    for path, value in with_adapters.items():
+        np.testing.assert_allclose(with_file[path], value, atol=1e-6)
+    moved = sum(not np.array_equal(value, before[path]) for path, value in with_adapters.items())
+    assert moved == len(load_file(file)) // 2
+    with pytest.raises(UserError, match="is there already"):
+        workdirs.export_adapters(run, adapted, file)
+
+
+def test_no_adapters(adapted, imported, two, tmp_path):
+    for path, loras, out, said in (
+        (imported, (), "x.safetensors", "trained no adapters"),
+        (adapted, two[:1], "x.safetensors", "accepted: --adapters without --lora"),
+        (adapted, (), "x.bin", "must end in .safetensors"),
+    ):
+        with pytest.raises(UserError, match=said):
+            workdirs.export_adapters(load(path, loras=loras), path, tmp_path / out)
+
+
+# By command.
+
+
+def test_commands(call, file, tokens, imported, two, tmp_path):
+    run, made = tmp_path / "run", tmp_path / "made.safetensors"
+    flags = ("--mode=import", f"--source={file}", f"--tokenizer={tokens}", f"--workdir={run}")
+    status, output = call(*flags, config=None)
+    assert status == 0, output
+    loras = [f"--lora={path}:{weight}" for path, weight in two]
+    sized = ("--height=8", "--width=8", "--num_steps=2", "--num_images=1", "--prompt=a red bicycle")
+    status, output = call(
+        "--mode=sample", f"--workdir={run}", *sized, *loras, f"--out={tmp_path / 'x.png'}", config=None
+    )
+    assert status == 0, output
+    assert "LoRA a.safetensors at 0.7, LoRA b.safetensors at 0.3" in output
+    with Image.open(tmp_path / "x.png") as picture:
+        settings = json.loads(picture.text["settings"])
+    assert [found["name"] for found in settings["loras"]] == ["a.safetensors", "b.safetensors"]
+    status, output = call("--mode=export", f"--workdir={run}", *loras, f"--out={tmp_path / 'changed'}", config=None)
+    assert status == 0, output
+    assert (tmp_path / "changed" / "model_index.json").exists()
+    for more, said in (
+        (("--adapters", f"--out={made}"), "this run trained no adapters (lora.rank is 0)"),
+        (("--prediction=v", f"--out={made}"), "--prediction does nothing with --mode=export"),
+        (("--lora=a:b", f"--out={made}"), "--lora is 'a:b'; accepted: a file"),
+        (("--lora=nothing", f"--out={made}"), "'nothing' is not a file"),
+    ):
+        status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
+        assert (status, output.count("\n")) == (1, 1), output
+        assert said in output
+
+
+def test_autoencoder(call, tmp_path):
+    """A run that trained one is written as a folder, with the scaling factor of its latents."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    sizes = {"level_channels": "(8,8)", "num_res_blocks": "1", "num_groups": "4", "middle_attention": "False"}
+    flags = [f"--config.autoencoder.{name}={value}" for name, value in sizes.items()]
+    status, output = call("--config.train.objective=autoencoder", *flags, f"--workdir={run}")
+    assert status == 0, output
+    status, output = call("--mode=export", f"--workdir={run}", f"--out={out}", config=None)
+    assert status == 0, output
+    net, params, factor = ddpm_jax.load_autoencoder(out)
+    own, expected, unknown = ddpm_jax.load_autoencoder(run)
+    assert net == own
+    assert (factor > 0, unknown) == (True, 0)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(expected))
+    for more, said in (
+        ((), "--mode=export of an autoencoder needs --out: a folder"),
+        (("--step=4", f"--out={tmp_path / 'x'}"), "--step does nothing with --mode=export of an autoencoder"),
+        ((f"--out={out}",), "is there and not empty"),
+    ):
+        status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
+        assert (status, output.count("\n")) == (1, 1), output
+        assert said in output

@@ -1,0 +1,164 @@
+"""Stable Diffusion's exports, single files and LoRAs, against diffusers, transformers and PEFT."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import single_files
+import stable_diffusions
+from clips import VOCAB_SIZE, write_tokenizer
+from safetensors.numpy import load_file, save_file
+
+from ddpm_jax.interop import lora, workdirs
+from ddpm_jax.interop.diffusers import adapters
+from ddpm_jax.models import lora as models_lora
+from ddpm_jax.run import load
+
+WHY = "diffusers and PyTorch are not installed (pip install -e '.[peers]')"
+torch = pytest.importorskip("torch", reason=WHY)
+diffusers = pytest.importorskip("diffusers", reason=WHY)
+pytest.importorskip("peft", reason=WHY)
+pytestmark = pytest.mark.peers
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OPTIONS = {
+    "prompt": ["A red Bicycle!", "the sea"],
+    "negative_prompt": ["blue", ""],
+    "num_inference_steps": 3,
+    "output_type": "latent",
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "theirs"
+    stable_diffusions.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(saved, tmp_path_factory):
+    return workdirs.import_weights(str(saved), tmp_path_factory.mktemp("imported") / "run")
+
+
+def opened(folder):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents_of(pipeline):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
+    return pipeline(**OPTIONS, latents=noise).images.numpy()
+
+
+def parts_of(pipeline):
+    """The values of both parts' tensors; not all releases of transformers begin names with "text_model."."""
+    return {
+        part: {
+            name.removeprefix("text_model."): value.numpy()
+            for name, value in getattr(pipeline, part).state_dict().items()
+        }
+        for part in lora.PARTS
+    }
+
+
+def differences(found, expected):
+    """The largest of every tensor."""
+    for part, tensors in parts_of(expected).items():
+        others = parts_of(found)[part]
+        assert others.keys() == tensors.keys()
+        yield from (np.abs(others[name] - value).max() for name, value in tensors.items())
+
+
+def test_export_is_the_pipeline(measure, saved, imported, tmp_path):
+    again = workdirs.export_weights(load(imported), tmp_path / "again")
+    before, after = opened(saved), opened(again)
+    different = []
+    for name, file in {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}.items():
+        tensors, others = (
+            {tensor.removeprefix("text_model."): value for tensor, value in load_file(path).items()}
+            for path in (saved / name / file, again / name / file)
+        )
+        assert tensors.keys() == others.keys()
+        different += [tensor for tensor, value in tensors.items() if value.tobytes() != others[tensor].tobytes()]
+    measure("tensors that differ after import and export, Stable Diffusion", "their bytes", len(different), 0)
+    np.testing.assert_array_equal(latents_of(after), latents_of(before))
+    texts = ["Hello, World! caf\u00e9 42", "", "don't " * 30]
+    for tokenizer in (after.tokenizer, before.tokenizer):
+        ids = tokenizer(texts, padding="max_length", truncation=True).input_ids
+        np.testing.assert_array_equal(ids, load(imported).condition.texts.tokenizer.encode(texts).ids)
+
+
+def test_checkpoint(tmp_path):
+    """A .ckpt of PyTorch, with what training leaves in it, is the run of the .safetensors file."""
+    shapes = single_files.unet_shapes(), single_files.autoencoder_shapes()
+    tensors = single_files.checkpoint(
+        *map(single_files.random, (*shapes, single_files.text_shapes(tokens=VOCAB_SIZE, length=20)))
+    )
+    state = {name: torch.tensor(value) for name, value in tensors.items()}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "x.ckpt")
+    save_file(tensors, tmp_path / "x.safetensors")
+    tokens = write_tokenizer(tmp_path / "tokens", max_length=20)
+    runs = [
+        load(workdirs.import_weights(str(tmp_path / f"x.{kind}"), tmp_path / kind, tokenizer=tokens))
+        for kind in ("ckpt", "safetensors")
+    ]
+    for a, b in zip(*(jax.tree.leaves(run.params) for run in runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert runs[0].dataset["fingerprint"] == runs[1].dataset["fingerprint"]
+
+
+def make_lora(pipeline, seed):
+    """Of all projections of attention, some filters, and the text encoder's layers."""
+    rng = np.random.default_rng(seed)
+    chosen = {"unet": ("to_q", "to_k", "to_out.0", "proj_in", "conv1"), "text_encoder": ("q_proj", "fc1")}
+    parts = {}
+    for part, endings in chosen.items():
+        parts[part] = {}
+        for name, value in getattr(pipeline, part).state_dict().items():
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and module.endswith(endings):
+                out, *inner = value.shape
+                sizes = ((3, *inner), (out, 3, *[1] * (len(inner) - 1)))
+                factors = (0.1 * rng.standard_normal(size).astype(np.float32) for size in sizes)
+                parts[part][module] = lora.Update(*factors, 2.0)
+    return lora.Lora(**parts)
+
+
+def test_two_loras(measure, saved, imported, tmp_path):
+    pipeline, files = opened(saved), {"a": 0.7, "b": 0.3}
+    for seed, name in enumerate(files):
+        lora.write(tmp_path / f"{name}.safetensors", make_lora(pipeline, seed))
+    before = parts_of(pipeline)
+    for name in files:
+        pipeline.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
+    pipeline.set_adapters(list(files), adapter_weights=list(files.values()))
+    pipeline.fuse_lora(adapter_names=list(files))
+    pipeline.unload_lora_weights()
+    run = load(imported, loras=[(tmp_path / f"{name}.safetensors", weight) for name, weight in files.items()])
+    found = opened(workdirs.export_weights(run, tmp_path / "found"))
+    for part, tensors in parts_of(found).items():
+        moved = [name for name, value in tensors.items() if np.any(value != before[part][name])]
+        assert len(moved) == len(getattr(make_lora(found, 0), part))
+    what = "weights with two LoRAs of 0.7 and 0.3"
+    measure(what, "diffusers and PEFT", max(differences(found, pipeline)), 1e-4)
+    expected, ours = latents_of(pipeline), latents_of(found)
+    measure(f"latents, {what}", "diffusers and PEFT", np.abs(ours - expected).max() / np.abs(expected).max(), 1e-4)
+
+
+def test_trained_adapters(measure, saved, imported, tmp_path):
+    """The adapters of a run, by `load_lora_weights`, are the network that the run has."""
+    run, rng = load(imported), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: models_lora.init(run.params, 4, jax.random.key(0)))
+    trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
+    lora.write(tmp_path / "x.safetensors", adapters.to_lora(trained, 0.5, len(run.net.widths)))
+    pipeline = opened(saved)
+    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    run = dataclasses.replace(run, params=models_lora.merge(run.params, trained, 0.5))
+    found = opened(workdirs.export_weights(run, tmp_path / "found"))
+    measure("weights with a run's adapters", "diffusers and PEFT", max(differences(found, pipeline)), 1e-4)
