@@ -104,6 +104,35 @@ ELSEWHERE = {
     ("python3", "-m", "venv", ".venv"): "the test's own Python",
     (".", ".venv/bin/activate"): "the test's own Python",
     ("cd", "ddpm_jax"): "the workspace",
+    **dict.fromkeys(
+        (
+            *(
+                ("python", "main.py", "--mode=import", *flags)
+                for flags in (
+                    ("--source=path/to/stable-diffusion", "--workdir=runs/sd"),
+                    ("--source=model.safetensors", "--tokenizer=path/to/tokenizer", "--workdir=runs/sd"),
+                    (
+                        *("--source=model-768.ckpt", "--tokenizer=path/to/tokenizer"),
+                        *("--prediction=v", "--workdir=runs/sd2"),
+                    ),
+                )
+            ),
+            *(
+                ("python", "main.py", "--mode=sample", "--workdir=runs/sd", "--prompt=a red bicycle", *flags)
+                for flags in (
+                    ("--negative_prompt=blurry", "--num_steps=25"),
+                    ("--lora=style.safetensors:0.7", "--lora=ink.safetensors:0.3"),
+                )
+            ),
+            ("python", "main.py", "--mode=export", "--workdir=runs/sd", "--out=sd-diffusers"),
+            ("python", "main.py", "--mode=export", "--workdir=runs/mine", "--adapters", "--out=mine.safetensors"),
+            (
+                *("python", "main.py", "--mode=export", "--workdir=runs/numbers_autoencoder"),
+                "--out=autoencoder-diffusers",
+            ),
+        ),
+        "tests/interop/test_stable_diffusion.py",
+    ),
     ("ssh", "-L", "8000:127.0.0.1:8000", "machine"): "another machine",
 }
 INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs would replace what is installed
