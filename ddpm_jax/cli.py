@@ -20,6 +20,7 @@ Mix, vary, denoise or repair pictures, or watch how they come about:
 Make a workdir of other people's weights, or a folder for diffusers of a workdir:
   python main.py --mode=import --source=google/ddpm-cifar10-32 --workdir=runs/imported
   python main.py --mode=export --workdir=runs/digits --out=digits-diffusers
+  python main.py --mode=import --source=model.safetensors --tokenizer=path/to/tokenizer --workdir=runs/sd
 
 Play with a run in the browser:
   python main.py --mode=serve --workdir=runs/digits

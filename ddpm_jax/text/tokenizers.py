@@ -131,10 +131,14 @@ class Tokenizer:
         else:
             file = path / "tokenizer.json" if path.is_dir() else path
             tokenizer = _from_json(_read(file), str(file))
-            if pad_token is not None:
-                tokenizer.add_special_tokens([special["pad_token"]])
             length = (tokenizer.truncation or {}).get("max_length")
             pad = (tokenizer.padding or {}).get("pad_token", _PAD)
+        if pad_token is not None:
+            if pad_token not in tokenizer.get_vocab(with_added_tokens=False):
+                raise UserError(
+                    f"{str(path)!r} has no token {pad_token!r} to pad with, which this model was trained on"
+                )
+            tokenizer.add_special_tokens([special["pad_token"]])
         named = config.get("model_max_length")
         if isinstance(named, int) and 0 < named < _NO_LENGTH:
             length = named

@@ -176,6 +176,14 @@ def test_what_only_a_single_file_needs(exported, tmp_path, flag, value):
         workdirs.import_weights(str(exported), tmp_path / "run", **{flag: value})
 
 
+def test_tokenizer_of_another_encoder(tokens, tmp_path):
+    parts = small(UNET, 0), small(single_files.autoencoder_shapes(), 1), small(single_files.text_shapes(length=20), 2)
+    save_file(single_files.checkpoint(*parts), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"the tokenizer has {VOCAB_SIZE} tokens .* accepted: at most the 50 and 20 of"):
+        workdirs.import_weights(str(tmp_path / "x.safetensors"), tmp_path / "run", tokenizer=tokens)
+    assert not (tmp_path / "run").exists()
+
+
 def test_file_of_another_kind(tokens, tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):

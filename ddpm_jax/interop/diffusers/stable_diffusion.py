@@ -145,6 +145,11 @@ def assemble(
         files = ", ".join(map(repr, where.values()))
         raise UserError(f"one of {files} holds a value that does not fit: {error}") from None
     _check(where, clip, autoencoder, layout)
+    if tokenizer.vocab_size > clip.vocab_size or tokenizer.max_length > clip.max_length:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; accepted: at most "
+            f"the {clip.vocab_size} and {clip.max_length} of {where['text_encoder']!r}"
+        )
     _set_fields(config, autoencoder, layout, source)
     net = config_lib.make_network(config, NoCondition())
     assert isinstance(net, UNet)
