@@ -1,8 +1,15 @@
 """A narrow Stable Diffusion of random weights, as a folder of diffusers."""
 
 import json
+import tempfile
+from pathlib import Path
 
+import single_files
 from clips import VOCAB_SIZE, write_tokenizer
+from safetensors.numpy import save_file
+
+from ddpm_jax.interop import workdirs
+from ddpm_jax.run import load
 
 UNET = {
     "sample_size": 8,
@@ -38,6 +45,28 @@ TEXT_ENCODER = {
 # As the files of Stable Diffusion 1.x have it.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SCHEDULER = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False}
+
+
+def write_narrow(folder, file):
+    """Writes a narrow Stable Diffusion of random weights, without PyTorch: as a folder of diffusers, for pictures of
+    64x64, and as a single file."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        parts = (
+            single_files.unet_shapes(),
+            single_files.autoencoder_shapes(),
+            single_files.text_shapes(tokens=VOCAB_SIZE, length=20),
+        )
+        random = [
+            {name: 0.1 * value for name, value in single_files.random(shapes, seed).items()}
+            for seed, shapes in enumerate(parts)
+        ]
+        save_file(single_files.checkpoint(*random, version="1.x"), file)
+        tokenizer = write_tokenizer(place / "tokenizer", max_length=20)
+        run = load(workdirs.import_weights(str(file), place / "run", tokenizer=tokenizer))
+        workdirs.export_weights(run, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 8}))
 
 
 def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, text_encoder=None, **unet):

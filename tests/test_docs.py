@@ -14,6 +14,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import stable_diffusions
 from documents import PAGES, ROOT, anchors, blocks, commands, links
 from filelock import FileLock
 from flax.traverse_util import flatten_dict
@@ -53,6 +54,9 @@ REPLACED = {
     "--topology=v5e:2x4": ([], "wants libtpu, and minutes; measures here in its place"),
     "--coordinator=host0:1234": (["--coordinator=127.0.0.1:PORT"], "no such host"),
     "--num_processes=2": (["--num_processes=1"], "tests/test_processes.py has jobs of two"),
+    "--source=stable-diffusion-v1-5/stable-diffusion-v1-5": (["--source=stable-diffusion"], "would download"),
+    "--height=512": (["--height=64"], "seconds more"),
+    "--width=768": (["--width=80"], "seconds more"),
     "--images=0-49999": (["--images=0-15", "--shard_size=4"], "hours"),
     "--num_images=*": (["--num_images=24"], "minutes to hours"),
     "--likelihood_images=*": (["--likelihood_images=2"], "minutes"),
@@ -105,6 +109,31 @@ ELSEWHERE = {
     (".", ".venv/bin/activate"): "the test's own Python",
     ("cd", "ddpm_jax"): "the workspace",
     ("ssh", "-L", "8000:127.0.0.1:8000", "machine"): "another machine",
+    **{
+        ("python", "main.py", *flags): "tests/training/test_latent_runs.py"
+        for flags in (
+            ("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine", "--config.data.path=path/to/pictures"),
+            (
+                *("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine_lora"),
+                *("--config.data.path=path/to/pictures", "--config.lora.rank=16"),
+            ),
+        )
+    },
+    **{
+        ("python", "main.py", *flags): "tests/interop/test_stable_diffusion.py"
+        for flags in (
+            (
+                *("--mode=import", "--source=model-768.ckpt", "--tokenizer=path/to/tokenizer", "--prediction=v"),
+                "--workdir=runs/sd21",
+            ),
+            (
+                *("--mode=sample", "--workdir=runs/sd15", "--prompt=a castle"),
+                *("--lora=style.safetensors:0.7", "--lora=ink.safetensors:0.3"),
+            ),
+            ("--mode=export", "--workdir=runs/mine_lora", "--adapters", "--out=mine.safetensors"),
+            ("--mode=export", "--workdir=runs/numbers_autoencoder", "--out=autoencoder-diffusers"),
+        )
+    },
 }
 INSTALLED_BY_NAME = ("torch-fidelity",)  # pip install --no-deps: its needs would replace what is installed
 
@@ -138,7 +167,7 @@ class Workspace:
             for i in range(12):
                 Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / name / f"{i}.png")
                 (folder / name / f"{i}.txt").write_text(f"picture number {i}")
-        for name in ("a", "b", "noisy"):
+        for name in ("a", "b", "noisy", "photo"):
             shutil.copy(folder / "other" / "0.png", folder / f"{name}.png")
         (folder / "prompts.txt").write_text("ten\nninety\n")
         hole = np.zeros((8, 8), np.uint8)
@@ -213,14 +242,26 @@ class Workspace:
             self.prepare(value["--workdir"])
         if "--init_from" in names:
             self.prepare(value["--init_from"])
+        if value.get("--source") in ("stable-diffusion", "model.safetensors"):
+            self.stable_diffusion()
         if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
             self.prepare("runs/digits")
             self.main(["python", "main.py", "--mode=export", "--workdir=runs/digits", "--out=a-diffusers-folder"])
         return given, environment
 
+    def stable_diffusion(self):
+        """A narrow Stable Diffusion for pictures of 64x64, as a folder and as a file, and the tokenizer of both."""
+        if not (self.folder / "stable-diffusion").exists():
+            stable_diffusions.write_narrow(self.folder / "stable-diffusion", self.folder / "model.safetensors")
+            shutil.copytree(self.folder / "stable-diffusion" / "tokenizer", self.folder / "path/to/tokenizer")
+
     def prepare(self, workdir):
         """Trains the run that a command is about, where no command before it did; `results` is of a command without."""
         if workdir == "results" or (self.folder / workdir).exists() or workdir == "runs/imported":
+            return
+        if workdir == "runs/sd15":
+            self.stable_diffusion()
+            self.main(["python", "main.py", "--mode=import", "--source=stable-diffusion", f"--workdir={workdir}"])
             return
         name = {"runs/classes": "digits_classes", "runs/numbers": "numbers"}.get(workdir, "digits")
         kept = self.done / name
