@@ -109,9 +109,7 @@ def default_config() -> ConfigDict:
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
-    autoencoder.source = (
-        ""  # a workdir or a diffusers folder of an autoencoder whose latents are diffused; "": pixels are
-    )
+    autoencoder.source = ""  # workdir or diffusers folder of the autoencoder whose latents are diffused; "": pixels are
     autoencoder.scaling_factor = 0.0  # of the latents; 0: the folder's, or for a workdir measured on the data
     autoencoder.latent_channels = 4  # of an autoencoder that is trained (train.objective), like all that follow
     autoencoder.level_channels = (128, 256, 512, 512)  # one for each level; the image is halved from one to the next

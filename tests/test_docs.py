@@ -238,7 +238,7 @@ class Workspace:
             given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
         if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
             given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in names]
-        if mode != "train" and not config and "--workdir" in names:
+        if mode not in ("train", "import") and not config and "--workdir" in names:
             self.prepare(value["--workdir"])
         if "--init_from" in names:
             self.prepare(value["--init_from"])

@@ -127,7 +127,7 @@ def test_half_precision(dtype):
         ({"magic": 1}, "magic is 1 in 'config.json', a field that this project does not know"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel'"),
         ({"sample_size": None}, "sample_size is None"),
-        ({"sample_size": 9}, "an image of 9x9 cannot be halved 1 times"),
+        ({"sample_size": 9, "downsample_padding": 0}, "an image of 9x9 cannot be halved 1 times"),
         ({"layers_per_block": "two"}, "num_res_blocks"),
         ({"block_out_channels": "ab"}, "holds a value that does not fit"),
     ],
