@@ -1,4 +1,4 @@
-"""An autoencoder of the numbers' pictures, 8x16 grey to latents of 4x8x4: half a minute on two cores.
+"""An autoencoder of the numbers' pictures, 8x16 grey to latents of 4x8x4: about a minute on two cores.
 
     python main.py --config=configs/numbers_autoencoder.py --workdir=runs/numbers_autoencoder
 
