@@ -72,8 +72,8 @@ def vary(
     *,
     input: Sequence[str],
     t: Sequence[str],
-    strength: float | None,
     num_images: int | None,
+    strength: float | None = None,
     batch_size: int | None = None,
 ) -> Path:
     """Variations of each picture: one row a picture and t, the picture first."""

@@ -196,7 +196,7 @@ class TestCommands:
     )
     def test_refused_inputs(self, run, tmp_path, inputs, said):
         with pytest.raises(UserError) as caught:
-            editing.vary(Job(run, tmp_path, options=QUICK), input=inputs, t=[], strength=None, num_images=1)
+            editing.vary(Job(run, tmp_path, options=QUICK), input=inputs, t=[], num_images=1)
         assert said in str(caught.value)
 
     @pytest.mark.parametrize(
