@@ -1,11 +1,11 @@
-"""Fine-tuning: a run, or an imported one, learns further on a folder of pictures.
+"""Fine-tunes a run, trained here or imported, on a folder of pictures.
 
     python main.py --mode=import --source=path/to/stable-diffusion --workdir=runs/sd
     python main.py --config=configs/finetune.py:runs/sd --workdir=runs/mine --config.data.path=path/to/pictures
 
-The workdir behind the colon is the run to start from: the new run has its network, text encoder, autoencoder and
-diffusion. If it takes prompts, the pictures need captions. With --config.lora.rank=16, adapters of that rank are
-trained instead of the whole network, which needs a fraction of the memory.
+After the colon stands the workdir to start from, whose network, text encoder, autoencoder and diffusion the new run
+takes over. If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that
+rank instead of the whole network; they usually want a higher rate, --config.optimizer.learning_rate=1e-4.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def get_config(path: str = ""):
     dataset = workdir.read_dataset(path) or {}
     config.train.init_from = path
     config.text.encoder = dataset.get(workdir.TEXT_ENCODER, config.text.encoder)
-    # A tokenizer that was trained along is taken over from train.init_from.
+    # A tokenizer that was trained on captions is taken over from train.init_from.
     if workdir.TEXT_ENCODER in dataset or config.text.tokenizer:
         config.text.tokenizer = str(Path(path) / workdir.TOKENIZER)
     config.autoencoder.source = dataset.get(workdir.AUTOENCODER, config.autoencoder.source)

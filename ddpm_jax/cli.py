@@ -76,16 +76,16 @@ _INIT_FROM = flags.DEFINE_string("init_from", None, "train: start from the avera
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "import: a diffusers folder, its name on the Hugging Face hub, an exported .safetensors file, or a Stable "
-    "Diffusion's .safetensors or .ckpt file.",
+    "import: a diffusers folder, its name on the Hugging Face hub, an exported .safetensors file, or a single-file "
+    "checkpoint of Stable Diffusion (.safetensors or .ckpt).",
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
-    "import of a Stable Diffusion's file: a folder with CLIP's vocab.json and merges.txt; by default the hub's.",
+    "import of a single-file checkpoint: a folder with CLIP's vocab.json and merges.txt; by default the hub's.",
 )
 _PREDICTION = flags.DEFINE_enum(
-    "prediction", None, ["eps", "v"], "import of a Stable Diffusion's file: what the network predicts; needed for 2.x."
+    "prediction", None, ["eps", "v"], "import of a single-file checkpoint: what the network predicts; needed for 2.x."
 )
 
 # Which weights, and how to sample with them.
@@ -93,13 +93,13 @@ _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by d
 _EMA_DECAY = flags.DEFINE_float("ema_decay", None, "Decay of the moving average to use; by default the config's first.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a moving average.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Hold the weights in this and compute in it; by default as the config says."
+    "dtype", None, ["float32", "bfloat16"], "Of the weights in memory and of the arithmetic; by default the config's."
 )
 _LORA = flags.DEFINE_multi_string(
-    "lora", [], "Of a Stable Diffusion: a LoRA file, or FILE:WEIGHT, 1 for all of its change; repeated for several."
+    "lora", [], "Stable Diffusion: a LoRA file to add, as FILE or FILE:WEIGHT (by default 1); repeated for several."
 )
-_HEIGHT = flags.DEFINE_integer("height", None, "Of the pictures; by default the config's.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("width", None, "The same.", lower_bound=1)
+_HEIGHT = flags.DEFINE_integer("height", None, "Height of the pictures; by default the config's.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", None, "Width of the pictures; by default the config's.", lower_bound=1)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -145,13 +145,13 @@ _OUT = flags.DEFINE_string(
     "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
 )
 _ADAPTERS = flags.DEFINE_bool(
-    "adapters", False, "export: the adapters that the run trained (config.lora), alone, as a LoRA file for diffusers."
+    "adapters", False, "export: only the adapters that the run trained (config.lora), as a LoRA file for diffusers."
 )
 _INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
 _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
 _T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
 _STRENGTH = flags.DEFINE_float(
-    "strength", None, "vary: in place of t, the share of the steps that are taken, above 0 to 1; diffusers' strength."
+    "strength", None, "vary: instead of --t, the share of the sampling steps to take, above 0 to 1, as in diffusers."
 )
 _WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
 _LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")

@@ -105,7 +105,7 @@ def default_config() -> ConfigDict:
     text.num_layers = 2  # of its Transformer; 0: the embeddings of tokens and of their places alone
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
-    text.mask_padding = True  # the network attends to the tokens of a caption, not to its padding; False: to both
+    text.mask_padding = True  # the network does not attend to the padding of a caption
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
@@ -145,7 +145,7 @@ def default_config() -> ConfigDict:
     optimizer.options = ConfigDict()  # further arguments of the optax optimiser: b1, b2, eps, weight_decay, ...
 
     config.train = train = ConfigDict()
-    train.objective = "diffusion"  # or autoencoder: trains one, for the autoencoder.source of other runs
+    train.objective = "diffusion"  # or autoencoder, to be the autoencoder.source of other runs
     train.batch_size = 128  # of all devices together
     train.num_steps = 800_000  # of the whole run
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
@@ -155,8 +155,8 @@ def default_config() -> ConfigDict:
     train.init_from = ""  # a workdir whose averaged weights this run starts from
 
     config.lora = lora = ConfigDict()
-    lora.rank = 0  # of the adapters of attention's projections, which are trained instead of the network; 0: off
-    lora.alpha = 0.0  # the adapters are multiplied by alpha / rank; 0: as large as the rank
+    lora.rank = 0  # of LoRA adapters for attention's projections, trained instead of the network; 0: train the network
+    lora.alpha = 0.0  # the adapters are multiplied by alpha / rank; 0: alpha is the rank
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that divide the batch alone; -1: what fsdp leaves
@@ -337,11 +337,7 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
     clip = transformers.read_module(encoder_folder)
-    if tokenizer.vocab_size > clip.vocab_size or tokenizer.max_length > clip.max_length:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; the encoder "
-            f"{encoder_folder!r} has {clip.vocab_size} tokens and texts of at most {clip.max_length}"
-        )
+    transformers.check_tokenizer(tokenizer, clip, encoder_folder)
     return FrozenTexts(
         tokenizer,
         clip,

@@ -254,8 +254,8 @@ class Run:
           pictures: uint8 [N, H, W, C].
           t: how far; the larger, the less is kept.
           seed: picture i's noise depends on the seed and i.
-          strength: in the place of t, the share of the steps that are taken, above 0 to 1: with 0.75, 15 of 20. This is
-            diffusers' image to image.
+          strength: instead of t, the share of the sampling steps to take, above 0 to 1: 0.75 takes 15 of 20, as
+            diffusers' image to image does.
           options: batch_size, progress and those of `sample`.
         """
         if (t is None) == (strength is None):
@@ -433,13 +433,14 @@ class Run:
         for leaf in jax.tree.leaves(self.params):
             weights = zlib.crc32(parallel.to_host(leaf).tobytes(), weights)
         request = self.request(**options)
-        size = {} if self.shape[:2] == (self.config.data.height, self.config.data.width) else {"size": self.shape[:2]}
+        height, width, _ = self.shape
+        is_own_size = (height, width) == (self.config.data.height, self.config.data.width)
         return {
             "step": self.step,
             "ema_decay": self.ema_decay,
             "weights_crc32": weights,
             "seed": seed,
-            **{name: list(value) for name, value in size.items()},
+            **({} if is_own_size else {"size": [height, width]}),
             **request.condition.settings(),
             "batch_size": batch_size or self.config.sample.batch_size,
             **request.settings(),
@@ -481,12 +482,13 @@ class Run:
         return Request(condition, steps, output, guidance)
 
     def _last_timesteps(self, strength: float, options: Mapping[str, Any]) -> np.ndarray:
-        """The lowest of the timesteps that sampling with these options has, as large a share as `strength` says."""
+        """Of the timesteps that sampling with these options takes, the lowest share that `strength` names."""
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}; accepted: above 0 to 1")
-        own = {name: value for name, value in options.items() if name not in ("batch_size", "progress", "watch")}
+        steps = self.request(**{name: options[name] for name in _OPTIONS if name in options}).steps
         try:
-            timesteps = self.request(**own).steps.timesteps_of(self.schedule)
+            # Only timesteps themselves can be taken from; levels between them are left aside.
+            timesteps = dataclasses.replace(steps, levels=None, fractional=False).levels_of(self.schedule).t[:-1]
         except ValueError as error:
             raise UserError(str(error)) from None
         count = int(len(timesteps) * strength)
@@ -625,10 +627,10 @@ def load(
       step: of the checkpoint; None: the newest that can be read.
       ema_decay: which moving average; None: the first of the config's.
       raw: the weights as trained instead of an average.
-      dtype: "float32" or "bfloat16": what the weights are held in and what the network computes in; None: float32
-        weights, and config.model.dtype.
-      loras: files of LoRAs for a Stable Diffusion, each with its weight, 1 for all of its change; all are added to the
-        weights of the network and of the text encoder.
+      dtype: "float32" or "bfloat16", of the weights in memory and of the network's arithmetic; None: float32 weights,
+        and the arithmetic of config.model.dtype.
+      loras: LoRA files and the weight of each, usually 1, for a Stable Diffusion; they are added to the network and to
+        the text encoder.
 
     Raises:
       UserError: no run there, no such checkpoint, or no such average; a LoRA that does not fit.
@@ -640,7 +642,7 @@ def load(
     if config.train.objective == "autoencoder":
         raise UserError(
             f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
-            "autoencoder.source it is, or ddpm_jax.training.autoencoders.load_autoencoder"
+            "autoencoder.source it is, or ddpm_jax.load_autoencoder"
         )
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay

@@ -225,8 +225,8 @@ def _check_training(config: ConfigDict) -> None:
     diffusion, evaluate, data, train = config.diffusion, config.evaluate, config.data, config.train
     if config.lora.rank and not train.init_from:
         raise UserError(
-            f"config.lora.rank is {config.lora.rank}, and adapters change a network that has learned; it needs "
-            "--init_from, the workdir of one"
+            f"config.lora.rank is {config.lora.rank}, and adapters need a trained network; give its workdir by "
+            "--init_from"
         )
     if config.train.objective == "autoencoder" and evaluate.every_steps:
         raise UserError(

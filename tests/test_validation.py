@@ -299,8 +299,8 @@ class TestFrozenEncoder:
         found = refusal(small(**self.write(folder, **sizes)))
         own = {"vocab_size": 270, "max_length": 8, **sizes}
         assert found == (
-            f"the tokenizer has {own['vocab_size']} tokens and texts of {own['max_length']}; the encoder "
-            f"{str(folder)!r} has 270 tokens and texts of at most 8"
+            f"the tokenizer has {own['vocab_size']} tokens and texts of {own['max_length']}; accepted: at most the "
+            f"270 tokens and texts of 8 of the encoder {str(folder)!r}"
         )
 
     def test_without_a_tokenizer(self, folder):

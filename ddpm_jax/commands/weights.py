@@ -11,8 +11,8 @@ def import_weights(source: str | None, workdir: str | Path, tokenizer: str | Non
     """Makes a workdir of other weights; see `ddpm_jax.interop.workdirs.import_weights`."""
     if not source:
         raise UserError(
-            "--mode=import needs --source: a diffusers folder, a hub name, an exported .safetensors file, or a Stable "
-            "Diffusion's .safetensors or .ckpt file"
+            "--mode=import needs --source: a diffusers folder, a hub name, an exported .safetensors file, or a "
+            "single-file checkpoint of Stable Diffusion (.safetensors or .ckpt)"
         )
     target = workdirs.import_weights(source, workdir, tell=print, tokenizer=tokenizer, prediction=prediction)
     print(f"{source}: {target}")

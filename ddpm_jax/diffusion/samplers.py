@@ -142,11 +142,22 @@ class Steps:
     fractional: bool = False
     scaled_start: bool = False
 
-    def timesteps_of(self, schedule: Schedule) -> np.ndarray:
-        """The timesteps themselves, descending; ValueError as of `plan`."""
-        spacing = DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing
-        names = ("num_steps", "spacing_offset", "skip_lowest", "stop_at_first", "timesteps")
-        return plan(schedule, spacing=spacing, **{name: getattr(self, name) for name in names}).t[:-1]
+    def levels_of(self, schedule: Schedule, t_start: int | None = None, t_end: int | None = None) -> Levels:
+        """The noise levels to sample at; the arguments and ValueErrors are those of `plan`."""
+        check_option("sampler", self.sampler, tuple(SAMPLERS))
+        return plan(
+            schedule,
+            num_steps=self.num_steps,
+            spacing=DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing,
+            spacing_offset=self.spacing_offset,
+            skip_lowest=self.skip_lowest,
+            stop_at_first=self.stop_at_first,
+            levels=self.levels,
+            fractional=self.fractional,
+            timesteps=self.timesteps,
+            t_start=t_start,
+            t_end=t_end,
+        )
 
     def table(
         self,
@@ -170,22 +181,9 @@ class Steps:
         Raises:
           ValueError: an unknown option, or options that do not go together.
         """
-        check_option("sampler", self.sampler, tuple(SAMPLERS))
         if self.x_0_mse is not None and np.shape(self.x_0_mse) != (schedule.num_timesteps,):
             raise ValueError(f"x_0_mse has shape {np.shape(self.x_0_mse)}; accepted: one value for each of T timesteps")
-        levels = plan(
-            schedule,
-            num_steps=self.num_steps,
-            spacing=DEFAULT_SPACING[self.sampler] if self.spacing is None else self.spacing,
-            spacing_offset=self.spacing_offset,
-            skip_lowest=self.skip_lowest,
-            stop_at_first=self.stop_at_first,
-            levels=self.levels,
-            fractional=self.fractional,
-            timesteps=self.timesteps,
-            t_start=t_start,
-            t_end=t_end,
-        )
+        levels = self.levels_of(schedule, t_start, t_end)
         table = make_table(
             self.sampler,
             levels,

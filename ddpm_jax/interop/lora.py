@@ -112,24 +112,6 @@ def read(path: str | Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
     return Lora(**changes)
 
 
-def merged(tensors: Mapping[str, np.ndarray], changes: Mapping[str, Update], weight: float) -> dict[str, np.ndarray]:
-    """The changed tensors alone, W + weight * alpha / r * up @ down, in W's precision.
-
-    Several LoRAs are added one after the other, each to what the ones before made of the tensors.
-
-    Args:
-      tensors: by diffusers' or transformers' names.
-      changes: of these tensors' modules, a part of a `Lora`.
-      weight: how much of the change is taken; 1: all of it.
-    """
-    result = {}
-    for module, update in changes.items():
-        value = tensors[f"{module}.weight"]
-        changed = value.astype(np.float32) + update.delta(weight).reshape(value.shape)
-        result[f"{module}.weight"] = changed.astype(value.dtype)
-    return result
-
-
 def write(path: str | Path, lora: Lora) -> None:
     """Writes a .safetensors file that `load_lora_weights` of diffusers' pipelines takes; UserError if it cannot be."""
     tensors: tensors_lib.Tensors = {}

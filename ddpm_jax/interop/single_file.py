@@ -12,7 +12,7 @@ layers and the projection.
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,28 +245,30 @@ def _unet(where: str, tensors: Mapping[str, np.ndarray]) -> tensors_lib.Tensors:
     found = (re.fullmatch(r"input_blocks\.(\d{1,4})\.0\.op\.weight", name) for name in tensors)
     halvings = [int(match[1]) for match in found if match]
     layers = min(halvings, default=_count(tensors, r"input_blocks\.(\d{1,4})\.")) - 1
-    converted = {}
-    for name, value in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        theirs = unet_module(module, layers)
-        if theirs is None:
-            raise _unknown(where, _UNET + name)
-        converted[f"{theirs}.{leaf}"] = value
-    return converted
+    return _renamed(where, tensors, _UNET, lambda module: unet_module(module, layers))
 
 
 def _autoencoder(where: str, tensors: Mapping[str, np.ndarray]) -> tensors_lib.Tensors:
     levels = _count(tensors, r"decoder\.up\.(\d{1,4})\.")
-    converted = {}
+    renamed = _renamed(where, tensors, _AUTOENCODER, lambda module: _autoencoder_module(module, levels))
+    return {  # attention's projections were once 1 x 1 convolutions
+        name: value[:, :, 0, 0] if ".attentions." in name and value.shape[2:] == (1, 1) else value
+        for name, value in renamed.items()
+    }
+
+
+def _renamed(
+    where: str, tensors: Mapping[str, np.ndarray], prefix: str, rename: Callable[[str], str | None]
+) -> tensors_lib.Tensors:
+    """The tensors by diffusers' names of their modules; UserError for a module that has none."""
+    renamed = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")
-        theirs = _autoencoder_module(module, levels)
+        theirs = rename(module)
         if theirs is None:
-            raise _unknown(where, _AUTOENCODER + name)
-        if ".attentions." in theirs and value.ndim == 4 and value.shape[2:] == (1, 1):  # once a convolution
-            value = value[:, :, 0, 0]
-        converted[f"{theirs}.{leaf}"] = value
-    return converted
+            raise _unknown(where, prefix + name)
+        renamed[f"{theirs}.{leaf}"] = value
+    return renamed
 
 
 def _autoencoder_module(name: str, levels: int) -> str | None:

@@ -124,11 +124,7 @@ def read_clip(folder: str | Path) -> CLIP:
     text, image = to_module(config, where), _image_module(config, where)
     mean, std = _preparation(folder / "preprocessor_config.json", image)
     tokenizer = Tokenizer.read(folder, text.max_length)
-    if tokenizer.vocab_size > text.vocab_size:
-        raise UserError(
-            f"the tokenizer in {str(folder)!r} has {tokenizer.vocab_size} tokens; accepted: at most the "
-            f"{text.vocab_size} of the text encoder"
-        )
+    check_tokenizer(tokenizer, text, str(folder))
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
     shapes: dict[tuple[str, ...], Any] = {("logit_scale",): jax.ShapeDtypeStruct((), jnp.float32)}
     for half, net in (("text", text), ("image", image)):
@@ -137,6 +133,15 @@ def read_clip(folder: str | Path) -> CLIP:
     params = _converted(path, {name: v for name, v in tensors.items() if not _is_range(name)}, shapes, names)
     scale = float(params.pop("logit_scale"))
     return CLIP(text, image, params, scale, tokenizer, mean, std)
+
+
+def check_tokenizer(tokenizer: Tokenizer, net: CLIPTextEncoder, where: str) -> None:
+    """UserError for a tokenizer with more tokens, or longer texts, than the text encoder of `where` takes."""
+    if tokenizer.vocab_size > net.vocab_size or tokenizer.max_length > net.max_length:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; accepted: at most "
+            f"the {net.vocab_size} tokens and texts of {net.max_length} of the encoder {where!r}"
+        )
 
 
 def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -> Path:

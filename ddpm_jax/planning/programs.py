@@ -18,6 +18,7 @@ from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.evaluation import features, inception
 from ddpm_jax.planning.flops import matrix_flops
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Cond
 from ddpm_jax.sampling.generate import Model
@@ -67,7 +68,12 @@ def programs_of(
       mesh: the devices.
       names: of the programs.
       calls: of the network in sampling; None: the config's.
+
+    Raises:
+      UserError: a program that a run with this objective does not have.
     """
+    if config.train.objective == "autoencoder" and set(names) != {"train"}:
+        raise UserError(f"--programs is {','.join(names)}; accepted for an autoencoder, which makes no samples: train")
     model = config_lib.make_model(config, dataset)
     makers: dict[str, Callable[[], Planned]] = {
         "train": lambda: training_step(config, dataset, mesh),
@@ -87,7 +93,7 @@ def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
         steps = config_lib.history_timesteps(config)
         return create_state(objective.init_params(config.seed), optimizer, config.train.ema_decays, num_timesteps=steps)
 
-    state = jax.eval_shape(create)
+    state = dataclasses.replace(jax.eval_shape(create), frozen=objective.frozen_shapes())
     arguments = (
         parallel.laid(state, parallel.state_shardings(mesh, state)),
         _whole(mesh, jax.eval_shape(Metrics.zero)),

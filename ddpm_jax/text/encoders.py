@@ -16,7 +16,7 @@ from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_CHUNK = 32  # texts that a frozen encoder takes at a time
+_CHUNK = 4  # texts that a frozen encoder takes at a time; a prompt alone is padded to so many
 
 
 class Texts(Protocol):

@@ -60,21 +60,19 @@ def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
         train.objective "autoencoder", of which the first average of the newest checkpoint is read.
 
     Returns:
-      The module, to be applied with method "encode" or "decode"; {"params": ...} without the outer level; and the
-      factor, 0 of a workdir.
+      The module, whose methods are "encode" and "decode"; its parameters; and the scaling factor, 0 for a workdir,
+      which has none.
 
     Raises:
       UserError: no autoencoder there, or one that is not supported.
     """
     if not config_lib.is_workdir(path):
-        net, params, factor = autoencoder_lib.read(config_lib.autoencoder_folder(path))
-        return net, params, factor
+        return autoencoder_lib.read(config_lib.autoencoder_folder(path))
     config = workdir.read_config(path)
     net, _ = config_lib.open_autoencoder(path)
-    shape = jax.ShapeDtypeStruct((1, config.data.height, config.data.width, config.data.channels), np.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), shape)["params"]
     checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
-    _, params = checkpoints.restore_weights(None, f"ema_{config.train.ema_decays[0]}", shapes)
+    part, shapes = f"ema_{config.train.ema_decays[0]}", autoencoder_lib.param_shapes(net)
+    _, params = checkpoints.restore_weights(None, part, shapes)
     checkpoints.close()
     return net, params, 0.0
 

@@ -198,10 +198,9 @@ class _Training:
     def _frozen(self) -> Params:
         """The parameters of the network whose adapters are trained, from the run that this one started from; the
         workdir keeps them. None without adapters."""
-        if not self.config.lora.rank:
+        shapes = self.objective.frozen_shapes()
+        if shapes is None:
             return None
-        assert isinstance(self.objective, Diffusion)
-        shapes = self.objective.model.param_shapes()
         shardings = parallel.state_shardings(self.mesh, shapes)
         base = Checkpoints(self.folder / workdir.BASE)
         try:

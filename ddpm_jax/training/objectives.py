@@ -44,6 +44,10 @@ class Objective(Protocol):
         """The random parameters that a run of this seed starts from."""
         ...
 
+    def frozen_shapes(self) -> Params:
+        """The shapes of `TrainState.frozen`, parameters that are read and not trained; None: there are none."""
+        ...
+
     def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
         """The entries that `reads` names, of a batch of `host_batches` of the source, on the host; see
         `Condition.read`."""
@@ -63,14 +67,14 @@ class Objective(Protocol):
 class Diffusion:
     """The network predicts the noise (DDPM, algorithm 1), or what `loss_options` says.
 
-    Where the condition is dropped the network learns to do without (classifier-free guidance: Ho & Salimans 2022,
-    algorithm 1).
+    From the examples whose condition is dropped, the network learns the unconditional model that guidance needs (Ho &
+    Salimans 2022, algorithm 1).
 
     Attributes:
       model: what is trained.
       timestep_sampler: see `sample_timesteps`.
       loss_options: of `training_loss`.
-      lora_rank: with one above 0, adapters of that rank are trained, and the network's own parameters are frozen.
+      lora_rank: above 0, adapters of that rank are trained and the network's own parameters are frozen.
       lora_scale: of the adapters, see `lora.merge`.
     """
 
@@ -92,6 +96,9 @@ class Diffusion:
         if not self.lora_rank:
             return self.model.init_params(seed)
         return lora.init(self.model.param_shapes(), self.lora_rank, named_key(seed, "lora"))
+
+    def frozen_shapes(self) -> Params:
+        return self.model.param_shapes() if self.lora_rank else None
 
     def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
         condition = self.model.condition
@@ -142,6 +149,9 @@ class Reconstruction:
     def init_params(self, seed: int) -> Params:
         example = jnp.zeros((1, *self.pixels.picture_shape))
         return self.autoencoder.init(named_key(seed, "init"), example)["params"]
+
+    def frozen_shapes(self) -> Params:
+        return None
 
     def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
         return self.pixels.read(batch)

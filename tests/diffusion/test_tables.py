@@ -129,7 +129,7 @@ def test_levels_between_timesteps(how):
     even = {"linspace": levels.t[:-1], "karras": sigma ** (1 / 7), "logsnr": np.log(sigma)}[how]
     np.testing.assert_allclose(np.diff(even), (even[-1] - even[0]) / 4)
     of_all = noise_levels("linear", np.arange(T))
-    of_all = np.log(of_all[1] / of_all[0])[:-1]
+    of_all = np.log(of_all[1][:-1] / of_all[0][:-1])
     np.testing.assert_allclose(np.log(sigma), np.interp(levels.t[:-1], np.arange(T), of_all), atol=1e-5)
     whole = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how, fractional=False)
     assert whole.t.dtype == np.int32

@@ -13,6 +13,7 @@ import pytest
 import single_files
 from clips import VOCAB_SIZE, write_tokenizer
 from flax.traverse_util import flatten_dict
+from loras import merged
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny import make_run
@@ -179,7 +180,9 @@ def test_what_only_a_single_file_needs(exported, tmp_path, flag, value):
 def test_tokenizer_of_another_encoder(tokens, tmp_path):
     parts = small(UNET, 0), small(single_files.autoencoder_shapes(), 1), small(single_files.text_shapes(length=20), 2)
     save_file(single_files.checkpoint(*parts), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"the tokenizer has {VOCAB_SIZE} tokens .* accepted: at most the 50 and 20 of"):
+    with pytest.raises(
+        UserError, match=f"the tokenizer has {VOCAB_SIZE} tokens .* accepted: at most the 50 tokens and texts of 20"
+    ):
         workdirs.import_weights(str(tmp_path / "x.safetensors"), tmp_path / "run", tokenizer=tokens)
     assert not (tmp_path / "run").exists()
 
@@ -267,7 +270,7 @@ def test_loras_are_added_to_both_parts(imported, exported, two, tmp_path):
         before, after = part(exported, name), part(changed, name)
         expected = dict(before)
         for seed, weight in ((0, 0.7), (1, 0.3)):
-            expected |= lora.merged(expected, getattr(make_lora(seed, text=seed == 0), name), weight)
+            expected |= merged(expected, getattr(make_lora(seed, text=seed == 0), name), weight)
         assert sum(not np.array_equal(after[tensor], before[tensor]) for tensor in after) == count
         for tensor, value in expected.items():
             np.testing.assert_allclose(after[tensor], value, atol=1e-6, err_msg=tensor)

@@ -61,7 +61,7 @@ def described(tmp_path):
 
 
 def test_adapters_of_nothing():
-    refused(tiny_config(lora={"rank": 2}), "config.lora.rank is 2, and adapters change a network that has learned")
+    refused(tiny_config(lora={"rank": 2}), "config.lora.rank is 2, and adapters need a trained network")
 
 
 @pytest.mark.parametrize(("field", "value"), [("clip", True), ("dynamic_threshold", 0.99)])

@@ -145,11 +145,7 @@ def assemble(
         files = ", ".join(map(repr, where.values()))
         raise UserError(f"one of {files} holds a value that does not fit: {error}") from None
     _check(where, clip, autoencoder, layout)
-    if tokenizer.vocab_size > clip.vocab_size or tokenizer.max_length > clip.max_length:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; accepted: at most "
-            f"the {clip.vocab_size} and {clip.max_length} of {where['text_encoder']!r}"
-        )
+    transformers.check_tokenizer(tokenizer, clip, where["text_encoder"])
     _set_fields(config, autoencoder, layout, source)
     net = config_lib.make_network(config, NoCondition())
     assert isinstance(net, UNet)
@@ -163,7 +159,7 @@ def assemble(
 
 
 def why_not(model: Model) -> str:
-    """What a run has that a Stable Diffusion does not have, or lacks that it has; "" for a Stable Diffusion."""
+    """How a run differs from a Stable Diffusion, to follow the words "this run"; "" if it is one."""
     if not isinstance(model.condition, CaptionCondition):
         return "takes no prompts"
     texts = model.condition.texts
@@ -217,7 +213,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
       UserError: the folder holds something, or the run is no Stable Diffusion, or has an option that diffusers lacks.
     """
     if why := why_not(model):
-        raise UserError(f"this run {why}, which no Stable Diffusion does; accepted: --out of a .safetensors file")
+        raise UserError(f"this run {why}, unlike Stable Diffusion; accepted: --out of a .safetensors file")
     texts, net, latents = parts_of(model)
     layout = layout_of(model, dataset)
     scheduler, notes = scheduler_lib.to_fields(config)
@@ -273,6 +269,6 @@ def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.L
     config.autoencoder.source = f"{source}/vae"
     config.diffusion.update(clip=False, dynamic_threshold=0.0)
     config.sample.update(guidance_scale=_GUIDANCE, num_images=4, batch_size=4)
-    # Said aloud, so that it holds for other samplers, too.
+    # Set even where it is the sampler's default, so that it also holds for a sampler that is chosen later.
     config.sample.spacing = config.sample.spacing or DEFAULT_SPACING[config.sample.sampler]
     config.log.sample_images = 4

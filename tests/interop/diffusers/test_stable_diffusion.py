@@ -83,7 +83,7 @@ def test_pipelines(measure, tmp_path, name):
     )
     what, against = "whole pipelines of Stable Diffusion, narrow, by six schedulers", "diffusers and transformers"
     error = np.abs(np.asarray(latents) - their_latents).max() / np.abs(their_latents).max()
-    measure(f"latents, {what}", against, error, 1e-3, "relative")
+    measure(f"latents, {what}", against, error, 1e-5, "relative")
     pictures = model.decoder.decode(latents)
     assert pictures.dtype == np.uint8
     assert np.std(their_pictures) > 5
