@@ -186,7 +186,9 @@ _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz fo
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: a TPU slice to compile for, such as v5e:2x4; by default measures here."
 )
-_PROGRAMS = flags.DEFINE_list("programs", ["train", "sample", "evaluate"], "plan: which of these.")
+_PROGRAMS = flags.DEFINE_list(
+    "programs", [], "plan: which of train, sample, decode (of latents) and evaluate; by default all that the run has."
+)
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at; by default for this machine alone.")
 _PORT = flags.DEFINE_integer(

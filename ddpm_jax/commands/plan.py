@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.planning.compiled import estimate, open_topology
 from ddpm_jax.planning.measured import measure
-from ddpm_jax.planning.programs import PROGRAMS
+from ddpm_jax.planning.programs import names_of
 from ddpm_jax.planning.table import table
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import workdir as workdir_lib
@@ -20,28 +20,36 @@ from ddpm_jax.validation import validate
 FILE = "plan.json"
 
 
-def plan(config: ConfigDict | None, workdir: str, topology: str | None, programs: Sequence[str]) -> None:
+def plan(
+    config: ConfigDict | None,
+    workdir: str,
+    topology: str | None,
+    programs: Sequence[str],
+    dtype: str | None = None,
+) -> None:
     """Prints what a run costs, and writes it to plan.json of the workdir if there is one.
 
     Args:
       config: of the run; None: the one that lies in the workdir.
       workdir: of the run; "": none.
       topology: a TPU slice such as "v5e:2x4", to compile for; None: measure on the devices here.
-      programs: which of PROGRAMS to plan.
+      programs: which of `names_of` to plan; empty: all.
+      dtype: of the weights and the arithmetic in sampling, and of the arithmetic in training; None: the config's.
 
     Raises:
       UserError: no config, one that cannot run, an unknown topology, no libtpu, a program that does not fit.
     """
     config, dataset = _open(config, workdir)
-    for program in programs:
-        if program not in PROGRAMS:
-            raise UserError(f"--programs has {program!r}; accepted: {', '.join(PROGRAMS)}")
+    if dtype is not None:
+        config = config.copy_and_resolve_references()
+        config.model.dtype = dtype
+    programs = programs or names_of(config)
     if topology is None:
         validate(config, jax.device_count())
-        result = measure(config, dataset, parallel.make_mesh(**config.mesh), programs)
+        result = measure(config, dataset, parallel.make_mesh(**config.mesh), programs, dtype)
     else:
         chip, mesh = open_topology(topology, config)
-        result = estimate(config, dataset, chip, mesh, topology, programs)
+        result = estimate(config, dataset, chip, mesh, topology, programs, dtype)
     print(table(result))
     if workdir and jax.process_index() == 0:
         write_text(workdir_lib.check_writable(workdir) / FILE, json.dumps(result, indent=2) + "\n")

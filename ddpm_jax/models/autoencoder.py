@@ -174,3 +174,9 @@ class _Decoder(_Half):
             if level > 0:
                 h = Upsample(dtype=self.dtype, name=f"up_{level}_upsample")(h)
         return self._end(h)
+
+
+def param_shapes(net: Autoencoder) -> dict[str, Any]:
+    """The parameters as `jax.ShapeDtypeStruct`s."""
+    example = jax.ShapeDtypeStruct((1, net.downscaling, net.downscaling, net.channels), jnp.float32)
+    return jax.eval_shape(net.init, jax.random.key(0), example)["params"]

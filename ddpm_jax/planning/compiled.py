@@ -53,7 +53,13 @@ def open_topology(name: str, config: ConfigDict) -> tuple[Chip, Mesh]:
 
 
 def estimate(
-    config: ConfigDict, dataset: Dataset, chip: Chip, mesh: Mesh, topology: str, names: Sequence[str]
+    config: ConfigDict,
+    dataset: Dataset,
+    chip: Chip,
+    mesh: Mesh,
+    topology: str,
+    names: Sequence[str],
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The costs of the programs as the compiler makes them for these chips."""
     chips = mesh.devices.size
@@ -63,7 +69,7 @@ def estimate(
         "chip": dataclasses.asdict(chip),
         "programs": {},
     }
-    for name, planned in programs_of(config, dataset, mesh, names).items():
+    for name, planned in programs_of(config, dataset, mesh, names, dtype).items():
         program, seconds = _compiled(planned, mesh, f"{topology}, {chips} x {chip.name}")
         bounds = _bounds(chip, program)
         result["programs"][name] = {

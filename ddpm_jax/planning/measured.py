@@ -22,7 +22,9 @@ _CALLS = 10  # of the network, for the sampler's time
 _SECONDS, _FEWEST_CALLS = 2.0, 3  # that a measurement takes, at least
 
 
-def measure(config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[str]) -> dict[str, Any]:
+def measure(
+    config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[str], dtype: str | None = None
+) -> dict[str, Any]:
     """The time of the programs on the devices of the mesh, with random weights and images."""
     chip = chip_of(jax.devices()[0].device_kind)
     result: dict[str, Any] = totals.header(config, dataset, mesh.devices.size) | {
@@ -33,8 +35,8 @@ def measure(config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[st
     }
     plain = config.copy_and_resolve_references()
     plain.model.remat = "none"  # what is computed twice is no part of the model's arithmetic
-    as_written = programs_of(plain, dataset, mesh, names, _CALLS)
-    for name, planned in programs_of(config, dataset, mesh, names, _CALLS).items():
+    as_written = programs_of(plain, dataset, mesh, names, dtype, _CALLS)
+    for name, planned in programs_of(config, dataset, mesh, names, dtype, _CALLS).items():
         flops = as_written[name].flops() / planned.calls / mesh.devices.size
         compiling, seconds = _timed(planned)
         result["programs"][name] = {

@@ -1,4 +1,5 @@
-"""The programs of a run, ready to be compiled or measured: a training step, a batch's sampling, a batch's features."""
+"""The programs of a run, ready to be compiled or measured: a training step, a batch's sampling, its decoding, its
+features."""
 
 import dataclasses
 import functools
@@ -22,13 +23,14 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Cond
 from ddpm_jax.sampling.generate import Model
+from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.training.objectives import make_objective
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 
 Dataset = Mapping[str, Any] | None
 
-PROGRAMS = ("train", "sample", "evaluate")
+PROGRAMS = ("train", "sample", "decode", "evaluate")
 _FEATURES_BATCH = 64
 
 
@@ -57,27 +59,42 @@ class Planned:
         return matrix_flops(self.function.trace(*self.arguments).jaxpr)
 
 
+def names_of(config: ConfigDict) -> tuple[str, ...]:
+    """The programs that a run of this config has, of PROGRAMS."""
+    if config.train.objective == "autoencoder":
+        return ("train",)
+    return tuple(name for name in PROGRAMS if name != "decode" or config.autoencoder.source)
+
+
 def programs_of(
-    config: ConfigDict, dataset: Dataset, mesh: Mesh, names: Sequence[str], calls: int | None = None
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: Mesh,
+    names: Sequence[str],
+    dtype: str | None = None,
+    calls: int | None = None,
 ) -> dict[str, Planned]:
-    """The run's programs of these names, of PROGRAMS, on a mesh.
+    """The run's programs of these names, of `names_of`, on a mesh.
 
     Args:
       config: of the run.
       dataset: the description of its images; None: there is none yet.
       mesh: the devices.
       names: of the programs.
+      dtype: of the weights in sampling and decoding; None: float32.
       calls: of the network in sampling; None: the config's.
 
     Raises:
-      UserError: a program that a run with this objective does not have.
+      UserError: a program that the run does not have.
     """
-    if config.train.objective == "autoencoder" and set(names) != {"train"}:
-        raise UserError(f"--programs is {','.join(names)}; accepted for an autoencoder, which makes no samples: train")
+    for name in names:
+        if name not in names_of(config):
+            raise UserError(f"--programs has {name!r}; accepted for this run: {', '.join(names_of(config))}")
     model = config_lib.make_model(config, dataset)
     makers: dict[str, Callable[[], Planned]] = {
         "train": lambda: training_step(config, dataset, mesh),
-        "sample": lambda: sampling(config, model, mesh, calls),
+        "sample": lambda: sampling(config, model, mesh, dtype, calls),
+        "decode": lambda: decoding(config, model, mesh, dtype),
         "evaluate": lambda: judging(model.decoder.picture_shape, mesh),
     }
     return {name: makers[name]() for name in names}
@@ -102,7 +119,7 @@ def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
     return Planned(f"training step of {size} images", function, arguments, size, donates=True)
 
 
-def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) -> Planned:
+def sampling(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None, calls: int | None) -> Planned:
     """The whole sampling of a batch."""
     if calls is not None:
         config = config.copy_and_resolve_references()
@@ -118,13 +135,23 @@ def sampling(config: ConfigDict, model: Model, mesh: Mesh, calls: int | None) ->
     def rows(of_images: Any) -> Any:
         return jax.tree.map(lambda x: _rows(mesh, x.shape, x.dtype), of_images)
 
-    params = model.param_shapes()
+    params = _held_in(dtype, model.param_shapes())
     cond = jax.eval_shape(lambda: model.example(size)[2])
     conditions = (cond, cond if request.guidance.is_on else None)
     numbers = np.arange(size, dtype=np.int32)
     arguments = (parallel.laid(params, parallel.state_shardings(mesh, params)), *map(rows, (numbers, *conditions)))
     jitted = jax.jit(function, out_shardings=parallel.batch_sharding(mesh))
     return Planned(f"network call of sampling {size} images", jitted, arguments, size, in_all)
+
+
+def decoding(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None) -> Planned:
+    """The pictures of as many latents as are decoded at a time."""
+    latents = model.decoder
+    assert isinstance(latents, Latents)
+    size = latents.at_a_time(config.sample.batch_size, mesh)
+    params = _whole(mesh, _held_in(dtype, latents.param_shapes()))
+    arguments = (params, _rows(mesh, (size, *latents.shape), jnp.float32))
+    return Planned(f"decoding of {size} images", jax.jit(latents.program("decode")), arguments, size)
 
 
 def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
@@ -141,6 +168,10 @@ def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
     arguments = (_whole(mesh, apply), _rows(mesh, (size, *shape), np.uint8))
     function = jax.jit(functools.partial(features.judge, mesh=mesh))
     return Planned(f"features of {size} images by {name}", function, arguments, size)
+
+
+def _held_in(dtype: str | None, shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

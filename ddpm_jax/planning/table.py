@@ -67,19 +67,25 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _run_lines(result: dict[str, Any]) -> list[str]:
     run, lines = result["run"], []
     if "train" in run:
         train = run["train"]
         lines.append(
-            f"{result['steps']:,} steps: {train['steps_per_second']:.3g} steps/s, {train['images_per_second']:,.0f} "
+            f"{result['steps']:,} steps: {train['steps_per_second']:.3g} steps/s, {_rate(train['images_per_second'])} "
             f"images/s, {_duration(24 * 3600 * train['days'])}, {train['chip_hours']:,.3g} chip-hours"
         )
-    for name, what in (("sample", "samples"), ("evaluate", "images judged")):
+    for name, what in (("sample", "samples"), ("decode", "decoded"), ("evaluate", "images judged")):
         if name in run:
             found = run[name]
+            rate = _rate(found["images_per_second_and_chip"])
             lines.append(
-                f"{found['images']:,} {what}: {_duration(3600 * found['hours'])}, {found['chip_hours']:.3g} chip-hours"
+                f"{found['images']:,} {what}: {rate} images/s and chip, {_duration(3600 * found['hours'])}, "
+                f"{found['chip_hours']:.3g} chip-hours"
             )
     return lines
 

@@ -29,17 +29,18 @@ def header(config: ConfigDict, dataset: Mapping[str, Any] | None, chips: int) ->
 
 
 def of_run(config: ConfigDict, result: dict[str, Any]) -> dict[str, Any]:
-    """What the run takes in all, and 50,000 samples of it."""
+    """What the run takes in all, and 50,000 samples of it; their decoding counts by itself."""
     found: dict[str, Any] = {}
     programs, chips = result["programs"], result["chips"]
     if "train" in programs:
         found["train"] = speed(config, programs["train"]["seconds"], config.train.batch_size, chips)
     calls = config_lib.sampling_calls(config, config_lib.make_schedule_from(config))
-    for name, times in (("sample", calls), ("evaluate", 1)):
+    for name, times in (("sample", calls), ("decode", 1), ("evaluate", 1)):
         if name in programs:
-            batches = -(-_ENOUGH_IMAGES // programs[name]["images"])
-            found[name] = {"images": _ENOUGH_IMAGES, "hours": batches * times * programs[name]["seconds"] / 3600}
-            found[name]["chip_hours"] = found[name]["hours"] * chips
+            images, seconds = programs[name]["images"], times * programs[name]["seconds"]
+            hours = -(-_ENOUGH_IMAGES // images) * seconds / 3600
+            found[name] = {"images": _ENOUGH_IMAGES, "hours": hours, "chip_hours": hours * chips}
+            found[name]["images_per_second_and_chip"] = images / seconds / chips
     return found
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
@@ -96,6 +96,19 @@ class Latents:
         pictures = self._by_chunks("decode", latents, mesh)
         return images.to_uint8(pictures).reshape(*lead, *self.picture_shape)
 
+    def param_shapes(self) -> Any:
+        """The autoencoder's parameters as `jax.ShapeDtypeStruct`s."""
+        return param_shapes(self.autoencoder)
+
+    def program(self, method: str) -> Callable[..., Any]:
+        """(params, x) -> what the autoencoder's "encode" or "decode" makes of it."""
+        return functools.partial(_apply, self.autoencoder, method)
+
+    def at_a_time(self, count: int, mesh: Mesh) -> int:
+        """How many of so many pictures are encoded or decoded at a time, which bounds the memory."""
+        height, width, _ = self.picture_shape
+        return parallel.rounded(min(max(_PIXELS // (height * width), 1) * mesh.size, count), mesh)
+
     def _posterior(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the latents of uint8 pictures, not scaled."""
         mean, log_variance = self._by_chunks("encode", images.to_float(pictures))
@@ -104,14 +117,13 @@ class Latents:
     def _by_chunks(self, method: str, x: np.ndarray, mesh: Mesh | None = None) -> Any:
         """The autoencoder's method of a few at a time, for memory; the last chunk is filled up."""
         mesh = parallel.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-        height, width, _ = self.picture_shape
-        size = parallel.rounded(min(max(_PIXELS // (height * width), 1) * mesh.size, len(x)), mesh)
+        size, program = self.at_a_time(len(x), mesh), self.program(method)
         place, done = functools.partial(parallel.place, sharding=parallel.batch_sharding(mesh)), []
         with jax.transfer_guard("allow"):
             params = self._params_on(mesh)
             for first in range(0, len(x), size):
                 chunk = np.resize(np.arange(first, min(first + size, len(x))), size)
-                found = _apply(self.autoencoder, method, params, place(x[chunk]))
+                found = program(params, place(x[chunk]))
                 done.append(jax.tree.map(parallel.to_host, found))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x)], *done)
 

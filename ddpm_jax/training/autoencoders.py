@@ -14,7 +14,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
-from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
 from ddpm_jax.runtime import processes, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.sampling.latents import Latents
@@ -71,7 +71,7 @@ def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
     config = workdir.read_config(path)
     net, _ = config_lib.open_autoencoder(path)
     checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
-    part, shapes = f"ema_{config.train.ema_decays[0]}", autoencoder_lib.param_shapes(net)
+    part, shapes = f"ema_{config.train.ema_decays[0]}", param_shapes(net)
     _, params = checkpoints.restore_weights(None, part, shapes)
     checkpoints.close()
     return net, params, 0.0

@@ -1,27 +1,50 @@
 """The programs of runs that train something other than a whole network of pixels."""
 
+import jax
 import pytest
 from tiny import small
 
-from ddpm_jax.planning.programs import programs_of
+from ddpm_jax.interop.diffusers import autoencoder as interop
+from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
+from ddpm_jax.planning.programs import names_of, programs_of
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 
 AUTOENCODER = {"train__objective": "autoencoder", "autoencoder__level_channels": (32, 32)}
 
 
-def flops(**changes):
-    config = small(train__batch_size=8, **changes)
-    return programs_of(config, None, parallel.make_mesh(), ["train"])["train"].flops()
+def planned(name, dtype=None, **changes):
+    config = small(train__batch_size=8, sample__batch_size=8, **changes)
+    return programs_of(config, None, parallel.make_mesh(), [name], dtype)[name]
 
 
 def test_adapters_are_trained_beside_the_frozen_network():
     """The kernels' gradients that are not needed are left out, and the adapters' small products come in their place."""
-    whole, adapted = flops(), flops(lora__rank=2)
+    whole, adapted = (planned("train", **changes).flops() for changes in ({}, {"lora__rank": 2}))
     assert 0.4 * whole < adapted < whole
 
 
 def test_an_autoencoder_has_a_training_step_alone():
-    assert flops(**AUTOENCODER) > 0
-    with pytest.raises(UserError, match="--programs is train,sample; accepted for an autoencoder"):
-        programs_of(small(**AUTOENCODER), None, parallel.make_mesh(), ["train", "sample"])
+    assert planned("train", **AUTOENCODER).flops() > 0
+    with pytest.raises(UserError, match="--programs has 'sample'; accepted for this run: train"):
+        planned("sample", **AUTOENCODER)
+
+
+class TestDecoding:
+    def test_of_latents(self, tmp_path):
+        """In bfloat16 the weights take half the memory, and the arithmetic is the same."""
+        net = Autoencoder(channels=3, widths=(32, 32), num_res_blocks=1)
+        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), param_shapes(net))
+        interop.write(tmp_path / "vae", net, zeros, 0.5)
+        latent = {"autoencoder__source": str(tmp_path / "vae"), "diffusion__clip": False}
+        assert names_of(small(**latent)) == ("train", "sample", "decode", "evaluate")
+        exact, half = (planned("decode", dtype, **latent) for dtype in (None, "bfloat16"))
+        weights, held = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(p.arguments[0])) for p in (exact, half))
+        assert weights == 2 * held > 0
+        assert exact.flops() == half.flops() > 0
+        assert exact.images == 8
+
+    def test_pixels_need_none(self):
+        assert names_of(small()) == ("train", "sample", "evaluate")
+        with pytest.raises(UserError, match="'decode'; accepted for this run: train, sample, evaluate"):
+            planned("decode")

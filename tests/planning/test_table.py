@@ -26,7 +26,12 @@ def measured(seconds):
                 "days": seconds / 86400,
                 "chip_hours": seconds / 3600,
             },
-            "sample": {"images": 50_000, "hours": seconds / 3600, "chip_hours": seconds / 3600},
+            "sample": {
+                "images": 50_000,
+                "images_per_second_and_chip": 2.9623,
+                "hours": seconds / 3600,
+                "chip_hours": seconds / 3600,
+            },
         },
     }
 
@@ -41,7 +46,7 @@ def test_a_measurement():
         "  a call                    210 TFLOP/s    21.100 ms  21.3% of the bfloat16 peak: model-FLOP utilisation",
         "",
         "800,000 steps: 47.4 steps/s, 6,068 images/s, 4.69 hours, 4.69 chip-hours",
-        "50,000 samples: 4.69 hours, 4.69 chip-hours",
+        "50,000 samples: 2.96 images/s and chip, 4.69 hours, 4.69 chip-hours",
     ]
 
 
@@ -50,4 +55,4 @@ def test_a_measurement():
 )
 def test_a_time_is_told_in_the_unit_that_suits_it(seconds, words):
     assert f" images/s, {words}, " in table(measured(seconds))
-    assert f"50,000 samples: {words}, " in table(measured(seconds))
+    assert f" images/s and chip, {words}, " in table(measured(seconds))

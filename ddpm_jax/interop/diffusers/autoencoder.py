@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop.diffusers import unet_tensors
 from ddpm_jax.interop.diffusers.fields import WEIGHTS, check_accepted, check_counts, refusal, with_defaults
-from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
@@ -147,12 +145,6 @@ def to_fields(net: Autoencoder, scaling_factor: float) -> dict[str, Any]:
 
 
 # The tensors.
-
-
-def param_shapes(net: Autoencoder) -> dict[str, Any]:
-    """The parameters of the autoencoder as `jax.ShapeDtypeStruct`s."""
-    example = jax.ShapeDtypeStruct((1, net.downscaling, net.downscaling, net.channels), jnp.float32)
-    return jax.eval_shape(net.init, jax.random.key(0), example)["params"]
 
 
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Autoencoder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from theirs import to_numpy, to_torch
 
 from ddpm_jax.interop.diffusers import autoencoder as interop
 from ddpm_jax.interop.diffusers.fields import WEIGHTS
-from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.parallel import run_once_options
 
@@ -31,7 +31,7 @@ def refusal(call, *args):
 def random_tensors(net):
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
-    tensors = interop.to_tensors(jax.tree.map(draw, interop.param_shapes(net)), net)
+    tensors = interop.to_tensors(jax.tree.map(draw, param_shapes(net)), net)
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}  # as `save_file` wants them
 
 
