@@ -31,6 +31,7 @@ from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
 from ddpm_jax.sampling.generate import Model, Request
+from ddpm_jax.sampling.given import Given, LowResolution
 from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.text.encoders import FrozenTexts, Texts, TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
@@ -117,6 +118,12 @@ def default_config() -> ConfigDict:
     autoencoder.num_groups = 32  # of group normalisation
     autoencoder.middle_attention = True  # attention between the two blocks in the middle
     autoencoder.kl_weight = 1e-6  # of the Kullback-Leibler divergence, beside the mean absolute error of the pixels
+
+    config.upscale = upscale = ConfigDict()
+    upscale.height = 0  # of the pictures that the run enlarges to data.height and data.width; 0: it enlarges none
+    upscale.width = 0  # the same
+    upscale.max_augmentation = 0.5  # training noises them up to this share of the timesteps; 0: they are not noised
+    upscale.augmentation = 0.1  # the share to which sampling noises them
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
@@ -439,9 +446,19 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
 
 
 def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Model:
-    """The run's three parts; `dataset` and `dtype` as in `make_condition`."""
+    """The parts of the run's system; `dataset` and `dtype` as in `make_condition`."""
     condition, decoder = make_condition(config, dataset, dtype), make_decoder(config, dataset, dtype)
-    return Model(condition, make_network(config, condition), make_schedule_from(config), decoder)
+    net, schedule = make_network(config, condition), make_schedule_from(config)
+    return Model(condition, net, schedule, decoder, make_given(config, schedule))
+
+
+def make_given(config: ConfigDict, schedule: Schedule) -> Given | None:
+    """What the run is given by another stage; None: nothing."""
+    data, upscale = config.data, config.upscale
+    if not upscale.height:
+        return None
+    low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))
+    return LowResolution(low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip)
 
 
 def _held_in(dtype: str | None, params: Any) -> Any:

@@ -34,6 +34,7 @@ from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling import condition as condition_lib
 from ddpm_jax.sampling.condition import Condition, check_guidance
 from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
+from ddpm_jax.sampling.given import Inputs, LowResolution, from_examples
 from ddpm_jax.validation import validate
 
 _GUIDANCE = {f"guidance_{field.name}" for field in dataclasses.fields(Guidance)}
@@ -113,9 +114,9 @@ class Run:
         size = self.shape[0] if height is None else height, self.shape[1] if width is None else width
         if size == self.shape[:2]:
             return self
-        run = dataclasses.replace(
-            self, model=dataclasses.replace(self.model, decoder=self.model.decoder.of_size(*size))
-        )
+        decoder, given = self.model.decoder.of_size(*size), self.model.given
+        resized = dataclasses.replace(self.model, decoder=decoder, given=given and given.of_size(*size))
+        run = dataclasses.replace(self, model=resized)
         try:
             jax.eval_shape(lambda: run.net.init(jax.random.key(0), *run.model.example()))
         except ValueError as error:
@@ -160,6 +161,37 @@ class Run:
         """
         observer = Observer(progress, watch, snapshots_of=snapshots_of)
         return self.at(height, width)._generate(num_images, seed, indices, batch_size, observer, options)[0]
+
+    def upscale(
+        self,
+        pictures: np.ndarray,
+        seed: int = 0,
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Enlarges pictures, uint8 [N, H, W, C], of a run that was trained to (config.upscale).
+
+        Args:
+          pictures: uint8 [N, h, w, C], of the size that the run enlarges; see `low_resolution_pictures`.
+          seed: picture i's noise depends on the seed and i.
+          batch_size, progress, options: as in `sample`.
+        """
+        given = self._given()
+        inputs = Inputs(given.check(pictures))
+        numbers = range(len(inputs.values))
+        return self._generated(self.request(**options), numbers, seed, batch_size, Observer(progress), inputs)[0]
+
+    def low_resolution_pictures(self, *names: str | Path) -> np.ndarray:
+        """uint8 [N, h, w, C] of picture files, as `upscale` takes them; see `pictures`."""
+        return np.stack([_opened(name, Fit(*self._given().shape)) for name in names])
+
+    def _given(self) -> LowResolution:
+        given = self.model.given
+        if not isinstance(given, LowResolution):
+            raise UserError("this run enlarges no pictures; accepted: one that was trained with config.upscale")
+        return given
 
     def progressive(
         self,
@@ -228,10 +260,7 @@ class Run:
         for name in names:
             kind, _, number = str(name).partition(":")
             if kind != "data":
-                try:
-                    found.append(open_picture(Path(name).expanduser(), Fit(*self.shape)))
-                except Exception as error:  # Pillow's decoders raise many kinds
-                    raise UserError(f"{str(name)!r} cannot be read as a picture: {reason(error)}") from None
+                found.append(_opened(name, Fit(*self.shape)))
                 continue
             source = training_images(self.config, self.dataset) if source is None else source
             if not number.isdecimal() or int(number) >= len(source):
@@ -444,6 +473,7 @@ class Run:
             **request.condition.settings(),
             "batch_size": batch_size or self.config.sample.batch_size,
             **request.settings(),
+            **(self.model.given.settings() if self.model.given else {}),
             **({"loras": [file.settings() for file in self.loras]} if self.loras else {}),
         }
 
@@ -529,8 +559,17 @@ class Run:
         return self._generated(self.request(**options), indices, seed, batch_size, observer)
 
     def _generated(
-        self, request: Request, indices: Sequence[int], seed: int, batch_size: int | None, observer: Observer
+        self,
+        request: Request,
+        indices: Sequence[int],
+        seed: int,
+        batch_size: int | None,
+        observer: Observer,
+        inputs: Inputs | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.model.given and inputs is None:
+            source = training_images(self.config, self.dataset)
+            inputs = from_examples(self.model.given, request.condition, source, indices)
         try:
             return generate(
                 self.model,
@@ -541,6 +580,7 @@ class Run:
                 seed=seed,
                 batch_size=batch_size or self.config.sample.batch_size,
                 observer=observer,
+                given=inputs,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -559,6 +599,7 @@ class Run:
 
         Where sampling starts from t, num_steps are at most the timesteps from there.
         """
+        self.model.check_alone()
         request = self.request(**options)
         condition, guidance = request.condition, request.guidance
         if guidance.is_on:
@@ -600,6 +641,13 @@ class Run:
 
             done.append(self._call(edit, chosen, **options))
         return np.concatenate(done)[: len(x_0)]
+
+
+def _opened(name: str | Path, fit: Fit) -> np.ndarray:
+    try:
+        return open_picture(Path(name).expanduser(), fit)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"{str(name)!r} cannot be read as a picture: {reason(error)}") from None
 
 
 def _replaced(part: Any, given: Mapping[str, Any]) -> Any:

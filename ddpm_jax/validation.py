@@ -99,6 +99,8 @@ def _check_values(config: ConfigDict) -> None:
         ("autoencoder.num_res_blocks", config.autoencoder.num_res_blocks, 1),
         ("autoencoder.num_groups", config.autoencoder.num_groups, 1),
         ("autoencoder.kl_weight", config.autoencoder.kl_weight, 0),
+        ("upscale.height", config.upscale.height, 0),
+        ("upscale.width", config.upscale.width, 0),
         ("lora.rank", config.lora.rank, 0),
         ("lora.alpha", config.lora.alpha, 0),
         ("text.vocab_size", config.text.vocab_size, MIN_VOCAB_SIZE),
@@ -159,6 +161,8 @@ def _check_values(config: ConfigDict) -> None:
         ("train.label_dropout", train.label_dropout),
         ("text.dropout", config.text.dropout),
         ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
+        ("upscale.max_augmentation", config.upscale.max_augmentation),
+        ("upscale.augmentation", config.upscale.augmentation),
     ):
         if not 0.0 <= share <= 1.0:
             raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
@@ -178,6 +182,8 @@ def _check_values(config: ConfigDict) -> None:
         )
     if config.autoencoder.source:
         _check_latents(config)
+    if config.upscale.height or config.upscale.width:
+        _check_upscale(config)
     if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
         what = (
             "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
@@ -217,6 +223,29 @@ def _check_latents(config: ConfigDict) -> None:
         raise UserError(
             f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run of latents has no "
             "likelihood of its pictures; accepted with an autoencoder.source: 0"
+        )
+
+
+def _check_upscale(config: ConfigDict) -> None:
+    """What a run that enlarges pictures must have."""
+    data, upscale = config.data, config.upscale
+    small, large = (f"{size.height}x{size.width}" for size in (upscale, data))
+    fits = 0 < upscale.height < data.height and upscale.height * data.width == upscale.width * data.height
+    if not fits:
+        raise UserError(
+            f"config.upscale is {small} and config.data {large}; accepted: smaller pictures of the same shape"
+        )
+    if config.autoencoder.source or config.train.objective == "autoencoder":
+        raise UserError(f"config.upscale is {small}; accepted with an autoencoder, whose latents are no pictures: 0x0")
+    if upscale.max_augmentation and upscale.augmentation > upscale.max_augmentation:
+        raise UserError(
+            f"config.upscale.augmentation is {upscale.augmentation}; accepted: at most upscale.max_augmentation, "
+            f"{upscale.max_augmentation}, which the network knows"
+        )
+    if config.evaluate.every_steps and config.evaluate.likelihood_images:
+        raise UserError(
+            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run that enlarges "
+            "pictures has no likelihood of theirs; accepted with upscale: 0"
         )
 
 

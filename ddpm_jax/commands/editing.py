@@ -93,6 +93,17 @@ def vary(
     return _save(target, rows)
 
 
+def upscale(job: Job, *, input: Sequence[str], num_images: int | None, batch_size: int | None = None) -> Path:
+    """Enlarges each picture: one row a picture."""
+    names, count = check_count("input", input, 1), num_images or 1
+    pictures, target = job.run.low_resolution_pictures(*names), job.target("upscale_", ".png")
+    with calls_bar("enlarging") as bar:
+        found = job.run.upscale(
+            pictures.repeat(count, axis=0), job.seed, batch_size=batch_size, progress=bar.update, **job.options
+        )
+    return _save(target, list(found.reshape(len(pictures), count, *found.shape[1:])))
+
+
 def denoise(job: Job, *, input: Sequence[str], t: Sequence[str], batch_size: int | None = None) -> Path:
     """Clean pictures of noisy ones: one row a picture, before and after."""
     pictures, target = job.pictures(input), job.target("denoise_", ".png")

@@ -22,10 +22,12 @@ from ddpm_jax.diffusion.samplers import Observer, Steps, run_table
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.models.captioned import Captioned
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Cond, Condition
 from ddpm_jax.sampling.decoder import Decoder
+from ddpm_jax.sampling.given import Given, Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +83,14 @@ class Model:
       condition: what a person may say.
       net, schedule: the generation, a network and its diffusion.
       decoder: between what is diffused and pictures.
+      given: what another stage gives besides; None: nothing.
     """
 
     condition: Condition
     net: nn.Module
     schedule: Schedule
     decoder: Decoder
+    given: Given | None = None
 
     def model_fn(
         self,
@@ -118,10 +122,19 @@ class Model:
 
     def model_fn_of_null(self, params: Any) -> Partial:
         """The model function with the null condition, for any number of images; see `Condition.null`."""
+        self.check_alone()
         if not (self.condition.reads and self.condition.can_be_left_out):
             return self.model_fn(params)
         network = Partial(self.net.apply, {"params": params})
         return Partial(_of_row, network, self._encoded(params, self.condition.null(1)))
+
+    def check_alone(self) -> None:
+        """UserError for a model that is given something besides its condition, where nothing can be given."""
+        if self.given is not None:
+            raise UserError(
+                "this run works on the result of another stage; accepted: --mode=sample, --mode=upscale, or a pipeline "
+                "of --mode=compose"
+            )
 
     def _encoded(self, params: Any, cond: Cond) -> Cond:
         """What the network takes at every call: texts are encoded here, once."""
@@ -134,7 +147,7 @@ class Model:
 
     def example(self, count: int = 1) -> tuple[jax.Array, jax.Array, Cond]:
         """x, t and cond of the shapes that the network is called with for so many images; all zeros."""
-        shapes = self.condition.reads
+        shapes = {**self.condition.reads, **(self.given.cond if self.given else {})}
         cond = {name: jnp.zeros((count, *x.shape), x.dtype) for name, x in shapes.items()} if shapes else None
         return jnp.zeros((count, *self.decoder.shape)), jnp.zeros(count, jnp.int32), cond
 
@@ -153,7 +166,9 @@ def _encode(net: Captioned, params: Any, cond: Cond) -> Cond:
     return encoded
 
 
-def asked(model: Model, params: Any, request: Request, numbers: np.ndarray, mesh: Mesh) -> Partial:
+def asked(
+    model: Model, params: Any, request: Request, numbers: np.ndarray, mesh: Mesh, given: Cond = None, said: Cond = None
+) -> Partial:
     """The model function of a batch of images, each with its condition, divided over the mesh.
 
     Args:
@@ -161,12 +176,18 @@ def asked(model: Model, params: Any, request: Request, numbers: np.ndarray, mesh
       request: what is asked of them.
       numbers: of the images.
       mesh: whose number of devices divides that of the images.
+      given: further entries of `cond` for each image, of a model that is given something.
+      said: the condition of each image, in the place of the request's; None: the request's.
     """
     place = partial(parallel.place, sharding=parallel.batch_sharding(mesh))
     condition, between = request.condition, request.between
-    null = jax.tree.map(place, condition.null(len(numbers))) if request.guidance.is_on else None
+    null = condition.null(len(numbers)) if request.guidance.is_on else None
     if not between:
-        return model.model_fn(params, jax.tree.map(place, condition.of_images(numbers)), null, request.guidance)
+        cond = condition.of_images(numbers) if said is None else said
+        if model.given is not None and given is not None:
+            cond, null = {**(cond or {}), **given}, {**(null or {}), **model.given.null(given)}
+        return model.model_fn(params, jax.tree.map(place, cond), jax.tree.map(place, null), request.guidance)
+    null = jax.tree.map(place, null)
     first, second = (jax.tree.map(place, condition.of_images(np.full(len(numbers), i))) for i in range(2))
     share = place(np.array(between, np.float32)[numbers % len(between)])
     return model.model_fn(params, first, null, request.guidance, second, share)
@@ -182,8 +203,10 @@ def generate(
     seed: int,
     batch_size: int,
     observer: Observer | None = None,
+    given: Inputs | None = None,
+    purpose: str = "image",
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Samples images of a seed by their numbers; image i depends on (seed, i) and the request alone.
+    """Samples images of a seed by their numbers; image i depends on (seed, i), what is given for it and the request.
 
     Args:
       model, params: params on every device of the mesh.
@@ -193,19 +216,32 @@ def generate(
       seed: of the images.
       batch_size: images at a time, rounded up to a multiple of the devices.
       observer: who watches; snapshots are taken of the first batch, and progress counts all of them.
+      given: for each image, of a model that is given something.
+      purpose: of the noise; stages of a pipeline have one each.
 
     Returns:
       uint8 [N, H, W, C], and the snapshots uint8 [num_snapshots, first batch, H, W, C] or None.
+
+    Raises:
+      UserError: nothing is given to a model that needs it.
     """
     observer = observer or Observer()
     numbers = np.asarray(indices)
+    if given is None:
+        model.check_alone()
     batch_size = parallel.rounded(min(batch_size, len(numbers)), mesh)
     batches = -(-len(numbers) // batch_size)
     table = request.steps.table(model.schedule, request.output.variance, request.output.prediction)
 
     done, snapshots = [], None
     for batch in range(batches):
-        chosen = np.resize(numbers[batch * batch_size : (batch + 1) * batch_size], batch_size)
+        rows = np.arange(batch * batch_size, min((batch + 1) * batch_size, len(numbers)))
+        rows = np.resize(rows, batch_size)
+        chosen = numbers[rows]
+        entries = said = None
+        if model.given is not None and given is not None:
+            entries = model.given.of_images(given.values[rows], seed, chosen)
+            said = None if given.cond is None else {name: value[rows] for name, value in given.cond.items()}
         watching = dataclasses.replace(
             observer,
             progress=part_of(observer.progress, batch, batches),
@@ -213,8 +249,8 @@ def generate(
         )
         result = run_table(
             table,
-            asked(model, params, request, chosen, mesh),
-            image_keys(mesh, seed, "image", chosen // max(len(request.between), 1)),
+            asked(model, params, request, chosen, mesh, entries, said),
+            image_keys(mesh, seed, purpose, chosen // max(len(request.between), 1)),
             (batch_size, *model.decoder.shape),
             output=request.output,
             observer=watching,

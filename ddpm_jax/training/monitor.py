@@ -13,6 +13,7 @@ from ddpm_jax.evaluation import image_sets, likelihood, metrics
 from ddpm_jax.evaluation.features import open_features
 from ddpm_jax.evaluation.summaries import summarize
 from ddpm_jax.sampling.generate import Model, generate
+from ddpm_jax.sampling.given import from_examples
 
 _BATCH = 64
 
@@ -32,7 +33,7 @@ class Monitor:
     """
 
     def __init__(self, config: ConfigDict, model: Model, mesh: Mesh, source: Source):
-        self._config, self._model, self._mesh = config, model, mesh
+        self._config, self._model, self._mesh, self._source = config, model, mesh, source
         evaluate = config.evaluate
         if evaluate.likelihood_images:
             self._examples = likelihood.Examples.spread(source, evaluate.likelihood_images, model.condition)
@@ -63,12 +64,17 @@ class Monitor:
             values["bits_per_dim"] = float(found.total.mean)
             values["bits_per_dim_error"] = float(found.total.standard_error)
         if config.num_images:
+            request, numbers = (
+                config_lib.evaluation_request(self._config, self._model.condition),
+                range(config.num_images),
+            )
             samples, _ = generate(
                 self._model,
                 params,
                 self._mesh,
-                config_lib.evaluation_request(self._config, self._model.condition),
-                indices=range(config.num_images),
+                request,
+                given=from_examples(self._model.given, request.condition, self._source, numbers),
+                indices=numbers,
                 seed=self._config.seed,
                 batch_size=self._config.sample.batch_size,
                 observer=Observer(progress),

@@ -86,7 +86,8 @@ class Diffusion:
 
     @property
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return {**self.model.decoder.reads, **self.model.condition.reads}
+        given = self.model.given
+        return {**self.model.decoder.reads, **self.model.condition.reads, **(given.reads if given else {})}
 
     @property
     def num_timesteps(self) -> int:
@@ -101,13 +102,16 @@ class Diffusion:
         return self.model.param_shapes() if self.lora_rank else None
 
     def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
-        condition = self.model.condition
+        condition, given = self.model.condition, self.model.given
         read = condition.read(batch, source, draws)
-        return self.model.decoder.read(batch) | {name: read[name] for name in condition.reads}
+        found = self.model.decoder.read(batch) | {name: read[name] for name in condition.reads}
+        return found | ({name: given.of_examples(batch) for name in given.reads} if given else {})
 
     def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
         model = self.model
         x_0, cond = model.decoder.of_batch(batch, key), model.condition.of_training(batch, key)
+        if model.given:
+            cond = {**(cond or {}), **model.given.of_training(batch, key)}
         t, weights = sample_timesteps(key("t"), x_0.shape[0], self.num_timesteps, self.timestep_sampler, history)
         return {"x_0": x_0, "cond": cond, "t": t, "weight": weights, "noise": normal(key("noise"), x_0.shape)}
 

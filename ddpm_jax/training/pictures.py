@@ -18,6 +18,7 @@ from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.sampling.generate import Model, Request, generate
+from ddpm_jax.sampling.given import from_examples
 from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.training.objectives import Diffusion, Objective, Params, Reconstruction
 
@@ -42,16 +43,17 @@ def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: 
     if isinstance(objective, Reconstruction):
         return Reconstructions(config, objective, mesh, source)
     assert isinstance(objective, Diffusion)
-    return Samples(config, objective.model, mesh)
+    return Samples(config, objective.model, mesh, source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a diffusion, of the same noise every time."""
+    """Samples of a diffusion, of the same noise every time; what a model is given is made of training pictures."""
 
     config: ConfigDict
     model: Model
     mesh: Mesh
+    source: Source
 
     def save_step(self, params: Params, path: Path) -> None:
         log = self.config.log
@@ -79,12 +81,15 @@ class Samples:
     def _generate(
         self, params: Params, num_images: int, request: Request, observer: Observer
     ) -> tuple[np.ndarray, np.ndarray | None]:
+        model, numbers = self.model, range(num_images)
+        given = from_examples(model.given, request.condition, self.source, numbers)
         return generate(
             self.model,
             params,
             self.mesh,
             request,
-            indices=range(num_images),
+            given=given,
+            indices=numbers,
             seed=self.config.seed,
             batch_size=self.config.sample.batch_size,
             observer=observer,

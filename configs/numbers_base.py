@@ -1,0 +1,16 @@
+"""Numbers in handwriting at a quarter of their pixels, 4x8 grey, from their names: the first stage of Imagen's cascade.
+
+python main.py --config=configs/numbers_base.py --workdir=runs/numbers_base
+python main.py --config=configs/numbers_sr.py --workdir=runs/numbers_sr
+python main.py --mode=compose --stages=runs/numbers_base,runs/numbers_sr --workdir=runs/numbers_cascade
+python main.py --mode=sample --workdir=runs/numbers_cascade --prompt="forty-two" --guidance_scale=2
+"""
+
+from configs import numbers
+
+
+def get_config():
+    config = numbers.get_config()
+    config.data.update(height=4, width=8)
+    config.model.update(attention_resolutions=(8, 4))
+    return config

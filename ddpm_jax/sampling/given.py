@@ -1,0 +1,199 @@
+"""What a run is given besides its condition: the result of the stage before it in a pipeline.
+
+A super-resolution run is given a low-resolution picture. In training it is made from the training picture, so that the
+run needs no other stage; in sampling it comes from another run or from a file. Beside the parts of
+`ddpm_jax.sampling.generate.Model` it is one more, of which most models have none. It is made once from a run's config
+(`ddpm_jax.config.make_given`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.gaussian import normal, q_sample
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.runtime import images
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.condition import Condition
+from ddpm_jax.sampling.decoder import random_flip
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is given for some images, a row each.
+
+    Attributes:
+      values: [N, *shape], see `Given`.
+      cond: of each image, in the place of what the request says; None: what it says.
+    """
+
+    values: np.ndarray
+    cond: Mapping[str, np.ndarray] | None = None
+
+
+def from_examples(given: "Given | None", condition: Condition, source: Source, numbers: Sequence[int]) -> Inputs | None:
+    """What the images of these numbers are given where nobody gives anything: training examples, spread over the set.
+
+    Args:
+      given: of the model; None: it is given nothing.
+      condition: of the request; if nothing is said, that of the examples takes its place.
+      source: of the examples.
+      numbers: of the images.
+    """
+    if given is None:
+        return None
+    golden = 0.5 * (np.sqrt(5.0) - 1.0)  # the multiples of which are spread evenly, however many there are
+    places = (np.asarray(numbers) * golden % 1.0 * len(source)).astype(int)
+    examples = [source[place] for place in places.tolist()]
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]} | {"index": places}
+    cond = None if condition.is_said else condition.of_batch(condition.read(batch, source))
+    return Inputs(given.of_examples(batch), cond)
+
+
+class Given(Protocol):
+    """One kind of what a run is given.
+
+    Attributes:
+      shape: of it, for one image.
+      reads: the entry of a training batch that it needs, beside "image".
+      cond: the entries of the network's `cond` that it becomes, without the batch's axis.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    @property
+    def cond(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    def of_size(self, height: int, width: int) -> "Given":
+        """The same for images of another size; UserError for one that it cannot have."""
+        ...
+
+    def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """What is given for the examples of a batch of `host_batches`, on the host; in training, the entry `reads`."""
+        ...
+
+    def of_training(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> dict[str, jax.Array]:
+        """The entries of `cond` for a training batch, on the devices; `key` gives the step's key for a purpose."""
+        ...
+
+    def check(self, values: Any) -> np.ndarray:
+        """What was given for some images; UserError if it has another shape or type."""
+        ...
+
+    def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
+        """The entries of `cond` for the images of these numbers of a seed, of what is given for each."""
+        ...
+
+    def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries that guidance leads away from; they are those of `cond` where it is never left out."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What decides how it is used, as JSON values."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LowResolution:
+    """A low-resolution picture, enlarged and noised, for a run that enlarges pictures (Ho et al. 2022, Cascaded
+    Diffusion Models; Saharia et al. 2022, Imagen).
+
+    Noise conditioning augmentation: in training the enlarged picture is diffused to a random level, which the network
+    is told; in sampling to a chosen one. So the network learns to trust the picture only so far, and mends the faults
+    of the stage before it.
+
+    Attributes:
+      shape: (h, w, C) of the low-resolution pictures.
+      picture_shape: (H, W, C) of the enlarged ones.
+      schedule: whose timesteps are the levels.
+      most: the share of the timesteps from which training draws the level; 0: there is no noise, and no level.
+      level: the level of sampling, as a share of the timesteps, at most `most`.
+      flip: whether training mirrors half of the images, as its decoder does.
+    """
+
+    shape: tuple[int, int, int]
+    picture_shape: tuple[int, int, int]
+    schedule: Schedule
+    most: float
+    level: float
+    flip: bool = False
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"low_resolution": jax.ShapeDtypeStruct(self.shape, jnp.uint8)}
+
+    @property
+    def cond(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        image = {"image": jax.ShapeDtypeStruct(self.picture_shape, jnp.float32)}
+        return image | ({"level": jax.ShapeDtypeStruct((), jnp.int32)} if self.most else {})
+
+    def of_size(self, height: int, width: int) -> "LowResolution":
+        small = [self.shape[axis] * side / self.picture_shape[axis] for axis, side in enumerate((height, width))]
+        if not all(side.is_integer() and side >= 1 for side in small):
+            old, new = (f"{side[0]}x{side[1]}" for side in (self.picture_shape, (height, width)))
+            raise UserError(
+                f"height and width are {new}; this run enlarges {self.shape[0]}x{self.shape[1]} to {old}; accepted: "
+                "sizes that are whole numbers at that factor"
+            )
+        channels = self.shape[-1]
+        shape = (int(small[0]), int(small[1]), channels)
+        return dataclasses.replace(self, shape=shape, picture_shape=(height, width, channels))
+
+    def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """As the data set of a run of that size would have them."""
+        fit = Fit(*self.shape)
+        grey = batch["image"].shape[-1] == 1
+        return np.stack([fit(Image.fromarray(image.squeeze(-1) if grey else image)) for image in batch["image"]])
+
+    def of_training(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> dict[str, jax.Array]:
+        pictures = batch["low_resolution"]
+        if self.flip:
+            pictures = random_flip(key("flip"), pictures)
+        level = jax.random.randint(key("augmentation_level"), (len(pictures),), 0, self._timestep(self.most) + 1)
+        return self._noised(pictures, level, key("augmentation"))
+
+    def check(self, values: Any) -> np.ndarray:
+        values = np.asarray(values)
+        if values.dtype != np.uint8 or values.ndim != 4 or values.shape[1:] != self.shape:
+            raise UserError(
+                f"the pictures to enlarge are {values.dtype} of shape {values.shape}; accepted: uint8 of shape "
+                f"(N, {', '.join(map(str, self.shape))})"
+            )
+        return values
+
+    def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
+        def make(schedule: Schedule, values: jax.Array, numbers: jax.Array) -> dict[str, jax.Array]:
+            keys = jax.vmap(lambda number: named_key(seed, "augmentation", number))(numbers)
+            level = jnp.full(len(values), self._timestep(self.level), jnp.int32)
+            return dataclasses.replace(self, schedule=schedule)._noised(values, level, keys)
+
+        return jax.tree.map(np.asarray, jax.jit(make)(self.schedule, values, np.asarray(numbers, np.int32)))
+
+    def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(cond)
+
+    def settings(self) -> dict[str, Any]:
+        return {"augmentation": self.level} if self.most else {}
+
+    def _timestep(self, share: float) -> int:
+        return round(share * (self.schedule.num_timesteps - 1))
+
+    def _noised(self, pictures: jax.Array, level: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+        """The entries of `cond`; key is one key, or one a picture."""
+        shape = (len(pictures), *self.picture_shape)
+        enlarged = jax.image.resize(images.to_float(pictures), shape, "linear", antialias=False)
+        if not self.most:
+            return {"image": enlarged}
+        return {"image": q_sample(self.schedule, enlarged, level, normal(key, shape)), "level": level}
