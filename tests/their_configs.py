@@ -153,7 +153,8 @@ KARLO_SUPER_RESOLUTION = {  # both of its networks
     "out_channels": 3,
     "add_attention": False,
 }
-# DeepFloyd IF's first stage, 4.3 billion parameters as its card says, and a second stage by the script that converts it.
+# DeepFloyd IF's first stage, of the size that its card gives (4.3 billion), and a second stage as diffusers' script that
+# converts them describes it; its widths are a guess.
 IF_1_XL = KARLO_DECODER | {
     "block_out_channels": (704, 1408, 2112, 2816),
     "cross_attention_dim": 2816,
@@ -225,12 +226,13 @@ CONDITION_NETWORKS |= {
         "time_embedding_act_fn": "mish",
     },
 }
-NETWORKS["Karlo's super-resolution"] = KARLO_SUPER_RESOLUTION | {
+NARROW_SUPER_RESOLUTION = KARLO_SUPER_RESOLUTION | {
     "sample_size": 8,
     "layers_per_block": 1,
     "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
     "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
     "block_out_channels": (16, 32),
+    "norm_num_groups": 4,
 }
 
 
