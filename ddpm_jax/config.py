@@ -70,6 +70,7 @@ def default_config() -> ConfigDict:
     model.channel_multipliers = (1, 2, 2, 2)  # one for each level; the image is halved from one level to the next
     model.level_channels = ()  # the channels of each level themselves, as in (32, 48, 64); replaces the multipliers
     model.num_res_blocks = 2  # residual blocks in each level
+    model.level_res_blocks = ()  # the residual blocks of each level, as in (2, 2, 3); replaces num_res_blocks
     model.attention_resolutions = (16,)  # levels whose longer side is one of these have attention
     model.attention_levels = ()  # on or off for each level, as in (False, True, False, False); replaces the resolutions
     model.middle_attention = True  # attention between the two blocks in the middle
@@ -78,13 +79,23 @@ def default_config() -> ConfigDict:
     model.head_channels = 0  # channels of a head, as many as fit; replaces num_heads; 0: off
     model.attention_patch_size = 1  # attention among patches of so many pixels a side, not single ones
     model.transformer_depth = 0  # blocks of the spatial transformer that replaces each attention; 0: attention alone
+    model.cross_attention = "separate"  # of pixels to tokens: separate, joint with the pixels' own, or alone
+    model.context_groups = 0  # of a group norm of the tokens in each joint or alone attention; 0: no norm
+    model.token_channels = 0  # what the tokens are projected to first; 0: they are not
+    model.pooling_heads = 0  # of an attention pooling of the tokens, added to the time embedding; 0: none
     model.dropout = 0.1  # rate, in residual blocks
     model.num_groups = 32  # of group normalisation; divides the channels of every level
     model.norm_epsilon = 1e-6  # of group normalisation
     model.activation = "swish"  # in residual blocks: swish, gelu, mish or relu
+    model.outer_activation = "swish"  # in the time embedding and before the last convolution: the same names
+    model.residual_scale = 1.0  # divides the sum that ends a residual block
+    model.middle_residual_scale = 1.0  # the same for the blocks in the middle
     model.time_embedding = "sinusoids"  # or learned: a vector for each timestep
     model.time_frequency_shift = 1.0  # of the sinusoids: 0, as in Stable Diffusion, to 1, as in the paper
     model.time_cosines_first = False  # the embedding is cosines, then sines
+    model.time_channels = 0  # width of the time embedding; 0: four times model.channels
+    model.time_activations = ()  # of the time embedding, in turn, before residual blocks; (): activation
+    model.vector_embedding = "linear"  # of a vector that is added to the time embedding: linear, mlp or none
     model.scale_shift = False  # the time embedding scales and shifts norms (AdaGN), where the paper adds it
     model.downsample = "conv"  # conv, avg_pool, max_pool or residual
     model.downsample_padding = "same"  # of conv: same, at the right and bottom, or symmetric, as PyTorch's
@@ -429,7 +440,8 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
     options = dict(config.model)
     del options["class_conditional"]
     condition = make_condition(config) if condition is None else condition
-    off = ("level_channels", "attention_levels", "downsample_levels", "upsample_levels", "head_channels")
+    off = ("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels")
+    off += ("head_channels", "token_channels", "time_channels")
     groups = options["middle_attention_groups"]
     net = UNet(
         **{

@@ -128,6 +128,114 @@ CONDITION_NETWORKS = {
 }
 
 
+# The networks of Karlo (Kakao Brain's DALL-E 2), of diffusers' script that converts them.
+KARLO_DECODER = {
+    "sample_size": 64,
+    "layers_per_block": 3,
+    "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
+    "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "block_out_channels": (320, 640, 960, 1280),
+    "in_channels": 3,
+    "out_channels": 6,
+    "cross_attention_dim": 1536,
+    "class_embed_type": "identity",
+    "attention_head_dim": 64,
+    "resnet_time_scale_shift": "scale_shift",
+}
+KARLO_SUPER_RESOLUTION = {  # both of its networks
+    "sample_size": 256,
+    "layers_per_block": 3,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 4,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 4,
+    "block_out_channels": (320, 640, 960, 1280),
+    "in_channels": 6,
+    "out_channels": 3,
+    "add_attention": False,
+}
+# DeepFloyd IF's first stage, of the size that its card gives (4.3 billion), and a second stage as diffusers' script that
+# converts them describes it; its widths are a guess.
+IF_1_XL = KARLO_DECODER | {
+    "block_out_channels": (704, 1408, 2112, 2816),
+    "cross_attention_dim": 2816,
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "cross_attention_norm": "group_norm",
+    "class_embed_type": None,
+    "act_fn": "gelu",
+}
+IF_2_L = IF_1_XL | {
+    "sample_size": 256,
+    "layers_per_block": (2, 2, 3, 5, 5),
+    "down_block_types": (*["ResnetDownsampleBlock2D"] * 3, *["SimpleCrossAttnDownBlock2D"] * 2),
+    "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 2, *["ResnetUpsampleBlock2D"] * 3),
+    "block_out_channels": (160, 320, 640, 1280, 1280),
+    "in_channels": 6,
+    "cross_attention_dim": 1280,
+    "class_embed_type": "timestep",
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 1280,
+    "resnet_skip_time_act": True,
+    "resnet_out_scale_factor": 1 / 0.7071,
+    "mid_block_scale_factor": 1 / 0.7071,
+    "only_cross_attention": True,
+}
+# The same, narrow.
+_SIMPLE = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "attention_head_dim": 8,
+}
+CONDITION_NETWORKS |= {
+    "Karlo's decoder": KARLO_DECODER | _SIMPLE | {"cross_attention_dim": 12},
+    "DeepFloyd IF's first stage": IF_1_XL
+    | _SIMPLE
+    | {"cross_attention_dim": 64, "encoder_hid_dim": 24, "addition_embed_type_num_heads": 4},
+    "DeepFloyd IF's second stage": IF_2_L
+    | _SIMPLE
+    | {
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": 24,
+        "addition_embed_type_num_heads": 4,
+        "layers_per_block": (1, 2),
+        "time_embedding_dim": 32,
+    },
+    "diffusers' test of DeepFloyd IF": IF_2_L
+    | _SIMPLE
+    | {
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": 24,
+        "addition_embed_type_num_heads": 2,
+        "time_embedding_dim": 32,
+        "mid_block_scale_factor": 1.414,
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "only_cross_attention": False,
+    },
+    "projected vector": {
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 6,
+        "act_fn": "gelu",
+        "layers_per_block": (1, 2),
+        "time_embedding_act_fn": "mish",
+    },
+}
+NARROW_SUPER_RESOLUTION = KARLO_SUPER_RESOLUTION | {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 4,
+}
+
+
 def condition_network(name):
     return NARROW | CONDITION_NETWORKS[name]
 

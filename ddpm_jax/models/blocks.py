@@ -23,6 +23,7 @@ from ddpm_jax.models.attention import attend
 
 Dtype = Any
 
+CROSS_ATTENTION = ("separate", "joint", "alone")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.swish,
     "gelu": partial(nn.gelu, approximate=False),
@@ -128,7 +129,7 @@ class ResBlock(nn.Module):
     Input [B, H, W, C], the embedding [B, E], already through the activation (None: nothing is added), and what a skip
     connection brings, [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample`
     "down" (the mean of 2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first
-    convolution (BigGAN's).
+    convolution (BigGAN's). The sum of both branches is divided by `residual_scale`.
     """
 
     features: int
@@ -136,6 +137,7 @@ class ResBlock(nn.Module):
     scale_shift: bool = False
     activation: str = "swish"
     resample: str = "none"
+    residual_scale: float = 1.0
     num_groups: int = 32
     epsilon: float = 1e-6
     train: bool = False
@@ -164,7 +166,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="shortcut")(x)
-        return x + h
+        return x + h if self.residual_scale == 1 else (x + h) / self.residual_scale
 
 
 class AttentionBlock(nn.Module):
@@ -172,14 +174,19 @@ class AttentionBlock(nn.Module):
 
     There are `num_heads` heads, or with `head_channels` as many of that width as fit into C. Logits are scaled by a
     head's width ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
-    ViT), which divides the cost of the attention matrix by p ** 4. Where `context` [B, L, D] is given, the tokens
-    also attend to it (cross-attention, as text-conditional models do), or to those of it that `mask` [B, L] names. With
-    `num_groups` 0 there is no norm.
+    ViT), which divides the cost of the attention matrix by p ** 4. With `num_groups` 0 there is no norm.
+
+    Where `context` [B, L, D] is given, as in text-conditional models, the tokens also attend to it, or to those of it
+    that `mask` [B, L] names: with `cross_attention` "separate" in an attention of its own that follows, with "joint" in
+    the same softmax, over the context's keys and the tokens' own (GLIDE: Nichol et al. 2021, arXiv:2112.10741), with
+    "alone" instead of to one another. With `context_groups` above 0, the last two have a group norm of the context.
     """
 
     num_heads: int = 1
     head_channels: int | None = None
     patch_size: int = 1
+    cross_attention: str = "separate"
+    context_groups: int = 0
     num_groups: int = 32
     epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
@@ -194,10 +201,14 @@ class AttentionBlock(nn.Module):
             raise ValueError(f"head_channels {self.head_channels} is more than the {channels} channels of a level")
         if not self.head_channels and channels % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide the {channels} channels of a level")
-        x = x + self._from_patches(self._attend(self._to_patches(self._normed(x, "norm"))), x.shape)
-        if context is not None:
+        tokens = self._to_patches(self._normed(x, "norm"))
+        if context is None or self.cross_attention == "separate":
+            x = x + self._from_patches(self._attend(tokens, {"": tokens}), x.shape)
+        else:
+            x = x + self._from_patches(self._attend_with(tokens, context, mask), x.shape)
+        if context is not None and self.cross_attention == "separate":
             tokens = self._to_patches(self._normed(x, "cross_norm"))
-            x = x + self._from_patches(self._attend(tokens, context, mask, prefix="cross_"), x.shape)
+            x = x + self._from_patches(self._attend(tokens, {"cross_": context}, mask, prefix="cross_"), x.shape)
         return x
 
     def _normed(self, x: jax.Array, name: str) -> jax.Array:
@@ -215,20 +226,36 @@ class AttentionBlock(nn.Module):
         x = x.reshape(batch, height // p, width // p, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(shape)
 
+    def _attend_with(self, tokens: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Attention to the context, and unless it is "alone", in the same softmax to the tokens themselves."""
+        if self.context_groups:
+            # Over the tokens, too, padding included, as DeepFloyd IF does.
+            norm = GroupNorm(self.context_groups, 1e-5, name="context_norm")
+            context = norm(context[:, None])[:, 0]
+        if self.cross_attention == "alone":
+            return self._attend(tokens, {"cross_": context}, mask)
+        if mask is not None:
+            mask = jnp.concatenate([mask, jnp.ones(tokens.shape[:2], bool)], axis=1)
+        return self._attend(tokens, {"cross_": context, "": tokens}, mask)
+
     def _attend(
-        self, tokens: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None, prefix: str = ""
+        self, tokens: jax.Array, sources: dict[str, jax.Array], mask: jax.Array | None = None, prefix: str = ""
     ) -> jax.Array:
-        context = tokens if context is None else context
+        """Attention from the tokens to all sources, whose keys are the prefixes of their projections' names."""
         width = tokens.shape[-1] // self.patch_size**2
         num_heads = width // self.head_channels if self.head_channels else self.num_heads
         heads = (num_heads, self.head_channels or width // num_heads)
         inner = math.prod(heads)
 
         def project(name: str, source: jax.Array) -> jax.Array:
-            projected = Dense(inner, dtype=self.dtype, name=prefix + name)(source)
+            projected = Dense(inner, dtype=self.dtype, name=name)(source)
             return projected.reshape(*source.shape[:2], *heads)
 
-        attended = attend(project("query", tokens), project("key", context), project("value", context), mask)
+        def joined(name: str) -> jax.Array:
+            parts = [project(of + name, source) for of, source in sources.items()]
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+        attended = attend(project(prefix + "query", tokens), joined("key"), joined("value"), mask)
         attended = attended.reshape(*tokens.shape[:2], inner)
         return Dense(tokens.shape[-1], init_scale=0.0, dtype=self.dtype, name=prefix + "out")(attended)
 

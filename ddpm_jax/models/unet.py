@@ -1,6 +1,6 @@
 """The UNet that predicts the noise: the original's network (Ho et al. 2020, appendix B) and its common variants."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ddpm_jax.models import layers
 from ddpm_jax.models.blocks import (
     ACTIVATIONS,
+    CROSS_ATTENTION,
     AttentionBlock,
     Conv,
     Dense,
@@ -21,6 +22,7 @@ from ddpm_jax.models.blocks import (
     Upsample,
     timestep_embedding,
 )
+from ddpm_jax.models.pooling import TokenPooling
 from ddpm_jax.models.spatial import SpatialTransformer
 
 DOWNSAMPLING = ("conv", "avg_pool", "max_pool", "residual")
@@ -28,7 +30,8 @@ DOWNSAMPLE_PADDING = ("same", "symmetric")
 UPSAMPLING = ("nearest", "transposed", "residual")
 TIME_EMBEDDINGS = ("sinusoids", "learned")
 REMAT = ("none", "norms", "blocks")
-CONDITIONING = ("label", "vector", "image", "tokens", "tokens_mask")
+VECTOR_EMBEDDINGS = ("linear", "mlp", "none")
+CONDITIONING = ("label", "vector", "image", "tokens", "tokens_mask", "level")
 
 
 class UNet(nn.Module):
@@ -48,6 +51,7 @@ class UNet(nn.Module):
       channel_multipliers: one a level, from the full size down.
       level_channels: the width of each level, of any values; takes the place of channel_multipliers.
       num_res_blocks: residual blocks a level in the encoder.
+      level_res_blocks: the residual blocks of each level in the encoder; takes the place of num_res_blocks.
       attention_resolutions: a level has attention when its longer side is one of these.
       attention_levels: on or off for each level; takes the place of attention_resolutions.
       middle_attention: attention in the middle block.
@@ -57,13 +61,26 @@ class UNet(nn.Module):
       attention_patch_size: side of the patches that are attention's tokens; 1: pixels.
       transformer_depth: blocks of the `SpatialTransformer` that takes the place of each attention, as in Stable
         Diffusion; 0: attention alone. It needs `cond["tokens"]`, and takes neither patches nor middle_attention_groups.
+      cross_attention: how attention without a transformer sees `cond["tokens"]`: "separate" (an attention of its own
+        after the pixels'), "joint" (in one softmax with the pixels) or "alone" (instead of the pixels); the last two
+        need the tokens.
+      context_groups: groups of a norm of the tokens in every "joint" or "alone" attention; 0: no norm.
+      token_channels: what `cond["tokens"]` are projected to first; None: they are not.
+      pooling_heads: heads of the `TokenPooling` of `cond["tokens"]` that is added to the time embedding; 0: none is.
       dropout: rate before the second convolution of each residual block, with train=True.
       num_groups: groups of every GroupNorm.
       norm_epsilon: of every GroupNorm, but for the one of a spatial transformer, 1e-6.
-      activation: in the residual blocks: "swish", "gelu", "mish" or "relu"; elsewhere it is swish.
+      activation: in the residual blocks: "swish", "gelu", "mish" or "relu".
+      outer_activation: the same inside the time embedding and before the last convolution.
+      residual_scale: what the sum of a residual block's branches is divided by; 2 ** 0.5 keeps the variance.
+      middle_residual_scale: the same in the middle.
       time_embedding: "sinusoids", or "learned", one vector for each of num_timesteps.
       time_frequency_shift, time_cosines_first: of the sinusoids; see `blocks.timestep_embedding`.
       num_timesteps: of a learned time embedding.
+      time_channels: width of the time embedding; None: 4 * channels.
+      time_activations: of the whole embedding before it enters the residual blocks, in turn; none: activation.
+      vector_embedding: of `cond["vector"]`: "linear" (a dense layer), "mlp" (two, with swish between them) or "none",
+        where it has the time embedding's width.
       scale_shift: the time embedding scales and shifts the second norm (Improved DDPM) instead of being added.
       downsample: "conv" (stride 2), "avg_pool", "max_pool" or "residual" (a residual block that halves the size).
       downsample_padding: of "conv": "same", at the right and bottom, or "symmetric", one pixel on every side.
@@ -85,6 +102,7 @@ class UNet(nn.Module):
     channel_multipliers: Sequence[int] = (1, 2, 2, 2)
     level_channels: Sequence[int] | None = None
     num_res_blocks: int = 2
+    level_res_blocks: Sequence[int] | None = None
     attention_resolutions: Sequence[int] = (16,)
     attention_levels: Sequence[bool] | None = None
     middle_attention: bool = True
@@ -93,14 +111,24 @@ class UNet(nn.Module):
     head_channels: int | None = None
     attention_patch_size: int = 1
     transformer_depth: int = 0
+    cross_attention: str = "separate"
+    context_groups: int = 0
+    token_channels: int | None = None
+    pooling_heads: int = 0
     dropout: float = 0.0
     num_groups: int = 32
     norm_epsilon: float = 1e-6
     activation: str = "swish"
+    outer_activation: str = "swish"
+    residual_scale: float = 1.0
+    middle_residual_scale: float = 1.0
     time_embedding: str = "sinusoids"
     time_frequency_shift: float = 1.0
     time_cosines_first: bool = False
     num_timesteps: int | None = None
+    time_channels: int | None = None
+    time_activations: Sequence[str] = ()
+    vector_embedding: str = "linear"
     scale_shift: bool = False
     downsample: str = "conv"
     downsample_padding: str = "same"
@@ -127,8 +155,9 @@ class UNet(nn.Module):
           t: [B], integer or float; integer with a learned time embedding.
           cond: None or a dict of any of
             "label": int32 [B] in 0..num_classes (num_classes: no class, where there is a null class);
-            "vector": [B, D], added to the time embedding through a dense layer (a pooled text embedding, say);
-            "image": [B, H, W, D], joined to x's channels (a low-resolution or masked picture);
+            "vector": [B, D], added to the time embedding (a pooled text embedding, say); see vector_embedding;
+            "level": [B], embedded like t and added to the time embedding (the noise level of the "image", say);
+            "image": [B, H, W, D], joined to x's channels (an enlarged low-resolution picture, or a masked one);
             "tokens": [B, L, D], which every attention block also attends to (a text encoder's output);
             "tokens_mask": bool [B, L], the tokens that are attended to, at least one an image; without it, all.
             A network is initialised with the entries that it will be called with.
@@ -143,7 +172,8 @@ class UNet(nn.Module):
         cond = dict(cond or {})
         self._check(x, t, cond)
         out_channels = self.out_channels or x.shape[-1]
-        widths, activation = self.widths, ACTIVATIONS[self.activation]
+        widths, res_blocks = self.widths, self.res_blocks
+        outer_activation = ACTIVATIONS[self.outer_activation]
         res_block, attention_block, spatial_transformer = ResBlock, AttentionBlock, SpatialTransformer
         if self.remat == "norms":
             res_block = nn.remat(ResBlock, policy=jax.checkpoint_policies.save_only_these_names(layers.KEPT))
@@ -152,9 +182,17 @@ class UNet(nn.Module):
             spatial_transformer = nn.remat(SpatialTransformer)
         common: dict[str, Any] = {"num_groups": self.num_groups, "epsilon": self.norm_epsilon, "dtype": self.dtype}
         options: dict[str, Any] = {"scale_shift": self.scale_shift, "activation": self.activation, "train": train}
-        residual: Any = partial(res_block, dropout=self.dropout, **options, **common)
+        residual: Any = partial(
+            res_block, dropout=self.dropout, residual_scale=self.residual_scale, **options, **common
+        )
         heads: dict[str, Any] = {"num_heads": self.num_heads, "head_channels": self.head_channels}
-        attention: Any = partial(attention_block, patch_size=self.attention_patch_size, **heads)
+        attention: Any = partial(
+            attention_block,
+            patch_size=self.attention_patch_size,
+            cross_attention=self.cross_attention,
+            context_groups=self.context_groups,
+            **heads,
+        )
         transformer: Any = partial(
             spatial_transformer,
             self.transformer_depth,
@@ -164,36 +202,50 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
 
+        time_channels = self.time_channels or 4 * self.channels
+
+        def sinusoids(t: jax.Array) -> jax.Array:
+            options = {"frequency_shift": self.time_frequency_shift, "cosines_first": self.time_cosines_first}
+            return timestep_embedding(t, self.channels, **options)
+
+        def mlp(name: str, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            return Dense(time_channels, name=f"{name}_1")(activation(Dense(time_channels, name=f"{name}_0")(x)))
+
         if self.time_embedding == "learned":
             embedding = nn.Embed(self.num_timesteps or 0, self.channels, name="time_table")(t)
         else:
-            embedding = timestep_embedding(
-                t,
-                self.channels,
-                frequency_shift=self.time_frequency_shift,
-                cosines_first=self.time_cosines_first,
-            )
-        embedding = nn.swish(Dense(4 * self.channels, name="time_0")(embedding))
-        embedding = Dense(4 * self.channels, name="time_1")(embedding)
+            embedding = sinusoids(t)
+        embedding = mlp("time", embedding, outer_activation)
         if self.num_classes is not None:
             # Without a null class, only an initialisation may leave the classes out, and then any will do.
             rows, absent = (self.num_classes + 1, self.num_classes) if self.null_class else (self.num_classes, 0)
-            labels = nn.Embed(rows, 4 * self.channels, name="label")
+            labels = nn.Embed(rows, time_channels, name="label")
             embedding += labels(cond.get("label", jnp.full(x.shape[:1], absent)))
-        if "vector" in cond:
-            embedding += Dense(4 * self.channels, name="vector")(cond["vector"])
-        embedding = activation(embedding).astype(self.dtype)
+        if "vector" in cond and self.vector_embedding == "linear":
+            embedding += Dense(time_channels, name="vector")(cond["vector"])
+        elif "vector" in cond:
+            embedding += mlp("vector", cond["vector"], nn.swish) if self.vector_embedding == "mlp" else cond["vector"]
+        if "level" in cond:
+            embedding += mlp("level", sinusoids(cond["level"]), outer_activation)
+        tokens, tokens_mask = cond.get("tokens"), cond.get("tokens_mask")
+        if self.pooling_heads:
+            embedding += TokenPooling(time_channels, self.pooling_heads, name="pooling")(tokens, tokens_mask)
+        if self.token_channels:
+            tokens = Dense(self.token_channels, dtype=self.dtype, name="tokens")(tokens)
+        for name in self.time_activations or (self.activation,):
+            embedding = ACTIVATIONS[name](embedding)
+        embedding = embedding.astype(self.dtype)
 
         def block(
-            h: jax.Array, level: int, name: str, attends: bool, skip: jax.Array | None = None, groups: int | None = None
+            h: jax.Array, level: int, name: str, attends: bool, skip: jax.Array | None = None, **middle: Any
         ) -> jax.Array:
-            h = residual(widths[level], name=f"{name}_res")(h, embedding, skip)
-            context = (cond.get("tokens"), cond.get("tokens_mask"))
+            h = residual(widths[level], name=f"{name}_res", **middle)(h, embedding, skip)
             if attends and self.transformer_depth:
-                return transformer(name=f"{name}_transformer")(h, *context)
+                return transformer(name=f"{name}_transformer")(h, tokens, tokens_mask)
             if attends:
+                groups = self.middle_attention_groups if middle else None
                 norm = common if groups is None else {**common, "num_groups": groups}
-                return attention(name=f"{name}_attention", **norm)(h, *context)
+                return attention(name=f"{name}_attention", **norm)(h, tokens, tokens_mask)
             return h
 
         def downsample(h: jax.Array, level: int, method: str) -> jax.Array:
@@ -221,23 +273,23 @@ class UNet(nn.Module):
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(h)
         skips = [h]
         for level in range(last + 1):
-            for i in range(self.num_res_blocks):
+            for i in range(res_blocks[level]):
                 h = block(h, level, f"down_{level}_{i}", attends[level])
                 skips.append(h)
             if level < last:
                 h = downsample(h, level, downsampling[level])
                 skips.append(h)
 
-        h = block(h, last, "middle_0", self.middle_attention, groups=self.middle_attention_groups)
-        h = block(h, last, "middle_1", False)
+        h = block(h, last, "middle_0", self.middle_attention, residual_scale=self.middle_residual_scale)
+        h = block(h, last, "middle_1", False, residual_scale=self.middle_residual_scale)
 
         for level in reversed(range(last + 1)):
-            for i in range(self.num_res_blocks + 1):
+            for i in range(res_blocks[level] + 1):
                 h = block(h, level, f"up_{level}_{i}", attends[level], skips.pop())
             if level > 0:
                 h = upsample(h, level, upsampling[level - 1])
 
-        h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
+        h = outer_activation(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         out_channels *= 2 if self.learned_variance else 1
         h = Conv(out_channels, init_scale=0.0, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.float32)
@@ -246,6 +298,11 @@ class UNet(nn.Module):
     def widths(self) -> list[int]:
         """Channels of each level, from the full size down."""
         return list(self.level_channels or [self.channels * factor for factor in self.channel_multipliers])
+
+    @property
+    def res_blocks(self) -> list[int]:
+        """Residual blocks of each level in the encoder, from the full size down."""
+        return list(self.level_res_blocks or [self.num_res_blocks] * len(self.widths))
 
     def levels_with_attention(self, height: int, width: int) -> list[bool]:
         """Whether each level, from the full size down, has attention on images of this size."""
@@ -262,6 +319,10 @@ class UNet(nn.Module):
             ("upsample", self.upsample, UPSAMPLING),
             *(("upsample_levels", method, UPSAMPLING) for method in self.upsample_levels or ()),
             ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("outer_activation", self.outer_activation, tuple(ACTIVATIONS)),
+            *(("time_activations", name, tuple(ACTIVATIONS)) for name in self.time_activations),
+            ("cross_attention", self.cross_attention, CROSS_ATTENTION),
+            ("vector_embedding", self.vector_embedding, VECTOR_EMBEDDINGS),
             ("time_embedding", self.time_embedding, TIME_EMBEDDINGS),
             ("remat", self.remat, REMAT),
         ):
@@ -273,6 +334,11 @@ class UNet(nn.Module):
                 raise ValueError(f"{name} has {len(methods)} entries for {levels - 1} halvings of the size")
         if self.attention_levels is not None and len(self.attention_levels) != levels:
             raise ValueError(f"attention_levels has {len(self.attention_levels)} entries for {levels} levels")
+        if len(self.res_blocks) != levels or min(self.res_blocks) < 1:
+            raise ValueError(f"level_res_blocks is {tuple(self.res_blocks)}; accepted: 1 or more for {levels} levels")
+        for name in ("residual_scale", "middle_residual_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: above 0")
         if x.ndim != 4:
             raise ValueError(f"x must be [B, H, W, C], not of shape {x.shape}")
         if t.shape != x.shape[:1]:
@@ -292,6 +358,21 @@ class UNet(nn.Module):
             raise ValueError(f"cond has {unknown[0]!r}; accepted: {', '.join(CONDITIONING)}")
         if self.transformer_depth and "tokens" not in cond:
             raise ValueError("cond has no 'tokens', to which the transformers attend (transformer_depth is above 0)")
+        for name in ("token_channels", "pooling_heads"):
+            if getattr(self, name) and "tokens" not in cond:
+                raise ValueError(f"cond has no 'tokens', which {name} {getattr(self, name)} is for")
+        if self.cross_attention != "separate" and "tokens" not in cond:
+            raise ValueError(
+                f"cond has no 'tokens', to which attention goes (cross_attention {self.cross_attention!r})"
+            )
+        if self.cross_attention != "separate" and self.transformer_depth:
+            raise ValueError(
+                f"cross_attention is {self.cross_attention!r}; accepted with a transformer_depth: 'separate'"
+            )
+        if self.context_groups and self.cross_attention == "separate":
+            raise ValueError(f"context_groups is {self.context_groups}; accepted with cross_attention 'separate': 0")
+        if "level" in cond and cond["level"].shape != x.shape[:1]:
+            raise ValueError(f"cond['level'] must have shape {x.shape[:1]}, not {cond['level'].shape}")
         if self.transformer_depth and self.attention_patch_size > 1:
             raise ValueError(
                 f"attention_patch_size is {self.attention_patch_size}; accepted with a transformer_depth: 1"

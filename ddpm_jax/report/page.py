@@ -143,7 +143,9 @@ def _summary(
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
     widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
     levels = " ".join(map(str, widths))
-    facts["Network"] = f"UNet of {size}{levels} channels by level, {model.num_res_blocks} blocks each, {model.dtype}"
+    blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
+    blocks = blocks or f"{model.num_res_blocks} blocks each"
+    facts["Network"] = f"UNet of {size}{levels} channels by level, {blocks}, {model.dtype}"
     if config.text.encoder == config_lib.TRAINED:
         facts["Text encoder"] = f"trained along, {config.text.width} wide, {config.text.num_layers} layers"
     elif config.text.encoder:

@@ -258,6 +258,8 @@ def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoenc
         )
     if layout.in_channels != layout.latent_channels:
         raise refusal(where["unet"], "in_channels", layout.in_channels, (layout.latent_channels,))
+    if layout.vector_width or layout.level:
+        raise UserError(f"class_embed_type is set in {where['unet']!r}; accepted in Stable Diffusion: None")
 
 
 def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.Layout, source: str) -> None:

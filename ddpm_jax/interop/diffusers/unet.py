@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -55,7 +57,19 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 # Plain, with attention, with residual resampling.
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-_ACTIVATIONS = {"silu": "swish", "swish": "swish", "gelu": "gelu", "mish": "mish", "relu": "relu"}
+ACTIVATIONS = {"silu": "swish", "swish": "swish", "gelu": "gelu", "mish": "mish", "relu": "relu"}
+# What a `UNet2DModel` has one value of, of those options of config.model that other networks of diffusers have.
+_ONLY: dict[str, Any] = {
+    "level_res_blocks": (),
+    "cross_attention": "separate",
+    "token_channels": 0,
+    "pooling_heads": 0,
+    "outer_activation": "swish",
+    "residual_scale": 1,
+    "middle_residual_scale": 1,
+    "time_channels": 0,
+    "time_activations": (),
+}
 _PADDINGS = {0: "same", 1: "symmetric"}
 _SHIFTS = {"default": False, "scale_shift": True}
 # In blocks with attention; those without it say it by their type.
@@ -66,13 +80,15 @@ _UPSAMPLERS = {"conv": "nearest", "resnet": "residual", None: "nearest"}
 # The config.
 
 
-def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> int:
+def read(config: ConfigDict, found: Mapping[str, Any], where: str, image_channels: int = 0) -> int:
     """Sets the fields of a run's config that a `UNet2DModel`'s config stands for.
 
     Args:
       config: of a run, whose diffusion is set already.
       found: the fields of the file.
       where: its name.
+      image_channels: how many of the input's channels, the last ones, are those of `cond["image"]`: of a network for
+        super-resolution as many as the images have.
 
     Returns:
       How many classes the network knows; 0: none.
@@ -97,14 +113,19 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> int:
     groups, middle_groups = unet["norm_num_groups"], unet["attn_norm_num_groups"]
     if middle_groups is None:  # then a network with scale_shift has no norm there
         middle_groups = 0 if choose(where, unet, "resnet_time_scale_shift", _SHIFTS) else groups
-    config.data.update(source="folder", height=size[0], width=size[1], channels=unet["in_channels"])
+    channels = unet["in_channels"] - image_channels
+    if channels < 1:
+        raise refusal(where, "in_channels", unet["in_channels"], (f"more than the {image_channels} of another image",))
+    if unet["center_input_sample"] and image_channels:
+        raise refusal(where, "center_input_sample", True, (f"with {unet['in_channels']} in_channels, False",))
+    config.data.update(source="folder", height=size[0], width=size[1], channels=channels)
     config.model.update(
         **read_common(unet, where, attention, halvings, doublings),
         middle_attention=unet["add_attention"],
         middle_attention_groups=-1 if middle_groups == groups else middle_groups,
         num_heads=1,
         head_channels=head_channels or 0,
-        activation=choose(where, {"act_fn": str(unet["act_fn"]).lower()}, "act_fn", _ACTIVATIONS),
+        activation=choose(where, {"act_fn": str(unet["act_fn"]).lower()}, "act_fn", ACTIVATIONS),
         time_embedding=_read_time_embedding(unet, len(config_lib.make_betas_from(config)), where),
         class_conditional=num_classes is not None,
         null_class=num_classes is None,
@@ -185,7 +206,7 @@ def read_blocks(
         blocks = [block.removeprefix("UNetRes") for block in unet[field]]
         unknown = [block for block in blocks if block not in accepted]
         if unknown or len(blocks) != len(unet["block_out_channels"]):
-            raise refusal(where, field, unknown[0] if unknown else unet[field], accepted)
+            raise refusal(where, field, unknown[0] if unknown else unet[field], dict.fromkeys(accepted))
         sides.append([accepted.index(block) for block in blocks])
     down, up = sides[0], sides[1][::-1]
     attention = tuple(kind == 1 for kind in down)
@@ -215,8 +236,8 @@ def check_out_channels(config: ConfigDict, found: Mapping[str, Any], where: str)
     check_accepted(where, {**_DEFAULTS, **found}, {"out_channels": (expected,)})
 
 
-def to_fields(config: ConfigDict, net: UNet) -> dict[str, Any]:
-    """The config of the `UNet2DModel` that computes what a run's network does.
+def to_fields(config: ConfigDict, net: UNet, image_channels: int = 0) -> dict[str, Any]:
+    """The config of the `UNet2DModel` that computes what a run's network does; image_channels as of `read`.
 
     Raises:
       UserError: an option that diffusers' network does not have, by name.
@@ -224,14 +245,19 @@ def to_fields(config: ConfigDict, net: UNet) -> dict[str, Any]:
     model, data = config.model, config.data
     if net.num_classes is not None and net.null_class:
         raise lacking("class_conditional", True, "has no null class, as model.null_class=True makes one", _NAME)
+    for field, accepted in _ONLY.items():
+        if model[field] != accepted:
+            raise lacking(field, model[field], f"has {accepted!r} only", _NAME)
+    if model.center_input and image_channels:
+        raise lacking("center_input", True, "would center the image that is joined to the input, too", _NAME)
     groups = net.middle_attention_groups
     if groups == 0 and not model.scale_shift and model.middle_attention:
         raise lacking("middle_attention_groups", 0, "leaves that norm out with scale_shift only", _NAME)
     attends = net.levels_with_attention(data.height, data.width)
-    inverse = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    inverse = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     fields = {
         **common_fields(config, net, (data.height, data.width), _NAME),
-        "in_channels": data.channels,
+        "in_channels": data.channels + image_channels,
         "out_channels": data.channels * (2 if net.learned_variance else 1),
         "time_embedding_type": "learned" if model.time_embedding == "learned" else "positional",
         "mid_block_type": "UNetMidBlock2D",
@@ -357,22 +383,32 @@ def _samplers(net: UNet, attends: list[bool]) -> dict[str, str]:
 # The tensors.
 
 
-def _param_shapes(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+def _param_shapes(config: ConfigDict, num_classes: int, image_channels: int) -> dict[str, Any]:
     names = [str(number) for number in range(num_classes)]
-    return config_lib.make_model(config, {"class_names": names}).param_shapes()
+    model = config_lib.make_model(config, {"class_names": names})
+    if not image_channels:
+        return model.param_shapes()
+    side = 2 ** (_levels(config) - 1)
+    shapes = ((1, side, side, config.data.channels), (1, side, side, image_channels))
+
+    def init() -> Any:
+        x, image = map(jnp.zeros, shapes)
+        return model.net.init(jax.random.key(0), x, jnp.zeros(1, jnp.int32), {"image": image})["params"]
+
+    return jax.eval_shape(init)
 
 
 def _levels(config: ConfigDict) -> int:
     return len(config.model.level_channels or config.model.channel_multipliers)
 
 
-def tensor_shapes(config: ConfigDict, num_classes: int = 0) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ConfigDict, num_classes: int = 0, image_channels: int = 0) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a `UNet2DModel` of this config has."""
-    return unet_tensors.tensor_shapes(_param_shapes(config, num_classes), _levels(config))
+    return unet_tensors.tensor_shapes(_param_shapes(config, num_classes, image_channels), _levels(config))
 
 
 def to_params(
-    path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict, num_classes: int = 0
+    path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict, num_classes: int = 0, image_channels: int = 0
 ) -> dict[str, Any]:
     """Our parameters from a `UNet2DModel`'s tensors, with today's or the old names of attention.
 
@@ -381,11 +417,12 @@ def to_params(
       tensors: [D, C, h, w] and so on, by diffusers' names.
       config: of the run.
       num_classes: that the network knows.
+      image_channels: as of `read`.
 
     Raises:
       UserError: a tensor that is missing, too many, or of another shape or dtype than the config's network has.
     """
-    return unet_tensors.to_params(path, tensors, _param_shapes(config, num_classes), _levels(config))
+    return unet_tensors.to_params(path, tensors, _param_shapes(config, num_classes, image_channels), _levels(config))
 
 
 def to_tensors(params: Mapping[str, Any], levels: int) -> tensors_lib.Tensors:

@@ -1,4 +1,8 @@
-"""diffusers' `UNet2DConditionModel`, the network of Stable Diffusion, as this project's UNet, and back."""
+"""diffusers' `UNet2DConditionModel` as this project's UNet, and back.
+
+It is the network of Stable Diffusion, whose attention lies in spatial transformers, and of Karlo (DALL-E 2's decoder)
+and DeepFloyd IF (Imagen's cascade), whose "simple" attention has added keys and values of the text.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +16,7 @@ from ml_collections import ConfigDict
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
 from ddpm_jax.interop.diffusers import unet_tensors
-from ddpm_jax.interop.diffusers.fields import check_accepted, choose, refusal, with_defaults
+from ddpm_jax.interop.diffusers.fields import check_accepted, check_counts, choose, refusal, with_defaults
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
 
@@ -68,37 +72,49 @@ _DEFAULTS: dict[str, Any] = {
     "cross_attention_norm": None,
     "addition_embed_type_num_heads": 64,  # counts with an addition_embed_type only
 }
+_TRANSFORMERS, _SIMPLE = "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"
 # Fields of which this project has one value.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "mid_block_scale_factor": (1,),
-    "act_fn": ("silu", "swish"),  # of the time embedding and the output, too
     "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "addition_embed_type": (None,),
     "addition_time_embed_dim": (None,),
     "num_class_embeds": (None,),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
     "time_embedding_type": ("positional",),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
     "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "projection_class_embeddings_input_dim": (None,),
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
 }
-_DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
-_UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D")
+# The same for the networks with each kind of attention, by the block in the middle.
+_ACCEPTED_BY_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
+    _TRANSFORMERS: {
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+    },
+    _SIMPLE: {
+        "norm_eps": (1e-5,),  # of the norms in simple attention, which have no other
+        "transformer_layers_per_block": (1,),
+    },
+}
+# Their blocks: plain, with attention and residual.
+_DOWN_BLOCKS = {
+    _TRANSFORMERS: ("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    _SIMPLE: ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+}
+_UP_BLOCKS = {
+    _TRANSFORMERS: ("UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    _SIMPLE: ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
+# How these change the size.
+_HALVINGS = {_TRANSFORMERS: ("conv", "conv", "residual"), _SIMPLE: ("residual",) * 3}
+_DOUBLINGS = {_TRANSFORMERS: ("nearest", "nearest", "residual"), _SIMPLE: ("residual",) * 3}
+_CONTEXT_NORMS = {None: 0, "group_norm": 32}
+_VECTORS = {"identity": "none", "projection": "mlp"}  # class_embed_type, where it takes a vector
 _BOOLS = {False: False, True: True}
 
 
@@ -107,10 +123,12 @@ class Layout:
     """What a `UNet2DConditionModel`'s config says beside the fields of a run's config.
 
     Attributes:
-      context_width: of the tokens that the network attends to.
+      context_width: of the tokens that the network is given.
       in_channels: of the latents and of the image that is joined to them.
       latent_channels: of the latents; the output has twice as many with a learned variance.
       sample_size: height and width of the latents that the network is for.
+      vector_width: of `cond["vector"]`; 0: there is none.
+      level: whether the network takes `cond["level"]`.
       linear_projections: the transformers' projections lie in the file as linear layers, not as 1 x 1 convolutions.
       upcast_attention: in half precision, diffusers computes attention's logits in float32; ours always are.
     """
@@ -121,6 +139,8 @@ class Layout:
     sample_size: tuple[int, int] = (64, 64)
     linear_projections: bool = False
     upcast_attention: bool = False
+    vector_width: int = 0
+    level: bool = False
 
 
 # The config.
@@ -144,39 +164,121 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
             f"addition_embed_type is 'text_time' in {where!r}, which makes it a network of Stable Diffusion XL; "
             "accepted: Stable Diffusion 1.x and 2.x"
         )
-    check_accepted(where, unet, _ACCEPTED)
+    kind = choose(where, unet, "mid_block_type", {_TRANSFORMERS: _TRANSFORMERS, _SIMPLE: _SIMPLE})
+    check_accepted(where, unet, _ACCEPTED | _ACCEPTED_BY_KIND[kind])
     attention, halvings, doublings = unet_lib.read_blocks(
-        unet, where, _DOWN_BLOCKS, _UP_BLOCKS, ("conv", "conv", "residual"), ("nearest", "nearest", "residual")
+        unet, where, _DOWN_BLOCKS[kind], _UP_BLOCKS[kind], _HALVINGS[kind], _DOUBLINGS[kind]
     )
     used = (*attention[:-1], True)  # the middle has attention of the last level's kind
-    unet["layers_per_block"] = _one_for_all(where, unet, "layers_per_block", (True,) * len(attention))
-    if any(_by_level(where, unet, "only_cross_attention")):
-        raise refusal(where, "only_cross_attention", unet["only_cross_attention"], (False,))
+    res_blocks = _by_level(where, unet, "layers_per_block")
+    if not all(isinstance(count, int) and count > 0 for count in res_blocks):
+        raise refusal(where, "layers_per_block", unet["layers_per_block"], ("whole numbers above 0",))
+    unet["layers_per_block"] = res_blocks[0]
     in_channels, out_channels = unet["in_channels"], unet["out_channels"]
     latent_channels = out_channels // 2 if config.diffusion.variance == "learned" else out_channels
     if in_channels < latent_channels:
         raise refusal(where, "in_channels", in_channels, (f"the {latent_channels} of the latents or more",))
     if unet["center_input_sample"] and in_channels > latent_channels:
         raise refusal(where, "center_input_sample", True, (f"with {in_channels} in_channels, False",))
+    activation = _read_activation(where, unet, "act_fn")
+    token_channels = _one_for_all(where, unet, "cross_attention_dim", used)
+    context_width = _read_context_width(where, unet, token_channels)
+    kind_of_vector = choose(where, unet, "class_embed_type", {None: "linear", "timestep": "linear", **_VECTORS})
+    time_channels = unet["time_embedding_dim"] or 0
     config.model.update(
         **unet_lib.read_common(unet, where, attention, halvings, doublings),
-        **_read_heads(where, unet, used),
+        **(_read_heads if kind == _TRANSFORMERS else _read_head_widths)(where, unet, used),
+        level_res_blocks=() if len(set(res_blocks)) == 1 else res_blocks,
         middle_attention=True,
         middle_attention_groups=-1,
-        transformer_depth=_one_for_all(where, unet, "transformer_layers_per_block", used),
-        activation="swish",
+        transformer_depth=_one_for_all(where, unet, "transformer_layers_per_block", used)
+        if kind == _TRANSFORMERS
+        else 0,
+        cross_attention=_read_cross_attention(where, unet, kind, attention),
+        context_groups=choose(where, unet, "cross_attention_norm", _CONTEXT_NORMS),
+        token_channels=0 if unet["encoder_hid_dim"] is None else token_channels,
+        pooling_heads=_read_pooling_heads(where, unet, context_width),
+        activation=activation,
+        outer_activation=activation,
+        residual_scale=float(unet["resnet_out_scale_factor"]),
+        middle_residual_scale=float(unet["mid_block_scale_factor"]),
         time_embedding="sinusoids",
+        time_channels=time_channels,
+        time_activations=_read_time_activations(where, unet, activation),
+        vector_embedding=kind_of_vector,
         class_conditional=False,
         null_class=True,
     )
     return Layout(
-        _one_for_all(where, unet, "cross_attention_dim", used),
+        context_width,
         in_channels,
         latent_channels,
         unet_lib.read_size(unet, where),
         choose(where, unet, "use_linear_projection", _BOOLS),
         choose(where, unet, "upcast_attention", _BOOLS),
+        _read_vector_width(where, unet, time_channels or 4 * config.model.channels),
+        unet["class_embed_type"] == "timestep",
     )
+
+
+def _read_activation(where: str, unet: Mapping[str, Any], field: str) -> str:
+    return choose(where, {field: str(unet[field]).lower()}, field, unet_lib.ACTIVATIONS)
+
+
+def _read_time_activations(where: str, unet: Mapping[str, Any], activation: str) -> tuple[str, ...]:
+    """What the time embedding passes through: an activation of its own, or each block's, or both."""
+    if unet["time_embedding_act_fn"] is None:
+        check_accepted(where, unet, {"resnet_skip_time_act": (False,)})
+        return ()
+    own = _read_activation(where, unet, "time_embedding_act_fn")
+    return (own,) if choose(where, unet, "resnet_skip_time_act", _BOOLS) else (own, activation)
+
+
+def _read_context_width(where: str, unet: Mapping[str, Any], token_channels: int) -> int:
+    """The width of the tokens before a projection, if there is one."""
+    width = unet["encoder_hid_dim"]
+    if width is None:
+        check_accepted(where, unet, {"encoder_hid_dim_type": (None,)})
+        return token_channels
+    check_accepted(where, unet, {"encoder_hid_dim_type": (None, "text_proj")})
+    check_counts(where, unet, "encoder_hid_dim")
+    return int(width)
+
+
+def _read_pooling_heads(where: str, unet: Mapping[str, Any], context_width: int) -> int:
+    check_accepted(where, unet, {"addition_embed_type": (None, "text")})
+    if unet["addition_embed_type"] is None:
+        return 0
+    check_counts(where, unet, "addition_embed_type_num_heads")
+    heads = int(unet["addition_embed_type_num_heads"])
+    if context_width % heads:
+        accepted = (f"a number that divides the tokens' {context_width} channels",)
+        raise refusal(where, "addition_embed_type_num_heads", heads, accepted)
+    return heads
+
+
+def _read_vector_width(where: str, unet: Mapping[str, Any], time_channels: int) -> int:
+    field = "projection_class_embeddings_input_dim"
+    if unet["class_embed_type"] == "projection":
+        check_counts(where, unet, field)
+        return int(unet[field])
+    check_accepted(where, unet, {field: (None,)})
+    return time_channels if unet["class_embed_type"] == "identity" else 0
+
+
+def _read_cross_attention(where: str, unet: Mapping[str, Any], kind: str, attention: tuple[bool, ...]) -> str:
+    """How the pixels attend to the tokens: the same way in all levels and in the middle."""
+    field, middle = "only_cross_attention", unet["mid_block_only_cross_attention"]
+    if kind == _TRANSFORMERS:
+        if any(_by_level(where, unet, field)):
+            raise refusal(where, field, unet[field], (False,))
+        return "separate"
+    if middle is None:
+        middle = unet[field] if isinstance(unet[field], bool) else False
+    values = [value for value, uses in zip(_by_level(where, unet, field), attention, strict=True) if uses]
+    if any(value not in (False, True) or value != middle for value in values):
+        raise refusal(where, field, unet[field], ("the same in all levels and in the middle",))
+    return "alone" if middle else "joint"
 
 
 def _by_level(where: str, unet: Mapping[str, Any], field: str) -> tuple[Any, ...]:
@@ -214,6 +316,19 @@ def _read_heads(where: str, unet: Mapping[str, Any], used: tuple[bool, ...]) -> 
     return {"num_heads": 1, "head_channels": head_widths.pop()}
 
 
+def _read_head_widths(where: str, unet: Mapping[str, Any], used: tuple[bool, ...]) -> dict[str, int]:
+    """attention_head_dim, which is the width of a head in simple attention."""
+    field, widths = "attention_head_dim", unet["block_out_channels"]
+    levels = [
+        (width, head) for width, head, uses in zip(widths, _by_level(where, unet, field), used, strict=True) if uses
+    ]
+    if not all(isinstance(head, int) and 0 < head <= width for width, head in levels):
+        raise refusal(where, field, unet[field], (f"widths of a head of at most the channels {tuple(widths)}",))
+    if len({head for _, head in levels}) > 1:
+        raise refusal(where, field, unet[field], ("heads of the same width in all levels",))
+    return {"num_heads": 1, "head_channels": levels[0][1]}
+
+
 def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
     """The config of the `UNet2DConditionModel` that computes what a run's network does.
 
@@ -222,45 +337,112 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
     """
     model = config.model
     common = unet_lib.common_fields(config, net, layout.sample_size, _NAME)
-    if not net.transformer_depth:
-        raise _lacking("transformer_depth", 0, "has 1 or more")
+    kind = _TRANSFORMERS if net.cross_attention == "separate" else _SIMPLE
+    if kind == _TRANSFORMERS and not net.transformer_depth:
+        raise _lacking("transformer_depth", 0, "has 1 or more, or another cross_attention than 'separate'")
     for field, accepted in (
         ("class_conditional", False),
         ("middle_attention", True),
+        ("middle_attention_groups", -1),
         ("time_embedding", "sinusoids"),
-        ("activation", "swish"),
+        ("outer_activation", net.activation),
+        *((("residual_scale", 1),) if kind == _TRANSFORMERS else (("norm_epsilon", 1e-5),)),
     ):
         if model[field] != accepted:
             raise _lacking(field, model[field], f"is written with {accepted!r} only")
     if model.center_input and layout.in_channels > layout.latent_channels:
         raise _lacking("center_input", True, "would center the image that is joined to the latents, too")
     attends = net.levels_with_attention(*layout.sample_size)
+    everywhere = [True] * (len(attends) - 1)
     for field, methods, accepted, levels in zip(
         ("downsample", "upsample"),
         unet_lib.resampling(net),
-        ("conv", "nearest"),
-        (attends[:-1], attends[1:]),
+        ("conv", "nearest") if kind == _TRANSFORMERS else ("residual", "residual"),
+        (attends[:-1], attends[1:]) if kind == _TRANSFORMERS else (everywhere, everywhere),
         strict=True,
     ):
         other = [method for method, here in zip(methods, levels, strict=True) if here and method != accepted]
         if other:
-            raise _lacking(field, other[0], f"has {accepted} only in levels with attention")
-    heads: int | list[int] = net.num_heads
-    if net.head_channels:
-        heads = [max(width // net.head_channels, 1) for width in net.widths]
+            where = " in levels with attention" if kind == _TRANSFORMERS else " with simple attention"
+            raise _lacking(field, other[0], f"has {accepted} only{where}")
     return {
         **_DEFAULTS,
         **common,
-        **unet_lib.write_blocks(net, attends, _DOWN_BLOCKS, _UP_BLOCKS, _NAME),
+        **unet_lib.write_blocks(net, attends, _DOWN_BLOCKS[kind], _UP_BLOCKS[kind], _NAME),
+        **_heads_fields(net, kind),
+        **_text_fields(net, layout),
+        **_time_fields(net, layout, kind),
         "in_channels": layout.in_channels,
         "out_channels": layout.latent_channels * (2 if net.learned_variance else 1),
-        "act_fn": "silu",
-        "attention_head_dim": heads,
-        "transformer_layers_per_block": net.transformer_depth,
-        "cross_attention_dim": layout.context_width,
+        "mid_block_type": kind,
+        "mid_block_scale_factor": _plain(net.middle_residual_scale),
+        "resnet_out_scale_factor": _plain(net.residual_scale),
+        "layers_per_block": list(net.level_res_blocks or ()) or net.num_res_blocks,
+        "act_fn": _ACT_FNS[net.activation],
+        "transformer_layers_per_block": net.transformer_depth or 1,
         "use_linear_projection": layout.linear_projections,
         "upcast_attention": layout.upcast_attention,
     }
+
+
+_ACT_FNS = {ours: theirs for theirs, ours in reversed(unet_lib.ACTIVATIONS.items())}
+
+
+def _plain(scale: float) -> float:
+    return int(scale) if scale == int(scale) else scale
+
+
+def _heads_fields(net: UNet, kind: str) -> dict[str, Any]:
+    """How many heads there are, and in simple attention how wide they are."""
+    if kind == _SIMPLE:
+        if not net.head_channels:
+            raise _lacking("head_channels", 0, "has heads of one width in simple attention")
+        return {"attention_head_dim": net.head_channels, "only_cross_attention": net.cross_attention == "alone"}
+    if net.head_channels:
+        return {"attention_head_dim": [max(width // net.head_channels, 1) for width in net.widths]}
+    return {"attention_head_dim": net.num_heads}
+
+
+def _text_fields(net: UNet, layout: Layout) -> dict[str, Any]:
+    """What becomes of the tokens."""
+    norms = {groups: norm for norm, groups in _CONTEXT_NORMS.items()}
+    if net.context_groups not in norms:
+        raise _lacking("context_groups", net.context_groups, f"has {' or '.join(map(str, norms))}")
+    fields: dict[str, Any] = {
+        "cross_attention_dim": net.token_channels or layout.context_width,
+        "cross_attention_norm": norms[net.context_groups],
+    }
+    if net.token_channels:
+        fields |= {"encoder_hid_dim": layout.context_width, "encoder_hid_dim_type": "text_proj"}
+    if net.pooling_heads:
+        fields |= {"addition_embed_type": "text", "addition_embed_type_num_heads": net.pooling_heads}
+    return fields
+
+
+def _time_fields(net: UNet, layout: Layout, kind: str) -> dict[str, Any]:
+    """The time embedding, what is added to it, and what it passes through."""
+    fields: dict[str, Any] = {"time_embedding_dim": net.time_channels}
+    match tuple(net.time_activations):
+        case ():
+            pass
+        case (own,) if kind == _SIMPLE:
+            fields |= {"time_embedding_act_fn": _ACT_FNS[own], "resnet_skip_time_act": True}
+        case (own, last) if last == net.activation:
+            fields |= {"time_embedding_act_fn": _ACT_FNS[own]}
+        case other:
+            raise _lacking("time_activations", other, f"ends in the activation of its blocks, {net.activation!r}")
+    if layout.level and layout.vector_width:
+        raise UserError(f"the network has both a level and a vector; diffusers' {_NAME} has one of the two")
+    if layout.level:
+        fields |= {"class_embed_type": "timestep"}
+    if layout.vector_width:
+        types = {ours: theirs for theirs, ours in _VECTORS.items()}
+        if net.vector_embedding not in types:
+            raise _lacking("vector_embedding", net.vector_embedding, f"is written with {' or '.join(types)} only")
+        fields |= {"class_embed_type": types[net.vector_embedding]}
+        if net.vector_embedding == "mlp":
+            fields |= {"projection_class_embeddings_input_dim": layout.vector_width}
+    return fields
 
 
 def _lacking(field: str, value: Any, what: str) -> UserError:
@@ -274,13 +456,17 @@ def example(net: UNet, layout: Layout, tokens: int = 77) -> tuple[jax.Array, jax
     """x, t and cond of one image, all zeros, of the smallest size that the network takes.
 
     Channels that the network reads beyond the latents' are those of `cond["image"]`: of Stable Diffusion's inpainting
-    network four of the masked picture's latents and the mask.
+    network the mask and four of the masked picture's latents, of a network for super-resolution the enlarged picture.
     """
     side = 2 ** (len(net.widths) - 1)
     latents = layout.latent_channels
     cond = {"tokens": jnp.zeros((1, tokens, layout.context_width))}
     if layout.in_channels > latents:
         cond["image"] = jnp.zeros((1, side, side, layout.in_channels - latents))
+    if layout.vector_width:
+        cond["vector"] = jnp.zeros((1, layout.vector_width))
+    if layout.level:
+        cond["level"] = jnp.zeros(1)
     return jnp.zeros((1, side, side, latents)), jnp.zeros(1, jnp.int32), cond
 
 

@@ -24,7 +24,16 @@ _RES = {
     "conv_1": "conv2",
     "shortcut": "conv_shortcut",
 }
-_ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+_ATTENTION = {
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+    "context_norm": "norm_cross",
+    "cross_key": "add_k_proj",
+    "cross_value": "add_v_proj",
+}
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _TRANSFORMER = {
     **_ATTENTION,
@@ -50,12 +59,27 @@ _OUTER = {
     "time_0": "time_embedding.linear_1",
     "time_1": "time_embedding.linear_2",
     "label": "class_embedding",
+    "level_0": "class_embedding.linear_1",
+    "level_1": "class_embedding.linear_2",
+    "vector_0": "class_embedding.linear_1",
+    "vector_1": "class_embedding.linear_2",
+    "tokens": "encoder_hid_proj",
     "conv_in": "conv_in",
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
 }
+_POOLING = {
+    "norm_0": "norm1",
+    "place": "pool.positional_embedding",
+    "query": "pool.q_proj",
+    "key": "pool.k_proj",
+    "value": "pool.v_proj",
+    "project": "proj",
+    "norm_1": "norm2",
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-_TABLES = ("time_proj.weight", "class_embedding.weight")  # of embeddings, [rows, features] in both
+# Of embeddings, [rows, features] in both.
+_TABLES = ("time_proj.weight", "class_embedding.weight", "add_embedding.pool.positional_embedding")
 
 
 def to_tensors(
@@ -131,7 +155,11 @@ def paths(params: Mapping[str, Any], levels: int) -> dict[str, tuple[str, ...]]:
 def _names(params: Mapping[str, Any], levels: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """(path in our tree, name in theirs) of every parameter."""
     for path in flatten_dict(params):
-        block, leaf = path[0], _LEAVES[path[-1]]
+        block = path[0]
+        if block == "pooling":
+            yield path, ".".join(["add_embedding", _POOLING[path[1]], *(_LEAVES[leaf] for leaf in path[2:])])
+            continue
+        leaf = _LEAVES[path[-1]]
         if block in _OUTER:
             yield path, f"{_OUTER[block]}.{leaf}"
             continue

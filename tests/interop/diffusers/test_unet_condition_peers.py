@@ -27,6 +27,8 @@ AGAINST = "diffusers' `UNet2DConditionModel`, PyTorch"
 
 def read(fields):
     config = config_lib.default_config()
+    if fields["out_channels"] == 6:
+        config.diffusion.variance = "learned"
     layout = unet_condition.read(config, fields, "config.json")
     return config, config_lib.make_network(config), layout
 
@@ -37,16 +39,26 @@ def inputs(net, layout, batch, size, tokens):
     rng = np.random.default_rng(0)
 
     def draw(array):
+        if array.ndim == 1:
+            return np.array([250, 17])[:batch]
         shape = size if array.ndim == 4 else array.shape[1:-1]
         return rng.standard_normal((batch, *shape, array.shape[-1])).astype(np.float32)
 
-    return draw(x), np.array([3, 811])[:batch], {name: draw(array) for name, array in cond.items()}
+    cond = {name: draw(array) for name, array in cond.items()}
+    if net.vector_embedding == "none":  # Karlo's decoder attends to its own tokens and to those of the text
+        cond["tokens_mask"] = np.arange(tokens) < np.array([[tokens], [5]])[:batch]
+    return draw(x), np.array([3, 811])[:batch], cond
 
 
 def call(theirs, x, t, cond):
     """Their output, with the image, if there is one, behind the latents' channels."""
     joined = torch.cat([x, to_torch(cond["image"])], dim=1) if "image" in cond else x
-    return theirs(joined, torch.tensor(t), torch.tensor(cond["tokens"])).sample
+    others = {
+        "class_labels": cond.get("level", cond.get("vector")),
+        "attention_mask": cond.get("tokens_mask"),
+    }
+    others = {name: torch.tensor(value) for name, value in others.items() if value is not None}
+    return theirs(joined, torch.tensor(t), torch.tensor(cond["tokens"]), **others).sample
 
 
 @pytest.mark.slow
@@ -58,7 +70,8 @@ def test_networks(measure, tmp_path, name):
     tensors = load_file(tmp_path / "theirs" / WEIGHTS[0])
     params = unet_condition.to_params("x", tensors, net, layout)
     x, t, cond = inputs(net, layout, 2, layout.sample_size, 7)
-    weights = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    shape = (*x.shape[:3], x.shape[3] * (2 if net.learned_variance else 1))
+    weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
     @partial(jax.jit, compiler_options=parallel.run_once_options())
     def ours(params, x):
