@@ -150,7 +150,8 @@ def default_config() -> ConfigDict:
     diffusion.weighting = "none"  # none, min_snr, p2 or truncated_snr
     diffusion.vlb_weight = 1e-3  # of the bound in the hybrid loss
     diffusion.timestep_sampler = "uniform"  # uniform, stratified or importance
-    diffusion.clip = True  # the predicted x_0 to [-1, 1] when sampling
+    diffusion.clip = True  # the predicted x_0 to [-clip_range, clip_range] when sampling
+    diffusion.clip_range = 1.0  # 1 for images; larger for embeddings, whose values lie further out
     diffusion.dynamic_threshold = 0.0  # a quantile such as 0.995 for dynamic thresholding; 0: off
 
     config.optimizer = optimizer = ConfigDict()
@@ -552,7 +553,7 @@ def parameterization(config: ConfigDict) -> Parameterization:
     """What the network's output means."""
     diffusion = config.diffusion
     threshold = diffusion.dynamic_threshold or None
-    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold)
+    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold, diffusion.clip_range)
 
 
 def guidance(config: ConfigDict) -> Guidance:

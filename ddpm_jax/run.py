@@ -150,7 +150,7 @@ class Run:
             repeated as needed (without them every class, or captions of the data set, come in turn);
             negative_prompts, which guidance leads away from; and in place of the config's: sampler, num_steps, spacing,
             spacing_offset, skip_lowest, stop_at_first, levels, fractional, scaled_start, timesteps, eta, order, clip,
-            dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
+            clip_range, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
             guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:

@@ -157,8 +157,12 @@ def _check_values(config: ConfigDict) -> None:
     widths = config.autoencoder.level_channels
     if not widths or min(widths) < 1:
         raise UserError(f"config.autoencoder.level_channels is {widths}; accepted: integers of 1 or more")
-    if not config.model.norm_epsilon > 0:
-        raise UserError(f"config.model.norm_epsilon is {config.model.norm_epsilon}; accepted: above 0")
+    for name, value in (
+        ("model.norm_epsilon", config.model.norm_epsilon),
+        ("diffusion.clip_range", diffusion.clip_range),
+    ):
+        if not value > 0:
+            raise UserError(f"config.{name} is {value}; accepted: above 0")
     for name in () if diffusion.betas else BETAS_OF.get(diffusion.schedule, ()):
         if not 0.0 < diffusion[name] <= 1.0:
             raise UserError(f"config.diffusion.{name} is {diffusion[name]}; accepted: above 0, to 1")

@@ -92,6 +92,7 @@ def test_options_of_loss_and_sampler():
     assert config_lib.parameterization(config) == Parameterization("eps", "fixed_large", False, None)
     config = small(diffusion__clip=False, diffusion__dynamic_threshold=0.9)
     assert config_lib.parameterization(config).dynamic_threshold == 0.9
+    assert config_lib.parameterization(small(diffusion__clip_range=5.0)).clip_range == 5.0
     assert config_lib.sampling_steps(config) == Steps()
     config = small(sample__spacing_offset=1, sample__stop_at_first=True)
     assert config_lib.sampling_steps(config) == Steps(spacing_offset=1, stop_at_first=True)

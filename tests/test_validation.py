@@ -115,6 +115,7 @@ def test_an_int_is_a_float():
         ({"diffusion__betas": (0.1, 1.5), "log__sample_steps": 2}, "betas[1] is 1.5; every beta must be"),
         ({"diffusion__betas": (0.0, 0.5), "log__sample_steps": 2}, "betas[0] is 0; every beta must be"),
         ({"diffusion__betas": (0.1, math.nan), "log__sample_steps": 2}, "betas[1] is nan; every beta must be"),
+        ({"diffusion__clip_range": 0.0}, "config.diffusion.clip_range is 0.0; accepted: above 0"),
         ({"diffusion__dynamic_threshold": 1.1}, "config.diffusion.dynamic_threshold is 1.1; accepted: 0 to 1"),
         (
             {"text__encoder": "trained", "model__class_conditional": True},

@@ -35,14 +35,16 @@ class Parameterization:
     Attributes:
       prediction: "eps", "x_0" or "v".
       variance: "fixed_small", "fixed_large" or "learned".
-      clip: whether the predicted x_0 is clipped to [-1, 1].
+      clip: whether the predicted x_0 is clipped to [-clip_range, clip_range].
       dynamic_threshold: a quantile for dynamic thresholding instead; None: off.
+      clip_range: 1 for images.
     """
 
     prediction: str = "eps"
     variance: str = "fixed_large"
     clip: bool = True
     dynamic_threshold: float | None = None
+    clip_range: float = 1.0
 
     @property
     def unclipped(self) -> "Parameterization":
@@ -50,11 +52,13 @@ class Parameterization:
         return dataclasses.replace(self, clip=False, dynamic_threshold=None)
 
     def check(self) -> None:
-        """ValueError for an unknown prediction or variance, or a quantile that is none."""
+        """ValueError for an unknown prediction or variance, a quantile that is none, or an empty range."""
         check_option("prediction", self.prediction, PREDICTIONS)
         check_option("variance", self.variance, VARIANCES)
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
             raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; accepted: above 0 to 1, or None")
+        if not self.clip_range > 0:
+            raise ValueError(f"clip_range is {self.clip_range}; accepted: above 0")
 
 
 @jax.tree_util.register_dataclass
@@ -163,20 +167,21 @@ def convert_prediction(
     return from_x_0(target, to_x_0(source, output, x_t, a, s), x_t, a, s)
 
 
-def clip_x_0(x_0: Images, clip: bool = True, dynamic_threshold: float | None = None) -> Images:
-    """Keeps a predicted x_0 where images are.
+def clip_x_0(x_0: Images, clip: bool = True, dynamic_threshold: float | None = None, clip_range: float = 1.0) -> Images:
+    """Keeps a predicted x_0 where images are, or whatever is diffused.
 
     Args:
       x_0: [B, H, W, C].
-      clip: to [-1, 1].
+      clip: to [-clip_range, clip_range].
       dynamic_threshold: None, or the quantile q of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3):
         each image is clipped to [-s, s] and divided by s = max(1, q-quantile of its absolute values).
+      clip_range: of the clip; 1 for images.
     """
     if dynamic_threshold is not None:
         axes = tuple(range(1, x_0.ndim))
         s = jnp.maximum(jnp.quantile(jnp.abs(x_0), dynamic_threshold, axis=axes, keepdims=True), 1.0)
         return jnp.clip(x_0, -s, s) / s
-    return jnp.clip(x_0, -1.0, 1.0) if clip else x_0
+    return jnp.clip(x_0, -clip_range, clip_range) if clip else x_0
 
 
 def split_output(model_output: Outputs, variance: str) -> tuple[Images, Images | None]:
@@ -210,6 +215,7 @@ def p_mean_variance(
     variance: str = "fixed_large",
     clip: bool = True,
     dynamic_threshold: float | None = None,
+    clip_range: float = 1.0,
 ) -> Gaussian:
     """p_theta(x_{t-1} | x_t) from the network's output (DDPM, section 3.2).
 
@@ -220,8 +226,9 @@ def p_mean_variance(
       t: int32 [B].
       prediction: what the output means: "eps", "x_0" or "v".
       variance: "fixed_small" (the posterior's), "fixed_large" (beta_t) or "learned" (between the two).
-      clip: clip the predicted x_0 to [-1, 1].
+      clip: clip the predicted x_0 to [-clip_range, clip_range].
       dynamic_threshold: a quantile for dynamic thresholding instead; see `clip_x_0`.
+      clip_range: of the clip; 1 for images.
 
     Returns:
       A `Gaussian`: mean and x_0 [B, H, W, C]; variance and log_variance [B, 1, 1, 1], or [B, H, W, C] if learned.
@@ -231,7 +238,7 @@ def p_mean_variance(
     """
     output, interpolation = split_output(model_output, variance)
     x_0 = convert_prediction(schedule, output, x_t, t, prediction, "x_0")
-    x_0 = clip_x_0(x_0, clip, dynamic_threshold)
+    x_0 = clip_x_0(x_0, clip, dynamic_threshold, clip_range)
     mean, small, log_small = q_posterior(schedule, x_0, x_t, t)
     if interpolation is not None:
         log_variance = interpolate_log_variance(interpolation, log_small, extract(schedule.log_betas, t, x_t.ndim))
@@ -262,6 +269,7 @@ def p_sample(
     variance: str = "fixed_large",
     clip: bool = True,
     dynamic_threshold: float | None = None,
+    clip_range: float = 1.0,
 ) -> Images:
     """One ancestral step, x_{t-1} ~ p_theta(x_{t-1} | x_t) (DDPM, algorithm 2), jit-compiled.
 
@@ -273,28 +281,19 @@ def p_sample(
       key: one typed key, or [B] of them.
       x_t: [B, H, W, C].
       t: int32 [B].
-      prediction, variance, clip, dynamic_threshold: as in `p_mean_variance`.
+      prediction, variance, clip, dynamic_threshold, clip_range: as in `p_mean_variance`.
 
     Returns:
       x_{t-1} [B, H, W, C].
     """
-    check_option("prediction", prediction, PREDICTIONS)
-    check_option("variance", variance, VARIANCES)
-    return _p_sample(schedule, as_argument(model_fn), key, x_t, t, prediction, variance, clip, dynamic_threshold)
+    output = Parameterization(prediction, variance, clip, dynamic_threshold, clip_range)
+    output.check()
+    return _p_sample(schedule, as_argument(model_fn), key, x_t, t, output)
 
 
-@partial(jax.jit, static_argnames=("prediction", "variance", "clip", "dynamic_threshold"))
-def _p_sample(schedule, model_fn, key, x_t, t, prediction, variance, clip, dynamic_threshold):
-    p = p_mean_variance(
-        schedule,
-        model_fn(x_t, t),
-        x_t,
-        t,
-        prediction=prediction,
-        variance=variance,
-        clip=clip,
-        dynamic_threshold=dynamic_threshold,
-    )
+@partial(jax.jit, static_argnames="output")
+def _p_sample(schedule, model_fn, key, x_t, t, output):
+    p = p_mean_variance(schedule, model_fn(x_t, t), x_t, t, **dataclasses.asdict(output))
     last = (t == 0).reshape(-1, *(1,) * (x_t.ndim - 1))
     scale = jnp.where(last, 0.0, jnp.exp(0.5 * p.log_variance))
     return p.mean + scale * normal(key, x_t.shape, x_t.dtype)

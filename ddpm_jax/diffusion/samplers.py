@@ -249,6 +249,7 @@ def sample(
     variance: str = "fixed_large",
     clip: bool = True,
     dynamic_threshold: float | None = None,
+    clip_range: float = 1.0,
     num_snapshots: int = 0,
     snapshots_of: str = "x",
     progress: Progress | None = None,
@@ -285,8 +286,8 @@ def sample(
       known: (image, mask), both to broadcast to `shape`: where the mask is true, the image's own noisy values take the
         place of x before every call, and its clean ones at the end.
       resampling: (jump, times) of RePaint's resampling; see `with_resampling`.
-      prediction, variance, clip, dynamic_threshold: as in `p_mean_variance`; a method other than "ddpm" has its own
-        variance, and a learned one is left aside.
+      prediction, variance, clip, dynamic_threshold, clip_range: as in `p_mean_variance`; a method other than "ddpm" has
+        its own variance, and a learned one is left aside.
       num_snapshots: how many images on the way to return as well.
       snapshots_of: "x", or "x_0" for what the network took it for.
       progress: told (calls done, calls) every ten calls or so.
@@ -294,7 +295,7 @@ def sample(
         the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped to [-1, 1] if `clip` ("plms" may end a little outside), or x at t_end or timestep 0;
+      x_0 [B, H, W, C], clipped if `clip` ("plms" may end a little outside), or x at t_end or timestep 0;
       with num_snapshots also [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start.
       The last is what the last call gave, before known pixels are put in their places.
 
@@ -330,7 +331,7 @@ def sample(
         model_fn,
         key,
         shape,
-        output=Parameterization(prediction, variance, clip, dynamic_threshold),
+        output=Parameterization(prediction, variance, clip, dynamic_threshold, clip_range),
         observer=Observer(progress, watch, num_snapshots, snapshots_of),
         x_t=x_t,
         known=known,
@@ -500,7 +501,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         t = jnp.full(shape[:1], row.t)
         predicted, interpolation = split_output(model_fn(x, t), output.variance)
         x_0 = to_x_0(output.prediction, predicted, x, row.a, row.s)
-        x_0 = clip_x_0(x_0, output.clip, output.dynamic_threshold)
+        x_0 = clip_x_0(x_0, output.clip, output.dynamic_threshold, output.clip_range)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)

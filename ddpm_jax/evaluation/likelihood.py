@@ -377,7 +377,8 @@ def evaluate_flow(
 
 
 def _of_bound(output: Parameterization) -> dict[str, Any]:
-    """The keyword arguments of the bounds; they have no dynamic threshold."""
+    """The keyword arguments of the bounds; they have no dynamic threshold, and clip to [-1, 1], where 8-bit
+    images are."""
     return {"prediction": output.prediction, "variance": output.variance, "clip": output.clip}
 
 

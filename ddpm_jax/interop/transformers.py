@@ -107,6 +107,23 @@ def read_module(folder: str | Path) -> CLIPTextEncoder:
     return to_module(read_json_object(path), str(path))
 
 
+def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
+    """The image encoder and its parameters, float32, of a `CLIPVisionModelWithProjection`'s folder.
+
+    Raises:
+      UserError: as `read`.
+    """
+    path = Path(folder) / "config.json"
+    config, where = read_json_object(path), str(path)
+    kind, accepted = _architecture(config), "CLIPVisionModelWithProjection"
+    _require(kind == accepted, "architectures", kind, where, accepted)
+    net = _image_module({**config, "vision_config": config}, where)
+    path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
+    shapes = _shapes(net)
+    own = {name: value for name, value in tensors.items() if not _is_range(name)}
+    return net, _converted(path, own, shapes, {ours: _name(("image", *ours)) for ours in shapes})
+
+
 def read_clip(folder: str | Path) -> CLIP:
     """The whole of a `CLIPModel`'s folder: config.json, weights, tokenizer and preprocessor_config.json.
 

@@ -240,6 +240,18 @@ def test_dynamic_thresholding(quantile, clip):
     assert np.max(np.abs(got)) <= 1
 
 
+def test_clip_range():
+    x_0, x_t = single(*images(11))
+    options = {"prediction": "x_0", "clip_range": 2.5}
+    p = gaussian.p_mean_variance(LINEAR, 4 * x_0, x_t, jnp.array(TIMES), **options)
+    np.testing.assert_array_equal(p.x_0, np.clip(4 * x_0, -2.5, 2.5))
+    assert jnp.abs(p.x_0).max() == 2.5
+    p = gaussian.p_mean_variance(LINEAR, 4 * x_0, x_t, jnp.array(TIMES), clip=False, **options)
+    np.testing.assert_array_equal(p.x_0, 4 * x_0)
+    step = gaussian.p_sample(LINEAR, lambda x, t: 4 * x_0, jax.random.key(0), x_t, jnp.zeros_like(TIMES), **options)
+    np.testing.assert_allclose(step, np.clip(4 * x_0, -2.5, 2.5), atol=1e-5)
+
+
 def test_dynamic_thresholding_reaches_the_mean():
     x_0, x_t = single(*images(10))
     p = gaussian.p_mean_variance(LINEAR, 4 * x_0, x_t, jnp.array(TIMES), prediction="x_0", dynamic_threshold=0.9)

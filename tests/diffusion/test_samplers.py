@@ -531,6 +531,7 @@ def test_one_timestep():
         ({"num_snapshots": 1}, "num_snapshots is 1; accepted: 0, or 2 to 1001"),
         ({"num_snapshots": 5, "num_steps": 2}, "num_snapshots is 5; accepted: 0, or 2 to 3"),
         ({"num_snapshots": 3, "num_steps": 2, "snapshots_of": "x_0"}, "num_snapshots is 3; accepted: 0, or 2 to 2"),
+        ({"clip_range": 0.0}, "clip_range is 0.0; accepted: above 0"),
         ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0 to 1, or None"),
         ({"timesteps": []}, r"the timesteps are \[\]; accepted: descending"),
         ({"snapshots_of": "eps"}, "snapshots_of is 'eps'; accepted: x, x_0"),

@@ -89,6 +89,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "timestep_type": "discrete",
     },
     "EulerAncestralDiscreteScheduler": {**_SCHEDULE, **_SNR, "timestep_spacing": "linspace"},
+    "UnCLIPScheduler": {
+        "num_train_timesteps": 1000,
+        "variance_type": "fixed_small_log",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "prediction_type": "epsilon",
+        "beta_schedule": "squaredcos_cap_v2",
+    },
     "HeunDiscreteScheduler": {
         **_SCHEDULE,
         "beta_start": 0.00085,
@@ -125,6 +133,15 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
+# Of UnCLIPScheduler, which has no such field. In 138 of the 999 possible numbers of steps, none of them Karlo's, a timestep
+# lies at an exact half, and rounding errors make it the one below it there and the one above it here, or the reverse.
+_LINSPACE = {"timestep_spacing": "linspace"}
+# What an `UnCLIPScheduler` has of the fields that others know more values of.
+_UNCLIP: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("squaredcos_cap_v2",),
+    "prediction_type": ("epsilon", "sample"),
+    "variance_type": ("fixed_small_log", "learned_range"),
+}
 _PIPELINE_STEPS = 50  # what diffusers' pipelines of DDIM and PNDM take by default
 _SOLVER_STEPS = 20
 
@@ -153,6 +170,8 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> list[str]:
     ignored = {*_FORMER, *_ANY} - _DEFAULTS[kind].keys()
     fields = with_defaults(where, found, _DEFAULTS[kind], ignored)
     check_accepted(where, fields, {field: values for field, values in _ACCEPTED.items() if field in fields})
+    if kind == "UnCLIPScheduler":
+        check_accepted(where, fields, _UNCLIP)
     _read_schedule(config.diffusion, fields, where)
     _read_clipping(config.diffusion, fields, where)
     config.diffusion.prediction = choose(where, fields, "prediction_type", _PREDICTIONS)
@@ -165,8 +184,8 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _read_schedule(diffusion: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
-    T, start, end = fields["num_train_timesteps"], float(fields["beta_start"]), float(fields["beta_end"])
-    betas = fields["trained_betas"]
+    T, betas = fields["num_train_timesteps"], fields.get("trained_betas")
+    start, end = (float(fields.get(name, _SCHEDULE[name])) for name in ("beta_start", "beta_end"))
     if betas is not None:
         if not betas or len(betas) != T:
             raise UserError(
@@ -195,14 +214,20 @@ def _read_clipping(diffusion: ConfigDict, fields: Mapping[str, Any], where: str)
         else:
             raise refusal(where, "sample_max_value", bound, (1.0, _UNBOUNDED))
     elif diffusion.clip:
-        check_accepted(where, fields, {"clip_sample_range": (1.0,)})
+        bound = fields["clip_sample_range"]
+        if not isinstance(bound, int | float) or not bound > 0:
+            raise UserError(f"clip_sample_range is {bound!r} in {where!r}; accepted: a number above 0")
+        diffusion.clip_range = float(bound)
 
 
 def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], where: str) -> list[str]:
     """The run's default sampler, and the sentences about it."""
     sample, diffusion, notes = config.sample, config.diffusion, []
     T = len(diffusion.betas) or diffusion.num_timesteps
-    spacing, offset = choose(where, fields, "timestep_spacing", _SPACINGS), fields["steps_offset"]
+    spacing, offset = (
+        choose(where, {**_LINSPACE, **fields}, "timestep_spacing", _SPACINGS),
+        fields.get("steps_offset", 0),
+    )
     stops = fields.get("set_alpha_to_one") is False or fields.get("final_sigmas_type") == "sigma_min"
     if kind in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         sample.skip_lowest = spacing != "trailing"
@@ -213,7 +238,7 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
                 "final_sigmas_type 'sigma_min': the last steps keep their order here, which diffusers lowers in "
                 "UniPC and in fewer than 15 steps"
             )
-    elif kind == "DDPMScheduler":
+    elif kind in ("DDPMScheduler", "UnCLIPScheduler"):
         sample.sampler = "ddpm"
         if spacing == "trailing" or (spacing == "leading" and offset):
             notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
@@ -398,8 +423,52 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"{kind} has no dynamic threshold, which this run has")
     elif diffusion.clip and not {"clip_sample", "thresholding"} & _DEFAULTS[kind].keys():
         notes.append(f"{kind} does not clip the predicted x_0, as this run does")
+    elif diffusion.clip and diffusion.clip_range != 1 and is_solver:
+        notes.append(f"{kind} does not clip the predicted x_0 to {diffusion.clip_range}, as this run does")
     known = {name: value for name, value in fields.items() if name in _DEFAULTS[kind]}
     return {"_class_name": kind, **known}, notes
+
+
+def to_unclip_fields(config: ConfigDict) -> dict[str, Any]:
+    """The config of the `UnCLIPScheduler` that samples as the run does, which diffusers' unCLIP pipelines need.
+
+    Raises:
+      UserError: an option of the run that the scheduler does not have, by name.
+    """
+    diffusion = config.diffusion
+    variances = {ours: theirs for theirs, ours in _VARIANCES.items() if theirs in _UNCLIP["variance_type"]}
+    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items() if theirs in _UNCLIP["prediction_type"]}
+    for part, field, accepted in (
+        ("diffusion", "betas", ((),)),
+        ("diffusion", "schedule", ("cosine",)),
+        ("diffusion", "schedule_options", ({},)),
+        ("diffusion", "zero_terminal_snr", (False,)),
+        ("diffusion", "prediction", predictions),
+        ("diffusion", "variance", variances),
+        ("diffusion", "dynamic_threshold", (0.0,)),
+        ("sample", "sampler", ("ddpm",)),
+        ("sample", "spacing", ("", "linspace")),
+        ("sample", "levels", ("",)),
+        ("sample", "skip_lowest", (False,)),
+        ("sample", "stop_at_first", (False,)),
+        ("sample", "scaled_start", (False,)),
+    ):
+        value = config[part][field]
+        value = value.to_dict() if isinstance(value, ConfigDict) else value
+        if value not in accepted:
+            raise UserError(
+                f"config.{part}.{field} is {value!r}; diffusers' UnCLIPScheduler only has "
+                f"{' or '.join(map(repr, accepted))}"
+            )
+    return {
+        "_class_name": "UnCLIPScheduler",
+        "num_train_timesteps": diffusion.num_timesteps,
+        "variance_type": variances[diffusion.variance],
+        "clip_sample": diffusion.clip,
+        "clip_sample_range": diffusion.clip_range,
+        "prediction_type": predictions[diffusion.prediction],
+        "beta_schedule": "squaredcos_cap_v2",
+    }
 
 
 def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
@@ -445,10 +514,12 @@ def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:
         ratio = {"dynamic_thresholding_ratio": diffusion.dynamic_threshold, "sample_max_value": _UNBOUNDED}
         clipping = {"thresholding": True, **ratio}
     elif is_solver:  # a threshold of at most 1 is a clip to 1
-        return {"thresholding": diffusion.clip, "sample_max_value": 1.0}
+        return {"thresholding": diffusion.clip and diffusion.clip_range == 1, "sample_max_value": 1.0}
     else:
         clipping = {}
-    return clipping if is_solver else {"clip_sample": diffusion.clip, "clip_sample_range": 1.0, **clipping}
+    if is_solver:
+        return clipping
+    return {"clip_sample": diffusion.clip, "clip_sample_range": diffusion.clip_range, **clipping}
 
 
 def _schedule(config: ConfigDict) -> dict[str, Any]:

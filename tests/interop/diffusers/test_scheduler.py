@@ -101,7 +101,11 @@ def test_what_is_sampled_otherwise_is_said(kind, fields, said):
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "variance_type is 'fixed_large_log'"),
         ("DDPMScheduler", {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ("DDPMScheduler", {"rescale_betas_zero_snr": True}, "'eps' says nothing at the last timestep"),
-        ("DDPMScheduler", {"clip_sample_range": 2.0}, "clip_sample_range is 2.0"),
+        ("DDPMScheduler", {"clip_sample_range": 0.0}, "clip_sample_range is 0.0"),
+        ("DDPMScheduler", {"clip_sample_range": "wide"}, "clip_sample_range is 'wide'"),
+        ("UnCLIPScheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
+        ("UnCLIPScheduler", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
+        ("UnCLIPScheduler", {"variance_type": "fixed_large"}, "variance_type is 'fixed_large'"),
         ("DDPMScheduler", {"thresholding": True, "sample_max_value": 3.0}, "sample_max_value is 3.0"),
         ("DDPMScheduler", {"num_train_timesteps": "many"}, "holds a value that does not fit"),
         ("DDPMScheduler", {"magic": 1}, "magic is 1 in 'scheduler_config.json', a field that this project"),
@@ -131,6 +135,58 @@ def test_thresholds():
     assert (config.diffusion.clip, config.diffusion.dynamic_threshold) == (False, 0.9)
     fields, _ = scheduler.to_fields(config)
     assert (fields["thresholding"], fields["sample_max_value"]) == (True, 1e9)
+
+
+def test_clip_ranges():
+    assert read("DDPMScheduler", clip_sample_range=2)[0].diffusion.clip_range == 2.0
+    config, _ = read("DDIMScheduler", clip_sample_range=2.5)
+    assert scheduler.to_fields(config)[0]["clip_sample_range"] == 2.5
+    config.sample.update(sampler="dpmpp_2m", spacing="linspace", levels="logsnr")
+    fields, notes = scheduler.to_fields(config)
+    assert not fields["thresholding"]
+    assert "DPMSolverMultistepScheduler does not clip the predicted x_0 to 2.5, as this run does" in notes
+    assert read("DDPMScheduler", clip_sample=False, clip_sample_range=3.0)[0].diffusion.clip_range == 1.0
+
+
+PRIOR = {"prediction_type": "sample", "clip_sample_range": 5.0}  # as Karlo's prior has it
+DECODER = {"variance_type": "learned_range"}
+
+
+@pytest.mark.parametrize("fields", [PRIOR, DECODER, {"clip_sample": False, "num_train_timesteps": 50}])
+def test_unclip(fields):
+    config, notes = read("UnCLIPScheduler", **fields)
+    assert notes == []
+    assert (config.sample.sampler, config.sample.spacing, config.diffusion.schedule) == ("ddpm", "", "cosine")
+    back = scheduler.to_unclip_fields(config)
+    expected = {"_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "variance_type": "fixed_small_log"}
+    expected |= {"clip_sample": True, "clip_sample_range": 1.0, "prediction_type": "epsilon"}
+    assert back == {**expected, "beta_schedule": "squaredcos_cap_v2", **fields}
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "said"),
+    [
+        ("diffusion", "schedule", "linear", "config.diffusion.schedule is 'linear'; diffusers' UnCLIPScheduler only"),
+        ("diffusion", "betas", (0.1, 0.2), "config.diffusion.betas is (0.1, 0.2)"),
+        ("diffusion", "schedule_options", {"offset": 0.1}, "config.diffusion.schedule_options is {'offset': 0.1}"),
+        (
+            "diffusion",
+            "prediction",
+            "v",
+            "config.diffusion.prediction is 'v'; diffusers' UnCLIPScheduler only has 'eps'",
+        ),
+        ("diffusion", "variance", "fixed_large", "only has 'fixed_small' or 'learned'"),
+        ("sample", "sampler", "ddim", "config.sample.sampler is 'ddim'"),
+        ("sample", "spacing", "leading", "config.sample.spacing is 'leading'"),
+    ],
+)
+def test_what_unclip_s_scheduler_does_not_have(part, field, value, said):
+    config, _ = read("UnCLIPScheduler")
+    with config.unlocked():
+        config[part][field] = value
+    with pytest.raises(UserError) as caught:
+        scheduler.to_unclip_fields(config)
+    assert said in str(caught.value)
 
 
 def test_sigmoid_schedule():

@@ -1,0 +1,61 @@
+"""How DALL-E 2's decoder is given an image embedding, along with a text."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.blocks import Dense, Dtype
+from ddpm_jax.models.transformer import layer_norm
+
+
+class EmbeddingCondition(nn.Module):
+    """An image embedding and a text as the condition of the decoder's UNet (Ramesh et al. 2022, section 2.1).
+
+    The image embedding becomes a few tokens that go before the text's, and is added to the timestep embedding, as the
+    text's embedding is. Where it is dropped, a learned embedding takes its place.
+
+    Attributes:
+      width: of the tokens that the UNet attends to.
+      time_width: of the UNet's time embedding, four times its base width.
+      num_tokens: how many tokens the image embedding becomes.
+      dtype: what matrix products compute in; parameters and output are float32.
+    """
+
+    width: int
+    time_width: int
+    num_tokens: int = 4
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, embedding: jax.Array, cond: Mapping[str, jax.Array], dropped: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """The condition of the UNet.
+
+        Args:
+          embedding: [B, D], of images, with the mean and the variance that CLIP's have.
+          cond: "tokens" [B, L, C], the states of the text's tokens, "vector" [B, E], its embedding, and perhaps
+            "tokens_mask" bool [B, L].
+          dropped: bool [B], the examples whose image embedding is left out; None: none.
+
+        Returns:
+          "tokens" [B, num_tokens + L, width], "vector" [B, time_width], to be added to the time embedding as it is, and
+          "tokens_mask" where there was one.
+        """
+        dense = {"dtype": self.dtype}
+        null = self.param("null", nn.initializers.normal(0.02), embedding.shape[-1:])
+        if dropped is not None:
+            embedding = jnp.where(dropped[:, None], null, embedding)
+        vector = Dense(self.time_width, name="embedding_to_time", **dense)(embedding)
+        vector += Dense(self.time_width, name="vector_to_time", **dense)(cond["vector"])
+        tokens = Dense(self.num_tokens * self.width, name="embedding_to_tokens", **dense)(embedding)
+        tokens = tokens.reshape(-1, self.width, self.num_tokens).swapaxes(1, 2).astype(jnp.float32)
+        text = Dense(self.width, name="tokens", **dense)(cond["tokens"])
+        text = layer_norm(1e-5, jnp.float32, "tokens_norm")(text)
+        found = {"tokens": jnp.concatenate([tokens, text], axis=1), "vector": vector.astype(jnp.float32)}
+        if "tokens_mask" in cond:
+            mask = cond["tokens_mask"]
+            found["tokens_mask"] = jnp.pad(mask, ((0, 0), (self.num_tokens, 0)), constant_values=True)
+        return found
