@@ -34,7 +34,7 @@ _NAMES = {
     "default_config": "config",
     "train": "training.loop",
     "Run": "run",
-    "load": "run",
+    "load": "pipeline",
     "load_autoencoder": "training.autoencoders",
     "show": "runtime.images",
     "to_uint8": "runtime.images",

@@ -32,6 +32,7 @@ Know what this machine has and what would go wrong on it, and what a run costs b
 
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ _MODES = {
     "neighbours": "samples and the training images nearest to them",
     "evaluate": "samples, or given images, judged against real ones",
     "prepare": "the images of a config, checked or fetched and prepared, and where they lie; trains nothing",
+    "compose": "a pipeline of runs, each of which is given what the one before it makes",
     "report": "report.html of a workdir, which training and evaluating keep up to date",
     "import": "a workdir of other people's weights",
     "export": "a run's weights for others",
@@ -80,6 +82,7 @@ _SOURCE = flags.DEFINE_string(
     "import: a diffusers folder, its name on the Hugging Face hub, an exported .safetensors file, or a single-file "
     "checkpoint of Stable Diffusion (.safetensors or .ckpt).",
 )
+_STAGES = flags.DEFINE_list("stages", [], "compose: the workdirs of the runs, in order.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
@@ -107,16 +110,35 @@ _SEED = flags.DEFINE_integer(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Images at a time; by default the config's; serve: of a request, by default 8.", lower_bound=1
 )
+
+
+class _PerStage(flags.ArgumentParser):
+    """A number, or one for each stage of a pipeline, such as 2,1."""
+
+    def __init__(self, kind: Callable[[str], Any], least: float):
+        self._kind, self._least = kind, least
+
+    def parse(self, argument: Any) -> Any:
+        values = [self._kind(part) for part in str(argument).split(",")]
+        if min(values) < self._least:
+            raise ValueError(f"must be {self._least} or more")
+        return values if len(values) > 1 else values[0]
+
+
+def _define_per_stage(name: str, kind: Callable[[str], Any], help: str, least: float = -math.inf) -> Any:
+    return flags.DEFINE(_PerStage(kind, least), name, None, help, serializer=flags.ArgumentSerializer())
+
+
 _OPTIONS = {
     "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms."),
-    "num_steps": flags.DEFINE_integer("num_steps", None, "Timesteps to call the network at.", lower_bound=1),
+    "num_steps": _define_per_stage("num_steps", int, "Timesteps to call the network at; or one for each stage.", 1),
     "spacing": flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras."),
     "eta": flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1."),
     "clip": flags.DEFINE_bool("clip", None, "The predicted x_0 to [-1, 1]."),
     "dynamic_threshold": flags.DEFINE_float("dynamic_threshold", None, "A quantile for dynamic thresholding."),
     "order": flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3."),
-    "guidance_scale": flags.DEFINE_float(
-        "guidance_scale", None, "Of prompts or classes: 1 is none, more exaggerates them."
+    "guidance_scale": _define_per_stage(
+        "guidance_scale", float, "Of prompts or classes: 1 is none, more exaggerates them; or one for each stage."
     ),
     "guidance_rescale": flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast."),
 }
@@ -283,7 +305,7 @@ _OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
 
 def run_mode(mode: str) -> None:
     """Calls the function of the mode: each of its parameters is the flag of that name, but for `job`."""
-    from ddpm_jax.commands import doctor, editing, evaluation, plan, prepare, sampling, serve, weights
+    from ddpm_jax.commands import compose, doctor, editing, evaluation, plan, prepare, sampling, serve, weights
     from ddpm_jax.runtime.errors import UserError
 
     functions: dict[str, Callable[..., Any]] = {
@@ -299,6 +321,7 @@ def run_mode(mode: str) -> None:
         "neighbours": sampling.neighbours,
         "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
         "prepare": prepare.prepare,
+        "compose": compose.compose,
         "report": report,
         "import": weights.import_weights,
         "export": weights.export_autoencoder if _holds_autoencoder() else weights.export_weights,
@@ -380,13 +403,15 @@ def _as_text(name: str) -> str:
     value = FLAGS[name].value
     if not isinstance(value, list):
         return str(value)
-    return ("\n" if name in (_PROMPT.name, _NEGATIVE_PROMPT.name) else ",").join(value)  # a prompt may have commas
+    return ("\n" if name in (_PROMPT.name, _NEGATIVE_PROMPT.name) else ",").join(
+        map(str, value)
+    )  # a prompt may have commas
 
 
 def make_job(told: dict[str, str]) -> "Job":
     """What the flags say of a run; `told` as in `Job`."""
     from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
-    from ddpm_jax.run import load
+    from ddpm_jax.pipeline import load
 
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items() if flag.value is not None}
     for name, flag in (("timesteps", _TIMESTEPS), ("guidance_interval", _GUIDANCE_INTERVAL), ("labels", _CLASSES)):
@@ -396,7 +421,8 @@ def make_job(told: dict[str, str]) -> "Job":
     options |= {"prompts": prompts} if prompts else {}
     options |= {"negative_prompts": _NEGATIVE_PROMPT.value} if _NEGATIVE_PROMPT.value else {}
     weights = (_STEP.value, _EMA_DECAY.value, _RAW.value, _DTYPE.value, parse_loras(_LORA.value))
-    run = load(_WORKDIR.value, *weights)
+    step, ema_decay, raw, dtype, loras = weights
+    run = load(_WORKDIR.value, step, ema_decay=ema_decay, raw=raw, dtype=dtype, loras=loras)
     run = run.at(_HEIGHT.value, _WIDTH.value)
     return Job(run, Path(_WORKDIR.value).expanduser(), _SEED.value, _OUT.value, options, told)
 

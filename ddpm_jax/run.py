@@ -488,6 +488,9 @@ class Run:
                 known = (*_OPTIONS, *inspect.signature(self.sample).parameters)
                 raise UserError(f"a run has no option {name!r}.{nearest(name, known)}")
         given = {name: value for name, value in options.items() if value is not None}
+        for name in ("guidance_scale", "num_steps"):
+            if isinstance(given.get(name), list):
+                raise UserError(f"{name} has {len(given[name])} values; accepted for a single run: one")
         request = config_lib.sampling_request(self.config, self.condition)
         steps, output, guidance = request.steps, request.output, request.guidance
         if given.get("sampler", steps.sampler) != steps.sampler:
@@ -558,6 +561,12 @@ class Run:
             raise UserError(f"the number of images is {len(indices)}; at least 1 is needed")
         return self._generated(self.request(**options), indices, seed, batch_size, observer)
 
+    def inputs(self, request: Request, indices: Sequence[int]) -> Inputs | None:
+        """What the images of these numbers are given where nobody gives anything, made of training images."""
+        if self.model.given is None:
+            return None
+        return from_examples(self.model.given, request.condition, training_images(self.config, self.dataset), indices)
+
     def _generated(
         self,
         request: Request,
@@ -567,9 +576,7 @@ class Run:
         observer: Observer,
         inputs: Inputs | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        if self.model.given and inputs is None:
-            source = training_images(self.config, self.dataset)
-            inputs = from_examples(self.model.given, request.condition, source, indices)
+        inputs = self.inputs(request, indices) if inputs is None else inputs
         try:
             return generate(
                 self.model,
@@ -660,7 +667,7 @@ def deterministic(num_steps: int | None = None, spacing: str | None = None) -> d
     return {"sampler": "ddim", "eta": 0.0, "clip": False, "num_steps": num_steps, "spacing": spacing}
 
 
-def load(
+def open_run(
     path: str | Path,
     step: int | None = None,
     ema_decay: float | None = None,
@@ -668,7 +675,7 @@ def load(
     dtype: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Run:
-    """Opens a workdir: restores a checkpoint's weights onto this machine's devices.
+    """Opens the workdir of a single run: restores a checkpoint's weights onto this machine's devices.
 
     Args:
       path: the workdir.

@@ -9,7 +9,7 @@ from clips import VOCAB_SIZE, write_tokenizer
 from safetensors.numpy import save_file
 
 from ddpm_jax.interop import workdirs
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 
 UNET = {
     "sample_size": 8,

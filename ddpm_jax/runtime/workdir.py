@@ -23,6 +23,7 @@ from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, wr
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
 TOKENIZER, TEXT_ENCODER, AUTOENCODER = "tokenizer.json", "text_encoder", "autoencoder"
 BASE = "base"  # the checkpoint of the network whose adapters the run trains
+STAGES = "stages.json"  # of a pipeline
 LOCK = "lock.json"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -111,6 +112,8 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
     """UserError if a run with other settings lies in the workdir, naming the fields that differ."""
+    if (workdir / STAGES).exists():
+        raise UserError(f"--workdir {str(workdir)!r} is a pipeline, whose stages are trained in workdirs of their own")
     if (workdir / CONFIG).exists():
         changed = config_lib.differences(read_config(workdir), config)
         if changed:

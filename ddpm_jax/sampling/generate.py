@@ -41,6 +41,7 @@ class Request:
       guidance: towards the condition.
       between: for interpolation between two prompts or classes, the shares of the second; each noise gives
         len(between) images, one for each share. Empty: no interpolation.
+      then: what is asked of the later stages of a pipeline.
     """
 
     condition: Condition
@@ -48,6 +49,7 @@ class Request:
     output: Parameterization
     guidance: Guidance
     between: tuple[float, ...] = ()
+    then: tuple["Request", ...] = ()
 
     def keywords(self) -> dict[str, Any]:
         """The steps and the output as the keyword arguments of `ddpm_jax.sample`."""

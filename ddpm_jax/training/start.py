@@ -4,7 +4,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import make_betas_from
-from ddpm_jax.run import Run, load
+from ddpm_jax.run import Run, open_run
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
 
@@ -40,7 +40,7 @@ def start_weights(config: ConfigDict, wanted: Params) -> Run:
     """
     name = config.train.init_from
     try:
-        run = load(name)
+        run = open_run(name)
     except UserError as error:
         raise UserError(f"--init_from {name!r}: {error}") from None
     for section, field in _SAME_SHAPES:

@@ -19,7 +19,7 @@ from ddpm_jax.diffusion.tables import Levels
 from ddpm_jax.interop import workdirs
 from ddpm_jax.interop.diffusers import unet as unet_lib
 from ddpm_jax.interop.diffusers.folder import WEIGHTS
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 from ddpm_jax.runtime import parallel
 from ddpm_jax.training.state import update_ema
 

@@ -23,7 +23,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters, folder, stable_diffusion
 from ddpm_jax.models import lora as models_lora
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.workdir import BASE, CONFIG, read_config, read_dataset

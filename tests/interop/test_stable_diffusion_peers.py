@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters
 from ddpm_jax.models import lora as models_lora
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 
 WHY = "diffusers and PyTorch are not installed (pip install -e '.[peers]')"
 torch = pytest.importorskip("torch", reason=WHY)

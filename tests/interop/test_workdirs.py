@@ -12,7 +12,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.interop import workdirs
 from ddpm_jax.interop.diffusers import folder as folder_lib
 from ddpm_jax.interop.diffusers.folder import WEIGHTS
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.workdir import LOCK, check_dataset, locked
 

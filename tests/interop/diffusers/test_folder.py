@@ -9,7 +9,7 @@ from tiny import of_classes
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop.diffusers import folder
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from ddpm_jax.interop import workdirs
 from ddpm_jax.interop.diffusers import folder as folder_lib
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
-from ddpm_jax.run import load
+from ddpm_jax.pipeline import load
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 

@@ -1,0 +1,232 @@
+"""Pipelines: runs one after the other, each of which is given the result of the one before it.
+
+Imagen is one (Saharia et al. 2022): a run draws a small picture of a text, and super-resolution runs enlarge it. A
+pipeline is a workdir that names its stages and has no weights of its own. Opened, it is a `Run` that samples, makes
+shards, is evaluated and played with as any other.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.diffusion.samplers import Observer
+from ddpm_jax.run import Run, open_run
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.checkpoints import newest_step
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.runtime.progress import part_of
+from ddpm_jax.sampling.condition import FIELDS, KEYWORDS, Condition
+from ddpm_jax.sampling.generate import Request, generate
+from ddpm_jax.sampling.given import Inputs
+
+_PER_STAGE = ("guidance_scale", "guidance_rescale", "num_steps", "sampler", "dynamic_threshold")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pipeline(Run):
+    """Runs one after the other. The fields that it shares with `Run` are those of the last stage.
+
+    Attributes:
+      before: the stages before the last, in order.
+    """
+
+    before: tuple[Run, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Run, ...]:
+        """All stages, in order."""
+        return (*self.before, self._last)
+
+    @property
+    def condition(self) -> Condition:
+        """What can be said to the first stage; the others are told the same, as far as they take it."""
+        return self.before[0].condition
+
+    @property
+    def weights(self) -> str:
+        return "; ".join(stage.weights for stage in self.stages)
+
+    def at(self, height: int | None = None, width: int | None = None) -> "Pipeline":
+        """The pipeline, whose size is fixed; UserError for another."""
+        own = self.shape[:2]
+        wanted = (height or own[0], width or own[1])
+        if wanted != own:
+            raise UserError(
+                f"height and width are {wanted[0]} and {wanted[1]}; accepted for this pipeline: {own[0]} and {own[1]}"
+            )
+        return self
+
+    def request(self, **options: Any) -> Request:
+        """What these options of `sample` ask of the first stage, and of the others behind it, in `Request.then`.
+
+        An option holds for all stages. guidance_scale, guidance_rescale, num_steps, sampler and dynamic_threshold may
+        be lists of one value a stage, None for its own. What a stage does not take, such as a prompt or guidance
+        without one, it is not told.
+        """
+        count = len(self.stages)
+        for name in _PER_STAGE:
+            value = options.get(name)
+            if isinstance(value, list | tuple) and len(value) != count:
+                raise UserError(f"{name} has {len(value)} values; accepted: one, or one for each of {count} stages")
+        first, *rest = (stage.request(**_of_stage(stage, number, options)) for number, stage in enumerate(self.stages))
+        return dataclasses.replace(first, then=tuple(rest))
+
+    def calls(self, **options: Any) -> int:
+        """How often `sample` calls the networks for an image, with these of its options."""
+        return sum(stage.calls(**_of_stage(stage, number, options)) for number, stage in enumerate(self.stages))
+
+    def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
+        self.request(**options)
+        first, *rest = (
+            stage.settings(seed=seed, batch_size=batch_size, **_of_stage(stage, number, options))
+            for number, stage in enumerate(self.stages)
+        )
+        return first | {"stages": rest}
+
+    @property
+    def _last(self) -> Run:
+        return Run(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Run)})
+
+    def _given(self) -> Any:
+        raise UserError("a pipeline enlarges what it draws itself; accepted for --mode=upscale: one of its stages")
+
+    def _generated(
+        self,
+        request: Request,
+        indices: Sequence[int],
+        seed: int,
+        batch_size: int | None,
+        observer: Observer,
+        inputs: Inputs | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        if request.between:
+            raise UserError("a pipeline does not interpolate between prompts or classes; its first stage does")
+        count = len(self.stages)
+        for number, (stage, asked) in enumerate(zip(self.stages, (request, *request.then), strict=True)):
+            progress = part_of(observer.progress, number, count)
+            watching = dataclasses.replace(observer, progress=progress) if number == count - 1 else Observer(progress)
+            inputs = stage.inputs(asked, indices) if number == 0 else inputs
+            try:
+                images, snapshots = generate(
+                    stage.model,
+                    stage.params,
+                    stage.mesh,
+                    asked,
+                    indices=indices,
+                    seed=seed,
+                    batch_size=batch_size or stage.config.sample.batch_size,
+                    observer=watching,
+                    given=inputs,
+                    purpose="image" if number == 0 else f"image of stage {number + 1}",
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            inputs = Inputs(images)
+        return images, snapshots
+
+
+def _of_stage(stage: Run, number: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a stage is told."""
+    found = {
+        name: value[number] if name in _PER_STAGE and isinstance(value, list | tuple) else value
+        for name, value in options.items()
+    }
+    if number == 0:
+        return found  # which refuses what it does not take
+    controls = {FIELDS[control.name] for control in stage.condition.controls()}
+    found = {name: value for name, value in found.items() if name not in KEYWORDS or name in controls}
+    if stage.condition.cannot_guide:
+        found = {name: value for name, value in found.items() if not name.startswith("guidance_")}
+    return found
+
+
+def compose(stages: Sequence[str | Path], path: str | Path) -> Path:
+    """Writes the workdir of a pipeline.
+
+    Args:
+      stages: workdirs of runs, or of pipelines, whose stages they stand for, in order.
+      path: of the new workdir.
+
+    Raises:
+      UserError: a stage that is no run, or is not given what the one before it makes; a folder that holds something.
+    """
+    target = Path(path).expanduser()
+    folders = [folder for stage in stages for folder in _expanded(Path(stage).expanduser(), target)]
+    if len(folders) < 2:
+        raise UserError(f"--stages has {len(folders)} run; accepted: two or more, in order")
+    runs = [open_run(folder) for folder in folders]
+    _check(folders, runs)
+    entries = [
+        {
+            "workdir": os.path.relpath(folder.resolve(), target.resolve()),
+            "step": run.step,
+            "size": list(run.shape),
+        }
+        for folder, run in zip(folders, runs, strict=True)
+    ]
+    last = folders[-1]
+    with new_folder(target, "--workdir") as temporary:
+        workdir.record(temporary, workdir.read_config(last), workdir.read_dataset(last) or {})
+        write_text(temporary / workdir.STAGES, json.dumps({"stages": entries}, indent=2) + "\n")
+    return target
+
+
+def load(path: str | Path, step: int | None = None, **options: Any) -> Run:
+    """Opens a workdir, of a run or of a pipeline; see `ddpm_jax.run.open_run` for the options.
+
+    Raises:
+      UserError: as `open_run`; a pipeline of which a stage is missing or was trained on since.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / workdir.STAGES).is_file():
+        return open_run(path, step, **options)
+    if step is not None or options.get("loras"):
+        raise UserError(f"{str(path)!r} is a pipeline; accepted without --step and --lora, which are for its stages")
+    runs = []
+    for number, entry in enumerate(read_json_object(folder / workdir.STAGES)["stages"], 1):
+        stage = (folder / entry["workdir"]).resolve()
+        what = f"stage {number} of {str(path)!r}, {str(stage)!r},"
+        if not stage.is_dir():
+            raise UserError(f"{what} is not there any more; put it back, or compose the pipeline again")
+        if newest_step(stage) != entry["step"]:
+            raise UserError(
+                f"{what} was at step {entry['step']} and is at step {newest_step(stage)} now; compose the pipeline again"
+            )
+        runs.append(open_run(stage, **options))
+    *before, last = runs
+    return Pipeline(
+        **{field.name: getattr(last, field.name) for field in dataclasses.fields(Run)}, before=tuple(before)
+    )
+
+
+def _expanded(folder: Path, target: Path) -> list[Path]:
+    """The runs that a stage stands for."""
+    if folder.resolve() == target.resolve():
+        raise UserError(f"--stages has {str(folder)!r}, which is the --workdir of the pipeline itself")
+    if not (folder / workdir.STAGES).is_file():
+        return [folder]
+    entries = read_json_object(folder / workdir.STAGES)["stages"]
+    return [folder / entry["workdir"] for entry in entries]
+
+
+def _check(folders: Sequence[Path], runs: Sequence[Run]) -> None:
+    """UserError unless each run is given what the one before it makes."""
+    for number in range(1, len(runs)):
+        given, name = runs[number].model.given, str(folders[number])
+        if given is None:
+            raise UserError(
+                f"stage {number + 1}, {name!r}, is given nothing; accepted: a run trained with config.upscale"
+            )
+        made = runs[number - 1].shape
+        if tuple(given.shape) != tuple(made):
+            sizes = ["x".join(map(str, shape)) for shape in (made, given.shape)]
+            raise UserError(
+                f"stage {number}, {str(folders[number - 1])!r}, makes {sizes[0]}, and stage {number + 1}, {name!r}, is "
+                f"given {sizes[1]}; accepted: the same"
+            )
