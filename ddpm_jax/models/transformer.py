@@ -1,5 +1,4 @@
-"""The Transformer that the encoders share (Vaswani et al. 2017, arXiv:1706.03762), norms before each part, and what those
-of text make.
+"""The Transformer that the encoders share (Vaswani et al. 2017, arXiv:1706.03762), norms before each part.
 
 Parameters are float32. `dtype` is what matrix products compute in; the statistics of norms and the softmax stay in
 float32. A mask is boolean and names the tokens that may be attended to; a row of it needs at least one.
@@ -137,8 +136,8 @@ class Transformer(nn.Module):
       num_heads: heads of every attention.
       mlp_width: width of the MLP's hidden layer.
       causal: a token sees itself and those before it.
-      activation: of the MLP, "gelu" (exact), "gelu_new" (its approximation by tanh), "quick_gelu", x * sigmoid(1.702 x),
-        or "relu".
+      activation: of the MLP, "gelu" (exact), "gelu_new" (approximated by tanh), "quick_gelu", x * sigmoid(1.702 x), or
+        "relu".
       epsilon: of every norm.
       dtype: what matrix products compute in.
       norm: "layer" or "rms".
@@ -162,9 +161,7 @@ class Transformer(nn.Module):
     scale: float | None = None
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, logit_bias: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, logit_bias: jax.Array | None = None) -> jax.Array:
         """Transforms the tokens.
 
         Args:
