@@ -29,6 +29,7 @@ SECTIONS = {
     "tests/interop/diffusers/test_stable_diffusion.py": "Whole pipelines of Stable Diffusion",
     "tests/interop/diffusers/test_unet_condition": "Stable Diffusion's network",
     "tests/interop/transformers/test_clip.py": "CLIP's encoders",
+    "tests/interop/transformers/test_t5.py": "T5's encoder",
     "tests/interop/test_single_file.py": "Single files of Stable Diffusion",
     "tests/interop/test_lora.py": "LoRA",
     "tests/interop/test_stable_diffusion_peers.py": "Stable Diffusion's folders and LoRAs of runs",

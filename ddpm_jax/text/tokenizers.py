@@ -1,8 +1,8 @@
 """Texts as the ids of tokens, by the `tokenizers` library.
 
 A `Tokenizer` is trained on captions, or read from a transformers folder: CLIP's vocab.json and merges.txt, T5's
-spiece.model, or any tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which `from_json` makes it
-again.
+spiece.model, or any tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which
+`from_json` makes it again.
 """
 
 import dataclasses
