@@ -97,9 +97,7 @@ def default_config() -> ConfigDict:
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.text = text = ConfigDict()
-    text.encoder = (
-        ""  # "": no captions; trained: along with the network; or a transformers folder of CLIP or T5, frozen
-    )
+    text.encoder = ""  # "": no captions; trained: along with the network; or a transformers folder, CLIP's or T5's
     text.tokenizer = ""  # a transformers folder or tokenizer.json; "": the encoder's, or one trained on the captions
     text.vocab_size = 512  # tokens of a tokenizer that is trained, at most
     text.max_length = 0  # tokens of a caption, the rest is cut; 0: as the tokenizer's files say, 64 if it is trained
