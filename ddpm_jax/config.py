@@ -109,7 +109,7 @@ def default_config() -> ConfigDict:
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.text = text = ConfigDict()
-    text.encoder = ""  # "": no captions; trained: along with the network; or a transformers folder with CLIP's, frozen
+    text.encoder = ""  # "": no captions; trained: along with the network; or a transformers folder, CLIP's or T5's
     text.tokenizer = ""  # a transformers folder or tokenizer.json; "": the encoder's, or one trained on the captions
     text.vocab_size = 512  # tokens of a tokenizer that is trained, at most
     text.max_length = 0  # tokens of a caption, the rest is cut; 0: as the tokenizer's files say, 64 if it is trained
@@ -355,11 +355,11 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         sizes = (text.width, text.num_layers, text.num_heads)
         encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
-    clip = transformers.read_module(encoder_folder)
-    transformers.check_tokenizer(tokenizer, clip, encoder_folder)
+    frozen = transformers.read_module(encoder_folder)
+    transformers.check_tokenizer(tokenizer, frozen, encoder_folder)
     return FrozenTexts(
         tokenizer,
-        clip,
+        frozen,
         open_params=lambda: _held_in(dtype, transformers.read(encoder_folder)[1]),
         cache_bytes=int(config.data.cache_gib * 2**30),
         mask_padding=text.mask_padding,

@@ -196,7 +196,8 @@ def load(path: str | Path, step: int | None = None, **options: Any) -> Run:
             raise UserError(f"{what} is not there any more; put it back, or compose the pipeline again")
         if newest_step(stage) != entry["step"]:
             raise UserError(
-                f"{what} was at step {entry['step']} and is at step {newest_step(stage)} now; compose the pipeline again"
+                f"{what} was at step {entry['step']} and is at step {newest_step(stage)} now; compose the pipeline "
+                "again"
             )
         runs.append(open_run(stage, **options))
     *before, last = runs

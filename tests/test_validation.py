@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import t5s
 from tiny import small
 
 from ddpm_jax.config import default_config, differences, from_json, to_json
@@ -302,6 +303,18 @@ class TestFrozenEncoder:
         assert found == (
             f"the tokenizer has {own['vocab_size']} tokens and texts of {own['max_length']}; accepted: at most the "
             f"270 tokens and texts of 8 of the encoder {str(folder)!r}"
+        )
+
+    def test_t5_takes_texts_of_any_length(self, tmp_path):
+        folder = t5s.write_t5(tmp_path / "t5")
+        for length in (0, 16, 900):
+            validate(small(text__encoder=str(folder), text__max_length=length))
+        few = transformers.write(tmp_path / "few", t5s.NET.clone(vocab_size=9), t5s.random_params(t5s.NET))
+        (few / "spiece.model").write_bytes(t5s.spiece())
+        found = refusal(small(text__encoder=str(few), text__max_length=16))
+        assert found == (
+            f"the tokenizer has {len(t5s.PIECES) + 100} tokens and texts of 16; accepted: at most the 9 tokens of the "
+            f"encoder {str(few)!r}"
         )
 
     def test_without_a_tokenizer(self, folder):

@@ -153,8 +153,8 @@ KARLO_SUPER_RESOLUTION = {  # both of its networks
     "out_channels": 3,
     "add_attention": False,
 }
-# DeepFloyd IF's first stage, of the size that its card gives (4.3 billion), and a second stage as diffusers' script that
-# converts them describes it; its widths are a guess.
+# DeepFloyd IF's first stage, of the size that its card gives (4.3 billion), and a second stage as diffusers' script
+# that converts them describes it; its widths are a guess.
 IF_1_XL = KARLO_DECODER | {
     "block_out_channels": (704, 1408, 2112, 2816),
     "cross_attention_dim": 2816,

@@ -18,6 +18,8 @@ def attend(
     value: jax.Array,
     mask: jax.Array | None = None,
     causal: bool = False,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width of a head)) v, for each head.
 
@@ -30,6 +32,8 @@ def attend(
       key, value: [B, M, heads, width].
       mask: bool [B, M], the keys that are attended to, at least one an example; None: all.
       causal: a query attends to the keys of its own place and before.
+      bias: [heads, L, M], added to the logits of every example.
+      scale: above 0, what q k^T is multiplied by instead of 1 / sqrt(width of a head).
 
     Returns:
       [B, L, heads, width] in value's dtype.
@@ -37,13 +41,21 @@ def attend(
     _, length, heads, _ = query.shape
     row = 4 * heads * key.shape[1]  # bytes of one query's logits
     if length * row > LARGEST_LOGITS:
-        return _in_chunks(query, key, value, mask, causal, max(LARGEST_LOGITS // row, 1))
+        return _in_chunks(query, key, value, mask, causal, bias, scale, max(LARGEST_LOGITS // row, 1))
     mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    bias = None if bias is None else bias[None]
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, is_causal=causal)
 
 
 def _in_chunks(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, causal: bool, size: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    causal: bool,
+    bias: jax.Array | None,
+    scale: float | None,
+    size: int,
 ) -> jax.Array:
     """The same with the logits of at most `size` queries at a time.
 
@@ -56,20 +68,26 @@ def _in_chunks(
     query = jnp.pad(query, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
     chunks = query.reshape(batch, count, size, heads, width).transpose(1, 0, 3, 2, 4)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scale = width**-0.5 if scale is None else scale
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, count * size - length), (0, 0)))
+        bias = bias.reshape(heads, count, size, -1).swapaxes(0, 1)
 
     @jax.checkpoint
-    def attend_some(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        places, query = chunk
+    def attend_some(chunk: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        places, query, bias = chunk
         logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += bias / scale  # which multiplies it below
         if mask is not None:
             logits = jnp.where(mask[:, None, None, :], logits, _MASKED)
         if causal:
             logits = jnp.where(places[:, None] >= jnp.arange(key.shape[2]), logits, _MASKED)
-        weights = jnp.exp(width**-0.5 * (logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True))))
+        weights = jnp.exp(scale * (logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True))))
         total = weights.sum(axis=-1, keepdims=True)
         attended = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (attended / total).astype(value.dtype)
 
     places = jnp.arange(count * size).reshape(count, size)
-    attended = lax.map(attend_some, (places, chunks))  # [count, B, heads, size, width]
+    attended = lax.map(attend_some, (places, chunks, bias))  # [count, B, heads, size, width]
     return attended.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, width)[:, :length]

@@ -12,21 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.models.blocks import Dtype, kernel_init
-from ddpm_jax.models.transformer import Transformer, layer_norm
-
-
-class TextStates(NamedTuple):
-    """What an encoder makes of a text.
-
-    Attributes:
-      tokens: float32 [B, L, D], a state for each token. Those of padding are of no use and must be masked.
-      pooled: float32 [B, D], the state of the whole text.
-      projected: float32 [B, P], `pooled` in the space that CLIP shares with images; None without a projection.
-    """
-
-    tokens: jax.Array
-    pooled: jax.Array
-    projected: jax.Array | None = None
+from ddpm_jax.models.transformer import TextStates, Transformer, layer_norm, mean_state
 
 
 class ImageStates(NamedTuple):
@@ -70,6 +56,11 @@ class CLIPTextEncoder(nn.Module):
     end_token: int | None = 49_407
     projection: int | None = None
     dtype: Dtype = jnp.float32
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the state of the whole text, `projected` if there is a projection."""
+        return self.projection or self.width
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> TextStates:
@@ -206,8 +197,7 @@ class TextEncoder(nn.Module):
         x = _embed(self.vocab_size, self.max_length, self.width, ids)
         x = Transformer(self.num_layers, self.num_heads, 4 * self.width, dtype=self.dtype, name="transformer")(x, mask)
         tokens = layer_norm(1e-5, jnp.float32, "final_norm")(x)
-        weights = mask / jnp.sum(mask, axis=-1, keepdims=True)
-        return TextStates(tokens, jnp.einsum("bl,bld->bd", weights, tokens))
+        return TextStates(tokens, mean_state(tokens, mask))
 
 
 def _project(width: int | None, pooled: jax.Array) -> jax.Array | None:

@@ -1,8 +1,10 @@
-"""The Transformer that the encoders of text share (Vaswani et al. 2017, arXiv:1706.03762), norms before each part.
+"""The Transformer that the encoders share (Vaswani et al. 2017, arXiv:1706.03762), norms before each part.
 
 Parameters are float32. `dtype` is what matrix products compute in; the statistics of norms and the softmax stay in
 float32. A mask is boolean and names the tokens that may be attended to; a row of it needs at least one.
 """
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,31 @@ from ddpm_jax.models.blocks import Dense, Dtype, kernel_init
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),  # of T5 v1.1
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of the original CLIP
+    "relu": nn.relu,
 }
+
+
+class TextStates(NamedTuple):
+    """What an encoder makes of a text.
+
+    Attributes:
+      tokens: float32 [B, L, D], a state for each token. Those of padding are of no use and must be masked.
+      pooled: float32 [B, D], the state of the whole text.
+      projected: float32 [B, P], `pooled` in the space that CLIP shares with images; None without a projection.
+    """
+
+    tokens: jax.Array
+    pooled: jax.Array
+    projected: jax.Array | None = None
+
+
+def mean_state(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The mean [B, D] of the states [B, L, D] of a text's tokens, those that the mask bool [B, L] names."""
+    if mask is None:
+        return tokens.mean(axis=1)
+    return jnp.einsum("bl,bld->bd", mask / jnp.sum(mask, axis=-1, keepdims=True), tokens)
 
 
 def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
@@ -26,52 +51,79 @@ def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def rms_norm(epsilon: float, dtype: Dtype, name: str) -> nn.RMSNorm:
+    """Division by the root mean square of the last axis (Zhang & Sennrich 2019), with a learned scale; its output is in
+    `dtype`."""
+    return nn.RMSNorm(epsilon, dtype=dtype, name=name)
+
+
+NORMS = {"layer": layer_norm, "rms": rms_norm}
+
+
+def dense(features: int, bias: bool, dtype: Dtype, name: str, init_scale: float = 1.0) -> nn.Module:
+    """A linear layer with a bias or without."""
+    if bias:
+        return Dense(features, init_scale, dtype, name=name)
+    return nn.Dense(features, use_bias=False, kernel_init=kernel_init(init_scale), dtype=dtype, name=name)
+
+
 class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T / sqrt(width of a head)) v, and a projection that starts at (almost) zero.
 
     Attributes:
-      num_heads: must divide the width of the input.
+      num_heads: heads.
       causal: a token attends to itself and to those before it.
-      bias: whether query, key and value have one; the output always does.
+      bias: whether query, key and value have one.
       dtype: what matrix products compute in.
+      head_width: of each head; None: the width of the input is divided among them, and must be divisible.
+      scale: what q k^T is multiplied by; None: 1 / sqrt(width of a head).
+      out_bias: whether the projection has one.
     """
 
     num_heads: int
     causal: bool = False
     bias: bool = True
     dtype: Dtype = jnp.float32
+    head_width: int | None = None
+    scale: float | None = None
+    out_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        logit_bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Attends from x to the context.
 
         Args:
           x: [B, L, C].
           context: [B, M, D]; None: x itself.
           mask: bool [B, M], the tokens of the context that are attended to; None: all.
+          logit_bias: [num_heads, L, M], added to the logits.
 
         Returns:
           [B, L, C].
 
         Raises:
-          ValueError: num_heads does not divide C.
+          ValueError: num_heads does not divide C, where there is no head_width.
         """
-        width = x.shape[-1]
-        if width % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide the width {width}")
+        heads, width = self.num_heads, x.shape[-1]
+        if self.head_width is None and width % heads:
+            raise ValueError(f"num_heads {heads} does not divide the width {width}")
+        head_width = self.head_width or width // heads
 
         def project(name: str, source: jax.Array) -> jax.Array:
-            if self.bias:
-                projected = Dense(width, dtype=self.dtype, name=name)(source)
-            else:
-                options = {"use_bias": False, "kernel_init": kernel_init(), "dtype": self.dtype}
-                projected = nn.Dense(width, name=name, **options)(source)
-            return projected.reshape(*source.shape[:2], self.num_heads, width // self.num_heads)
+            projected = dense(heads * head_width, self.bias, self.dtype, name)(source)
+            return projected.reshape(*source.shape[:2], heads, head_width)
 
         context = x if context is None else context
         query, key, value = project("query", x), project("key", context), project("value", context)
-        attended = attend(query, key, value, mask, self.causal)
-        return Dense(width, init_scale=0.0, dtype=self.dtype, name="out")(attended.reshape(x.shape))
+        attended = attend(query, key, value, mask, self.causal, logit_bias, self.scale)
+        attended = attended.reshape(*x.shape[:2], heads * head_width)
+        return dense(width, self.out_bias, self.dtype, "out", init_scale=0.0)(attended)
 
 
 class Transformer(nn.Module):
@@ -81,12 +133,18 @@ class Transformer(nn.Module):
 
     Attributes:
       num_layers: blocks.
-      num_heads: heads of every attention; must divide the width of the input.
+      num_heads: heads of every attention.
       mlp_width: width of the MLP's hidden layer.
       causal: a token sees itself and those before it.
-      activation: of the MLP, "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x).
-      epsilon: of every layer norm.
+      activation: of the MLP, "gelu" (exact), "gelu_new" (approximated by tanh), "quick_gelu", x * sigmoid(1.702 x), or
+        "relu".
+      epsilon: of every norm.
       dtype: what matrix products compute in.
+      norm: "layer" or "rms".
+      bias: whether the linear layers have one.
+      gated: whether the MLP's hidden layer is multiplied by a second linear layer of the same width (Shazeer 2020,
+        arXiv:2002.05202).
+      head_width, scale: as of `Attention`.
     """
 
     num_layers: int
@@ -96,23 +154,31 @@ class Transformer(nn.Module):
     activation: str = "gelu"
     epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
+    norm: str = "layer"
+    bias: bool = True
+    gated: bool = False
+    head_width: int | None = None
+    scale: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, logit_bias: jax.Array | None = None) -> jax.Array:
         """Transforms the tokens.
 
         Args:
           x: [B, L, C].
           mask: bool [B, L], the tokens that others attend to; None: all. What comes out at the others is of no use.
+          logit_bias: [num_heads, L, L], added to the logits of every attention.
 
         Returns:
           [B, L, C] in `dtype`.
 
         Raises:
-          ValueError: num_heads does not divide C, or an activation that there is not.
+          ValueError: num_heads does not divide C where there is no head_width, or an activation or norm that there is
+            not.
         """
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; accepted: {', '.join(ACTIVATIONS)}")
+        for name, value, known in (("activation", self.activation, ACTIVATIONS), ("norm", self.norm, NORMS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; accepted: {', '.join(known)}")
         x = x.astype(self.dtype)
         for i in range(self.num_layers):
             block = TransformerBlock(
@@ -122,9 +188,14 @@ class Transformer(nn.Module):
                 self.activation,
                 self.epsilon,
                 self.dtype,
+                self.norm,
+                self.bias,
+                self.gated,
+                self.head_width,
+                self.scale,
                 name=f"block_{i}",
             )
-            x = block(x, mask)
+            x = block(x, mask, logit_bias)
         return x
 
 
@@ -137,11 +208,29 @@ class TransformerBlock(nn.Module):
     activation: str
     epsilon: float
     dtype: Dtype
+    norm: str
+    bias: bool
+    gated: bool
+    head_width: int | None
+    scale: float | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        h = layer_norm(self.epsilon, self.dtype, "norm_0")(x)
-        x = x + Attention(self.num_heads, self.causal, dtype=self.dtype, name="attention")(h, mask=mask)
-        h = layer_norm(self.epsilon, self.dtype, "norm_1")(x)
-        h = ACTIVATIONS[self.activation](Dense(self.mlp_width, dtype=self.dtype, name="mlp_0")(h))
-        return x + Dense(x.shape[-1], init_scale=0.0, dtype=self.dtype, name="mlp_1")(h)
+    def __call__(self, x: jax.Array, mask: jax.Array | None, logit_bias: jax.Array | None) -> jax.Array:
+        norm, bias = NORMS[self.norm], self.bias
+        attention = Attention(
+            self.num_heads,
+            self.causal,
+            bias,
+            self.dtype,
+            self.head_width,
+            self.scale,
+            out_bias=bias,
+            name="attention",
+        )
+        h = norm(self.epsilon, self.dtype, "norm_0")(x)
+        x = x + attention(h, mask=mask, logit_bias=logit_bias)
+        normed = norm(self.epsilon, self.dtype, "norm_1")(x)
+        h = ACTIVATIONS[self.activation](dense(self.mlp_width, bias, self.dtype, "mlp_0")(normed))
+        if self.gated:
+            h *= dense(self.mlp_width, bias, self.dtype, "mlp_linear")(normed)
+        return x + dense(x.shape[-1], bias, self.dtype, "mlp_1", init_scale=0.0)(h)

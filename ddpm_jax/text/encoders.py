@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.models.captioned import Captioned
-from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
@@ -70,13 +69,30 @@ class TrainedTexts:
         return Captioned(net, self.encoder, self.mask_padding, self.pooled)
 
 
+class Encoder(Protocol):
+    """What `FrozenTexts` needs of an encoder, which is called (ids, mask) and gives `TextStates`.
+
+    Attributes:
+      width: of the states of tokens.
+      vector_width: of the state of the whole text.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def vector_width(self) -> int: ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenTexts:
     """The states of a frozen encoder. Each text is encoded once, when it is first needed, and cached.
 
     Attributes:
       tokenizer: of the texts.
-      encoder: CLIP's.
+      encoder: CLIP's or T5's.
       open_params: reads the encoder's parameters when they are first needed.
       cache_bytes: the size of the cache, from which the least recently used texts are dropped.
       mask_padding: whether the network attends to the tokens of a text alone; Stable Diffusion's attends to padding,
@@ -85,7 +101,7 @@ class FrozenTexts:
     """
 
     tokenizer: Tokenizer
-    encoder: CLIPTextEncoder
+    encoder: Encoder
     open_params: Callable[[], Any]
     cache_bytes: int = 2 << 30
     mask_padding: bool = True
@@ -98,7 +114,7 @@ class FrozenTexts:
         if self.mask_padding:
             shapes["tokens_mask"] = jax.ShapeDtypeStruct((length,), jnp.bool_)
         if self.pooled:
-            shapes["vector"] = jax.ShapeDtypeStruct((self.encoder.projection or width,), jnp.float32)
+            shapes["vector"] = jax.ShapeDtypeStruct((self.encoder.vector_width,), jnp.float32)
         return shapes
 
     def network(self, net: nn.Module) -> nn.Module:

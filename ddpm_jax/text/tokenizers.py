@@ -1,8 +1,8 @@
 """Texts as the ids of tokens, by the `tokenizers` library.
 
-A `Tokenizer` is trained on captions, or read from a transformers folder: CLIP's vocab.json and merges.txt, or any
-tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which `from_json` makes it
-again.
+A `Tokenizer` is trained on captions, or read from a transformers folder: CLIP's vocab.json and merges.txt, T5's
+spiece.model, or any tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which
+`from_json` makes it again.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ddpm_jax.runtime.errors import UserError, first_line, reason
 from ddpm_jax.runtime.files import read_json_object, write_text
+from ddpm_jax.text import sentencepiece
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
 MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
@@ -26,6 +27,11 @@ _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 _CLIP_LENGTH = 77
 _SUFFIX = "</w>"  # of a word's last token
 _PROBE = "A caf\u00e9's 42 r\u00e9sum\u00e9s,  don't!  \u4f60\u597d <|endoftext|> \U0001f600"  # has every kind of word
+
+_T5_LENGTH = 512  # tokens of the texts that T5 was trained on
+_T5_SENTINELS = 100  # tokens for what is left out of a text, behind the pieces of its file
+_SPACE = "\u2581"  # begins a word
+
 _NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no largest length
 
 
@@ -108,12 +114,15 @@ class Tokenizer:
 
         A tokenizer.json is taken as it is. CLIP's vocab.json and merges.txt give what transformers' `CLIPTokenizer`
         makes of them: texts in lower case and normal form C, white space as single spaces, between a start and an end
-        token. The pad token is the one that tokenizer_config.json or special_tokens_map.json names.
+        token. T5's spiece.model gives what transformers' `T5Tokenizer` makes of it: words in pieces, then an end token.
+        The pad token is the one that tokenizer_config.json or special_tokens_map.json names.
 
         Args:
           path: the folder or the file.
-          max_length: tokens of every encoded text; None: as the files say, and 77 for CLIP if they do not.
-          pad_token: a token of the vocabulary; None: as the files say, and the end token for CLIP if they do not.
+          max_length: tokens of every encoded text; None: as the files say, and if they do not, 77 for CLIP and 512 for
+            T5.
+          pad_token: a token of the vocabulary; None: as the files say, and if they do not, the end token for CLIP and
+            "<pad>" for T5.
 
         Raises:
           UserError: files that are missing or broken, or that name no pad token or length.
@@ -123,16 +132,18 @@ class Tokenizer:
         if pad_token is not None:
             special["pad_token"] = tokenizers.AddedToken(pad_token, special=True)
         length: int | None
-        if path.is_dir() and not (path / "tokenizer.json").is_file():
-            if not (path / "vocab.json").is_file():
-                accepted = "tokenizer.json, or vocab.json and merges.txt"
-                raise UserError(f"{str(path)!r} has no tokenizer; accepted: {accepted}")
-            tokenizer, length, pad = _clip(path, special), _CLIP_LENGTH, "<|endoftext|>"
-        else:
-            file = path / "tokenizer.json" if path.is_dir() else path
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if file == path or file.is_file():
             tokenizer = _from_json(_read(file), str(file))
             length = (tokenizer.truncation or {}).get("max_length")
             pad = (tokenizer.padding or {}).get("pad_token", _PAD)
+        elif (path / "spiece.model").is_file():
+            tokenizer, length, pad = _t5(path / "spiece.model", config, special), _T5_LENGTH, _PAD
+        elif (path / "vocab.json").is_file():
+            tokenizer, length, pad = _clip(path, special), _CLIP_LENGTH, "<|endoftext|>"
+        else:
+            accepted = "tokenizer.json, or vocab.json and merges.txt, or spiece.model"
+            raise UserError(f"{str(path)!r} has no tokenizer; accepted: {accepted}")
         if pad_token is not None:
             if pad_token not in tokenizer.get_vocab(with_added_tokens=False):
                 raise UserError(
@@ -300,6 +311,32 @@ def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokeniz
     ids = tokenizer.get_vocab(with_added_tokens=True)
     end, start = ((str(token), ids[str(token)]) for token in (tokens["eos_token"], tokens["bos_token"]))
     tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def _t5(path: Path, config: Mapping[str, Any], special: Mapping[str, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+    model = sentencepiece.read(path)
+    count = config.get("extra_ids", _T5_SENTINELS)
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"extra_ids is {count!r} beside {str(path)!r}; accepted: a whole number, 0 or more")
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
+    vocab = [*model.pieces, *((sentinel, 0.0) for sentinel in sentinels)]
+    end = special.get("eos_token", tokenizers.AddedToken("</s>", special=True))
+    ids = {piece: i for i, (piece, _) in enumerate(vocab)}
+    if str(end) not in ids:
+        raise UserError(f"{str(path)!r} has no token {str(end)!r} to end texts with")
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=model.unknown, byte_fallback=False))
+    if model.normalization:
+        tokenizer.normalizer = normalizers.Precompiled(model.normalization)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    found = [text for text in (*model.control, vocab[model.unknown][0], *sentinels) if text != str(end)]
+    tokenizer.add_special_tokens([end, *(tokenizers.AddedToken(text, special=True) for text in found)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(str(end), ids[str(end)])]
+    )
     return tokenizer
 
 

@@ -25,7 +25,16 @@ def chunks(monkeypatch, queries):
     monkeypatch.setattr(attention, "LARGEST_LOGITS", queries * ROW)
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": MASK}, {"causal": True}, {"mask": MASK, "causal": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": MASK},
+        {"causal": True},
+        {"mask": MASK, "causal": True},
+        {"mask": MASK, "bias": normal(5, 3, 21, 13), "scale": 0.5},
+    ],
+)
 def test_chunks_change_neither_numbers_nor_gradients(monkeypatch, options):
     def loss(*arguments):
         attended = attend(*arguments, **options)
@@ -45,6 +54,16 @@ def test_small_matrices_go_the_plain_way():
     """To the bit, in both of the blocks that attend."""
     expected = jax.nn.dot_product_attention(QUERY, KEY, VALUE, mask=MASK[:, None, None, :])
     np.testing.assert_array_equal(attend(QUERY, KEY, VALUE, MASK), expected)
+
+
+def test_bias_and_scale(monkeypatch):
+    bias = normal(5, 3, 21, 13)
+    logits = 0.7 * np.einsum("bqhd,bkhd->bhqk", QUERY, KEY, dtype=np.float64) + bias
+    weights = np.exp(logits) * MASK[:, None, None, :]
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), VALUE)
+    for queries in (21, 4):
+        chunks(monkeypatch, queries)
+        np.testing.assert_allclose(attend(QUERY, KEY, VALUE, MASK, bias=bias, scale=0.7), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [4096, 5000])

@@ -69,7 +69,8 @@ def test_starts_as_the_identity_and_bfloat16_is_close_to_float32():
     ("module", "message"),
     [
         (Transformer(1, 3, 8), "num_heads 3 does not divide the width 8"),
-        (Transformer(1, 2, 8, activation="relu"), "activation is 'relu'; accepted: gelu, quick_gelu"),
+        (Transformer(1, 2, 8, activation="silu"), "activation is 'silu'; accepted: gelu, gelu_new, quick_gelu"),
+        (Transformer(1, 2, 8, norm="batch"), "norm is 'batch'; accepted: layer, rms"),
     ],
 )
 def test_refused(module, message):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models.clip import CLIPTextEncoder, TextEncoder
+from ddpm_jax.models.t5 import T5Encoder
 from ddpm_jax.text.encoders import FrozenTexts, TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.train(["a red apple", "two green pears"], 270, 8)
 CLIP = CLIPTextEncoder(270, max_length=9, width=8, num_layers=1, num_heads=2, mlp_width=8, end_token=2)
+T5 = T5Encoder(270, width=8, num_layers=1, num_heads=3, head_width=4, mlp_width=8)
 TEXTS = ["a red apple", "", "two green pears", "\U0001f34e", "a red apple and so much more that it does not fit"]
 
 
@@ -70,15 +72,15 @@ def test_ids_of_an_encoder_that_is_trained_along():
     assert texts.network(net).encoder is net
 
 
-@pytest.mark.parametrize("projection", [None, 5])
-def test_states_are_the_encoder_s(projection):
-    encoder = made(CLIP.clone(projection=projection))
+@pytest.mark.parametrize("net", [CLIP, CLIP.clone(projection=5), T5])
+def test_states_are_the_encoder_s(net):
+    encoder = made(net)
     texts, tokens = frozen(encoder), TOKENIZER.encode(TEXTS)
     found = texts.arrays(TEXTS)
     states = jax.jit(encoder[0].apply)({"params": encoder[1]}, tokens.ids, tokens.mask)
     np.testing.assert_array_equal(found["tokens_mask"], tokens.mask)
     np.testing.assert_allclose(found["tokens"][tokens.mask], states.tokens[tokens.mask], atol=1e-5)
-    vector = states.pooled if encoder[0].projection is None else states.projected
+    vector = states.pooled if states.projected is None else states.projected
     np.testing.assert_allclose(found["vector"], vector, atol=1e-5)
     assert {name: (values.shape[1:], values.dtype) for name, values in found.items()} == {
         name: (x.shape, x.dtype) for name, x in texts.shapes.items()

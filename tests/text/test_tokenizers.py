@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import t5s
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE, Tokenizer
@@ -292,6 +293,135 @@ def test_refused_folders(clip, edit, message):
     found = refusal(Tokenizer.read, clip)
     assert message in found
     assert str(clip) in found
+
+
+# T5's.
+
+
+@pytest.fixture
+def spiece(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(t5s.spiece())
+    return tmp_path
+
+
+def test_t5_s_prompts(spiece):
+    tokenizer = Tokenizer.read(spiece)
+    ids = {piece: i for i, (piece, _, _) in enumerate(t5s.PIECES)}
+    assert (tokenizer.max_length, tokenizer.vocab_size) == (512, len(ids) + 100)
+    texts = ["a red\n apples", "", "\u4f60 <extra_id_0>a<extra_id_99></s>", "red " * 600]
+    tokens = tokenizer.encode(texts)
+    a, red, apple, space = (ids["\u2581" + word] for word in ("a", "red", "apple", ""))
+    np.testing.assert_array_equal(tokens.ids[0, :6], [a, red, apple, ids["s"], 1, 0])
+    np.testing.assert_array_equal(tokens.ids[1], [1] + [0] * 511)
+    np.testing.assert_array_equal(tokens.ids[2, :7], [space, 2, len(ids) + 99, a, len(ids), 1, 1])
+    np.testing.assert_array_equal(tokens.ids[3], [red] * 511 + [1])
+    np.testing.assert_array_equal(tokens.mask.sum(1), [5, 1, 7, 512])
+    assert tokens.cut == ("", "", "", ("red " * 89).strip())
+    assert tokenizer.decode(tokens.ids[0]) == "a red apples"
+    again = Tokenizer.from_json(tokenizer.to_json())
+    np.testing.assert_array_equal(again.encode(texts).ids, tokens.ids)
+
+
+def test_what_t5_s_files_say(spiece):
+    config = {"model_max_length": 8, "extra_ids": 3, "eos_token": "<unk>"}
+    (spiece / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.read(spiece)
+    assert (tokenizer.max_length, tokenizer.vocab_size) == (8, len(t5s.PIECES) + 3)
+    assert tokenizer.encode([""]).ids.tolist() == [[2] + [0] * 7]
+    assert Tokenizer.read(spiece, max_length=5).max_length == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "message"),
+    [
+        (b"no model", {}, "spiece.model' is no model of sentencepiece: "),
+        (b"", {}, "spiece.model' has 0 unknown tokens; accepted: one"),
+        (t5s.spiece(kind=2), {}, "spiece.model' holds a model of type 2; accepted: 1, unigram"),
+        (t5s.spiece(), {"extra_ids": -1}, "extra_ids is -1 beside "),
+        (t5s.spiece(), {"eos_token": "<end>"}, "spiece.model' has no token '<end>' to end texts with"),
+        (t5s.spiece(), {"pad_token": "<none>"}, "has no token '<none>' to pad with"),
+        (t5s.spiece([("a", 0.0, 1), ("<unk>", 0.0, 2)]), {}, "spiece.model' has no token '</s>' to end texts with"),
+    ],
+)
+def test_refused_t5(spiece, content, config, message):
+    (spiece / "spiece.model").write_bytes(content)
+    (spiece / "tokenizer_config.json").write_text(json.dumps(config))
+    found = refusal(Tokenizer.read, spiece)
+    assert message in found
+    assert str(spiece) in found
+
+
+def t5_prompts():
+    special = [
+        "<extra_id_3> a</s> b<unk><pad>",
+        "<extra_id_99>x<extra_id_100>",
+        "\u2581\u2581x",
+        "  a  b ",
+        "a\0b",
+        "\u00bd",
+    ]
+    return [*many_prompts(1000 - len(special)), *special]
+
+
+def t5_differences(tokenizer, theirs, prompts):
+    """How many prompts have other tokens or another mask; those that are cut must be those that are long."""
+    expected = theirs(prompts, padding="max_length", max_length=tokenizer.max_length, truncation=True)
+    found = tokenizer.encode(prompts)
+    assert [bool(text) for text in found.cut] == [
+        len(ids) > tokenizer.max_length for ids in theirs(prompts)["input_ids"]
+    ]
+    assert 100 < sum(map(bool, found.cut)) < 400
+    masks = np.array(expected["attention_mask"], bool)
+    return np.sum(np.any(found.ids != expected["input_ids"], axis=1) | np.any(found.mask != masks, axis=1))
+
+
+@pytest.mark.peers
+def test_t5_s_tokens_are_those_of_transformers(measure, tmp_path):
+    """Of a small model, from its tokenizer.json and from its spiece.model."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install -e '.[peers]')"
+    )
+    trained = tokenizers.Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    special, prompts = ["<pad>", "</s>", "<unk>"], t5_prompts()
+    options = {"vocab_size": 2000, "special_tokens": special, "unk_token": "<unk>", "show_progress": False}
+    trained.train_from_iterator(prompts[:40] + CAPTIONS * 20, trainers.UnigramTrainer(**options))
+    vocab = [(piece, float(np.float32(score))) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    theirs = transformers.T5Tokenizer(vocab=[*vocab, *((f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1))])
+    theirs.save_pretrained(tmp_path / "json")
+    (tmp_path / "spiece").mkdir()
+    kinds = [3, 3, 2, *[1] * (len(vocab) - 3)]
+    pieces = [(piece, score, kind) for (piece, score), kind in zip(vocab, kinds, strict=True)]
+    (tmp_path / "spiece" / "spiece.model").write_bytes(t5s.spiece(pieces))
+    for folder in (tmp_path / "json", tmp_path / "spiece"):
+        tokenizer = Tokenizer.read(folder, 77)
+        for one in (tokenizer, Tokenizer.from_json(tokenizer.to_json())):
+            what = "T5's tokenizer: of 1000 prompts of many scripts, those with other tokens or another mask"
+            measure(what, "transformers' `T5Tokenizer`", t5_differences(one, theirs, prompts), 0)
+
+
+@pytest.mark.peers
+def test_t5_s_tokens_of_a_model_that_sentencepiece_trained(tmp_path):
+    """With the normal form of characters that T5's own has."""
+    why = "transformers and sentencepiece are not installed (pip install -e '.[peers]')"
+    transformers = pytest.importorskip("transformers", reason=why)
+    sentencepiece = pytest.importorskip("sentencepiece", reason=why)
+    prompts = t5_prompts()
+    with (tmp_path / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(prompts[:40] + CAPTIONS * 20),
+            model_writer=file,
+            vocab_size=2000,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            normalization_rule_name="nmt_nfkc",
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    assert t5_differences(Tokenizer.read(tmp_path, 77), theirs, prompts) == 0
 
 
 # Any tokenizer.json.

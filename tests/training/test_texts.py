@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import t5s
 from runs import CAPTIONED, assert_same_checkpoint, checkpoint
 
 from ddpm_jax import config as config_lib
@@ -73,6 +74,28 @@ def test_a_run_with_a_frozen_encoder_needs_its_workdir_alone(call, folder, tmp_p
     status, output = call("--mode=sample", *flags, config=None)
     assert status == 0, output
     assert np.load(run / "a.npz")["prompt"].tolist() == ["a plum"] * 2
+
+
+@pytest.mark.slow
+def test_a_run_with_a_frozen_t5(call, tmp_path):
+    """Whose text encoder's folder has no tokenizer.json. It trains two steps, and samples after the folder is gone."""
+    run, folder = tmp_path / "run", t5s.write_t5(tmp_path / "t5")
+    flags = [flag for flag in CAPTIONED if ".text." not in flag and ".num_steps=" not in flag]
+    flags += [f"--config.text.encoder={folder}", "--config.text.max_length=16", "--config.train.num_steps=2"]
+    flags += ["--config.log.sample_every_steps=0", "--config.sample.num_images=2", "--config.sample.num_steps=2"]
+    status, output = call(f"--workdir={run}", config=flags)
+    assert status == 0, output
+    assert Tokenizer.from_json((run / "tokenizer.json").read_text()).max_length == 16
+    assert transformers.read_module(run / "text_encoder") == t5s.NET
+    assert "encoder" not in checkpoint(run, 2)["params"]
+    shutil.rmtree(folder)
+    flags = (f"--workdir={run}", "--prompt=a plum", "--num_images=2", "--output=npz", f"--out={run / 'a.npz'}")
+    status, output = call("--mode=sample", *flags, config=None)
+    assert status == 0, output
+    assert np.load(run / "a.npz")["image"].shape[0] == 2
+    status, output = call("--mode=export", f"--workdir={run}", f"--out={tmp_path / 'sd'}", config=None)
+    assert status != 0
+    assert "this run has another text encoder than CLIP's (text.encoder), unlike Stable Diffusion" in output
 
 
 def test_what_a_start_that_was_cut_off_has_left_is_made_anew(config, tmp_path):

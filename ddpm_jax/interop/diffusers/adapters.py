@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ddpm_jax.interop import lora, transformers
+from ddpm_jax.interop import lora
 from ddpm_jax.interop.diffusers import stable_diffusion, unet_tensors
+from ddpm_jax.interop.transformers import clip
+from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.captions import CaptionCondition
@@ -59,10 +61,12 @@ def add(
     if why := stable_diffusion.why_not(model):
         raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
     texts, net, _ = stable_diffusion.parts_of(model)
+    encoder = texts.encoder
+    assert isinstance(encoder, CLIPTextEncoder)
     layout, levels = stable_diffusion.layout_of(model, dataset), len(net.widths)
     shapes = {
         "unet": unet_tensors.tensor_shapes(params, levels, layout.linear_projections),
-        "text_encoder": transformers.tensor_shapes(texts.encoder),
+        "text_encoder": clip.tensor_shapes(encoder),
     }
     loras, added = [], []
     for name, weight in files:
@@ -75,7 +79,7 @@ def add(
 
         def open_params() -> Any:
             states = opened()
-            _change(states, changes_of_text, transformers.paths(texts.encoder))
+            _change(states, changes_of_text, clip.paths(encoder))
             return states
 
         changed = dataclasses.replace(texts, open_params=open_params)

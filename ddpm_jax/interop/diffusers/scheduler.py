@@ -133,8 +133,9 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-# Of UnCLIPScheduler, which has no such field. In 138 of the 999 possible numbers of steps, none of them Karlo's, a timestep
-# lies at an exact half, and rounding errors make it the one below it there and the one above it here, or the reverse.
+# Of UnCLIPScheduler, which has no such field. In 138 of the 999 possible numbers of steps, none of them Karlo's, a
+# timestep lies at an exact half, and rounding errors make it the one below it there and the one above it here, or the
+# reverse.
 _LINSPACE = {"timestep_spacing": "linspace"}
 # What an `UnCLIPScheduler` has of the fields that others know more values of.
 _UNCLIP: dict[str, tuple[Any, ...]] = {

@@ -16,6 +16,7 @@ from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet_condition as unet_lib
 from ddpm_jax.interop.diffusers.fields import WEIGHTS, refusal
+from ddpm_jax.interop.transformers import clip as clip_lib
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.models.unet import UNet
@@ -137,7 +138,7 @@ def assemble(
     """
     config = config_lib.default_config()
     try:
-        clip = transformers.to_module(fields["text_encoder"], where["text_encoder"])
+        clip = clip_lib.to_module(fields["text_encoder"], where["text_encoder"])
         autoencoder, factor = autoencoder_lib.to_module(fields["vae"], where["vae"])
         notes = scheduler_lib.read(config, fields["scheduler"], where["scheduler"])
         layout = unet_lib.read(config, fields["unet"], where["unet"])
@@ -150,7 +151,7 @@ def assemble(
     net = config_lib.make_network(config, NoCondition())
     assert isinstance(net, UNet)
     path, tensors = open_tensors("text_encoder")
-    text_encoder = clip, transformers.to_params(path, tensors, clip)
+    text_encoder = clip, clip_lib.to_params(path, tensors, clip)
     path, tensors = open_tensors("vae")
     latents = autoencoder, autoencoder_lib.to_params(path, tensors, autoencoder), factor
     path, tensors = open_tensors("unet")
@@ -165,6 +166,8 @@ def why_not(model: Model) -> str:
     texts = model.condition.texts
     if not isinstance(texts, FrozenTexts) or not isinstance(model.net, UNet):
         return f"has a text encoder that was trained along (text.encoder {config_lib.TRAINED!r})"
+    if not isinstance(texts.encoder, CLIPTextEncoder):
+        return "has another text encoder than CLIP's (text.encoder)"
     if not isinstance(model.decoder, Latents):
         return "diffuses pixels, no autoencoder's latents (autoencoder.source)"
     if not model.net.transformer_depth:
@@ -219,6 +222,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
     scheduler, notes = scheduler_lib.to_fields(config)
     unet = unet_lib.to_fields(config, net, layout)
     # The network takes the states of the tokens, which a projection does not change.
+    assert isinstance(texts.encoder, CLIPTextEncoder)
     encoder, states = dataclasses.replace(texts.encoder, projection=None), dict(texts.open_params())
     states.pop("projection", None)
     index = {
@@ -237,7 +241,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
         files = {_INDEX: index, f"unet/{_CONFIGS['unet']}": unet, f"scheduler/{_CONFIGS['scheduler']}": scheduler}
         for name, fields in files.items():
             write_text(temporary / name, json.dumps(fields, indent=2) + "\n")
-        transformers.write(temporary / "text_encoder", encoder, states)
+        clip_lib.write(temporary / "text_encoder", encoder, states)
         autoencoder_lib.write(temporary / "vae", latents.autoencoder, latents.open_params(), latents.scaling_factor)
         tensors = unet_lib.to_tensors(params, len(net.widths), layout.linear_projections)
         tensors_lib.write(temporary / "unet" / WEIGHTS[0], tensors, {"format": "pt"})

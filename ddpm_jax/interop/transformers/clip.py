@@ -1,8 +1,7 @@
-"""Folders of transformers: CLIP's encoders, read and written without transformers or PyTorch.
+"""CLIP's encoders.
 
-Read are text encoders (a `CLIPTextModel`, a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), and a
-`CLIPModel` whole, from safetensors or PyTorch's pickles, in one file or in shards. Values in half precision become
-float32, which changes none of them.
+Read are encoders of text (a `CLIPTextModel`, a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), and a
+`CLIPModel` whole.
 """
 
 import dataclasses
@@ -14,16 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.interop.transformers.folder import (
+    WEIGHTS,
+    architecture,
+    check_tokenizer,
+    converted,
+    count,
+    require,
+    to_theirs,
+    write_folder,
+)
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.models.transformer import ACTIVATIONS
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.runtime.files import read_json_object
 from ddpm_jax.text.tokenizers import Tokenizer
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 _PARTS = {
@@ -89,24 +97,6 @@ class CLIP:
     image_std: tuple[float, ...] = _STD
 
 
-def read(folder: str | Path) -> tuple[CLIPTextEncoder, dict[str, Any]]:
-    """The text encoder and its parameters, float32, of a folder with config.json and weights.
-
-    Raises:
-      UserError: a file that is missing or broken, an architecture or activation that is not supported, or a tensor that
-        is missing, too many, or of another shape or dtype.
-    """
-    net = read_module(folder)
-    path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
-    return net, to_params(path, tensors, net)
-
-
-def read_module(folder: str | Path) -> CLIPTextEncoder:
-    """The encoder of such a folder, without its parameters; UserError as of `read`."""
-    path = Path(folder) / "config.json"
-    return to_module(read_json_object(path), str(path))
-
-
 def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
     """The image encoder and its parameters, float32, of a `CLIPVisionModelWithProjection`'s folder.
 
@@ -115,13 +105,13 @@ def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
     """
     path = Path(folder) / "config.json"
     config, where = read_json_object(path), str(path)
-    kind, accepted = _architecture(config), "CLIPVisionModelWithProjection"
-    _require(kind == accepted, "architectures", kind, where, accepted)
+    kind, accepted = architecture(config), "CLIPVisionModelWithProjection"
+    require(kind == accepted, "architectures", kind, where, accepted)
     net = _image_module({**config, "vision_config": config}, where)
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
     shapes = _shapes(net)
     own = {name: value for name, value in tensors.items() if not _is_range(name)}
-    return net, _converted(path, own, shapes, {ours: _name(("image", *ours)) for ours in shapes})
+    return net, converted(path, own, shapes, {ours: _name(("image", *ours)) for ours in shapes})
 
 
 def read_clip(folder: str | Path) -> CLIP:
@@ -136,8 +126,8 @@ def read_clip(folder: str | Path) -> CLIP:
     """
     folder = Path(folder)
     config, where = read_json_object(folder / "config.json"), str(folder / "config.json")
-    kind = _architecture(config)
-    _require(kind == "CLIPModel", "architectures", kind, where, "CLIPModel")
+    kind = architecture(config)
+    require(kind == "CLIPModel", "architectures", kind, where, "CLIPModel")
     text, image = to_module(config, where), _image_module(config, where)
     mean, std = _preparation(folder / "preprocessor_config.json", image)
     tokenizer = Tokenizer.read(folder, text.max_length)
@@ -147,18 +137,9 @@ def read_clip(folder: str | Path) -> CLIP:
     for half, net in (("text", text), ("image", image)):
         shapes |= {(half, *ours): shape for ours, shape in _shapes(net).items()}
     names = {ours: _name(ours) for ours in shapes}
-    params = _converted(path, {name: v for name, v in tensors.items() if not _is_range(name)}, shapes, names)
+    params = converted(path, {name: v for name, v in tensors.items() if not _is_range(name)}, shapes, names)
     scale = float(params.pop("logit_scale"))
     return CLIP(text, image, params, scale, tokenizer, mean, std)
-
-
-def check_tokenizer(tokenizer: Tokenizer, net: CLIPTextEncoder, where: str) -> None:
-    """UserError for a tokenizer with more tokens, or longer texts, than the text encoder of `where` takes."""
-    if tokenizer.vocab_size > net.vocab_size or tokenizer.max_length > net.max_length:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and texts of {tokenizer.max_length}; accepted: at most "
-            f"the {net.vocab_size} tokens and texts of {net.max_length} of the encoder {where!r}"
-        )
 
 
 def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -> Path:
@@ -174,7 +155,9 @@ def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -
         "projection_dim": net.width if net.projection is None else net.projection,
     }
     flat = flatten_dict({"text": params})
-    return _write(folder, {_name(ours): _to_theirs(ours, value) for ours, value in flat.items()}, {"config": config})
+    return write_folder(
+        folder, {_name(ours): to_theirs(ours, value) for ours, value in flat.items()}, {"config": config}
+    )
 
 
 def write_clip(folder: str | Path, clip: CLIP) -> Path:
@@ -197,22 +180,14 @@ def write_clip(folder: str | Path, clip: CLIP) -> Path:
         "image_std": clip.image_std,
     }
     flat = flatten_dict({"text": clip.params["text"], "image": clip.params["image"]})
-    tensors = {_name(ours): _to_theirs(ours, value) for ours, value in flat.items()}
+    tensors = {_name(ours): to_theirs(ours, value) for ours, value in flat.items()}
     tensors["logit_scale"] = np.array(clip.logit_scale, np.float32)
     files = {
         "config": config,
         "preprocessor_config": preprocessor,
         "tokenizer": json.loads(clip.tokenizer.to_json()),
     }
-    return _write(folder, tensors, files)
-
-
-def _write(folder: str | Path, tensors: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
-    with new_folder(folder, "the folder") as temporary:
-        for name, value in files.items():
-            write_text(temporary / f"{name}.json", json.dumps(value, indent=2) + "\n")
-        tensors_lib.write(temporary / WEIGHTS[0], tensors, {"format": "pt"})
-    return Path(folder).expanduser()
+    return write_folder(folder, tensors, files)
 
 
 def _config(net: CLIPTextEncoder | CLIPImageEncoder, sizes: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
@@ -227,23 +202,23 @@ def _text_config(net: CLIPTextEncoder) -> dict[str, Any]:
 
 def to_module(config: Mapping[str, Any], where: str = "config.json") -> CLIPTextEncoder:
     """The text encoder that a transformers config stands for; UserError by field."""
-    kind = _architecture(config)
-    _require(kind in ARCHITECTURES, "architectures", kind, where, ", ".join(ARCHITECTURES))
+    kind = architecture(config)
+    require(kind in ARCHITECTURES, "architectures", kind, where, ", ".join(ARCHITECTURES))
     text = _half(config, "text", where) if kind == "CLIPModel" else config
     options = _options(text, _TEXT_SIZES, where)
     if kind != "CLIPTextModel":
-        options["projection"] = _count(config, *_PROJECTION, where)
+        options["projection"] = count(config, *_PROJECTION, where)
     end = text.get("eos_token_id", 49_407)
-    _require(isinstance(end, int), "eos_token_id", end, where, "a token's id")
+    require(isinstance(end, int), "eos_token_id", end, where, "a token's id")
     return CLIPTextEncoder(**options, end_token=None if end == _LEGACY_END else end)
 
 
 def _image_module(config: Mapping[str, Any], where: str) -> CLIPImageEncoder:
     options = _options(_half(config, "vision", where), _IMAGE_SIZES, where)
     size, patch, channels = options["image_size"], options["patch_size"], options["channels"]
-    _require(size % patch == 0, "patch_size", patch, where, f"a divisor of image_size, {size}")
-    _require(channels == 3, "num_channels", channels, where, "3")
-    return CLIPImageEncoder(**options, projection=_count(config, *_PROJECTION, where))
+    require(size % patch == 0, "patch_size", patch, where, f"a divisor of image_size, {size}")
+    require(channels == 3, "num_channels", channels, where, "3")
+    return CLIPImageEncoder(**options, projection=count(config, *_PROJECTION, where))
 
 
 def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -259,25 +234,13 @@ def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], where: str) -> dict[str, Any]:
     """The attributes that both encoders have, and those that `sizes` names."""
-    options: dict[str, Any] = {ours: _count(fields, *theirs, where) for ours, theirs in sizes.items()}
+    options: dict[str, Any] = {ours: count(fields, *theirs, where) for ours, theirs in sizes.items()}
     activation, epsilon = fields.get("hidden_act", "quick_gelu"), fields.get("layer_norm_eps", 1e-5)
-    _require(activation in tuple(ACTIVATIONS), "hidden_act", activation, where, ", ".join(ACTIVATIONS))
-    _require(isinstance(epsilon, float), "layer_norm_eps", epsilon, where, "a number such as 1e-05")
+    require(activation in tuple(ACTIVATIONS), "hidden_act", activation, where, ", ".join(ACTIVATIONS))
+    require(isinstance(epsilon, float), "layer_norm_eps", epsilon, where, "a number such as 1e-05")
     heads, width = options["num_heads"], options["width"]
-    _require(width % heads == 0, "num_attention_heads", heads, where, f"a divisor of hidden_size, {width}")
+    require(width % heads == 0, "num_attention_heads", heads, where, f"a divisor of hidden_size, {width}")
     return {**options, "activation": activation, "epsilon": epsilon}
-
-
-def _count(fields: Mapping[str, Any], field: str, default: int, where: str) -> int:
-    value = fields.get(field, default)
-    fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    _require(fits, field, value, where, "a whole number above 0")
-    return value
-
-
-def _require(fits: bool, field: str, value: Any, where: str, accepted: str) -> None:
-    if not fits:
-        raise UserError(f"{field} is {value!r} in {where!r}; accepted: {accepted}")
 
 
 def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -295,23 +258,14 @@ def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], 
     }
     for field, accepted in wanted.items():
         value = config.get(field, accepted[0])
-        _require(value in accepted, field, value, str(path), json.dumps(accepted[0]))
+        require(value in accepted, field, value, str(path), json.dumps(accepted[0]))
     mean, std = config.get("image_mean", _MEAN), config.get("image_std", _STD)
     for field, values in (("image_mean", mean), ("image_std", std)):
         fits = isinstance(values, list | tuple) and len(values) == net.channels
         fits = fits and all(isinstance(value, int | float) for value in values)
-        _require(fits, field, values, str(path), f"{net.channels} numbers")
-    _require(min(std) > 0, "image_std", std, str(path), "numbers above 0")
+        require(fits, field, values, str(path), f"{net.channels} numbers")
+    require(min(std) > 0, "image_std", std, str(path), "numbers above 0")
     return tuple(map(float, mean)), tuple(map(float, std))
-
-
-def _architecture(config: Mapping[str, Any]) -> Any:
-    """The class that a config names, or else the one that its type stands for."""
-    names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return names[0]
-    kinds = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel"}
-    return kinds.get(str(config.get("model_type")), config.get("model_type"))
 
 
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: CLIPTextEncoder) -> dict[str, Any]:
@@ -322,7 +276,7 @@ def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: CLIPText
         names = {ours: name.removeprefix("text_model.") for ours, name in names.items()}
     wanted = set(names.values())
     own = {name: v for name, v in tensors.items() if name in wanted or not (_is_image_half(name) or _is_range(name))}
-    return _converted(path, own, shapes, names)
+    return converted(path, own, shapes, names)
 
 
 def _is_image_half(name: str) -> bool:
@@ -343,7 +297,7 @@ def paths(net: CLIPTextEncoder) -> dict[str, tuple[str, ...]]:
 def tensor_shapes(net: CLIPTextEncoder) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a text encoder."""
     shapes = _shapes(net).items()
-    return {_name(("text", *ours)): _to_theirs(ours, np.broadcast_to(0, leaf.shape)).shape for ours, leaf in shapes}
+    return {_name(("text", *ours)): to_theirs(ours, np.broadcast_to(0, leaf.shape)).shape for ours, leaf in shapes}
 
 
 def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], Any]:
@@ -372,25 +326,3 @@ def _name(path: tuple[str, ...]) -> str:
     if rest[0] == "transformer":
         return f"{model}.encoder.layers.{rest[1].removeprefix('block_')}.{_PARTS[part]}.{_LEAVES[leaf]}"
     return f"{model}.{_PARTS[part]}.{_LEAVES[leaf]}"
-
-
-def _converted(
-    path: str | Path,
-    tensors: Mapping[str, np.ndarray],
-    shapes: Mapping[tuple[str, ...], Any],
-    names: Mapping[tuple[str, ...], str],
-) -> dict[str, Any]:
-    """A tree of our parameters from tensors of theirs, which must be exactly the named ones."""
-    own = tensors_lib.to_float32(tensors)
-    wanted = {name: _to_theirs(ours, np.broadcast_to(0, shapes[ours].shape)).shape for ours, name in names.items()}
-    tensors_lib.check(path, own, wanted)
-    return unflatten_dict({ours: np.asarray(_to_ours(ours, own[name]), order="C") for ours, name in names.items()})
-
-
-def _to_theirs(path: tuple[str, ...], value: Any) -> np.ndarray:
-    """Our kernels are [..., C, D], theirs [D, C, ...]."""
-    return np.moveaxis(np.asarray(value), (-1, -2), (0, 1)) if path[-1] == "kernel" else np.asarray(value)
-
-
-def _to_ours(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    return np.moveaxis(value, (0, 1), (-1, -2)) if path[-1] == "kernel" else value

@@ -111,8 +111,8 @@ def test_half_precision_in_shards_without_prefix(folder, params, dtype):
     ("fields", "message"),
     [
         ({"architectures": ["BertModel"]}, "architectures is 'BertModel' in {}; accepted: CLIPTextModel, CLIPText"),
-        ({"architectures": None, "model_type": "t5"}, "architectures is 't5' in {}; accepted: CLIPTextModel, "),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu' in {}; accepted: gelu, quick_gelu"),
+        ({"architectures": None, "model_type": "bert"}, "architectures is 'bert' in {}; accepted: CLIPTextModel, "),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu' in {}; accepted: gelu, gelu_new, quick_gelu, "),
         ({"hidden_size": "16"}, "hidden_size is '16' in {}; accepted: a whole number above 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0 in {}; accepted: a whole number above 0"),
         ({"num_attention_heads": 3}, "num_attention_heads is 3 in {}; accepted: a divisor of hidden_size, 16"),
@@ -202,7 +202,11 @@ def test_an_older_clip_in_half_precision(clip, clip_folder):
         ("config", {"vision_config": 3}, "vision_config is 3 in {}; accepted: a JSON object"),
         ("config", {"vision_config": {"patch_size": 5}}, "patch_size is 5 in {}; accepted: a divisor of image_size, 2"),
         ("config", {"vision_config": {"num_channels": 1}}, "num_channels is 1 in {}; accepted: 3"),
-        ("config", {"vision_config": {"hidden_act": "relu"}}, "hidden_act is 'relu' in {}; accepted: gelu, quick_gelu"),
+        (
+            "config",
+            {"vision_config": {"hidden_act": "silu"}},
+            "hidden_act is 'silu' in {}; accepted: gelu, gelu_new, quick_gelu, ",
+        ),
         ("preprocessor_config", {"size": {"height": 12, "width": 12}}, "size is {{'height': 12, 'width': 12}} in {}"),
         ("preprocessor_config", {"size": {"shortest_edge": 16}}, "size is {{'shortest_edge': 16}} in {}; accepted: 12"),
         ("preprocessor_config", {"crop_size": 8}, "crop_size is 8 in {}; accepted: 12"),
