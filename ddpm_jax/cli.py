@@ -59,6 +59,9 @@ _MODES = {
     "vary": "other pictures like given ones",
     "denoise": "clean pictures of noisy ones",
     "upscale": "pictures enlarged by a super-resolution run",
+    "variations": "other pictures with the image embedding of given ones",
+    "blend": "between the image embeddings of two pictures",
+    "text_difference": "a picture moved by what one caption has over another",
     "inpaint": "a part of a picture painted anew",
     "progressive": "the way from noise to image",
     "coarse_to_fine": "images that share the beginning of that way",
@@ -170,6 +173,8 @@ _OUT = flags.DEFINE_string(
 _ADAPTERS = flags.DEFINE_bool(
     "adapters", False, "export: only the adapters that the run trained (config.lora), as a LoRA file for diffusers."
 )
+_CAPTION = flags.DEFINE_string("caption", None, "text_difference: of the picture.")
+_TARGET_CAPTION = flags.DEFINE_string("target_caption", None, "text_difference: of what the picture becomes.")
 _INPUT = flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
 _MASK = flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
 _T = flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
@@ -315,6 +320,9 @@ def run_mode(mode: str) -> None:
         "vary": editing.vary,
         "denoise": editing.denoise,
         "upscale": editing.upscale,
+        "variations": editing.variations,
+        "blend": editing.blend,
+        "text_difference": editing.text_difference,
         "inpaint": editing.inpaint,
         "progressive": sampling.progressive,
         "coarse_to_fine": editing.coarse_to_fine,
@@ -334,7 +342,10 @@ def run_mode(mode: str) -> None:
         editing.interpolate_latents: _OF_SAMPLING - {"height", "width", "num_steps", "spacing"},
         editing.vary: {"timesteps"},
         editing.denoise: {"timesteps"},
-        editing.upscale: {"timesteps"},
+        **{
+            edit: {"timesteps"}
+            for edit in (editing.upscale, editing.variations, editing.blend, editing.text_difference)
+        },
         editing.inpaint: {"timesteps"},
         editing.coarse_to_fine: {"timesteps"},
         evaluation.evaluate: {"out"},

@@ -25,11 +25,14 @@ from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import TextEncoder
+from ddpm_jax.models.embedding_condition import Embedded, EmbeddingCondition
+from ddpm_jax.models.prior import Prior
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
 from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
+from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding
 from ddpm_jax.sampling.generate import Model, Request
 from ddpm_jax.sampling.given import Given, LowResolution
 from ddpm_jax.sampling.latents import Latents
@@ -129,6 +132,23 @@ def default_config() -> ConfigDict:
     autoencoder.num_groups = 32  # of group normalisation
     autoencoder.middle_attention = True  # attention between the two blocks in the middle
     autoencoder.kl_weight = 1e-6  # of the Kullback-Leibler divergence, beside the mean absolute error of the pixels
+
+    config.prior = prior = ConfigDict()
+    prior.clip = (
+        ""  # CLIP (workdir or transformers folder) whose image embeddings are diffused, by a prior; "": pictures
+    )
+    prior.width = 256  # of the prior's Transformer, like the two that follow
+    prior.num_layers = 4
+    prior.num_heads = 4
+    prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
+
+    config.embedding = embedding = ConfigDict()
+    embedding.clip = (
+        ""  # CLIP (the same) of whose image embedding the network is told, as DALL-E 2's decoder is; "": none
+    )
+    embedding.dropout = 0.1  # share of examples that are trained without it, for guidance
+    embedding.num_tokens = 4  # that it becomes, beside those of the text
+    embedding.token_width = 64  # of all these tokens
 
     config.upscale = upscale = ConfigDict()
     upscale.height = 0  # of the pictures that the run enlarges to data.height and data.width; 0: it enlarges none
@@ -422,6 +442,8 @@ def open_autoencoder(path: str | Path) -> tuple[Autoencoder, float]:
 
 def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Decoder:
     """What lies between pictures and what the run diffuses; `dataset` and `dtype` as in `make_condition`."""
+    if config.prior.clip:
+        return Embeddings(make_embedder(config, dataset))
     if not config.autoencoder.source:
         return make_pixels(config)
     data, folder = config.data, (dataset or {}).get("autoencoder", config.autoencoder.source)
@@ -436,13 +458,23 @@ def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, d
     )
 
 
+def make_embedder(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Embedder:
+    """The CLIP whose image embeddings the run draws, or is given; `dataset` as in `make_condition`."""
+    folder = (dataset or {}).get("clip", config.prior.clip or config.embedding.clip)
+    return Embedder(transformers.clip_width(folder), lambda: transformers.read_clip(folder))
+
+
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
     """The network; None: of any condition that the config can have."""
+    condition = make_condition(config) if condition is None else condition
+    if config.prior.clip:
+        return condition.network(_make_prior(config, condition))
     options = dict(config.model)
     del options["class_conditional"]
-    condition = make_condition(config) if condition is None else condition
-    off = ("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels")
-    off += ("head_channels", "token_channels", "time_channels")
+    off = (
+        *("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels"),
+        *("head_channels", "token_channels", "time_channels"),
+    )
     groups = options["middle_attention_groups"]
     net = UNet(
         **{
@@ -453,21 +485,36 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
             "dtype": jnp.dtype(options["dtype"]),
             "learned_variance": config.diffusion.variance == "learned",
             **condition.network_options(),
+            **({"vector_embedding": "none"} if config.embedding.clip else {}),
         }
     )
+    embedding = config.embedding
+    if embedding.clip:
+        time_width = net.time_channels or 4 * net.channels
+        told = EmbeddingCondition(embedding.token_width, time_width, embedding.num_tokens, net.dtype)
+        return condition.network(Embedded(net, told))
     return condition.network(net)
+
+
+def _make_prior(config: ConfigDict, condition: Condition) -> Prior:
+    if not isinstance(condition, CaptionCondition):
+        raise ValueError("prior.clip needs texts: a text.encoder, which is usually the same CLIP")
+    prior, num_tokens = config.prior, condition.texts.tokenizer.max_length
+    return Prior(prior.width, prior.num_layers, prior.num_heads, num_tokens, dtype=jnp.dtype(config.model.dtype))
 
 
 def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Model:
     """The parts of the run's system; `dataset` and `dtype` as in `make_condition`."""
     condition, decoder = make_condition(config, dataset, dtype), make_decoder(config, dataset, dtype)
     net, schedule = make_network(config, condition), make_schedule_from(config)
-    return Model(condition, net, schedule, decoder, make_given(config, schedule))
+    return Model(condition, net, schedule, decoder, make_given(config, schedule, dataset))
 
 
-def make_given(config: ConfigDict, schedule: Schedule) -> Given | None:
-    """What the run is given by another stage; None: nothing."""
+def make_given(config: ConfigDict, schedule: Schedule, dataset: Mapping[str, Any] | None = None) -> Given | None:
+    """What the run is given by another stage; None: nothing. `dataset` as in `make_condition`."""
     data, upscale = config.data, config.upscale
+    if config.embedding.clip:
+        return ImageEmbedding(make_embedder(config, dataset), config.embedding.dropout)
     if not upscale.height:
         return None
     low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))
@@ -563,7 +610,8 @@ def guidance(config: ConfigDict) -> Guidance:
 
 def sampling_request(config: ConfigDict, condition: Condition) -> Request:
     """How the run samples where nothing else is asked for."""
-    return Request(condition, sampling_steps(config), parameterization(config), guidance(config))
+    candidates = config.prior.candidates if config.prior.clip else 1
+    return Request(condition, sampling_steps(config), parameterization(config), guidance(config), candidates=candidates)
 
 
 def evaluation_request(config: ConfigDict, condition: Condition) -> Request:

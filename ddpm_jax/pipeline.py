@@ -22,6 +22,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.sampling.condition import FIELDS, KEYWORDS, Condition
+from ddpm_jax.sampling.embeddings import Embedder, ImageEmbedding
 from ddpm_jax.sampling.generate import Request, generate
 from ddpm_jax.sampling.given import Inputs
 
@@ -108,10 +109,13 @@ class Pipeline(Run):
         if request.between:
             raise UserError("a pipeline does not interpolate between prompts or classes; its first stage does")
         count = len(self.stages)
+        begin = 0 if inputs is None else self._of_given_embedding()
         for number, (stage, asked) in enumerate(zip(self.stages, (request, *request.then), strict=True)):
-            progress = part_of(observer.progress, number, count)
+            if number < begin:
+                continue
+            progress = part_of(observer.progress, number - begin, count - begin)
             watching = dataclasses.replace(observer, progress=progress) if number == count - 1 else Observer(progress)
-            inputs = stage.inputs(asked, indices) if number == 0 else inputs
+            inputs = stage.inputs(asked, indices) if inputs is None else inputs
             try:
                 images, snapshots = generate(
                     stage.model,
@@ -127,8 +131,27 @@ class Pipeline(Run):
                 )
             except ValueError as error:
                 raise UserError(str(error)) from None
-            inputs = Inputs(images)
+            inputs = Inputs(images, self._said_to(number + 1, inputs, len(images)))
         return images, snapshots
+
+    def _said_to(self, number: int, inputs: Inputs | None, count: int) -> Mapping[str, np.ndarray] | None:
+        """Nothing is said to a stage if nothing was said to the one before it."""
+        if inputs is None or inputs.cond is None or number == len(self.stages):
+            return None
+        return self.stages[number].condition.null(count)
+
+    @property
+    def embedder(self) -> Embedder:
+        return self.stages[self._of_given_embedding()].embedder
+
+    def _of_given_embedding(self) -> int:
+        """The number of the stage that is given an image embedding."""
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage.model.given, ImageEmbedding):
+                return number
+        raise UserError(
+            "no stage of this pipeline is given an image embedding; accepted: one trained with embedding.clip"
+        )
 
 
 def _of_stage(stage: Run, number: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +245,14 @@ def _check(folders: Sequence[Path], runs: Sequence[Run]) -> None:
         given, name = runs[number].model.given, str(folders[number])
         if given is None:
             raise UserError(
-                f"stage {number + 1}, {name!r}, is given nothing; accepted: a run trained with config.upscale"
+                f"stage {number + 1}, {name!r}, takes nothing from another; accepted: a run trained "
+                "with config.upscale or config.embedding"
+            )
+        clips = [run.dataset.get("clip_crc32") for run in runs[number - 1 : number + 1]]
+        if isinstance(given, ImageEmbedding) and clips[0] is not None and clips[0] != clips[1]:
+            raise UserError(
+                f"stage {number + 1}, {name!r}, was trained with another CLIP than stage {number}, "
+                f"{str(folders[number - 1])!r}; accepted: the same"
             )
         made = runs[number - 1].shape
         if tuple(given.shape) != tuple(made):

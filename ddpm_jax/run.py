@@ -33,6 +33,7 @@ from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling import condition as condition_lib
 from ddpm_jax.sampling.condition import Condition, check_guidance
+from ddpm_jax.sampling.embeddings import Embedder, ImageEmbedding
 from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
 from ddpm_jax.sampling.given import Inputs, LowResolution, from_examples
 from ddpm_jax.validation import validate
@@ -182,6 +183,98 @@ class Run:
         inputs = Inputs(given.check(pictures))
         numbers = range(len(inputs.values))
         return self._generated(self.request(**options), numbers, seed, batch_size, Observer(progress), inputs)[0]
+
+    def variations(
+        self, pictures: np.ndarray, seed: int = 0, *, progress: Progress | None = None, **options: Any
+    ) -> np.ndarray:
+        """Other pictures with the image embeddings of these, uint8 [N, H, W, C] (DALL-E 2, section 3.1).
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          seed, progress, options: as in `sample`; without prompts, the network is told the embedding alone.
+        """
+        return self.of_embeddings(self.embedder.of_pictures(pictures), seed, progress=progress, **options)
+
+    def blend(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        seed: int = 0,
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Pictures along the arc between two pictures' embeddings, uint8 [len(weights), H, W, C] (DALL-E 2, section
+        3.2); all share their noise.
+
+        Args:
+          first, second: uint8 [H, W, C].
+          weights: of the second, 0 to 1.
+          seed, progress, options: as in `variations`.
+        """
+        ends = self.embedder.of_pictures(np.stack([first, second]))
+        between = np.asarray(editing.slerp(jax.numpy.asarray(ends[0]), jax.numpy.asarray(ends[1]), weights))
+        return self.of_embeddings(between, seed, same_noise=True, progress=progress, **options)
+
+    def text_difference(
+        self,
+        picture: np.ndarray,
+        caption: str,
+        target: str,
+        weights: Sequence[float] = (0.0, 0.25, 0.5),
+        seed: int = 0,
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """A picture moved by what one caption has over another, uint8 [len(weights), H, W, C] (DALL-E 2, section 3.3);
+        all share their noise.
+
+        Args:
+          picture: uint8 [H, W, C].
+          caption: of the picture.
+          target: a caption of what it shall become.
+          weights: how far its embedding is turned towards the difference of both captions' embeddings, 0 to 1.
+          seed, progress, options: as in `variations`.
+        """
+        old, new = self.embedder.of_texts([caption, target])
+        length = np.linalg.norm(new - old)
+        if not length > 0:
+            raise UserError(f"the captions {caption!r} and {target!r} have one embedding; accepted: different ones")
+        (start,) = self.embedder.of_pictures(picture[None])
+        turned = editing.slerp(jax.numpy.asarray(start), jax.numpy.asarray((new - old) / length), weights)
+        return self.of_embeddings(np.asarray(turned), seed, same_noise=True, progress=progress, **options)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The CLIP of a run that is given image embeddings."""
+        if not isinstance(self.model.given, ImageEmbedding):
+            raise UserError("this run is given no image embedding; accepted: one that was trained with embedding.clip")
+        return self.model.given.embedder
+
+    def of_embeddings(
+        self,
+        embeddings: np.ndarray,
+        seed: int = 0,
+        *,
+        same_noise: bool = False,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Pictures of CLIP's image embeddings, uint8 [N, H, W, C].
+
+        Args:
+          embeddings: float32 [N, D].
+          seed, batch_size, progress, options: as in `sample`; without prompts, the network is told the embedding alone.
+          same_noise: all are drawn from the noise of image 0.
+        """
+        request = self.request(**options)
+        values = np.asarray(embeddings, np.float32)[:, None, None]
+        said = None if request.condition.is_said else request.condition.null(len(values))
+        numbers = [0] * len(values) if same_noise else range(len(values))
+        return self._generated(request, numbers, seed, batch_size, Observer(progress), Inputs(values, said))[0]
 
     def low_resolution_pictures(self, *names: str | Path) -> np.ndarray:
         """uint8 [N, h, w, C] of picture files, as `upscale` takes them; see `pictures`."""

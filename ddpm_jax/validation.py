@@ -105,6 +105,12 @@ def _check_values(config: ConfigDict) -> None:
         ("autoencoder.num_res_blocks", config.autoencoder.num_res_blocks, 1),
         ("autoencoder.num_groups", config.autoencoder.num_groups, 1),
         ("autoencoder.kl_weight", config.autoencoder.kl_weight, 0),
+        ("prior.width", config.prior.width, 2),
+        ("prior.num_layers", config.prior.num_layers, 1),
+        ("prior.num_heads", config.prior.num_heads, 1),
+        ("prior.candidates", config.prior.candidates, 1),
+        ("embedding.num_tokens", config.embedding.num_tokens, 1),
+        ("embedding.token_width", config.embedding.token_width, 1),
         ("upscale.height", config.upscale.height, 0),
         ("upscale.width", config.upscale.width, 0),
         ("lora.rank", config.lora.rank, 0),
@@ -171,6 +177,7 @@ def _check_values(config: ConfigDict) -> None:
         ("train.label_dropout", train.label_dropout),
         ("text.dropout", config.text.dropout),
         ("diffusion.dynamic_threshold", diffusion.dynamic_threshold),
+        ("embedding.dropout", config.embedding.dropout),
         ("upscale.max_augmentation", config.upscale.max_augmentation),
         ("upscale.augmentation", config.upscale.augmentation),
     ):
@@ -192,6 +199,8 @@ def _check_values(config: ConfigDict) -> None:
         )
     if config.autoencoder.source:
         _check_latents(config)
+    if config.prior.clip or config.embedding.clip:
+        _check_embeddings(config)
     if config.upscale.height or config.upscale.width:
         _check_upscale(config)
     if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
@@ -233,6 +242,29 @@ def _check_latents(config: ConfigDict) -> None:
         raise UserError(
             f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run of latents has no "
             "likelihood of its pictures; accepted with an autoencoder.source: 0"
+        )
+
+
+def _check_embeddings(config: ConfigDict) -> None:
+    """What a run that draws embeddings, or is given one, cannot have."""
+    name = "prior.clip" if config.prior.clip else "embedding.clip"
+    others = {
+        "embedding.clip": config.embedding.clip if config.prior.clip else "",
+        "autoencoder.source": config.autoencoder.source,
+        "upscale.height": config.upscale.height or "",
+    }
+    for other, value in others.items():
+        if value:
+            raise UserError(f"config.{name} and config.{other} are both set; accepted: one of the two")
+    if config.prior.clip and (config.diffusion.clip or config.diffusion.dynamic_threshold):
+        raise UserError(
+            "config.diffusion.clip or dynamic_threshold is set, and embeddings lie outside of [-1, 1], too; accepted "
+            "with prior.clip: False and 0.0"
+        )
+    if config.evaluate.every_steps and (config.prior.clip or config.evaluate.likelihood_images):
+        raise UserError(
+            f"config.evaluate asks for what a run with {name} does not have; accepted: evaluate.every_steps=0"
+            + ("" if config.prior.clip else " or evaluate.likelihood_images=0")
         )
 
 

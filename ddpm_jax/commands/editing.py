@@ -104,6 +104,44 @@ def upscale(job: Job, *, input: Sequence[str], num_images: int | None, batch_siz
     return _save(target, list(found.reshape(len(pictures), count, *found.shape[1:])))
 
 
+def variations(job: Job, *, input: Sequence[str], num_images: int | None, batch_size: int | None = None) -> Path:
+    """Other pictures with each picture's image embedding: one row a picture, the picture first."""
+    pictures, target = job.pictures(input), job.target("variations_", ".png")
+    repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
+    with calls_bar("sampling") as bar:
+        found = job.run.variations(repeated, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
+    return _save(target, _rows(pictures, found))
+
+
+def blend(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
+    """Between two pictures' image embeddings: one row."""
+    first, second = job.pictures(input, 2, 2)
+    lambdas, target = _lambdas(weights), job.target("blend_", ".png")
+    with calls_bar("sampling") as bar:
+        row = job.run.blend(first, second, lambdas, job.seed, progress=bar.update, **job.options)
+    return _between(target, first, second, [row])
+
+
+def text_difference(
+    job: Job, *, input: Sequence[str], caption: str | None, target_caption: str | None, weights: Sequence[str]
+) -> Path:
+    """Pictures moved by what one caption has over another: one row a picture, the picture first."""
+    pictures = job.pictures(input)
+    if not (caption and target_caption):
+        raise UserError(
+            "--mode=text_difference needs --caption, of the picture, and --target_caption, of what it becomes"
+        )
+    turns = parse_numbers("weights", weights, float) or [0.0, 0.125, 0.25, 0.375, 0.5]
+    target, rows = job.target("text_difference_", ".png"), []
+    with calls_bar("sampling") as bar:
+        for picture in pictures:
+            found = job.run.text_difference(
+                picture, caption, target_caption, turns, job.seed, progress=bar.update, **job.options
+            )
+            rows.append(np.concatenate([picture[None], found]))
+    return _save(target, rows)
+
+
 def denoise(job: Job, *, input: Sequence[str], t: Sequence[str], batch_size: int | None = None) -> Path:
     """Clean pictures of noisy ones: one row a picture, before and after."""
     pictures, target = job.pictures(input), job.target("denoise_", ".png")

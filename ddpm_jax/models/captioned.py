@@ -33,9 +33,10 @@ class Captioned(nn.Module):
 
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
         """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", and "tokens_mask"
-        and "vector" where it is given them."""
+        and "vector" where it is given them, beside the other entries of the condition."""
         states = self.encoder(cond["ids"], cond["ids_mask"])
-        encoded = {"tokens": states.tokens}
+        encoded = {name: value for name, value in cond.items() if name not in ("ids", "ids_mask")}
+        encoded["tokens"] = states.tokens
         if self.mask_padding:
             encoded["tokens_mask"] = cond["ids_mask"]
         if self.pooled:

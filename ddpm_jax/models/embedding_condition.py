@@ -36,8 +36,8 @@ class EmbeddingCondition(nn.Module):
 
         Args:
           embedding: [B, D], of images, with the mean and the variance that CLIP's have.
-          cond: "tokens" [B, L, C], the states of the text's tokens, "vector" [B, E], its embedding, and perhaps
-            "tokens_mask" bool [B, L].
+          cond: of the text, where there is one: "tokens" [B, L, C], the states of its tokens, "vector" [B, E], its
+            embedding, and perhaps "tokens_mask" bool [B, L].
           dropped: bool [B], the examples whose image embedding is left out; None: none.
 
         Returns:
@@ -49,13 +49,32 @@ class EmbeddingCondition(nn.Module):
         if dropped is not None:
             embedding = jnp.where(dropped[:, None], null, embedding)
         vector = Dense(self.time_width, name="embedding_to_time", **dense)(embedding)
-        vector += Dense(self.time_width, name="vector_to_time", **dense)(cond["vector"])
+        if "vector" in cond:
+            vector += Dense(self.time_width, name="vector_to_time", **dense)(cond["vector"])
         tokens = Dense(self.num_tokens * self.width, name="embedding_to_tokens", **dense)(embedding)
         tokens = tokens.reshape(-1, self.width, self.num_tokens).swapaxes(1, 2).astype(jnp.float32)
-        text = Dense(self.width, name="tokens", **dense)(cond["tokens"])
-        text = layer_norm(1e-5, jnp.float32, "tokens_norm")(text)
-        found = {"tokens": jnp.concatenate([tokens, text], axis=1), "vector": vector.astype(jnp.float32)}
+        if "tokens" in cond:
+            text = Dense(self.width, name="tokens", **dense)(cond["tokens"])
+            tokens = jnp.concatenate([tokens, layer_norm(1e-5, jnp.float32, "tokens_norm")(text)], axis=1)
+        found = {"tokens": tokens, "vector": vector.astype(jnp.float32)}
         if "tokens_mask" in cond:
             mask = cond["tokens_mask"]
             found["tokens_mask"] = jnp.pad(mask, ((0, 0), (self.num_tokens, 0)), constant_values=True)
         return found
+
+
+class Embedded(nn.Module):
+    """A network that is given an image embedding.
+
+    Attributes:
+      net: called (x, t, cond, train=...), a `UNet` with vector_embedding "none".
+      condition: what makes its `cond`.
+    """
+
+    net: nn.Module
+    condition: EmbeddingCondition
+
+    def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
+        """The network's output; `cond` has "embedding" [B, D], "embedding_dropped" bool [B], and a text's entries."""
+        rest = {name: value for name, value in cond.items() if name not in ("embedding", "embedding_dropped")}
+        return self.net(x, t, self.condition(cond["embedding"], rest, cond["embedding_dropped"]), train=train)

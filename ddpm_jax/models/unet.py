@@ -205,7 +205,10 @@ class UNet(nn.Module):
         time_channels = self.time_channels or 4 * self.channels
 
         def sinusoids(t: jax.Array) -> jax.Array:
-            options = {"frequency_shift": self.time_frequency_shift, "cosines_first": self.time_cosines_first}
+            options: dict[str, Any] = {
+                "frequency_shift": self.time_frequency_shift,
+                "cosines_first": self.time_cosines_first,
+            }
             return timestep_embedding(t, self.channels, **options)
 
         def mlp(name: str, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -227,7 +230,8 @@ class UNet(nn.Module):
             embedding += mlp("vector", cond["vector"], nn.swish) if self.vector_embedding == "mlp" else cond["vector"]
         if "level" in cond:
             embedding += mlp("level", sinusoids(cond["level"]), outer_activation)
-        tokens, tokens_mask = cond.get("tokens"), cond.get("tokens_mask")
+        tokens: Any = cond.get("tokens")
+        tokens_mask = cond.get("tokens_mask")
         if self.pooling_heads:
             embedding += TokenPooling(time_channels, self.pooling_heads, name="pooling")(tokens, tokens_mask)
         if self.token_channels:

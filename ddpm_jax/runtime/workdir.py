@@ -21,7 +21,7 @@ from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, write_text
 
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
-TOKENIZER, TEXT_ENCODER, AUTOENCODER = "tokenizer.json", "text_encoder", "autoencoder"
+TOKENIZER, TEXT_ENCODER, AUTOENCODER, CLIP = "tokenizer.json", "text_encoder", "autoencoder", "clip"
 BASE = "base"  # the checkpoint of the network whose adapters the run trains
 STAGES = "stages.json"  # of a pipeline
 LOCK = "lock.json"
@@ -127,7 +127,7 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
     """The description of the images that the run learned from, or None before training started.
 
     With captions it has "tokenizer", the text of a tokenizer.json. The frozen parts of a run lie in the workdir, too:
-    "text_encoder" is a transformers folder, and "autoencoder" one of diffusers.
+    "text_encoder" and "clip" are transformers folders, and "autoencoder" is one of diffusers.
     """
     folder = Path(workdir).expanduser()
     description: dict[str, Any] | None = read_json(folder / DATASET, None)
@@ -135,7 +135,7 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
         return None
     if (folder / TOKENIZER).exists():
         description["tokenizer"] = (folder / TOKENIZER).read_text("utf-8")
-    for part in (TEXT_ENCODER, AUTOENCODER):
+    for part in (TEXT_ENCODER, AUTOENCODER, CLIP):
         if (folder / part).exists():
             description[part] = str(folder / part)
     return description
@@ -170,7 +170,9 @@ def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> No
     write_text(workdir / CONFIG, config_lib.to_json(config))
     if "tokenizer" in description:
         write_text(workdir / TOKENIZER, description["tokenizer"])
-    rest = {name: value for name, value in description.items() if name not in ("tokenizer", TEXT_ENCODER, AUTOENCODER)}
+    rest = {
+        name: value for name, value in description.items() if name not in ("tokenizer", TEXT_ENCODER, AUTOENCODER, CLIP)
+    }
     write_text(workdir / DATASET, json.dumps(rest, indent=2) + "\n")
     write_text(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
 

@@ -41,6 +41,7 @@ class Request:
       guidance: towards the condition.
       between: for interpolation between two prompts or classes, the shares of the second; each noise gives
         len(between) images, one for each share. Empty: no interpolation.
+      candidates: results that are drawn for each image, of which the one that suits its condition best is kept.
       then: what is asked of the later stages of a pipeline.
     """
 
@@ -49,6 +50,7 @@ class Request:
     output: Parameterization
     guidance: Guidance
     between: tuple[float, ...] = ()
+    candidates: int = 1
     then: tuple["Request", ...] = ()
 
     def keywords(self) -> dict[str, Any]:
@@ -249,20 +251,32 @@ def generate(
             progress=part_of(observer.progress, batch, batches),
             num_snapshots=0 if batch else observer.num_snapshots,
         )
-        result = run_table(
+        draw = partial(
+            run_table,
             table,
             asked(model, params, request, chosen, mesh, entries, said),
-            image_keys(mesh, seed, purpose, chosen // max(len(request.between), 1)),
-            (batch_size, *model.decoder.shape),
+            shape=(batch_size, *model.decoder.shape),
             output=request.output,
-            observer=watching,
             start_scale=request.steps.start_scale(table),
         )
+        keys = partial(image_keys, mesh, seed, numbers=chosen // max(len(request.between), 1))
+        if request.candidates > 1:
+            drawn = [draw(keys(f"{purpose}, candidate {number}")) for number in range(request.candidates)]
+            done.append(_best(model, request, chosen, [model.decoder.decode(result) for result in drawn]))
+            continue
+        result = draw(keys(purpose), observer=watching)
         if watching.num_snapshots:
             result, stages = result
             snapshots = model.decoder.decode(stages)
         done.append(model.decoder.decode(result))
     return np.concatenate(done)[: len(numbers)], snapshots
+
+
+def _best(model: Model, request: Request, numbers: np.ndarray, candidates: Sequence[np.ndarray]) -> np.ndarray:
+    """Of several embeddings for each text the one of the largest dot product with the text's (DALL-E 2, section 2.2)."""
+    cond = request.condition.of_images(numbers) or {}
+    scores = [np.sum(embeddings[:, 0, 0] * cond["vector"], axis=-1) for embeddings in candidates]
+    return np.stack(candidates)[np.argmax(scores, axis=0), np.arange(len(numbers))]
 
 
 def image_keys(mesh: Mesh, seed: int, purpose: str, numbers: np.ndarray) -> jax.Array:

@@ -32,6 +32,7 @@ from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import read_json_lines
 from ddpm_jax.runtime.progress import ProgressBar, format_seconds
 from ddpm_jax.training.autoencoders import autoencoder_description
+from ddpm_jax.training.clips import clip_description
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor
 from ddpm_jax.training.objectives import Diffusion, make_objective
@@ -73,6 +74,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
         source = open_dataset(config, known)
         description = source.describe() | text_description(config, source, folder, known)
         description |= autoencoder_description(config, source, folder, known)
+        description |= clip_description(config, folder, known)
         workdir.check_dataset(folder, description)
         processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
         was_finished = processes.agree(workdir.is_finished(folder, config))

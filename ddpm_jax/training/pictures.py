@@ -17,6 +17,7 @@ from ddpm_jax.diffusion.samplers import Observer
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.progress import ProgressBar
+from ddpm_jax.sampling.embeddings import Embeddings
 from ddpm_jax.sampling.generate import Model, Request, generate
 from ddpm_jax.sampling.given import from_examples
 from ddpm_jax.sampling.latents import Latents
@@ -24,6 +25,7 @@ from ddpm_jax.training.objectives import Diffusion, Objective, Params, Reconstru
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
+_SEARCHED = 2048  # training pictures
 
 
 class Pictures(Protocol):
@@ -43,6 +45,8 @@ def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: 
     if isinstance(objective, Reconstruction):
         return Reconstructions(config, objective, mesh, source)
     assert isinstance(objective, Diffusion)
+    if isinstance(objective.model.decoder, Embeddings):
+        return Retrieved(config, objective.model, mesh, source)
     return Samples(config, objective.model, mesh, source)
 
 
@@ -94,6 +98,40 @@ class Samples:
             batch_size=self.config.sample.batch_size,
             observer=observer,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieved:
+    """The training pictures whose embeddings are nearest to those that a prior draws for the captions of the set."""
+
+    config: ConfigDict
+    model: Model
+    mesh: Mesh
+    source: Source
+
+    def save_step(self, params: Params, path: Path) -> None:
+        self._save(params, path, self.config.log.sample_images)
+
+    def save_final(self, params: Params, folder: Path) -> None:
+        self._save(params, folder / "final.png", self.config.sample.num_images)
+
+    def _save(self, params: Params, path: Path, count: int) -> None:
+        with _bar("sampling, calls") as bar:
+            found, _ = generate(
+                self.model,
+                params,
+                self.mesh,
+                config_lib.sampling_request(self.config, self.model.condition),
+                indices=range(count),
+                seed=self.config.seed,
+                batch_size=self.config.sample.batch_size,
+                observer=Observer(bar.update),
+            )
+        known = spread(self.source, _SEARCHED)
+        decoder = self.model.decoder
+        assert isinstance(decoder, Embeddings)
+        nearest = np.argmax(found[:, 0, 0] @ decoder.read(known)["embedding"][:, 0, 0].T, axis=1)
+        _save(path, lambda: images.grid(known["image"][nearest]))
 
 
 @dataclasses.dataclass(frozen=True)

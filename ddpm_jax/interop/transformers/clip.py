@@ -97,6 +97,15 @@ class CLIP:
     image_std: tuple[float, ...] = _STD
 
 
+def clip_width(folder: str | Path) -> int:
+    """The width of the embeddings of a `CLIPModel`'s folder, by its config; UserError as of `read_clip`."""
+    path = Path(folder) / "config.json"
+    config = read_json_object(path)
+    kind = architecture(config)
+    require(kind == "CLIPModel", "architectures", kind, str(path), "CLIPModel")
+    return count(config, *_PROJECTION, str(path))
+
+
 def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
     """The image encoder and its parameters, float32, of a `CLIPVisionModelWithProjection`'s folder.
 

@@ -1,0 +1,166 @@
+"""DALL-E 2's image embeddings (Ramesh et al. 2022): the prior diffuses them, and the decoder draws pictures of them.
+
+Between stages and in what people handle, an embedding is CLIP's, of length 1. Networks see it scaled by the root of its
+width, so that its entries have about unit variance.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.evaluation.agreement import embed_pictures, embed_texts
+from ddpm_jax.interop.transformers import CLIP
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.cache import Cache
+from ddpm_jax.runtime.errors import UserError
+
+_MOST = 1 << 20  # embeddings of training images that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """A frozen CLIP.
+
+    Attributes:
+      width: of its embeddings, D.
+      open: reads it when it is first needed.
+    """
+
+    width: int
+    open: Callable[[], CLIP]
+
+    def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        """float32 [N, D], each of length 1, of uint8 pictures [N, H, W, C]."""
+        with jax.transfer_guard("allow"):
+            return np.asarray(embed_pictures(self._clip, pictures))
+
+    def of_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, D], each of length 1."""
+        with jax.transfer_guard("allow"):
+            return np.asarray(embed_texts(self._clip, texts))
+
+    def of_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """float32 [B, 1, 1, D] of a batch of `host_batches`; each picture is embedded once."""
+        pictures = dict(zip(batch["index"].tolist(), batch["image"], strict=True))
+        rows = self._cache(
+            batch["index"].tolist(),
+            lambda numbers: self.of_pictures(np.stack([pictures[number] for number in numbers])),
+        )
+        return np.stack(rows)[:, None, None]
+
+    def scaled(self, embeddings: Any) -> Any:
+        """As networks see them."""
+        return np.float32(self.width**0.5) * embeddings
+
+    @functools.cached_property
+    def _clip(self) -> CLIP:
+        return self.open()
+
+    @functools.cached_property
+    def _cache(self) -> Cache[int, np.ndarray]:
+        return Cache(_MOST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """The decoder of a prior: what is diffused are embeddings, and they stay what they are.
+
+    Attributes:
+      embedder: of the training pictures.
+    """
+
+    embedder: Embedder
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        return (1, 1, self.embedder.width)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.picture_shape
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"embedding": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    def of_size(self, height: int, width: int) -> "Embeddings":
+        raise UserError(f"height and width are {height} and {width}; this run draws embeddings, which have none")
+
+    def read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"embedding": self.embedder.of_batch(batch)}
+
+    def of_batch(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> jax.Array:
+        return self.embedder.scaled(batch["embedding"])
+
+    def encode(self, pictures: np.ndarray) -> np.ndarray:
+        raise UserError("this run draws embeddings; accepted for edits of pictures: a run that draws pictures")
+
+    def encode_mask(self, masks: np.ndarray) -> np.ndarray:
+        raise UserError("this run draws embeddings, of which no part can be masked")
+
+    def decode(self, x_0: Any) -> np.ndarray:
+        """float32 [..., 1, 1, D], each of length 1."""
+        embeddings = parallel.to_host(x_0)
+        return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEmbedding:
+    """What DALL-E 2's decoder is given: the embedding of the image that it draws.
+
+    Attributes:
+      embedder: of the training pictures.
+      dropout: the share of training examples whose embedding is dropped, for guidance.
+    """
+
+    embedder: Embedder
+    dropout: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 1, self.embedder.width)
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"embedding": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    @property
+    def cond(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        embedding = jax.ShapeDtypeStruct((self.embedder.width,), jnp.float32)
+        return {"embedding": embedding, "embedding_dropped": jax.ShapeDtypeStruct((), jnp.bool_)}
+
+    def of_size(self, height: int, width: int) -> "ImageEmbedding":
+        return self
+
+    def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
+        return self.embedder.of_batch(batch)
+
+    def of_training(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> dict[str, jax.Array]:
+        embedding = self.embedder.scaled(batch["embedding"][:, 0, 0])
+        return {
+            "embedding": embedding,
+            "embedding_dropped": jax.random.bernoulli(key("embedding_dropout"), self.dropout, (len(embedding),)),
+        }
+
+    def check(self, values: Any) -> np.ndarray:
+        values = np.asarray(values, np.float32)
+        if values.shape[1:] != self.shape:
+            raise UserError(f"the embeddings have shape {values.shape}; accepted: (N, 1, 1, {self.embedder.width})")
+        return values
+
+    def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
+        return {
+            "embedding": self.embedder.scaled(values[:, 0, 0]),
+            "embedding_dropped": np.zeros(len(values), bool),
+        }
+
+    def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        return {**cond, "embedding_dropped": np.ones_like(cond["embedding_dropped"])}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
