@@ -433,8 +433,8 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
     options = dict(config.model)
     del options["class_conditional"]
     condition = make_condition(config) if condition is None else condition
-    off = ("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels")
-    off += ("head_channels", "token_channels", "time_channels")
+    off = ["level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels"]
+    off += ["head_channels", "token_channels", "time_channels"]
     groups = options["middle_attention_groups"]
     net = UNet(
         **{
