@@ -200,7 +200,7 @@ CONDITION_NETWORKS |= {
     "DeepFloyd IF's second stage": IF_2_L
     | _SIMPLE
     | {
-        "cross_attention_dim": 32,
+        "cross_attention_dim": 64,
         "encoder_hid_dim": 24,
         "addition_embed_type_num_heads": 4,
         "layers_per_block": (1, 2),
@@ -209,7 +209,7 @@ CONDITION_NETWORKS |= {
     "diffusers' test of DeepFloyd IF": IF_2_L
     | _SIMPLE
     | {
-        "cross_attention_dim": 32,
+        "cross_attention_dim": 64,
         "encoder_hid_dim": 24,
         "addition_embed_type_num_heads": 2,
         "time_embedding_dim": 32,
