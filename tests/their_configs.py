@@ -153,8 +153,8 @@ KARLO_SUPER_RESOLUTION = {  # both of its networks
     "out_channels": 3,
     "add_attention": False,
 }
-# DeepFloyd IF's first stage, of the size that its card gives (4.3 billion), and a second stage as diffusers' script
-# that converts them describes it; its widths are a guess.
+# DeepFloyd IF's first stage, and a second one with the blocks that diffusers' script expects. The widths are those that
+# give the sizes on their cards, 4.3 and 1.2 billion parameters.
 IF_1_XL = KARLO_DECODER | {
     "block_out_channels": (704, 1408, 2112, 2816),
     "cross_attention_dim": 2816,
@@ -171,7 +171,7 @@ IF_2_L = IF_1_XL | {
     "layers_per_block": (2, 2, 3, 5, 5),
     "down_block_types": (*["ResnetDownsampleBlock2D"] * 3, *["SimpleCrossAttnDownBlock2D"] * 2),
     "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 2, *["ResnetUpsampleBlock2D"] * 3),
-    "block_out_channels": (160, 320, 640, 1280, 1280),
+    "block_out_channels": (160, 320, 640, 960, 1280),
     "in_channels": 6,
     "cross_attention_dim": 1280,
     "class_embed_type": "timestep",
@@ -200,7 +200,7 @@ CONDITION_NETWORKS |= {
     "DeepFloyd IF's second stage": IF_2_L
     | _SIMPLE
     | {
-        "cross_attention_dim": 32,
+        "cross_attention_dim": 64,
         "encoder_hid_dim": 24,
         "addition_embed_type_num_heads": 4,
         "layers_per_block": (1, 2),
@@ -209,7 +209,7 @@ CONDITION_NETWORKS |= {
     "diffusers' test of DeepFloyd IF": IF_2_L
     | _SIMPLE
     | {
-        "cross_attention_dim": 32,
+        "cross_attention_dim": 64,
         "encoder_hid_dim": 24,
         "addition_embed_type_num_heads": 2,
         "time_embedding_dim": 32,

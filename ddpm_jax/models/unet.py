@@ -205,11 +205,12 @@ class UNet(nn.Module):
         time_channels = self.time_channels or 4 * self.channels
 
         def sinusoids(t: jax.Array) -> jax.Array:
-            options: dict[str, Any] = {
-                "frequency_shift": self.time_frequency_shift,
-                "cosines_first": self.time_cosines_first,
-            }
-            return timestep_embedding(t, self.channels, **options)
+            return timestep_embedding(
+                t,
+                self.channels,
+                frequency_shift=self.time_frequency_shift,
+                cosines_first=self.time_cosines_first,
+            )
 
         def mlp(name: str, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
             return Dense(time_channels, name=f"{name}_1")(activation(Dense(time_channels, name=f"{name}_0")(x)))
@@ -230,11 +231,11 @@ class UNet(nn.Module):
             embedding += mlp("vector", cond["vector"], nn.swish) if self.vector_embedding == "mlp" else cond["vector"]
         if "level" in cond:
             embedding += mlp("level", sinusoids(cond["level"]), outer_activation)
-        tokens: Any = cond.get("tokens")
-        tokens_mask = cond.get("tokens_mask")
-        if self.pooling_heads:
+        tokens: jax.Array | None = cond.get("tokens")
+        tokens_mask: jax.Array | None = cond.get("tokens_mask")
+        if tokens is not None and self.pooling_heads:
             embedding += TokenPooling(time_channels, self.pooling_heads, name="pooling")(tokens, tokens_mask)
-        if self.token_channels:
+        if tokens is not None and self.token_channels:
             tokens = Dense(self.token_channels, dtype=self.dtype, name="tokens")(tokens)
         for name in self.time_activations or (self.activation,):
             embedding = ACTIVATIONS[name](embedding)
@@ -366,9 +367,7 @@ class UNet(nn.Module):
             if getattr(self, name) and "tokens" not in cond:
                 raise ValueError(f"cond has no 'tokens', which {name} {getattr(self, name)} is for")
         if self.cross_attention != "separate" and "tokens" not in cond:
-            raise ValueError(
-                f"cond has no 'tokens', to which attention goes (cross_attention {self.cross_attention!r})"
-            )
+            raise ValueError(f"cond has no 'tokens', which cross_attention {self.cross_attention!r} is for")
         if self.cross_attention != "separate" and self.transformer_depth:
             raise ValueError(
                 f"cross_attention is {self.cross_attention!r}; accepted with a transformer_depth: 'separate'"
@@ -385,6 +384,9 @@ class UNet(nn.Module):
             raise ValueError(
                 f"middle_attention_groups is {self.middle_attention_groups}; accepted with a transformer_depth: None"
             )
+        time_channels = self.time_channels or 4 * self.channels
+        if "vector" in cond and self.vector_embedding == "none" and cond["vector"].shape[-1] != time_channels:
+            raise ValueError(f"cond['vector'] has {cond['vector'].shape[-1]} channels; accepted: {time_channels}")
         if "label" in cond and self.num_classes is None:
             raise ValueError("cond has 'label', but the network has no classes (num_classes is None)")
         if self.num_classes is not None and not (self.null_class or "label" in cond or self.is_initializing()):

@@ -34,10 +34,10 @@ def swish(x):
     return x / (1 + np.exp(-x))
 
 
-def group_norm(p, x, groups):
+def group_norm(p, x, groups, epsilon=1e-6):
     grouped = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     centred = grouped - grouped.mean((1, 3), keepdims=True)
-    return (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape) * p["scale"] + p[
+    return (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + epsilon)).reshape(x.shape) * p["scale"] + p[
         "bias"
     ]
 
@@ -171,6 +171,13 @@ def test_res_block(features, scale_shift):
     np.testing.assert_allclose(apply(module, variables, x, embedding), shortcut + h, atol=5e-6)
 
 
+def test_res_block_whose_sum_is_divided():
+    x = normal(0, 2, 6, 4, 8)
+    module, divided = (blocks.ResBlock(8, num_groups=4, residual_scale=scale) for scale in (1.0, 2.0))
+    variables, _ = randomised(module, x)
+    np.testing.assert_allclose(apply(divided, variables, x), apply(module, variables, x) / 2, rtol=1e-6)
+
+
 def test_res_block_without_an_embedding():
     module, x = blocks.ResBlock(12, num_groups=4), normal(0, 2, 6, 4, 8)
     variables, p = randomised(module, x)
@@ -243,6 +250,37 @@ def test_attention_block(heads, context, patch_size):
         across = attention(p, "cross_", tokens, np.asarray(arguments[1], np.float64), heads)
         h = h + from_patches(across, h.shape, patch_size)
     np.testing.assert_allclose(apply(module, variables, *arguments), h, atol=6e-6)
+
+
+@pytest.mark.parametrize("cross_attention", ["joint", "alone"])
+def test_attention_to_the_context_in_one_softmax(cross_attention):
+    """With a norm of the context over its tokens, and a mask of these that leaves the pixels in."""
+    options = {"cross_attention": cross_attention, "context_groups": 2, "num_groups": 4}
+    module, x, context = blocks.AttentionBlock(2, **options), normal(0, 2, 2, 3, 8), normal(1, 2, 5, 6)
+    variables, p = randomised(module, x, context)
+    assert ("key" in p) == (cross_attention == "joint")
+    x64 = np.asarray(x, np.float64)
+    tokens = group_norm(p["norm"], x64, 4).reshape(2, 6, 8)
+    seen = group_norm(p["context_norm"], np.asarray(context, np.float64)[:, None], 2, 1e-5)[:, 0]
+    mask = np.array([[True, True, False, False, False], [True, False, True, True, True]])
+
+    def expected(example, kept):
+        def heads(name, source):
+            return dense(p[name], source).reshape(len(source), 2, 4)
+
+        keys, values = heads("cross_key", seen[example][kept]), heads("cross_value", seen[example][kept])
+        if cross_attention == "joint":
+            keys = np.concatenate([keys, heads("key", tokens[example])])
+            values = np.concatenate([values, heads("value", tokens[example])])
+        logits = np.einsum("qhc,khc->hqk", heads("query", tokens[example]), keys) / 2
+        weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        return dense(p["out"], np.einsum("hqk,khc->qhc", weights, values).reshape(6, 8)).reshape(2, 3, 8)
+
+    for given in (mask, None):
+        found = apply(module, variables, x, context, given)
+        kept = np.ones_like(mask) if given is None else mask
+        wanted = x64 + np.stack([expected(example, kept[example]) for example in range(2)])
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_attention_with_heads_of_a_width_and_without_a_norm():

@@ -388,6 +388,49 @@ def test_refused_conditions(cond, message):
         init_shapes(UNet(**SMALL), X, cond)
 
 
+@pytest.mark.parametrize(
+    ("options", "cond", "message"),
+    [
+        ({"cross_attention": "joint"}, {}, "cond has no 'tokens', which cross_attention 'joint' is for"),
+        ({"cross_attention": "both"}, {}, "cross_attention is 'both'; accepted: separate, joint, alone"),
+        ({"pooling_heads": 2}, {}, "cond has no 'tokens', which pooling_heads 2 is for"),
+        ({"token_channels": 8}, {}, "cond has no 'tokens', which token_channels 8 is for"),
+        ({"context_groups": 2}, {}, "context_groups is 2; accepted with cross_attention 'separate': 0"),
+        (
+            {"cross_attention": "joint", "transformer_depth": 1},
+            {"tokens": jnp.zeros((3, 2, 4))},
+            "cross_attention is 'joint'; accepted with a transformer_depth: 'separate'",
+        ),
+        ({}, {"level": jnp.zeros((3, 1))}, r"cond\['level'\] must have shape \(3,\), not \(3, 1\)"),
+        ({"vector_embedding": "none"}, {"vector": jnp.zeros((3, 4))}, r"cond\['vector'\] has 4 channels; accepted: 32"),
+        ({"level_res_blocks": (1, 2, 3)}, {}, r"level_res_blocks is \(1, 2, 3\); accepted: 1 or more for 2 levels"),
+        ({"residual_scale": 0.0}, {}, "residual_scale is 0.0; accepted: above 0"),
+        ({"time_activations": ("tanh",)}, {}, "time_activations is 'tanh'; accepted: swish"),
+    ],
+)
+def test_refused_options_of_conditions(options, cond, message):
+    with pytest.raises(ValueError, match=message):
+        init_shapes(UNet(**{**SMALL, **options}), X, cond)
+
+
+def test_level_is_embedded_like_the_timestep():
+    """Networks that enlarge are given the picture's noise level beside it; as many blocks a level as are asked for."""
+    net = UNet(**SMALL, level_res_blocks=(1, 2))
+    cond = {"image": normal(1, 3, 8, 8, 3), "level": jnp.array([0, 250, 999])}
+    shapes = init_shapes(net, X, cond)
+    assert {name for name in shapes if name.startswith("level")} == {"level_0", "level_1"}
+    assert shapes["conv_in"]["kernel"].shape == (3, 3, 6, 8)
+    assert {"down_1_1_res", "up_1_2_res"} <= shapes.keys()
+    assert not {"down_0_1_res", "up_0_2_res"} & shapes.keys()
+    variables = randomised(net, X, cond)
+    found, other = (apply(net, variables, X, TIMES, cond | {"level": level}) for level in (cond["level"], TIMES[::-1]))
+    assert np.abs(found - other)[0].max() > 1e-3
+    # With the same weights for both, the level and t may be exchanged.
+    params = variables["params"] | {f"level_{i}": variables["params"][f"time_{i}"] for i in range(2)}
+    swapped = apply(net, {"params": params}, X, cond["level"], cond | {"level": TIMES})
+    np.testing.assert_allclose(apply(net, {"params": params}, X, TIMES, cond), swapped, atol=1e-5)
+
+
 def test_spatial_transformers_take_the_place_of_attention():
     """The same network but for them, and each attends to the tokens that the mask names."""
     net, plain = UNet(**TINY, attention_levels=(True,), transformer_depth=2), UNet(**TINY, attention_levels=(True,))

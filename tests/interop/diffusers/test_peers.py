@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from their_configs import DEFAULT, NETWORKS, SCHEDULERS, network
+from their_configs import DEFAULT, NARROW_SUPER_RESOLUTION, NETWORKS, SCHEDULERS, network
 from theirs import relative, their_network, to_numpy, to_torch
 from tiny import of_classes
 
@@ -96,6 +96,37 @@ def test_networks(measure, name, tmp_path):
     opened = compare(measure, name, theirs, save(theirs, tmp_path / "theirs"))
     assert written(opened.unet.config) == written(theirs.config)
     assert written(opened.scheduler.config) == written(diffusers.DDPMScheduler().config)
+
+
+@pytest.mark.slow
+def test_super_resolution(measure):
+    """Karlo's, narrow: an image is joined to the input."""
+    theirs = their_network(NARROW_SUPER_RESOLUTION)
+    config = config_lib.default_config()
+    unet_lib.read(config, dict(theirs.config), "config.json", image_channels=3)
+    net = config_lib.make_network(config)
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    params = unet_lib.to_params("x", tensors, config, image_channels=3)
+    rng = np.random.default_rng(0)
+    x, image, weights = rng.standard_normal((3, 2, 8, 8, 3)).astype(np.float32)
+    t = np.array([3, 811])
+
+    def ours(params, x):
+        return net.apply({"params": params}, x, t, {"image": image})
+
+    y, vjp = jax.vjp(ours, params, x)
+    params_gradient, x_gradient = vjp(jnp.asarray(weights))
+    their_x = to_torch(x).requires_grad_()
+    their_y = theirs(torch.cat([their_x, to_torch(image)], dim=1), torch.tensor(t)).sample
+    their_y.backward(to_torch(weights))
+    against = "diffusers' `UNet2DModel`, PyTorch"
+    measure("output, narrow super-resolution", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
+    error = relative(x_gradient, to_numpy(their_x.grad))
+    measure("gradient by x, narrow super-resolution", against, error, 1e-5, "relative")
+    gradients = unet_lib.to_tensors(params_gradient, len(net.widths))
+    for name, parameter in theirs.named_parameters():
+        error = relative(gradients[name], parameter.grad.numpy())
+        measure("gradient by each parameter, narrow super-resolution", against, error, 5e-5, "relative")
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from their_configs import DEFAULT, NETWORKS, network
+from their_configs import DEFAULT, KARLO_SUPER_RESOLUTION, NARROW_SUPER_RESOLUTION, NETWORKS, network
 from tiny import of_classes
 
 from ddpm_jax import config as config_lib
@@ -32,6 +33,35 @@ def test_fields_there_and_back(name):
     unsaid |= {"attention_head_dim": 8, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None}
     unsaid |= {"time_embedding_type": "positional", "add_attention": True, "num_class_embeds": None}
     assert {field: found[field] for field in unsaid} == unsaid | {k: v for k, v in fields.items() if k in unsaid}
+
+
+def test_super_resolution():
+    """Karlo's: the last channels of the input are those of `cond["image"]`."""
+    config = config_lib.default_config()
+    unet.read(config, KARLO_SUPER_RESOLUTION, "config.json", image_channels=3)
+    assert config.data.channels == 3
+    shapes = unet.tensor_shapes(config, image_channels=3)
+    assert shapes["conv_in.weight"] == (320, 6, 3, 3)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 691_579_523  # diffusers'
+    unet.read(config, NARROW_SUPER_RESOLUTION, "config.json", image_channels=3)
+    unet.check_out_channels(config, NARROW_SUPER_RESOLUTION, "config.json")
+    net = config_lib.make_network(config)
+    found = json.loads(json.dumps(unet.to_fields(config, net, image_channels=3)))
+    expected = json.loads(json.dumps(NARROW_SUPER_RESOLUTION))
+    # Of the last level, which nothing makes smaller, both types of blocks are the same.
+    blocks = {"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"]}
+    blocks |= {"up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"]}
+    assert {field: found[field] for field in expected} == expected | blocks
+    rng = np.random.default_rng(0)
+    shapes = unet.tensor_shapes(config, image_channels=3)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    params = unet.to_params("x", tensors, config, image_channels=3)
+    for name, value in unet.to_tensors(params, len(net.widths)).items():
+        np.testing.assert_array_equal(value, tensors[name])
+    with pytest.raises(UserError, match="in_channels is 6 in"):
+        unet.read(config, NARROW_SUPER_RESOLUTION, "config.json", image_channels=6)
+    with pytest.raises(UserError, match="center_input_sample is True"):
+        unet.read(config, NARROW_SUPER_RESOLUTION | {"center_input_sample": True}, "config.json", image_channels=3)
 
 
 def test_diffusers_defaults():

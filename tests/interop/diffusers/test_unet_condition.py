@@ -5,7 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from their_configs import CONDITION_NETWORKS, NARROW, STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, condition_network
+from their_configs import (
+    CONDITION_NETWORKS,
+    IF_1_XL,
+    IF_2_L,
+    KARLO_DECODER,
+    NARROW,
+    STABLE_DIFFUSION_1,
+    STABLE_DIFFUSION_2,
+    condition_network,
+)
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop.diffusers import unet_condition
@@ -15,6 +24,8 @@ from ddpm_jax.runtime.errors import UserError
 
 def read(fields):
     config = config_lib.default_config()
+    if fields.get("out_channels") == 6:
+        config.diffusion.variance = "learned"
     layout = unet_condition.read(config, json.loads(json.dumps(fields)), "config.json")
     return config, config_lib.make_network(config), layout
 
@@ -32,6 +43,55 @@ def test_parameters_of_stable_diffusion(measure, fields, parameters):
     found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unet_condition.param_shapes(net, layout)))
     what = f"parameters of Stable Diffusion's network with {fields['cross_attention_dim']}-wide tokens"
     measure(f"{what}, {fields['in_channels']} channels", f"diffusers' {parameters:,}", abs(found - parameters), 0)
+
+
+# Of simple attention: the fields of diffusers' config, and those of ours.
+THEIRS = {
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "down_block_types": ["SimpleCrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2,
+}
+OURS = {
+    "transformer_depth": 0,
+    "cross_attention": "joint",
+    "norm_epsilon": 1e-5,
+    "downsample": "residual",
+    "downsample_padding": "symmetric",
+    "upsample": "residual",
+    "head_channels": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "parameters"),
+    [
+        ("Karlo's decoder", KARLO_DECODER, 885_439_686),
+        ("DeepFloyd IF's first stage, XL", IF_1_XL, 4_304_695_110),
+        ("a second stage like DeepFloyd IF's", IF_2_L, 1_183_628_550),
+    ],
+)
+def test_parameters_of_simple_attention(measure, name, fields, parameters):
+    _, net, layout = read(fields)
+    found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unet_condition.param_shapes(net, layout)))
+    measure(f"parameters of {name}", f"diffusers' {parameters:,}", abs(found - parameters), 0)
+
+
+def test_what_karlo_and_deepfloyd_if_are():
+    _, net, layout = read(KARLO_DECODER)
+    assert layout == Layout(1536, 3, 3, (64, 64), vector_width=1280)
+    assert (net.cross_attention, net.vector_embedding, net.head_channels) == ("joint", "none", 64)
+    assert (net.learned_variance, net.scale_shift, net.downsample, net.upsample) == (True, True, "residual", "residual")
+    _, net, layout = read(IF_1_XL)
+    assert layout == Layout(4096, 3, 3, (64, 64))
+    assert (net.token_channels, net.pooling_heads, net.context_groups) == (2816, 64, 32)
+    assert (net.activation, net.outer_activation, net.time_activations) == ("gelu", "gelu", ())
+    _, net, layout = read(IF_2_L)
+    assert layout == Layout(4096, 6, 3, (256, 256), level=True)
+    assert (net.cross_attention, net.res_blocks, net.time_channels) == ("alone", [2, 2, 3, 5, 5], 1280)
+    assert net.residual_scale == net.middle_residual_scale == pytest.approx(2**0.5, rel=1e-4)
+    assert net.time_activations == ("gelu",)
+    x, _, cond = unet_condition.example(net, layout)
+    assert (x.shape, cond["image"].shape, cond["level"].shape) == ((1, 16, 16, 3), (1, 16, 16, 3), (1,))
 
 
 def test_what_stable_diffusion_is():
@@ -69,6 +129,16 @@ def test_learned_variance():
     net = config_lib.make_network(config)
     assert unet_condition.to_fields(config, net, layout)["out_channels"] == 8
     assert unet_condition.tensor_shapes(net, layout)["conv_out.weight"] == (8, 16, 3, 3)
+
+
+@pytest.mark.parametrize("name", CONDITION_NETWORKS)
+def test_every_tensor_there_and_back(name):
+    _, net, layout = read(condition_network(name))
+    shapes, rng = unet_condition.param_shapes(net, layout), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    tensors = unet_condition.to_tensors(params, len(net.widths), layout.linear_projections)
+    assert {name: value.shape for name, value in tensors.items()} == unet_condition.tensor_shapes(net, layout)
+    jax.tree.map(np.testing.assert_array_equal, unet_condition.to_params("x", tensors, net, layout), params)
 
 
 @pytest.mark.parametrize("name", ["like 1.x", "like 2.x", "inpainting"])
@@ -113,19 +183,27 @@ def test_tensors_of_another_network():
             },
             "addition_embed_type is 'text_time' in 'config.json', which makes it a network of Stable Diffusion XL; ",
         ),
-        ({"addition_embed_type": "text"}, "addition_embed_type is 'text' in 'config.json'; accepted: None"),
+        ({"addition_embed_type": "image"}, "addition_embed_type is 'image' in 'config.json'; accepted: None, 'text'"),
+        ({"addition_embed_type": "text"}, "addition_embed_type_num_heads is 64 in 'config.json'; accepted: "),
         ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel'"),
         ({"magic": 1}, "magic is 1 in 'config.json', a field that this project does not know"),
-        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
+        ({"class_embed_type": "simple_projection"}, "class_embed_type is 'simple_projection'"),
+        ({"class_embed_type": "projection"}, "projection_class_embeddings_input_dim is None in 'config.json'; "),
+        ({"projection_class_embeddings_input_dim": 8}, "projection_class_embeddings_input_dim is 8"),
         ({"num_class_embeds": 1000}, "num_class_embeds is 1000"),
-        ({"encoder_hid_dim": 768}, "encoder_hid_dim is 768"),
+        ({"encoder_hid_dim": 0}, "encoder_hid_dim is 0"),
+        ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type is 'image_proj'"),
         ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type is 'text_proj'"),
         ({"only_cross_attention": True}, "only_cross_attention is True in 'config.json'; accepted: False"),
         ({"only_cross_attention": [True, False]}, "only_cross_attention is [True, False]"),
         ({"dual_cross_attention": True}, "dual_cross_attention is True"),
         ({"upcast_attention": None}, "upcast_attention is None in 'config.json'; accepted: False, True"),
         ({"use_linear_projection": "no"}, "use_linear_projection is 'no'"),
-        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type is 'UNetMidBlock2DSimpleCrossAttn'"),
+        (
+            {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+            "down_block_types is 'CrossAttnDownBlock2D' in 'config.json'; accepted: 'ResnetDownsampleBlock2D', 'Simple",
+        ),
+        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type is 'UNetMidBlock2D'"),
         ({"mid_block_type": None}, "mid_block_type is None"),
         ({"down_block_types": ["SimpleCrossAttnDownBlock2D", "DownBlock2D"]}, "is 'SimpleCrossAttnDownBlock2D'"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "down_block_types is 'AttnDownBlock2D'"),
@@ -134,8 +212,9 @@ def test_tensors_of_another_network():
         ({"conv_in_kernel": 1}, "conv_in_kernel is 1 in 'config.json'; accepted: 3"),
         ({"conv_out_kernel": 5}, "conv_out_kernel is 5"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
-        ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn is 'silu'"),
-        ({"act_fn": "gelu"}, "act_fn is 'gelu' in 'config.json'; accepted: 'silu', 'swish'"),
+        ({"time_embedding_act_fn": "elu"}, "time_embedding_act_fn is 'elu'"),
+        ({"timestep_post_act": "silu"}, "timestep_post_act is 'silu'"),
+        ({"act_fn": "elu"}, "act_fn is 'elu' in 'config.json'; accepted: 'silu', 'swish', 'gelu', 'mish', 'relu'"),
         ({"attention_type": "gated"}, "attention_type is 'gated'"),
         ({"resnet_skip_time_act": True}, "resnet_skip_time_act is True"),
         ({"resnet_out_scale_factor": 1.4}, "resnet_out_scale_factor is 1.4"),
@@ -145,7 +224,8 @@ def test_tensors_of_another_network():
         ({"attention_head_dim": 5}, "accepted: 'numbers of heads that divide the channels (16, 32)'"),
         ({"attention_head_dim": [2, 8]}, "accepted: 'as many heads in all levels', 'heads of the same width in all"),
         ({"attention_head_dim": [2, 4, 8]}, "attention_head_dim is [2, 4, 8] in 'config.json'; accepted: 'one value"),
-        ({"layers_per_block": [1, 2]}, "layers_per_block is [1, 2]"),
+        ({"layers_per_block": [1, 0]}, "layers_per_block is [1, 0]"),
+        ({"layers_per_block": [1, 2, 3]}, "layers_per_block is [1, 2, 3]"),
         ({"transformer_layers_per_block": [1, 10]}, "transformer_layers_per_block is [1, 10]"),
         ({"transformer_layers_per_block": 0}, "transformer_layers_per_block is 0"),
         ({"reverse_transformer_layers_per_block": [1, 1]}, "reverse_transformer_layers_per_block is [1, 1]"),
@@ -166,12 +246,36 @@ def test_what_is_not_ours(fields, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({**THEIRS, "resnet_skip_time_act": True}, "resnet_skip_time_act is True in 'config.json'; accepted: False"),
+        ({**THEIRS, "norm_eps": 1e-6}, "norm_eps is 1e-06 in 'config.json'; accepted: 1e-05"),
+        ({**THEIRS, "cross_attention_norm": "layer_norm"}, "cross_attention_norm is 'layer_norm'"),
+        ({**THEIRS, "only_cross_attention": [False, True]}, "only_cross_attention is [False, True]"),
+        ({**THEIRS, "mid_block_only_cross_attention": True}, "only_cross_attention is False"),
+        ({**THEIRS, "attention_head_dim": 64}, "attention_head_dim is 64"),
+        ({**THEIRS, "attention_head_dim": [4, 8]}, "heads of the same width in all levels"),
+    ],
+)
+def test_what_is_not_ours_of_simple_attention(options, said):
+    with pytest.raises(UserError) as caught:
+        read({**NARROW, **options})
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (
             {"transformer_depth": 0},
             "config.model.transformer_depth is 0; diffusers' UNet2DConditionModel has 1 or more",
         ),
         ({"middle_attention": False}, "config.model.middle_attention is False"),
-        ({"activation": "gelu"}, "config.model.activation is 'gelu'; .* is written with 'swish' only"),
+        ({"activation": "gelu"}, "config.model.outer_activation is 'swish'; .* is written with 'gelu' only"),
+        ({"residual_scale": 2.0}, "config.model.residual_scale is 2.0"),
+        ({"time_activations": ("relu",)}, r"config.model.time_activations is \('relu',\); .* 'swish'"),
+        ({**OURS, "norm_epsilon": 1e-6}, "config.model.norm_epsilon is 1e-06; .* with 1e-05 only"),
+        ({**OURS, "upsample": "nearest"}, "config.model.upsample is 'nearest'; .* residual only with simple att"),
+        ({**OURS, "head_channels": 0}, "config.model.head_channels is 0"),
+        ({**OURS, "context_groups": 4}, "config.model.context_groups is 4; .* has 0 or 32"),
         ({"time_embedding": "learned"}, "config.model.time_embedding is 'learned'"),
         ({"channel_multipliers": (2, 4)}, "config.model.channels is 8; .* begins with the 16 channels of the first"),
         ({"downsample": "residual"}, "config.model.downsample is 'residual'; .* conv only in levels with attention"),

@@ -86,7 +86,13 @@ def test_networks(measure, tmp_path, name):
     error = relative(x_gradient, to_numpy(their_x.grad))
     measure(f"gradient by x, narrow network: {name}", AGAINST, error, 1e-5, "relative")
     gradients = unet_condition.to_tensors(params_gradient, len(net.widths), layout.linear_projections)
+    # A bias that all keys of a softmax share changes nothing, and its gradient is rounding.
+    nothing = 1e-6 * max(parameter.grad.norm().item() for parameter in theirs.parameters())
     for parameter_name, parameter in theirs.named_parameters():
+        if parameter.grad.norm().item() < nothing:
+            assert parameter_name.endswith("k_proj.bias")
+            assert np.linalg.norm(gradients[parameter_name]) < nothing
+            continue
         error = relative(gradients[parameter_name], parameter.grad.numpy())
         measure(f"gradient by each parameter, narrow network: {name}", AGAINST, error, 5e-5, "relative")
 
