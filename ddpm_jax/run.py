@@ -18,7 +18,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.gaussian import Parameterization, fold_in, normal
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Observer, Progress, Steps, Watch, sample
 from ddpm_jax.diffusion.schedules import Schedule
@@ -284,7 +284,15 @@ class Run:
         return editing.nearest_timestep(self.schedule, sigma)
 
     def inpaint(
-        self, pictures: np.ndarray, mask: np.ndarray, seed: int = 0, *, jump: int = 10, times: int = 1, **options: Any
+        self,
+        pictures: np.ndarray,
+        mask: np.ndarray,
+        seed: int = 0,
+        *,
+        jump: int = 10,
+        times: int = 1,
+        fixed_noise: bool = False,
+        **options: Any,
     ) -> np.ndarray:
         """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
 
@@ -292,13 +300,20 @@ class Run:
           pictures: uint8 [N, H, W, C].
           mask: bool [H, W], or one a picture, [N, H, W].
           jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`.
+          fixed_noise: the known part has the noise that sampling starts from at every step, as in diffusers, instead of
+            noise of its own at each.
           seed, options: as in `vary`.
         """
         pictures, mask = self._check(pictures), np.asarray(mask, bool)
         if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
             raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
         masks = np.broadcast_to(mask, pictures.shape[:3])[..., None]
-        paint = functools.partial(editing.inpaint, jump=jump, times=times)
+
+        def paint(schedule: Schedule, model_fn: Any, keys: jax.Array, x_0: jax.Array, *rest: Any, **said: Any) -> Any:
+            noise = normal(fold_in(keys, 0), x_0.shape) if fixed_noise else None  # 0: as where no noise is given
+            said |= {"jump": jump, "times": times, "known_noise": noise}
+            return editing.inpaint(schedule, model_fn, keys, x_0, *rest, **said)
+
         found = self._edit(paint, pictures, seed, "inpaint", self.model.decoder.encode_mask(masks), **options)
         return np.where(masks, found, pictures)
 

@@ -152,6 +152,9 @@ def test_edits_of_latents(runs):
     mask[:3, 2:5] = True
     found = run.inpaint(pictures, mask, num_steps=2)
     np.testing.assert_array_equal(found[:, ~mask], pictures[:, ~mask])
+    fixed = run.inpaint(pictures, mask, num_steps=2, fixed_noise=True)
+    np.testing.assert_array_equal(fixed[:, ~mask], pictures[:, ~mask])
+    assert np.any(fixed != found)
 
 
 @pytest.mark.slow
