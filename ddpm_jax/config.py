@@ -157,6 +157,7 @@ def default_config() -> ConfigDict:
     config.lora = lora = ConfigDict()
     lora.rank = 0  # of LoRA adapters for attention's projections, trained instead of the network; 0: train the network
     lora.alpha = 0.0  # the adapters are multiplied by alpha / rank; 0: alpha is the rank
+    lora.text_encoder = False  # adapters for the attention of the frozen text encoder, too, which then runs every step
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that divide the batch alone; -1: what fsdp leaves
@@ -338,7 +339,7 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
     clip = transformers.read_module(encoder_folder)
     transformers.check_tokenizer(tokenizer, clip, encoder_folder)
-    return FrozenTexts(
+    frozen = FrozenTexts(
         tokenizer,
         clip,
         open_params=lambda: _held_in(dtype, transformers.read(encoder_folder)[1]),
@@ -346,6 +347,7 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         mask_padding=text.mask_padding,
         pooled=text.pooled,
     )
+    return frozen.trained() if config.lora.text_encoder else frozen
 
 
 def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:

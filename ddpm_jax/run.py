@@ -32,8 +32,10 @@ from ddpm_jax.runtime.errors import UserError, nearest, reason
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling import condition as condition_lib
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import Condition, check_guidance
 from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
+from ddpm_jax.text.encoders import FrozenTexts
 from ddpm_jax.validation import validate
 
 _GUIDANCE = {f"guidance_{field.name}" for field in dataclasses.fields(Guidance)}
@@ -674,6 +676,8 @@ def load(
         _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
         found, adapted = _restored(folder, step, part, _adapter_shapes(config, shapes), mesh, None)
         params = jax.jit(lora.merge, donate_argnums=0)(base, adapted, config_lib.lora_scale(config))
+        if config.lora.text_encoder:
+            model, params = _with_texts_frozen(config, dataset, model, params)
     else:
         found, params = _restored(folder, step, part, shapes, mesh, dtype)
     model, added = adapters_lib.add(loras, dataset, model, params) if loras else (model, ())
@@ -688,7 +692,24 @@ def load_adapters(run: Run, path: str | Path) -> Any:
       path: its workdir.
     """
     folder, part = Path(path).expanduser(), _part(run.dataset, run.ema_decay)
-    return _restored(folder, run.step, part, _adapter_shapes(run.config, run.params), run.mesh, None)[1]
+    shapes = config_lib.make_model(run.config, run.dataset).param_shapes()
+    return _restored(folder, run.step, part, _adapter_shapes(run.config, shapes), run.mesh, None)[1]
+
+
+def _with_texts_frozen(
+    config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Mapping[str, Any]
+) -> tuple[Model, Any]:
+    """A model whose text encoder was adapted along with the network, as one whose encoder is frozen in this state."""
+    encoder = jax.tree.map(parallel.to_host, params["encoder"])
+    config = config.copy_and_resolve_references()
+    config.lora.text_encoder = False
+    condition = config_lib.make_condition(config, dataset)
+    assert isinstance(condition, CaptionCondition)
+    assert isinstance(condition.texts, FrozenTexts)
+    texts = dataclasses.replace(condition.texts, open_params=lambda: jax.tree.map(np.asarray, encoder))
+    condition = dataclasses.replace(condition, texts=texts)
+    net = config_lib.make_network(config, condition)
+    return dataclasses.replace(model, condition=condition, net=net), params["net"]
 
 
 def _part(dataset: Mapping[str, Any], ema_decay: float | None) -> str:

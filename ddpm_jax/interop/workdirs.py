@@ -197,6 +197,11 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
                 f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not hold; "
                 "accepted: --out of a folder"
             )
+        if run.config.lora.text_encoder:
+            raise UserError(
+                "this run adapted its text encoder (lora.text_encoder), which a .safetensors file of the network does "
+                "not hold; accepted: --out of a folder, or --adapters"
+            )
         return plain.write(out, run.config, run.dataset, run.step, params)
     if run.condition.reads.keys() - {"label"}:
         notes = stable_diffusion.write(out, run.config, run.dataset, run.model, params)
@@ -235,8 +240,9 @@ def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
     if out.exists():
         raise UserError(f"{str(out)!r} is there already; choose another name")
     trained = jax.device_get(load_adapters(run, path))
-    net = stable_diffusion.parts_of(run.model)[1]
-    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths)))
+    texts, net, _ = stable_diffusion.parts_of(run.model)
+    encoder = texts.encoder if run.config.lora.text_encoder else None
+    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths), encoder))
     return out
 
 

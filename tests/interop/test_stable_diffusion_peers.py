@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from theirs import to_numpy, to_torch
 
 from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters
 from ddpm_jax.models import lora as models_lora
@@ -217,3 +218,28 @@ def test_inpainting(measure, tmp_path, sampler):
     error = np.abs(np.asarray(latents) - their_latents).max() / np.abs(their_latents).max()
     measure(f"latents, {what}", against, error, 1e-5, "relative")
     measure(f"pictures, {what}", against, np.abs(decoder.decode(latents) - their_pictures).max(), 1, "of 255")
+
+
+def test_adapters_of_both_parts(measure, saved, imported, tmp_path):
+    """A run that trained adapters of the text encoder, too: its LoRA file, its folder, and what it samples itself."""
+    options = {"rank": 2, "alpha": 3.0, "text_encoder": True}
+    stable_diffusions.fine_tune(tmp_path / "run", imported, tmp_path / "images.npz", **options)
+    run = load(tmp_path / "run")
+    workdirs.export_adapters(run, tmp_path / "run", tmp_path / "x.safetensors")
+    before = latents_of(opened(saved))
+    pipeline = opened(saved)
+    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    expected = latents_of(pipeline)
+    assert np.abs(expected - before).max() > 0.01 * np.abs(before).max()
+
+    noise = to_numpy(torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0)))
+    said = {"prompts": OPTIONS["prompt"], "negative_prompts": OPTIONS["negative_prompt"]}
+    request = run.request(**said, num_steps=OPTIONS["num_inference_steps"], guidance_scale=7.5)
+    cond, null = request.condition.of_images(np.arange(2)), request.condition.null(2)
+    model_fn = run.model.model_fn(run.params, cond, null, request.guidance)
+    ours = sample(run.schedule, model_fn, jax.random.key(0), noise.shape, x_t=jnp.asarray(noise), **request.keywords())
+    exported = latents_of(opened(workdirs.export_weights(run, tmp_path / "found")))
+    for what, found in (("the run's", to_torch(ours).numpy()), ("its exported folder's", exported)):
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        what = f"latents, {what}, beside its LoRA file's, of network and text encoder"
+        measure(what, "diffusers and PEFT", error, 1e-5, "relative")
