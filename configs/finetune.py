@@ -5,7 +5,8 @@
 
 After the colon stands the workdir to start from, whose network, text encoder, autoencoder and diffusion the new run
 takes over. If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that
-rank instead of the whole network; they usually want a higher rate, --config.optimizer.learning_rate=1e-4.
+rank instead of the whole network; they usually want a higher rate, --config.optimizer.learning_rate=1e-4. With
+--config.lora.text_encoder=True the text encoder gets adapters, too, and runs in every step.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ def get_config(path: str = ""):
     config.data.update(source="folder", path="", flip=False)
     config.optimizer.update(name="adamw", learning_rate=1e-5, decay="constant", warmup_steps=100, options={})
     config.train.update(batch_size=8, num_steps=2000, ema_decays=(0.999,))
-    config.lora.rank = 0
+    config.lora.update(rank=0, text_encoder=False)
     config.checkpoint.update(every_steps=500, keep=2)
     config.log.update(every_steps=20, sample_every_steps=500, sample_images=8, sample_steps=20)
     config.evaluate.every_steps = 0

@@ -196,6 +196,7 @@ def default_config() -> ConfigDict:
     config.lora = lora = ConfigDict()
     lora.rank = 0  # of LoRA adapters for attention's projections, trained instead of the network; 0: train the network
     lora.alpha = 0.0  # the adapters are multiplied by alpha / rank; 0: alpha is the rank
+    lora.text_encoder = False  # adapters for the attention of the frozen text encoder, too, which then runs every step
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices that divide the batch alone; -1: what fsdp leaves
@@ -375,16 +376,17 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         sizes = (text.width, text.num_layers, text.num_heads)
         encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
-    frozen = transformers.read_module(encoder_folder)
-    transformers.check_tokenizer(tokenizer, frozen, encoder_folder)
-    return FrozenTexts(
+    read = transformers.read_module(encoder_folder)
+    transformers.check_tokenizer(tokenizer, read, encoder_folder)
+    frozen = FrozenTexts(
         tokenizer,
-        frozen,
+        read,
         open_params=lambda: _held_in(dtype, transformers.read(encoder_folder)[1]),
         cache_bytes=int(config.data.cache_gib * 2**30),
         mask_padding=text.mask_padding,
         pooled=text.pooled,
     )
+    return frozen.trained() if config.lora.text_encoder else frozen
 
 
 def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:

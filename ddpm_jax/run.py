@@ -18,7 +18,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.pictures import Fit, open_picture
 from ddpm_jax.diffusion import editing
-from ddpm_jax.diffusion.gaussian import Parameterization
+from ddpm_jax.diffusion.gaussian import Parameterization, fold_in, normal
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.samplers import Observer, Progress, Steps, Watch, sample
 from ddpm_jax.diffusion.schedules import Schedule
@@ -32,10 +32,12 @@ from ddpm_jax.runtime.errors import UserError, nearest, reason
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling import condition as condition_lib
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import Condition, check_guidance
 from ddpm_jax.sampling.embeddings import Embedder, ImageEmbedding
 from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
 from ddpm_jax.sampling.given import Inputs, LowResolution, from_examples
+from ddpm_jax.text.encoders import FrozenTexts
 from ddpm_jax.validation import validate
 
 _GUIDANCE = {f"guidance_{field.name}" for field in dataclasses.fields(Guidance)}
@@ -406,7 +408,15 @@ class Run:
         return editing.nearest_timestep(self.schedule, sigma)
 
     def inpaint(
-        self, pictures: np.ndarray, mask: np.ndarray, seed: int = 0, *, jump: int = 10, times: int = 1, **options: Any
+        self,
+        pictures: np.ndarray,
+        mask: np.ndarray,
+        seed: int = 0,
+        *,
+        jump: int = 10,
+        times: int = 1,
+        fixed_noise: bool = False,
+        **options: Any,
     ) -> np.ndarray:
         """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
 
@@ -414,13 +424,20 @@ class Run:
           pictures: uint8 [N, H, W, C].
           mask: bool [H, W], or one a picture, [N, H, W].
           jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`.
+          fixed_noise: the known part has the noise that sampling starts from at every step, as in diffusers, instead of
+            noise of its own at each.
           seed, options: as in `vary`.
         """
         pictures, mask = self._check(pictures), np.asarray(mask, bool)
         if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
             raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
         masks = np.broadcast_to(mask, pictures.shape[:3])[..., None]
-        paint = functools.partial(editing.inpaint, jump=jump, times=times)
+
+        def paint(schedule: Schedule, model_fn: Any, keys: jax.Array, x_0: jax.Array, *rest: Any, **said: Any) -> Any:
+            noise = normal(fold_in(keys, 0), x_0.shape) if fixed_noise else None  # 0: as where no noise is given
+            said |= {"jump": jump, "times": times, "known_noise": noise}
+            return editing.inpaint(schedule, model_fn, keys, x_0, *rest, **said)
+
         found = self._edit(paint, pictures, seed, "inpaint", self.model.decoder.encode_mask(masks), **options)
         return np.where(masks, found, pictures)
 
@@ -807,6 +824,8 @@ def open_run(
         _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
         found, adapted = _restored(folder, step, part, _adapter_shapes(config, shapes), mesh, None)
         params = jax.jit(lora.merge, donate_argnums=0)(base, adapted, config_lib.lora_scale(config))
+        if config.lora.text_encoder:
+            model, params = _with_texts_frozen(config, dataset, model, params)
     else:
         found, params = _restored(folder, step, part, shapes, mesh, dtype)
     model, added = adapters_lib.add(loras, dataset, model, params) if loras else (model, ())
@@ -821,7 +840,24 @@ def load_adapters(run: Run, path: str | Path) -> Any:
       path: its workdir.
     """
     folder, part = Path(path).expanduser(), _part(run.dataset, run.ema_decay)
-    return _restored(folder, run.step, part, _adapter_shapes(run.config, run.params), run.mesh, None)[1]
+    shapes = config_lib.make_model(run.config, run.dataset).param_shapes()
+    return _restored(folder, run.step, part, _adapter_shapes(run.config, shapes), run.mesh, None)[1]
+
+
+def _with_texts_frozen(
+    config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Mapping[str, Any]
+) -> tuple[Model, Any]:
+    """A model whose text encoder was adapted along with the network, as one whose encoder is frozen in this state."""
+    encoder = jax.tree.map(parallel.to_host, params["encoder"])
+    config = config.copy_and_resolve_references()
+    config.lora.text_encoder = False
+    condition = config_lib.make_condition(config, dataset)
+    assert isinstance(condition, CaptionCondition)
+    assert isinstance(condition.texts, FrozenTexts)
+    texts = dataclasses.replace(condition.texts, open_params=lambda: jax.tree.map(np.asarray, encoder))
+    condition = dataclasses.replace(condition, texts=texts)
+    net = config_lib.make_network(config, condition)
+    return dataclasses.replace(model, condition=condition, net=net), params["net"]
 
 
 def _part(dataset: Mapping[str, Any], ema_decay: float | None) -> str:

@@ -208,6 +208,11 @@ def _check_values(config: ConfigDict) -> None:
             "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
         )
         raise UserError(f"config.lora.rank is {config.lora.rank}; accepted for {what}: 0")
+    if config.lora.text_encoder and not (config.lora.rank and config.text.encoder):
+        found = f"config.lora.rank is {config.lora.rank} and config.text.encoder {config.text.encoder!r}"
+        raise UserError(
+            f"config.lora.text_encoder is True, and {found}; accepted: a rank above 0 and the folder of a text encoder"
+        )
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
     steps_of = {"sample.num_steps": config.sample.num_steps}

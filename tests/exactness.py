@@ -35,6 +35,7 @@ SECTIONS = {
     "tests/interop/test_single_file.py": "Single files of Stable Diffusion",
     "tests/interop/test_lora.py": "LoRA",
     "tests/interop/test_stable_diffusion_peers.py": "Stable Diffusion's folders and LoRAs of runs",
+    "tests/training/test_objectives_peers.py": "Fine-tuning a Stable Diffusion",
     "tests/evaluation/test_peers.py": "Evaluation",
     "tests/evaluation/test_agreement.py": "Agreement of picture and text",
 }

@@ -4,10 +4,13 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import single_files
 from clips import VOCAB_SIZE, write_tokenizer
 from safetensors.numpy import save_file
 
+import ddpm_jax
+from configs import finetune
 from ddpm_jax.interop import workdirs
 from ddpm_jax.pipeline import load
 
@@ -98,3 +101,25 @@ def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, text_encod
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def fine_tune(path, start, pictures, **adapters):
+    """Four steps from the workdir `start`, with a checkpoint after two; adapters: fields of config.lora.
+
+    Args:
+      path: of the new workdir.
+      start: of an imported pipeline, for pictures of 16x16.
+      pictures: the .npz file to write them to, with captions.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    np.savez(pictures, image=images, caption=np.array([f"picture {number}" for number in range(16)]))
+    config = finetune.get_config(str(start))
+    config.data.update(source="array", path=str(pictures), height=16, width=16)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
+    config.train.update(batch_size=8, num_steps=4, ema_decays=(0.99,))
+    config.lora.update(adapters)
+    config.log.update(every_steps=2, sample_every_steps=0, tensorboard=False)
+    config.checkpoint.every_steps = 2
+    config.sample.update(num_images=2, num_steps=2)
+    ddpm_jax.train(config, path)
+    return config

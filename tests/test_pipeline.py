@@ -162,11 +162,11 @@ class TestCascade:
         assert ddpm_jax.load(run).shape == (8, 8, 3)  # stages are found beside it wherever both lie
         (tmp_path / "copy" / "base" / "checkpoints" / "2").rename(tmp_path / "copy" / "base" / "checkpoints" / "4")
         with pytest.raises(
-            UserError, match="stage 1 of .* was at step 2 and is at step 4 now; compose the pipeline again"
+            UserError, match=r"stage 1 of .* was at step 2 and is at step 4 now; compose the pipeline again"
         ):
             ddpm_jax.load(run)
         shutil.rmtree(tmp_path / "copy" / "base")
-        with pytest.raises(UserError, match="stage 1 of .* is not there any more"):
+        with pytest.raises(UserError, match=r"stage 1 of .* is not there any more"):
             ddpm_jax.load(run)
 
 
@@ -192,7 +192,9 @@ class TestUnclip:
             return np.sum(drawn[:, 0, 0] * vector, axis=1)
 
         two, three, four = map(scores, (2, 3, 4))
-        assert np.all(two <= three) and np.all(three <= four) and np.any(two < four)
+        assert np.all(two <= three)
+        assert np.all(three <= four)
+        assert np.any(two < four)
 
     def test_prompt_to_picture(self, unclip):
         run = ddpm_jax.load(unclip / "both")
@@ -220,7 +222,7 @@ class TestUnclip:
         shutil.copytree(unclip / "prior", tmp_path / "prior")
         description = json.loads((tmp_path / "prior" / "dataset.json").read_text())
         (tmp_path / "prior" / "dataset.json").write_text(json.dumps(description | {"clip_crc32": 1}))
-        with pytest.raises(UserError, match="stage 2, .* was trained with another CLIP than stage 1"):
+        with pytest.raises(UserError, match=r"stage 2, .* was trained with another CLIP than stage 1"):
             pipeline.compose([tmp_path / "prior", unclip / "decoder"], tmp_path / "both")
 
     def test_names_of_the_decoders_parameters(self, unclip):

@@ -174,6 +174,7 @@ def inpaint(
     *,
     jump: int = 10,
     times: int = 1,
+    known_noise: Images | None = None,
     **options: Any,
 ) -> Images:
     """Paints anew where the mask is true, fitting the rest, which stays as it is.
@@ -186,11 +187,14 @@ def inpaint(
       jump, times: RePaint's resampling (Lugmayr et al. 2022): every `jump` steps are run `times` times, so that both
         parts come to fit. times = 1 only puts the known pixels in place before every step, which is quicker and fits
         less well.
+      known_noise: [B, H, W, C], the noise that sampling starts from and that the known part has at every step, as in
+        diffusers' inpainting with networks that know nothing of masks; None: drawn anew at each step, as in RePaint.
       options: of `sample`.
     """
     known = (x_0, jnp.logical_not(mask))
     resampling = (jump, times) if times > 1 else None
-    return sample(schedule, model_fn, key, x_0.shape, known=known, resampling=resampling, **options)
+    options |= {"known": known, "known_noise": known_noise, "resampling": resampling}
+    return sample(schedule, model_fn, key, x_0.shape, **options)
 
 
 def coarse_to_fine(

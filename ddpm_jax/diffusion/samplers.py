@@ -244,6 +244,7 @@ def sample(
     t_start: int | None = None,
     t_end: int | None = None,
     known: tuple[Array, Array] | None = None,
+    known_noise: Images | None = None,
     resampling: tuple[int, int] | None = None,
     prediction: str = "eps",
     variance: str = "fixed_large",
@@ -285,6 +286,9 @@ def sample(
       t_end: the timestep to stop at; None: the clean image.
       known: (image, mask), both to broadcast to `shape`: where the mask is true, the image's own noisy values take the
         place of x before every call, and its clean ones at the end.
+      known_noise: [B, H, W, C], the noise of the known image at every noise level. Sampling starts from this noise
+        where there is no x_t, and known values are put in place from the second call on. None: drawn anew before every
+        call, the first too.
       resampling: (jump, times) of RePaint's resampling; see `with_resampling`.
       prediction, variance, clip, dynamic_threshold, clip_range: as in `p_mean_variance`; a method other than "ddpm" has
         its own variance, and a learned one is left aside.
@@ -326,6 +330,10 @@ def sample(
     table = steps.table(schedule, variance, prediction, t_start=t_start, t_end=t_end, resampling=resampling)
     if known is not None and t_end is not None:
         raise ValueError("known pixels need sampling to the clean image; leave t_end out")
+    if known is None and known_noise is not None:
+        raise ValueError("known_noise is the noise of known pixels; give known, too")
+    if known_noise is not None and known_noise.shape != shape:
+        raise ValueError(f"known_noise has shape {known_noise.shape}; shape says {shape}")
     return run_table(
         table,
         model_fn,
@@ -335,6 +343,7 @@ def sample(
         observer=Observer(progress, watch, num_snapshots, snapshots_of),
         x_t=x_t,
         known=known,
+        known_noise=known_noise,
         start_scale=steps.start_scale(table),
     )
 
@@ -349,6 +358,7 @@ def run_table(
     observer: Observer | None = None,
     x_t: Images | None = None,
     known: tuple[Array, Array] | None = None,
+    known_noise: Images | None = None,
     start_scale: float = 1.0,
 ) -> Any:
     """Runs any table; the arguments, and what is returned, are those of `sample`, and start_scale is the standard
@@ -366,7 +376,8 @@ def run_table(
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
     model_fn, calls = as_argument(model_fn), len(table.t)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model_fn, key, x_t, known)))
+    given = (model_fn, key, x_t, known, known_noise)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
     length = calls if traced else _PORTION if observer.watch is None else _WATCHED
     rows = _Rows.of(table, observer)
     sharding = None
@@ -381,6 +392,8 @@ def run_table(
 
     # Fixed variances are numbers in the table, and one compiled program serves them all.
     scanned = output if output.variance == "learned" else dataclasses.replace(output, variance="fixed_large")
+    if x_t is None and known_noise is not None:
+        x_t = np.float32(start_scale) * known_noise
     carry, before = _start(key, x_t, np.float32(start_scale), shape, observer.num_snapshots, sharding), None
     for first in range(0, calls, length):
         portion = jax.tree.map(lambda column: column[first : first + length], rows)  # noqa: B023
@@ -389,7 +402,7 @@ def run_table(
             _filled(portion, length),
             key,
             carry,
-            known,
+            None if known is None else (*known, known_noise),
             output=scanned,
             snapshots_of=observer.snapshots_of if observer.num_snapshots else "x",
             sharding=sharding,
@@ -496,8 +509,12 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         x, kept, _, past, snapshots = carry
         row, number, slot = row.table, row.number, row.slot
         if known is not None:
-            image, mask = known
-            x = jnp.where(mask, row.a * image + row.s * _noise(keys, shape, number, 1), x)
+            image, mask, noise = known
+            if noise is None:
+                noise = _noise(keys, shape, number, 1)
+            else:
+                mask = mask & (number > 1)  # the start has this noise
+            x = jnp.where(mask, row.a * image + row.s * noise, x)
         t = jnp.full(shape[:1], row.t)
         predicted, interpolation = split_output(model_fn(x, t), output.variance)
         x_0 = to_x_0(output.prediction, predicted, x, row.a, row.s)

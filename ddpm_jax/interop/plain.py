@@ -38,6 +38,8 @@ def write(
     path = Path(os.path.expanduser(path))
     if os.path.exists(path):
         raise UserError(f"{str(path)!r} is there already; choose another name")
+    config = config.copy_and_resolve_references()
+    config.lora.rank = 0  # adapters are a part of the weights by now
     metadata = {
         "format": _FORMAT,
         "config": config_lib.to_json(config),

@@ -19,6 +19,7 @@ from ddpm_jax.interop import lora, plain, single_file, transformers
 from ddpm_jax.interop.diffusers import adapters, stable_diffusion
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
+from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.run import Run, load_adapters
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
@@ -197,6 +198,11 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
                 f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not hold; "
                 "accepted: --out of a folder"
             )
+        if run.config.lora.text_encoder:
+            raise UserError(
+                "this run adapted its text encoder (lora.text_encoder), which a .safetensors file of the network does "
+                "not hold; accepted: --out of a folder, or --adapters"
+            )
         return plain.write(out, run.config, run.dataset, run.step, params)
     if run.condition.reads.keys() - {"label"}:
         notes = stable_diffusion.write(out, run.config, run.dataset, run.model, params)
@@ -235,8 +241,10 @@ def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
     if out.exists():
         raise UserError(f"{str(out)!r} is there already; choose another name")
     trained = jax.device_get(load_adapters(run, path))
-    net = stable_diffusion.parts_of(run.model)[1]
-    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths)))
+    texts, net, _ = stable_diffusion.parts_of(run.model)
+    encoder = texts.encoder if run.config.lora.text_encoder else None
+    assert encoder is None or isinstance(encoder, CLIPTextEncoder)
+    lora.write(out, adapters.to_lora(trained, config_lib.lora_scale(run.config), len(net.widths), encoder))
     return out
 
 

@@ -12,15 +12,17 @@ class Captioned(nn.Module):
 
     Attributes:
       net: called (x, t, cond, train=...), such as a `UNet`.
-      encoder: called (ids, mask), such as a `TextEncoder`.
+      encoder: called (ids, mask), such as a `TextEncoder` or a `CLIPTextEncoder`.
       mask_padding: whether the network attends to the tokens of a text alone, not to its padding.
       pooled: whether it is given the state of the whole text, too.
+      encode_padding: whether the encoder sees padding as tokens like any others.
     """
 
     net: nn.Module
     encoder: nn.Module
     mask_padding: bool = True
     pooled: bool = True
+    encode_padding: bool = False
 
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         """The network's output.
@@ -34,11 +36,11 @@ class Captioned(nn.Module):
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
         """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", and "tokens_mask"
         and "vector" where it is given them, beside the other entries of the condition."""
-        states = self.encoder(cond["ids"], cond["ids_mask"])
+        states = self.encoder(cond["ids"], None if self.encode_padding else cond["ids_mask"])
         encoded = {name: value for name, value in cond.items() if name not in ("ids", "ids_mask")}
         encoded["tokens"] = states.tokens
         if self.mask_padding:
             encoded["tokens_mask"] = cond["ids_mask"]
         if self.pooled:
-            encoded["vector"] = states.pooled
+            encoded["vector"] = states.pooled if states.projected is None else states.projected
         return encoded

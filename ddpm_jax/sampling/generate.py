@@ -273,7 +273,7 @@ def generate(
 
 
 def _best(model: Model, request: Request, numbers: np.ndarray, candidates: Sequence[np.ndarray]) -> np.ndarray:
-    """Of several embeddings for each text the one of the largest dot product with the text's (DALL-E 2, section 2.2)."""
+    """Of several embeddings for each text the one nearest to the text's by the dot product (DALL-E 2, section 2.2)."""
     cond = request.condition.of_images(numbers) or {}
     scores = [np.sum(embeddings[:, 0, 0] * cond["vector"], axis=-1) for embeddings in candidates]
     return np.stack(candidates)[np.argmax(scores, axis=0), np.arange(len(numbers))]

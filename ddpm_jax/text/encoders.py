@@ -49,12 +49,14 @@ class TrainedTexts:
       tokenizer: of the texts.
       encoder: called (ids, mask), such as a `TextEncoder`.
       mask_padding, pooled: as of `FrozenTexts`.
+      encode_padding: whether the encoder sees padding as tokens like any others.
     """
 
     tokenizer: Tokenizer
     encoder: nn.Module
     mask_padding: bool = True
     pooled: bool = True
+    encode_padding: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -66,7 +68,7 @@ class TrainedTexts:
         return {"ids": tokens.ids, "ids_mask": tokens.mask}
 
     def network(self, net: nn.Module) -> nn.Module:
-        return Captioned(net, self.encoder, self.mask_padding, self.pooled)
+        return Captioned(net, self.encoder, self.mask_padding, self.pooled, self.encode_padding)
 
 
 class Encoder(Protocol):
@@ -119,6 +121,12 @@ class FrozenTexts:
 
     def network(self, net: nn.Module) -> nn.Module:
         return net
+
+    def trained(self) -> TrainedTexts:
+        """The same states, of an encoder whose parameters are a part of the network's."""
+        assert isinstance(self.encoder, nn.Module)
+        sees_padding = not self.mask_padding  # as in `_encoded`
+        return TrainedTexts(self.tokenizer, self.encoder, self.mask_padding, self.pooled, sees_padding)
 
     def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         rows = self._cache(texts, self._made)

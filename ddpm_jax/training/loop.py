@@ -190,9 +190,9 @@ class _Training:
             return step, dataclasses.replace(state, frozen=self._frozen())
         jit = partial(jax.jit, compiler_options=parallel.run_once_options())
         if config.train.init_from and not config.lora.rank:
-            run = start_weights(config, shapes.params)
-            self._say(f"starting from the weights of {config.train.init_from}, step {run.step}")
-            start = jax.device_put(run.params, shardings.params)
+            step, weights = start_weights(config, shapes.params)
+            self._say(f"starting from the weights of {config.train.init_from}, step {step}")
+            start = jax.device_put(weights, shardings.params)
         else:
             start = jit(init, out_shardings=shardings.params)()
         return 0, dataclasses.replace(jit(create, out_shardings=shardings)(start), frozen=self._frozen())
@@ -208,10 +208,10 @@ class _Training:
         try:
             if base.steps():
                 return base.restore_weights(None, "params", parallel.laid(shapes, shardings))[1]
-            run = start_weights(self.config, shapes)
-            self._say(f"adapting the weights of {self.config.train.init_from}, step {run.step}")
-            params = jax.device_put(run.params, shardings)
-            base.save_weights(run.step, params)
+            step, weights = start_weights(self.config, shapes)
+            self._say(f"adapting the weights of {self.config.train.init_from}, step {step}")
+            params = jax.device_put(weights, shardings)
+            base.save_weights(step, params)
             return params
         finally:
             base.close()

@@ -1,10 +1,11 @@
-"""Where a run's weights may come from: another run."""
+"""Where a run's weights may come from: another run, and a text encoder of its own."""
 
 import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import make_betas_from
-from ddpm_jax.run import Run, open_run
+from ddpm_jax.interop import transformers
+from ddpm_jax.run import open_run
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
 
@@ -28,12 +29,16 @@ _SAME_SHAPES = (
 )
 
 
-def start_weights(config: ConfigDict, wanted: Params) -> Run:
-    """The run of config.train.init_from, whose weights another run starts from.
+def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
+    """The weights that a run starts from: those of config.train.init_from and, where the text encoder is adapted too,
+    those of config.text.encoder.
 
     Args:
       config: of the run that starts.
       wanted: the shapes of its weights.
+
+    Returns:
+      The step of config.train.init_from, and the weights.
 
     Raises:
       UserError: no run is there, or it has another network, or one of the same shapes that means something else.
@@ -43,6 +48,11 @@ def start_weights(config: ConfigDict, wanted: Params) -> Run:
         run = open_run(name)
     except UserError as error:
         raise UserError(f"--init_from {name!r}: {error}") from None
+    if run.config.lora.text_encoder:
+        raise UserError(
+            f"--init_from {name!r} adapted its text encoder (lora.text_encoder), which another run does not take over; "
+            "accepted: what --mode=import makes of the folder that --mode=export writes of it"
+        )
     for section, field in _SAME_SHAPES:
         theirs, ours = run.config[section][field], config[section][field]
         if theirs != ours:
@@ -55,7 +65,10 @@ def start_weights(config: ConfigDict, wanted: Params) -> Run:
         raise UserError(
             f"--init_from {name!r} has {theirs} timesteps, this config {ours}: the same t would mean something else"
         )
-    found = jax.tree_util.tree_flatten_with_path(run.params)[0]
+    params = run.params
+    if config.lora.text_encoder:
+        params = {"net": params, "encoder": transformers.read(config.text.encoder)[1]}
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
     shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
     for path, value in found:
         expected = shapes.pop(path, None)
@@ -70,4 +83,4 @@ def start_weights(config: ConfigDict, wanted: Params) -> Run:
             f"--init_from {name!r} has no {jax.tree_util.keystr(path, simple=True, separator='/')}, "
             "which this config's network has"
         )
-    return run
+    return run.step, params

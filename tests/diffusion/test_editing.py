@@ -201,6 +201,7 @@ def test_images_that_part_at_once_share_their_start(model):
         (lambda m: editing.vary(LINEAR, m, KEY, data(), 10, num_steps=12), "num_steps is 12; accepted: 1 to 11"),
         (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, times=2, sampler="unipc"), "a sampler without memory"),
         (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, t_end=5), "known pixels need"),
+        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, known_noise=data()[:, 1:]), "known_noise has shape"),
     ],
 )
 def test_refused(model, call, message):

@@ -421,6 +421,29 @@ def test_known_pixels_are_put_in_place():
     np.testing.assert_array_equal(x[:, :32], known[:, :32])
 
 
+def test_known_pixels_of_one_noise():
+    """The network sees the known image with that noise at every step but the first, which starts from the noise."""
+    seen = []
+    known, mask = jnp.full(SHAPE, 0.3), jnp.arange(SHAPE[2])[None, None, :, None] < 2
+    noise = jax.random.normal(jax.random.key(7), SHAPE)
+
+    def model(x, t):
+        jax.debug.callback(lambda x, t: seen.append((np.asarray(x), int(t[0]))), x, t, ordered=True)
+        return 0 * x
+
+    options = {"num_steps": 5, "known": (known, mask), "known_noise": noise}
+    x = sample(LINEAR, model, jax.random.key(3), SHAPE, **options)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(seen[0][0], noise)
+    for x_t, t in seen[1:]:
+        expected = LINEAR.sqrt_alphas_cumprod[t] * known + LINEAR.sqrt_one_minus_alphas_cumprod[t] * noise
+        np.testing.assert_allclose(x_t[:, :, :2], expected[:, :, :2], atol=1e-6)
+        assert np.abs(x_t - expected)[:, :, 2:].max() > 0.01
+    np.testing.assert_array_equal(x[:, :, :2], known[:, :, :2])
+    with pytest.raises(ValueError, match="known_noise is the noise of known pixels; give known, too"):
+        sample(LINEAR, model, jax.random.key(3), SHAPE, known_noise=noise)
+
+
 def test_progress_is_told_on_the_way():
     told = []
     options = {"num_steps": 47, "progress": lambda *position: told.append(position)}

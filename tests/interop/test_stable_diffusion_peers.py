@@ -1,4 +1,4 @@
-"""Stable Diffusion's exports, single files and LoRAs, against diffusers, transformers and PEFT."""
+"""Stable Diffusion's exports, single files, LoRAs and inpainting, against diffusers, transformers and PEFT."""
 
 import dataclasses
 
@@ -10,7 +10,10 @@ import single_files
 import stable_diffusions
 from clips import VOCAB_SIZE, write_tokenizer
 from safetensors.numpy import load_file, save_file
+from theirs import to_numpy, to_torch
 
+from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters
 from ddpm_jax.models import lora as models_lora
@@ -162,3 +165,81 @@ def test_trained_adapters(measure, saved, imported, tmp_path):
     run = dataclasses.replace(run, params=models_lora.merge(run.params, trained, 0.5))
     found = opened(workdirs.export_weights(run, tmp_path / "found"))
     measure("weights with a run's adapters", "diffusers and PEFT", max(differences(found, pipeline)), 1e-6)
+
+
+DDIM = {**stable_diffusions.SCHEDULE, "set_alpha_to_one": False, "clip_sample": False}
+INPAINTERS = {"ddim": ("DDIMScheduler", DDIM), "dpmpp_2m": ("DPMSolverMultistepScheduler", stable_diffusions.SCHEDULE)}
+
+
+@pytest.mark.parametrize("sampler", INPAINTERS)
+def test_inpainting(measure, tmp_path, sampler):
+    """With an ordinary network and the known part's noise fixed: 20 steps from the same latents, with guidance."""
+    pipeline = stable_diffusions.save(tmp_path / "theirs", *INPAINTERS[sampler])
+    run = load(workdirs.import_weights(str(tmp_path / "theirs"), tmp_path / "run"))
+    assert run.config.sample.sampler == sampler
+    decoder, rng = run.model.decoder, np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 4, 4, 3), np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    mask = np.zeros((2, 16, 16, 1), bool)
+    mask[0, 2:10, 4:14] = mask[1, :6] = True
+    x_0 = np.asarray(decoder.encode(pictures))
+    noise = rng.standard_normal(x_0.shape).astype(np.float32)
+    prompts, negative = OPTIONS["prompt"], OPTIONS["negative_prompt"]
+
+    theirs = diffusers.StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    their_latents = theirs(
+        prompt=prompts,
+        negative_prompt=negative,
+        image=to_torch(x_0),  # latents are taken as they are, and pictures are drawn from their posterior
+        masked_image_latents=to_torch(x_0),
+        mask_image=to_torch(mask.astype(np.float32)),
+        latents=to_torch(noise),
+        num_inference_steps=20,
+        guidance_scale=7.5,
+        output_type="latent",
+    ).images
+    with torch.no_grad():  # as the pipeline itself makes pictures of them
+        decoded = theirs.vae.decode(their_latents / theirs.vae.config.scaling_factor).sample
+    their_pictures = np.round(theirs.image_processor.postprocess(decoded, output_type="np") * 255)
+    their_latents = to_numpy(their_latents)
+
+    request = run.request(prompts=prompts, negative_prompts=negative, num_steps=20, guidance_scale=7.5)
+    cond, null = request.condition.of_images(np.arange(2)), request.condition.null(2)
+    latents = editing.inpaint(
+        run.schedule,
+        run.model.model_fn(run.params, cond, null, request.guidance),
+        jax.random.key(0),
+        jnp.asarray(x_0),
+        decoder.encode_mask(mask),
+        known_noise=jnp.asarray(noise),
+        **request.keywords(),
+    )
+    what, against = "inpainting by ddim and dpmpp_2m, narrow", "diffusers' `StableDiffusionInpaintPipeline`"
+    error = np.abs(np.asarray(latents) - their_latents).max() / np.abs(their_latents).max()
+    measure(f"latents, {what}", against, error, 1e-5, "relative")
+    measure(f"pictures, {what}", against, np.abs(decoder.decode(latents) - their_pictures).max(), 1, "of 255")
+
+
+def test_adapters_of_both_parts(measure, saved, imported, tmp_path):
+    """A run that trained adapters of the text encoder, too: its LoRA file, its folder, and what it samples itself."""
+    options = {"rank": 2, "alpha": 3.0, "text_encoder": True}
+    stable_diffusions.fine_tune(tmp_path / "run", imported, tmp_path / "images.npz", **options)
+    run = load(tmp_path / "run")
+    workdirs.export_adapters(run, tmp_path / "run", tmp_path / "x.safetensors")
+    before = latents_of(opened(saved))
+    pipeline = opened(saved)
+    pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    expected = latents_of(pipeline)
+    assert np.abs(expected - before).max() > 0.01 * np.abs(before).max()
+
+    noise = to_numpy(torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0)))
+    said = {"prompts": OPTIONS["prompt"], "negative_prompts": OPTIONS["negative_prompt"]}
+    request = run.request(**said, num_steps=OPTIONS["num_inference_steps"], guidance_scale=7.5)
+    cond, null = request.condition.of_images(np.arange(2)), request.condition.null(2)
+    model_fn = run.model.model_fn(run.params, cond, null, request.guidance)
+    ours = sample(run.schedule, model_fn, jax.random.key(0), noise.shape, x_t=jnp.asarray(noise), **request.keywords())
+    exported = latents_of(opened(workdirs.export_weights(run, tmp_path / "found")))
+    for what, found in (("the run's", to_torch(ours).numpy()), ("its exported folder's", exported)):
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        what = f"latents, {what}, beside its LoRA file's, of network and text encoder"
+        measure(what, "diffusers and PEFT", error, 1e-5, "relative")

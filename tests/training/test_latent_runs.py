@@ -11,6 +11,7 @@ from tiny import near
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
+from ddpm_jax.interop import workdirs
 from ddpm_jax.models import lora
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
@@ -152,6 +153,9 @@ def test_edits_of_latents(runs):
     mask[:3, 2:5] = True
     found = run.inpaint(pictures, mask, num_steps=2)
     np.testing.assert_array_equal(found[:, ~mask], pictures[:, ~mask])
+    fixed = run.inpaint(pictures, mask, num_steps=2, fixed_noise=True)
+    np.testing.assert_array_equal(fixed[:, ~mask], pictures[:, ~mask])
+    assert np.any(fixed != found)
 
 
 @pytest.mark.slow
@@ -168,6 +172,14 @@ def test_a_run_of_adapters_opens_with_merged_weights(runs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, raw)
     different = [path for path, value in flatten_dict(run.params).items() if np.any(value != get(base.params, path))]
     assert {path[-2] for path in different} == {"query", "key", "value", "out"}
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_as_one_file(runs, tmp_path):
+    run = ddpm_jax.load(runs / "adapters")
+    file = workdirs.export_weights(run, tmp_path / "x.safetensors")
+    again = ddpm_jax.load(workdirs.import_weights(str(file), tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
 
 
 def get(tree, path):

@@ -111,19 +111,32 @@ def _changed(kernel: Any, delta: np.ndarray) -> Any:
     return parallel.place(value, kernel.sharding) if isinstance(kernel, jax.Array) else value
 
 
-def to_lora(adapters: Mapping[str, Any], scale: float, levels: int) -> lora.Lora:
-    """Adapters that a run trained, as the changes of diffusers' modules.
+def to_lora(
+    adapters: Mapping[str, Any], scale: float, levels: int, encoder: CLIPTextEncoder | None = None
+) -> lora.Lora:
+    """Adapters that a run trained, as the changes of diffusers' and transformers' modules.
 
     Args:
-      adapters: of `ddpm_jax.models.lora`.
+      adapters: of `ddpm_jax.models.lora`; with an encoder, "net" of the network and "encoder" of the encoder.
       scale: what they are multiplied by.
       levels: of the network.
+      encoder: the text encoder, where it was adapted, too.
     """
+    of_net, of_text = (adapters, {}) if encoder is None else (adapters["net"], adapters["encoder"])
+    kernels = unflatten_dict({(*path[:-1], "kernel"): None for path in flatten_dict(of_net)})
+    text_paths = {} if encoder is None else clip.paths(encoder)
+    return lora.Lora(
+        unet=_updates(of_net, scale, unet_tensors.paths(kernels, levels)),
+        text_encoder=_updates(of_text, scale, text_paths),
+    )
+
+
+def _updates(adapters: Mapping[str, Any], scale: float, paths: Mapping[str, tuple[str, ...]]) -> dict[str, lora.Update]:
+    """The adapters by the names of their modules; paths: where the weights lie that the names stand for."""
     flat = {path: np.asarray(value, np.float32) for path, value in flatten_dict(adapters).items()}
-    modules = {path[:-1] for path in flat}
-    paths = unet_tensors.paths(unflatten_dict({(*module, "kernel"): None for module in modules}), levels)
     changes = {}
     for name, path in sorted(paths.items()):
-        down, up = flat[*path[:-1], "down"], flat[*path[:-1], "up"]
-        changes[name.removesuffix(".weight")] = lora.Update(down.T, up.T, scale * len(up))
-    return lora.Lora(unet=changes, text_encoder={})
+        if path[-1] == "kernel" and (*path[:-1], "down") in flat:
+            down, up = flat[*path[:-1], "down"], flat[*path[:-1], "up"]
+            changes[name.removesuffix(".weight")] = lora.Update(down.T, up.T, scale * len(up))
+    return changes
