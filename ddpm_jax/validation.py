@@ -105,6 +105,11 @@ def _check_values(config: ConfigDict) -> None:
         ("autoencoder.num_res_blocks", config.autoencoder.num_res_blocks, 1),
         ("autoencoder.num_groups", config.autoencoder.num_groups, 1),
         ("autoencoder.kl_weight", config.autoencoder.kl_weight, 0),
+        ("clip.patch_size", config.clip.patch_size, 1),
+        ("clip.width", config.clip.width, 1),
+        ("clip.num_layers", config.clip.num_layers, 1),
+        ("clip.num_heads", config.clip.num_heads, 1),
+        ("clip.projection", config.clip.projection, 1),
         ("upscale.height", config.upscale.height, 0),
         ("upscale.width", config.upscale.width, 0),
         ("lora.rank", config.lora.rank, 0),
@@ -192,12 +197,13 @@ def _check_values(config: ConfigDict) -> None:
         )
     if config.autoencoder.source:
         _check_latents(config)
+    if train.objective == "clip":
+        _check_clip(config)
     if config.upscale.height or config.upscale.width:
         _check_upscale(config)
-    if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
-        what = (
-            "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
-        )
+    if config.lora.rank and (train.objective != "diffusion" or config.text.encoder == config_lib.TRAINED):
+        trained = "an encoder of text that is trained along"
+        what = {"autoencoder": "an autoencoder", "clip": "a CLIP"}.get(train.objective, trained)
         raise UserError(f"config.lora.rank is {config.lora.rank}; accepted for {what}: 0")
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")
@@ -234,6 +240,34 @@ def _check_latents(config: ConfigDict) -> None:
             f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run of latents has no "
             "likelihood of its pictures; accepted with an autoencoder.source: 0"
         )
+
+
+def _check_clip(config: ConfigDict) -> None:
+    """What a CLIP must have."""
+    text, train = config.text, config.train
+    if text.encoder != config_lib.TRAINED:
+        raise UserError(
+            f"config.text.encoder is {text.encoder!r}, and a CLIP trains its own on captions; accepted with "
+            "train.objective 'clip': 'trained'"
+        )
+    if not text.num_layers:
+        raise UserError(
+            "config.text.num_layers is 0, with which the state at the end of a text knows nothing of it; accepted with "
+            "train.objective 'clip': 1 or more"
+        )
+    if train.batch_size < 2:
+        raise UserError("config.train.batch_size is 1, and a CLIP tells pictures apart; accepted: 2 or more")
+    if train.accumulation > 1:
+        raise UserError(
+            f"config.train.accumulation is {train.accumulation}, and a CLIP's loss is of the whole batch, not the mean "
+            "of its parts'; accepted with train.objective 'clip': 1"
+        )
+    for name, value in (("autoencoder.source", config.autoencoder.source), ("upscale.height", config.upscale.height)):
+        if value:
+            raise UserError(
+                f"config.{name} is {value!r}, and a CLIP is trained on pictures themselves; accepted with "
+                f"train.objective 'clip': {type(value)()!r}"
+            )
 
 
 def _check_upscale(config: ConfigDict) -> None:
@@ -312,6 +346,11 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
         _check_pure_noise(config, schedule)
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
+        if config.train.objective == "clip":
+            text, image = config_lib.make_clip_encoders(config, dataset)
+            jax.eval_shape(text.init, jax.random.key(0), jax.ShapeDtypeStruct((1, text.max_length), jnp.int32))
+            jax.eval_shape(image.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image.shape), jnp.float32))
+            return
         if config.train.objective == "autoencoder":
             autoencoder = config_lib.make_autoencoder(config)
             shape = (1, config.data.height, config.data.width, config.data.channels)
