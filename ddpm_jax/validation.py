@@ -262,6 +262,11 @@ def _check_clip(config: ConfigDict) -> None:
             f"config.train.accumulation is {train.accumulation}, and a CLIP's loss is of the whole batch, not the mean "
             "of its parts'; accepted with train.objective 'clip': 1"
         )
+    if config.evaluate.every_steps and not config.evaluate.num_images:
+        raise UserError(
+            "config.evaluate.num_images is 0, and a CLIP is evaluated by pictures; accepted with evaluate.every_steps "
+            "and train.objective 'clip': 2 or more"
+        )
     for name, value in (("autoencoder.source", config.autoencoder.source), ("upscale.height", config.upscale.height)):
         if value:
             raise UserError(

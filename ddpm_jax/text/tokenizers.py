@@ -74,9 +74,7 @@ class Tokenizer:
         self._control = {*tokenizer.encode("").ids, padding["pad_id"]}
 
     @classmethod
-    def train(
-        cls, captions: Iterable[str], vocab_size: int, max_length: int, *, end_last: bool = False
-    ) -> "Tokenizer":
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int, *, end_last: bool = False) -> "Tokenizer":
         """Learns a byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) of the captions.
 
         Equal captions give an equal tokenizer, whatever their order. Any Unicode text can be encoded, and is decoded to

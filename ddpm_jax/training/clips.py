@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+import jax
+
+from ddpm_jax.config import is_workdir
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.transformers import CLIP
-from ddpm_jax.config import is_workdir
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.objectives import make_contrastive
-import jax
 
 
 def load_clip(path: str | Path) -> CLIP:

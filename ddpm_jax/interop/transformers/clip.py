@@ -291,7 +291,9 @@ def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], 
         require(value in accepted, field, value, str(path), json.dumps(accepted[0]))
     if channels == 1:
         converts = config.get("do_convert_rgb")
-        require(converts is False, "do_convert_rgb", converts, str(path), "false, since the encoder takes grey pictures")
+        require(
+            converts is False, "do_convert_rgb", converts, str(path), "false, since the encoder takes grey pictures"
+        )
     mean, std = config.get("image_mean", _MEAN), config.get("image_std", _STD)
     for field, values in (("image_mean", mean), ("image_std", std)):
         fits = isinstance(values, list | tuple) and len(values) == channels
