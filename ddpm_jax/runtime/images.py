@@ -53,7 +53,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
 def captioned(image: np.ndarray, text: str, colour: str = "black", tile: int = 96) -> np.ndarray:
     """An image uint8 [H, W, 1 or 3] above a line of text, uint8 [H', W', 3]. An image smaller than `tile` is enlarged
     as by `grid`, and text that is wider than the image is cut."""
-    font, factor = ImageFont.load_default(), enlargement(*image.shape[:2], tile)
+    font, factor = ImageFont.load_default(), enlargement(image.shape[0], image.shape[1], tile)
     picture = _picture(image.repeat(factor, axis=0).repeat(factor, axis=1))
     canvas = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
     canvas.paste(picture)
