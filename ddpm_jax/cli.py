@@ -202,7 +202,9 @@ _LIKELIHOOD_IMAGES = flags.DEFINE_integer(
     "likelihood_images", 256, "evaluate: of how many training images.", lower_bound=2
 )
 _CLIP_MODEL = flags.DEFINE_string(
-    "clip_model", None, "evaluate: a transformers folder of a CLIPModel, for CLIPScore of samples and their prompts."
+    "clip_model",
+    None,
+    "evaluate: a CLIP's workdir, or a transformers folder of a CLIPModel, for CLIPScore of samples and prompts.",
 )
 _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
 

@@ -71,8 +71,8 @@ def evaluate(
       likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
         the probability "flow", or "none".
       likelihood_images: of how many training images.
-      clip_model: a transformers folder of a `CLIPModel`, which scores how well the samples of a run that learned from
-        captions agree with their prompts, and training images with their captions.
+      clip_model: a transformers folder of a `CLIPModel`, or a CLIP's workdir, which scores how well the samples of a
+        run that learned from captions agree with their prompts, and training images with their captions.
       save_reference: a .npz to write the moments of the real images to, for others to compare with.
 
     Returns:

@@ -43,11 +43,11 @@ def questions(source: Source, count: int) -> list[Question]:
     held_out = NumbersSource(source.num_digits, source.numbers, source.fit)
     every, others = ([in_words(number) for number in sorted(n)] for n in (_all_numbers(source), held_out.numbers))
     return [
-        Question(batch["image"], captions, {"data, all captions": every}),
+        Question(batch["image"], captions, {"data among all captions": every}),
         Question(
             image_sets.spread(held_out, count)["image"],
             _captions(held_out, count),
-            {"held out, held-out captions": others, "held out, all captions": every},
+            {"held out among one another": others, "held out among all captions": every},
         ),
     ]
 

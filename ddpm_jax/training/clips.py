@@ -8,7 +8,7 @@ from ddpm_jax.config import is_workdir
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.runtime import workdir
-from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.checkpoints import read_weights
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.objectives import make_contrastive
 
@@ -35,9 +35,4 @@ def load_clip(path: str | Path) -> CLIP:
         )
     objective = make_contrastive(config, workdir.read_dataset(path))
     shapes = jax.eval_shape(lambda: objective.init_params(0))
-    checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
-    try:
-        _, params = checkpoints.restore_weights(None, f"ema_{config.train.ema_decays[0]}", shapes)
-    finally:
-        checkpoints.close()
-    return objective.clip_of(jax.device_get(params))
+    return objective.clip_of(read_weights(Path(path).expanduser(), f"ema_{config.train.ema_decays[0]}", shapes))

@@ -153,7 +153,7 @@ def tiny_config(**sections):
     config.text.update(encoder="trained", vocab_size=280, max_length=12, width=16, num_layers=1, num_heads=2)
     config.clip.update(patch_size=2, width=16, num_layers=1, num_heads=2, projection=6)
     config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-    config.train.update(objective="clip", batch_size=8, num_steps=STEPS, ema_decays=(0.9,))
+    config.train.update(objective="clip", batch_size=8, num_steps=STEPS, ema_decays=(0.99,))
     config.log.update(every_steps=3, sample_every_steps=3, sample_images=4, tensorboard=False)
     config.evaluate.update(every_steps=3, num_images=8)
     config.checkpoint.every_steps = 3
@@ -240,7 +240,7 @@ def test_it_goes_on_to_the_bit(runs, tmp_path):
 @pytest.mark.slow
 def test_load_clip(runs, tmp_path):
     clip = ddpm_jax.load_clip(runs / "clip")
-    averaged = checkpoint(runs / "clip", STEPS)["ema_0.9"]
+    averaged = checkpoint(runs / "clip", STEPS)["ema_0.99"]
     for half in ("text", "image"):
         jax.tree.map(np.testing.assert_array_equal, clip.params[half], averaged[half])
     assert clip.logit_scale == averaged["logit_scale"]
