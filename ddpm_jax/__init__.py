@@ -36,6 +36,7 @@ _NAMES = {
     "Run": "run",
     "load": "pipeline",
     "load_autoencoder": "training.autoencoders",
+    "load_clip": "training.clips",
     "show": "runtime.images",
     "to_uint8": "runtime.images",
     "UserError": "runtime.errors",

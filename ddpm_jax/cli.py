@@ -207,7 +207,9 @@ _LIKELIHOOD_IMAGES = flags.DEFINE_integer(
     "likelihood_images", 256, "evaluate: of how many training images.", lower_bound=2
 )
 _CLIP_MODEL = flags.DEFINE_string(
-    "clip_model", None, "evaluate: a transformers folder of a CLIPModel, for CLIPScore of samples and their prompts."
+    "clip_model",
+    None,
+    "evaluate: a CLIP's workdir, or a transformers folder of a CLIPModel, for CLIPScore of samples and prompts.",
 )
 _SAVE_REFERENCE = flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
 
@@ -327,12 +329,12 @@ def run_mode(mode: str) -> None:
         "progressive": sampling.progressive,
         "coarse_to_fine": editing.coarse_to_fine,
         "neighbours": sampling.neighbours,
-        "evaluate": evaluation.compare_paths if _compares_paths() else evaluation.evaluate,
+        "evaluate": _evaluation(),
         "prepare": prepare.prepare,
         "compose": compose.compose,
         "report": report,
         "import": weights.import_weights,
-        "export": weights.export_autoencoder if _holds_autoencoder() else weights.export_weights,
+        "export": _export(),
         "doctor": doctor.doctor,
         "plan": plan.plan,
         "serve": serve.serve,
@@ -363,6 +365,8 @@ def run_mode(mode: str) -> None:
         variant = " without --input"
     if functions[mode] is weights.export_autoencoder:
         variant = " of an autoencoder"
+    if functions[mode] in (weights.export_clip, evaluation.evaluate_clip):
+        variant = " of a CLIP"
     every: list[Callable[..., Any]] = [
         *functions.values(),
         sampling.sample,
@@ -370,6 +374,7 @@ def run_mode(mode: str) -> None:
         editing.interpolate,
         editing.interpolate_words,
         weights.export_weights,
+        evaluation.evaluate,
     ]
     known = {"latents"}.union(*map(flags_of, every))
     for name in sorted(known - accepted):
@@ -399,11 +404,30 @@ def _compares_paths() -> bool:
     return bool(given) and not (Path(_WORKDIR.value).expanduser() / "config.json").exists()
 
 
-def _holds_autoencoder() -> bool:
-    """Whether --mode=export is of a workdir in which an autoencoder was trained."""
+def _evaluation() -> Callable[..., Any]:
+    """The function of --mode=evaluate."""
+    from ddpm_jax.commands import evaluation
+
+    if _MODE.value != "evaluate" or _compares_paths():
+        return evaluation.compare_paths
+    return evaluation.evaluate_clip if _objective() == "clip" else evaluation.evaluate
+
+
+def _export() -> Callable[..., Any]:
+    """The function of --mode=export."""
+    from ddpm_jax.commands import weights
+
+    if _MODE.value != "export":
+        return weights.export_weights
+    special = {"autoencoder": weights.export_autoencoder, "clip": weights.export_clip}
+    return special.get(_objective(), weights.export_weights)
+
+
+def _objective() -> str:
+    """What the run of the workdir was trained to do."""
     from ddpm_jax.runtime import workdir
 
-    return _MODE.value == "export" and workdir.read_config(_WORKDIR.value).train.objective == "autoencoder"
+    return workdir.read_config(_WORKDIR.value).train.objective
 
 
 # Flags of a job that its file's name has in another place, or that decide nothing of its pictures.

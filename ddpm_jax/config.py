@@ -24,7 +24,7 @@ from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, re
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.models.autoencoder import Autoencoder
-from ddpm_jax.models.clip import TextEncoder
+from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder, TextEncoder
 from ddpm_jax.models.embedding_condition import Embedded, EmbeddingCondition
 from ddpm_jax.models.prior import Prior
 from ddpm_jax.models.unet import UNet
@@ -41,7 +41,7 @@ from ddpm_jax.text.tokenizers import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 TRAINED = "trained"  # text.encoder that is not a folder
-OBJECTIVES = ("diffusion", "autoencoder")
+OBJECTIVES = ("diffusion", "autoencoder", "clip")
 DECAYS = ("constant", "cosine", "linear")  # of the learning rate
 _ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
 
@@ -112,7 +112,7 @@ def default_config() -> ConfigDict:
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.text = text = ConfigDict()
-    text.encoder = ""  # "": no captions; trained: along with the network; or a transformers folder, CLIP's or T5's
+    text.encoder = ""  # "": no captions; trained: along with the network; a transformers folder; or a CLIP's workdir
     text.tokenizer = ""  # a transformers folder or tokenizer.json; "": the encoder's, or one trained on the captions
     text.vocab_size = 512  # tokens of a tokenizer that is trained, at most
     text.max_length = 0  # tokens of a caption, the rest is cut; 0: as the tokenizer's files say, 64 if it is trained
@@ -133,19 +133,22 @@ def default_config() -> ConfigDict:
     autoencoder.middle_attention = True  # attention between the two blocks in the middle
     autoencoder.kl_weight = 1e-6  # of the Kullback-Leibler divergence, beside the mean absolute error of the pixels
 
+    config.clip = clip = ConfigDict()  # of a CLIP that is trained (train.objective); its text encoder: config.text
+    clip.patch_size = 4  # of the image encoder, in pixels; divides data.height and data.width
+    clip.width = 256  # of the image encoder's states
+    clip.num_layers = 6  # of its Transformer
+    clip.num_heads = 4  # of its attention
+    clip.projection = 256  # width of the embeddings that pictures and texts share
+
     config.prior = prior = ConfigDict()
-    prior.clip = (
-        ""  # CLIP (workdir or transformers folder) whose image embeddings are diffused, by a prior; "": pictures
-    )
+    prior.clip = ""  # workdir or folder of the CLIP whose image embeddings are diffused, by a prior; "": pictures are
     prior.width = 256  # of the prior's Transformer, like the two that follow
     prior.num_layers = 4
     prior.num_heads = 4
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
 
     config.embedding = embedding = ConfigDict()
-    embedding.clip = (
-        ""  # CLIP (the same) of whose image embedding the network is told, as DALL-E 2's decoder is; "": none
-    )
+    embedding.clip = ""  # of the CLIP whose image embedding the network is given, as DALL-E 2's decoder is; "": none
     embedding.dropout = 0.1  # share of examples that are trained without it, for guidance
     embedding.num_tokens = 4  # that it becomes, beside those of the text
     embedding.token_width = 64  # of all these tokens
@@ -184,7 +187,7 @@ def default_config() -> ConfigDict:
     optimizer.options = ConfigDict()  # further arguments of the optax optimiser: b1, b2, eps, weight_decay, ...
 
     config.train = train = ConfigDict()
-    train.objective = "diffusion"  # or autoencoder, to be the autoencoder.source of other runs
+    train.objective = "diffusion"  # or what other runs use: autoencoder, their autoencoder.source; clip, text.encoder
     train.batch_size = 128  # of all devices together
     train.num_steps = 800_000  # of the whole run
     train.ema_decays = (0.9999,)  # the first is the one that pictures are made with
@@ -211,9 +214,9 @@ def default_config() -> ConfigDict:
     log.sample_steps = 250  # timesteps that these are sampled at; 0: every one
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.every_steps = 0  # bits/dim and a Frechet distance on the way, by few images; 0: none
+    evaluate.every_steps = 0  # bits/dim and a Frechet distance on the way, or a CLIP's retrieval; 0: none
     evaluate.likelihood_images = 128  # whose bits/dim are estimated; 0: none
-    evaluate.num_images = 512  # samples whose Frechet distance is taken; 0: none
+    evaluate.num_images = 512  # samples whose Frechet distance is taken, or a CLIP's pictures; 0: none
     evaluate.num_real = 10_000  # training images that they are compared with
     evaluate.sampler = "dpmpp_2m"  # of these samples
     evaluate.num_steps = 20  # timesteps that they are sampled at
@@ -335,7 +338,8 @@ def make_schedule_from(config: ConfigDict) -> Schedule:
 
 def history_timesteps(config: ConfigDict) -> int | None:
     """T if training keeps a history of losses by timestep, else None."""
-    return len(make_betas_from(config)) if config.diffusion.timestep_sampler == "importance" else None
+    keeps = config.train.objective == "diffusion" and config.diffusion.timestep_sampler == "importance"
+    return len(make_betas_from(config)) if keeps else None
 
 
 def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Condition:
@@ -374,9 +378,16 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
     if is_trained:
         vocab_size = tokenizer.vocab_size if text.tokenizer else text.vocab_size
         sizes = (text.width, text.num_layers, text.num_heads)
-        encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=jnp.dtype(config.model.dtype))
+        dtype = jnp.dtype(config.model.dtype)
+        encoder: nn.Module
+        if config.train.objective == "clip":
+            more = {"mlp_width": 4 * text.width, "end_token": _end_token(config, tokenizer)}
+            more |= {"projection": config.clip.projection}
+            encoder = CLIPTextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=dtype, **more)
+        else:
+            encoder = TextEncoder(vocab_size, tokenizer.max_length, *sizes, dtype=dtype)
         return TrainedTexts(tokenizer, encoder, text.mask_padding, text.pooled)
-    read = transformers.read_module(encoder_folder)
+    read = open_text_encoder(encoder_folder)
     transformers.check_tokenizer(tokenizer, read, encoder_folder)
     frozen = FrozenTexts(
         tokenizer,
@@ -391,7 +402,20 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
 
 def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:
     """The tokenizer that the config asks for where it names none."""
-    return Tokenizer.train(captions, config.text.vocab_size, config.text.max_length or 64)
+    text, end_last = config.text, config.train.objective == "clip"
+    return Tokenizer.train(captions, text.vocab_size, text.max_length or 64, end_last=end_last)
+
+
+def _end_token(config: ConfigDict, tokenizer: Tokenizer) -> int:
+    """The id of the token at which a CLIP's text encoder has the state of the whole text."""
+    end = tokenizer.end_id
+    if end is None or end == 2:
+        what = "ends texts with the token 2, by which transformers means the largest one" if end else "ends no text"
+        raise UserError(
+            f"the tokenizer of config.text.tokenizer, {config.text.tokenizer!r}, {what}; accepted for a CLIP: one with "
+            "another end token, or '', which trains one"
+        )
+    return end
 
 
 def make_pixels(config: ConfigDict) -> Pixels:
@@ -411,6 +435,45 @@ def make_autoencoder(config: ConfigDict) -> Autoencoder:
         middle_attention=autoencoder.middle_attention,
         dtype=jnp.dtype(config.model.dtype),
     )
+
+
+def make_clip_encoders(
+    config: ConfigDict, dataset: Mapping[str, Any] | None = None
+) -> tuple[CLIPTextEncoder, CLIPImageEncoder]:
+    """The encoders of the CLIP that a run with train.objective "clip" trains; `dataset` as in `make_condition`."""
+    data, clip = config.data, config.clip
+    texts = make_texts(config, dataset or {})
+    assert isinstance(texts, TrainedTexts)
+    assert isinstance(texts.encoder, CLIPTextEncoder)
+    return texts.encoder, CLIPImageEncoder(
+        image_size=data.height if data.height == data.width else (data.height, data.width),
+        patch_size=clip.patch_size,
+        channels=data.channels,
+        width=clip.width,
+        num_layers=clip.num_layers,
+        num_heads=clip.num_heads,
+        mlp_width=4 * clip.width,
+        projection=clip.projection,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def open_text_encoder(path: str | Path) -> transformers.Encoder:
+    """The text encoder of a transformers folder or of a CLIP's workdir, without its parameters.
+
+    Raises:
+      UserError: no such encoder there, or one that is not supported.
+    """
+    if not is_workdir(path):
+        return transformers.read_module(path)
+    folder = Path(path).expanduser()
+    config = from_json((folder / "config.json").read_text())
+    if config.train.objective != "clip":
+        raise UserError(
+            f"config.text.encoder {str(path)!r} is a run with train.objective {config.train.objective!r}; accepted: "
+            "'clip'"
+        )
+    return make_clip_encoders(config, {"tokenizer": (folder / "tokenizer.json").read_text("utf-8")})[0]
 
 
 def is_workdir(path: str | Path) -> bool:
@@ -463,7 +526,12 @@ def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, d
 def make_embedder(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Embedder:
     """The CLIP whose image embeddings the run draws, or is given; `dataset` as in `make_condition`."""
     folder = (dataset or {}).get("clip", config.prior.clip or config.embedding.clip)
-    return Embedder(transformers.clip_width(folder), lambda: transformers.read_clip(folder))
+    width = (
+        from_json((Path(folder).expanduser() / "config.json").read_text()).clip.projection
+        if is_workdir(folder)
+        else transformers.clip_width(folder)
+    )
+    return Embedder(width, lambda: transformers.read_clip(folder))
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:

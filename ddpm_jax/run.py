@@ -809,6 +809,11 @@ def open_run(
             f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
             "autoencoder.source it is, or ddpm_jax.load_autoencoder"
         )
+    if config.train.objective == "clip":
+        raise UserError(
+            f"{str(path)!r} holds a CLIP, which makes no pictures; accepted: a run whose text.encoder it is, or "
+            "ddpm_jax.load_clip"
+        )
     decays = config.train.ema_decays
     ema_decay = None if raw else decays[0] if ema_decay is None else ema_decay
     if ema_decay is not None and ema_decay not in decays:

@@ -111,6 +111,11 @@ def _check_values(config: ConfigDict) -> None:
         ("prior.candidates", config.prior.candidates, 1),
         ("embedding.num_tokens", config.embedding.num_tokens, 1),
         ("embedding.token_width", config.embedding.token_width, 1),
+        ("clip.patch_size", config.clip.patch_size, 1),
+        ("clip.width", config.clip.width, 1),
+        ("clip.num_layers", config.clip.num_layers, 1),
+        ("clip.num_heads", config.clip.num_heads, 1),
+        ("clip.projection", config.clip.projection, 1),
         ("upscale.height", config.upscale.height, 0),
         ("upscale.width", config.upscale.width, 0),
         ("lora.rank", config.lora.rank, 0),
@@ -201,12 +206,13 @@ def _check_values(config: ConfigDict) -> None:
         _check_latents(config)
     if config.prior.clip or config.embedding.clip:
         _check_embeddings(config)
+    if train.objective == "clip":
+        _check_clip(config)
     if config.upscale.height or config.upscale.width:
         _check_upscale(config)
-    if config.lora.rank and (config.train.objective == "autoencoder" or config.text.encoder == config_lib.TRAINED):
-        what = (
-            "an autoencoder" if config.train.objective == "autoencoder" else "an encoder of text that is trained along"
-        )
+    if config.lora.rank and (train.objective != "diffusion" or config.text.encoder == config_lib.TRAINED):
+        trained = "an encoder of text that is trained along"
+        what = {"autoencoder": "an autoencoder", "clip": "a CLIP"}.get(train.objective, trained)
         raise UserError(f"config.lora.rank is {config.lora.rank}; accepted for {what}: 0")
     if config.lora.text_encoder and not (config.lora.rank and config.text.encoder):
         found = f"config.lora.rank is {config.lora.rank} and config.text.encoder {config.text.encoder!r}"
@@ -271,6 +277,39 @@ def _check_embeddings(config: ConfigDict) -> None:
             f"config.evaluate asks for what a run with {name} does not have; accepted: evaluate.every_steps=0"
             + ("" if config.prior.clip else " or evaluate.likelihood_images=0")
         )
+
+
+def _check_clip(config: ConfigDict) -> None:
+    """What a CLIP must have."""
+    text, train = config.text, config.train
+    if text.encoder != config_lib.TRAINED:
+        raise UserError(
+            f"config.text.encoder is {text.encoder!r}, and a CLIP trains its own on captions; accepted with "
+            "train.objective 'clip': 'trained'"
+        )
+    if not text.num_layers:
+        raise UserError(
+            "config.text.num_layers is 0, with which the state at the end of a text knows nothing of it; accepted with "
+            "train.objective 'clip': 1 or more"
+        )
+    if train.batch_size < 2:
+        raise UserError("config.train.batch_size is 1, and a CLIP tells pictures apart; accepted: 2 or more")
+    if train.accumulation > 1:
+        raise UserError(
+            f"config.train.accumulation is {train.accumulation}, and a CLIP's loss is of the whole batch, not the mean "
+            "of its parts'; accepted with train.objective 'clip': 1"
+        )
+    if config.evaluate.every_steps and not config.evaluate.num_images:
+        raise UserError(
+            "config.evaluate.num_images is 0, and a CLIP is evaluated by pictures; accepted with evaluate.every_steps "
+            "and train.objective 'clip': 2 or more"
+        )
+    for name, value in (("autoencoder.source", config.autoencoder.source), ("upscale.height", config.upscale.height)):
+        if value:
+            raise UserError(
+                f"config.{name} is {value!r}, and a CLIP is trained on pictures themselves; accepted with "
+                f"train.objective 'clip': {type(value)()!r}"
+            )
 
 
 def _check_upscale(config: ConfigDict) -> None:
@@ -349,6 +388,11 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
         _check_pure_noise(config, schedule)
         config_lib.sampling_calls(config, schedule)
         optimizer = config_lib.make_optimizer(config)
+        if config.train.objective == "clip":
+            text, image = config_lib.make_clip_encoders(config, dataset)
+            jax.eval_shape(text.init, jax.random.key(0), jax.ShapeDtypeStruct((1, text.max_length), jnp.int32))
+            jax.eval_shape(image.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image.shape), jnp.float32))
+            return
         if config.train.objective == "autoencoder":
             autoencoder = config_lib.make_autoencoder(config)
             shape = (1, config.data.height, config.data.width, config.data.channels)

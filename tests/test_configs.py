@@ -49,6 +49,7 @@ def test_all_are_covered():
         "folder_small",
         "numbers",
         "numbers_autoencoder",
+        "numbers_clip",
         "numbers_latent",
         "captions",
         "captions_small",

@@ -237,7 +237,8 @@ class Workspace:
         if config:
             given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
         if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
-            given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in names]
+            unused = names | ({"--likelihood_images"} if "clip" in value.get("--workdir", "") else set())
+            given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in unused]
         if mode not in ("train", "import") and not config and "--workdir" in names:
             self.prepare(value["--workdir"])
         if "--init_from" in names:

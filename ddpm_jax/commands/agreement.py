@@ -11,11 +11,12 @@ from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.numbers import in_words, numbers_of
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import agreement, image_sets
-from ddpm_jax.interop.transformers import CLIP, read_clip
+from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.run import Run
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.sampling import shards
+from ddpm_jax.training.clips import load_clip
 
 _NUM_NUMBERS = 256  # samples whose digits are read, of learned numbers and of held-out ones
 
@@ -54,7 +55,7 @@ def open_clip(run: Run, folder: str) -> CLIP:
     """The CLIP of --clip_model; UserError for one that cannot be read, or a run without captions."""
     if "shown_captions" not in run.dataset:
         raise UserError("--clip_model scores pictures with their prompts, and this run did not learn from captions")
-    return read_clip(folder)
+    return load_clip(folder)
 
 
 def clip_scores(run: Run, clip: CLIP, folder: Path, count: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ddpm_jax.commands.agreement import captions_of, clip_scores, numbers_read, 
 from ddpm_jax.commands.job import FLAGS, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
-from ddpm_jax.evaluation import image_sets, likelihood, plots, results
+from ddpm_jax.evaluation import image_sets, likelihood, plots, results, retrieval
 from ddpm_jax.evaluation.comparison import compare
 from ddpm_jax.evaluation.features import Features, open_features
 from ddpm_jax.evaluation.references import open_summary, write_reference
@@ -26,8 +26,9 @@ from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text
 from ddpm_jax.runtime.progress import ProgressBar
-from ddpm_jax.runtime.workdir import CONFIG, check_writable
+from ddpm_jax.runtime.workdir import CONFIG, check_writable, read_config, read_dataset
 from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.training.clips import load_clip
 
 LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
     "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),
@@ -70,8 +71,8 @@ def evaluate(
       likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
         the probability "flow", or "none".
       likelihood_images: of how many training images.
-      clip_model: a transformers folder of a `CLIPModel`, which scores how well the samples of a run that learned from
-        captions agree with their prompts, and training images with their captions.
+      clip_model: a transformers folder of a `CLIPModel`, or a CLIP's workdir, which scores how well the samples of a
+        run that learned from captions agree with their prompts, and training images with their captions.
       save_reference: a .npz to write the moments of the real images to, for others to compare with.
 
     Returns:
@@ -130,6 +131,32 @@ def compare_paths(
     )
     result = compare(judge, real, fake, mesh, batch_size=size, seed=seed)
     _finish(folder, result, {}, real, save_reference)
+    return result
+
+
+def evaluate_clip(workdir: str | Path, *, num_images: int | None, batch_size: int | None) -> dict[str, Any]:
+    """How often the CLIP of a run ranks a picture's own caption first; adds the result to evaluation.json and
+    evaluation.md in the workdir.
+
+    Asked are pictures that it learned from and, if they are of numbers, pictures of the held-out numbers, too.
+
+    Args:
+      workdir: of a run with train.objective "clip".
+      num_images: pictures of each kind; None: 1,000.
+      batch_size: pictures at a time; None: the config's.
+
+    Returns:
+      The numbers by name.
+    """
+    config, folder = read_config(workdir), check_writable(workdir)
+    clip, source = load_clip(workdir), training_images(config, read_dataset(workdir) or {})
+    asked = retrieval.questions(source, num_images or _NUM_IMAGES)
+    size = batch_size or config.sample.batch_size
+    with _bar("finding captions") as bar:
+        found = retrieval.answers(clip, asked, parallel.make_mesh(), batch_size=size, progress=bar.update)
+    result: dict[str, Any] = {f"caption first, {name}": share for name, share in found.items()}
+    result["images"] = len(asked[0].pictures)
+    _write(folder, result, {})
     return result
 
 
@@ -205,13 +232,17 @@ def _finish(
     folder: Path, result: Mapping[str, Any], told: Mapping[str, Any], real: Summary, save_reference: str | None
 ) -> None:
     """Process 0 writes and prints."""
+    if save_reference and jax.process_index() == 0:
+        write_reference(save_reference, real)
+    _write(folder, result, told)
+
+
+def _write(folder: Path, result: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     if jax.process_index() != 0:
         return
     results.record(folder, result, told)
     if (folder / CONFIG).exists():  # of a run
         report.update(folder)
-    if save_reference:
-        write_reference(save_reference, real)
     for line in results.lines(result):
         print(line)
     print(f"all results: {folder / results.TABLE}")

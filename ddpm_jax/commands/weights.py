@@ -31,6 +31,15 @@ def export_weights(job: Job, adapters: bool) -> Path:
     return target
 
 
+def export_clip(workdir: str | Path, out: str | None) -> Path:
+    """Writes the CLIP of a workdir for transformers; see `ddpm_jax.interop.workdirs.export_clip`."""
+    if not out:
+        raise UserError("--mode=export of a CLIP needs --out: a folder for transformers")
+    target = workdirs.export_clip(workdir, out)
+    print(f"{workdir}: {target}")
+    return target
+
+
 def export_autoencoder(workdir: str | Path, out: str | None) -> Path:
     """Writes the autoencoder of a workdir for diffusers; see `ddpm_jax.interop.workdirs.export_autoencoder`."""
     if not out:

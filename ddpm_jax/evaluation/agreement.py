@@ -1,6 +1,6 @@
 """How well pictures agree with the texts that they were made from.
 
-    clip = read_clip("path/to/clip-vit-large-patch14")
+    clip = load_clip("path/to/clip-vit-large-patch14")
     scores = clip_score(clip, pictures, texts)                    # [N]
 
     similarities = embed_pictures(clip, pictures) @ embed_texts(clip, captions).T
@@ -46,7 +46,7 @@ def clip_score(
     they are, as in torchmetrics. Texts longer than CLIP takes are cut.
 
     Args:
-      clip: of `read_clip`.
+      clip: of `load_clip`.
       pictures: uint8 [N, H, W, 1 or 3].
       texts: N of them.
       mesh, batch_size: as in `embed_pictures`.
@@ -80,11 +80,12 @@ def embed_pictures(
 ) -> np.ndarray:
     """Pictures in the space that CLIP shares with texts.
 
-    Grey pictures become RGB. Pictures are prepared as transformers' CLIPImageProcessorPil does it: the shorter side
-    resized to CLIP's size by Pillow's bicubic filter, cropped at the centre, and normalised.
+    Grey pictures become RGB, or coloured ones grey, as CLIP takes them. Pictures are prepared as transformers'
+    CLIPImageProcessorPil does it: resized by Pillow's bicubic filter to the smallest size that covers CLIP's, cropped
+    at the centre, and normalised.
 
     Args:
-      clip: of `read_clip`.
+      clip: of `load_clip`.
       pictures: uint8 [N, H, W, 1 or 3].
       mesh: of `parallel.make_mesh`, all processes giving the same pictures; None: all devices.
       batch_size: pictures at a time, rounded up to a multiple of the devices.
@@ -99,7 +100,7 @@ def embed_pictures(
     _check(pictures)
     net = _PictureUnits(clip.image, clip.image_mean, clip.image_std)
     apply = Partial(_apply_of(net), {"params": {"encoder": clip.params["image"]}})
-    portions = (prepare(part, clip.image.image_size) for part in _parts(pictures, batch_size))
+    portions = (prepare(part, clip.image.shape) for part in _parts(pictures, batch_size))
     return _embedded(apply, portions, len(pictures), mesh, batch_size, progress)
 
 
@@ -114,7 +115,7 @@ def embed_texts(
     """Texts in the space that CLIP shares with pictures; equal texts are encoded once.
 
     Args:
-      clip: of `read_clip`.
+      clip: of `load_clip`.
       texts: N of them; those longer than CLIP takes are cut.
       mesh, batch_size: as in `embed_pictures`.
       progress: called with how many different texts are encoded, and how many there are.
@@ -193,18 +194,20 @@ def _check(pictures: np.ndarray) -> None:
         raise UserError("there are no pictures to judge")
 
 
-def prepare(pictures: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, size, size, 3] of uint8 [N, H, W, 1 or 3]: the shorter side bicubically resized to `size`, the centre
-    cropped. The longer side is rounded down, as transformers does it."""
-    height, width = pictures.shape[1:3]
-    shorter = min(height, width)
-    shape = (size * width // shorter, size * height // shorter)
-    left, top = ((length - size) // 2 for length in shape)
-    prepared = np.empty((len(pictures), size, size, 3), np.uint8)
+def prepare(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [N, *shape] of uint8 [N, H, W, 1 or 3]: bicubically resized to cover the shape's size, the centre cropped.
+    The side that is longer than it has to be is rounded down, as transformers does it."""
+    if pictures.shape[1:] == shape:
+        return pictures
+    (height, width), (rows, columns, channels) = pictures.shape[1:3], shape
+    covers_height = rows * width >= columns * height
+    size = (rows * width // height, rows) if covers_height else (columns, columns * height // width)
+    left, top = (size[0] - columns) // 2, (size[1] - rows) // 2
+    prepared = np.empty((len(pictures), *shape), np.uint8)
     for place, picture in zip(prepared, pictures, strict=True):
-        image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).convert("RGB")
-        resized = image.resize(shape, Image.Resampling.BICUBIC)
-        place[:] = np.asarray(resized)[top : top + size, left : left + size]
+        image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        resized = image.convert("RGB" if channels == 3 else "L").resize(size, Image.Resampling.BICUBIC)
+        place[:] = np.asarray(resized).reshape(*size[::-1], channels)[top : top + rows, left : left + columns]
     return prepared
 
 

@@ -27,7 +27,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder
 from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.text.tokenizers import Tokenizer
-from ddpm_jax.training import autoencoders
+from ddpm_jax.training import autoencoders, clips
 
 Tell = Callable[[str], None]
 
@@ -267,3 +267,19 @@ def export_autoencoder(path: str | Path, out: str | Path) -> Path:
         factor = autoencoders.measured_scaling(net, params, training_images(config, dataset or {}))
     autoencoder_lib.write(out, net, jax.device_get(params), factor)
     return Path(out).expanduser()
+
+
+def export_clip(path: str | Path, out: str | Path) -> Path:
+    """Writes the CLIP that a run trained as a folder of transformers' `CLIPModel`.
+
+    Args:
+      path: a workdir with train.objective "clip".
+      out: must not be there, or be empty.
+
+    Raises:
+      UserError: no CLIP there, one that transformers does not have, or `out` is there already.
+    """
+    clip = clips.load_clip(path)
+    if why := transformers.why_not(clip):
+        raise UserError(f"{str(path)!r} {why}; accepted for transformers' CLIPModel: square pictures")
+    return transformers.write_clip(out, clip)

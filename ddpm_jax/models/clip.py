@@ -102,8 +102,8 @@ class CLIPImageEncoder(nn.Module):
     ViT-L/14: 303,179,776 parameters without the projection.
 
     Attributes:
-      image_size: height and width of an image in pixels.
-      patch_size: height and width of a patch; divides image_size.
+      image_size: height and width of an image in pixels, one number if they are equal.
+      patch_size: height and width of a patch; divides both.
       channels: of an image.
       width: width of the states.
       num_layers, num_heads, mlp_width, activation, epsilon: of the Transformer.
@@ -111,7 +111,7 @@ class CLIPImageEncoder(nn.Module):
       dtype: what matrix products compute in; parameters and output are float32.
     """
 
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 14
     channels: int = 3
     width: int = 1024
@@ -123,12 +123,18 @@ class CLIPImageEncoder(nn.Module):
     projection: int | None = None
     dtype: Dtype = jnp.float32
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        size = self.image_size
+        return (*(size if isinstance(size, tuple) else (size, size)), self.channels)
+
     @nn.compact
     def __call__(self, images: jax.Array) -> ImageStates:
         """Encodes images.
 
         Args:
-          images: float [B, image_size, image_size, channels], normalised as the weights were trained with.
+          images: float [B, *shape], normalised as the weights were trained with.
 
         Returns:
           The states, with `projected` if there is a projection.
@@ -136,20 +142,21 @@ class CLIPImageEncoder(nn.Module):
         Raises:
           ValueError: images of another shape, or a patch_size that does not divide image_size.
         """
-        batch, size, patch = len(images), self.image_size, self.patch_size
-        if size % patch:
-            raise ValueError(f"patch_size {patch} does not divide image_size {size}")
-        if images.shape[1:] != (size, size, self.channels):
-            raise ValueError(f"the images have shape {images.shape[1:]}; accepted: {(size, size, self.channels)}")
-        side, initial = size // patch, nn.initializers.normal(0.02)
+        batch, (height, width, channels), patch = len(images), self.shape, self.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"patch_size {patch} does not divide image_size {self.image_size}")
+        if images.shape[1:] != self.shape:
+            raise ValueError(f"the images have shape {images.shape[1:]}; accepted: {self.shape}")
+        rows, columns, initial = height // patch, width // patch, nn.initializers.normal(0.02)
+        count = rows * columns
         # A matrix product over the pixels of each patch, which is faster than the same convolution on CPU.
-        pixels = images.reshape(batch, side, patch, side, patch, self.channels).swapaxes(2, 3)
-        pixels = pixels.reshape(batch, side**2, patch, patch, self.channels)
+        pixels = images.reshape(batch, rows, patch, columns, patch, channels).swapaxes(2, 3)
+        pixels = pixels.reshape(batch, count, patch, patch, channels)
         options = {"use_bias": False, "kernel_init": kernel_init(), "dtype": self.dtype, "name": "patches"}
         patches = nn.DenseGeneral(self.width, axis=(-3, -2, -1), **options)(pixels)
         token = self.param("class_token", initial, (self.width,))
         x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), patches], axis=1)
-        x += nn.Embed(side**2 + 1, self.width, embedding_init=initial, name="positions")(jnp.arange(side**2 + 1))
+        x += nn.Embed(count + 1, self.width, embedding_init=initial, name="positions")(jnp.arange(count + 1))
         x = Transformer(
             self.num_layers,
             self.num_heads,

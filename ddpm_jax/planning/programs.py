@@ -61,7 +61,7 @@ class Planned:
 
 def names_of(config: ConfigDict) -> tuple[str, ...]:
     """The programs that a run of this config has, of PROGRAMS."""
-    if config.train.objective == "autoencoder":
+    if config.train.objective != "diffusion":
         return ("train",)
     return tuple(name for name in PROGRAMS if name != "decode" or config.autoencoder.source)
 

@@ -214,6 +214,26 @@ class Checkpoints:
         self._manager.close()
 
 
+def read_weights(workdir: str | Path, part: str, shapes: Params) -> Params:
+    """One part's weights of the newest checkpoint as NumPy arrays, whatever devices they were trained on.
+
+    Args:
+      workdir: of the run.
+      part: "params" or "ema_...".
+      shapes: of the weights, with their dtypes.
+
+    Raises:
+      UserError: as `Checkpoints.restore_weights`.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return jax.device_get(checkpoints.restore_weights(None, part, shapes)[1])
+    finally:
+        checkpoints.close()
+
+
 def _system_error(error: Exception) -> str | None:
     """The operating system's words in an error of Orbax or TensorStore; None if it is of another kind."""
     texts = [os.strerror(number) for number in errno.errorcode]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ddpm_jax.runtime.files import atomic_path
+
+_LINE = 14  # pixels, of text
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:
@@ -46,6 +48,17 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
         top, left = (index // columns) * height + gap, (index % columns) * width + gap
         canvas[top : top + height - gap, left : left + width - gap] = image
     return canvas
+
+
+def captioned(image: np.ndarray, text: str, colour: str = "black", tile: int = 96) -> np.ndarray:
+    """An image uint8 [H, W, 1 or 3] above a line of text, uint8 [H', W', 3]. An image smaller than `tile` is enlarged
+    as by `grid`, and text that is wider than the image is cut."""
+    font, factor = ImageFont.load_default(), enlargement(image.shape[0], image.shape[1], tile)
+    picture = _picture(image.repeat(factor, axis=0).repeat(factor, axis=1))
+    canvas = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
+    canvas.paste(picture)
+    ImageDraw.Draw(canvas).text((picture.width / 2, picture.height + _LINE / 2), text, colour, font, anchor="mm")
+    return np.asarray(canvas)
 
 
 def enlargement(height: int, width: int, tile: int = 64) -> int:

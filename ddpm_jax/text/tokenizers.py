@@ -74,7 +74,7 @@ class Tokenizer:
         self._control = {*tokenizer.encode("").ids, padding["pad_id"]}
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "Tokenizer":
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int, *, end_last: bool = False) -> "Tokenizer":
         """Learns a byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) of the captions.
 
         Equal captions give an equal tokenizer, whatever their order. Any Unicode text can be encoded, and is decoded to
@@ -84,6 +84,7 @@ class Tokenizer:
           captions: the texts to learn from.
           vocab_size: the most tokens, at least MIN_VOCAB_SIZE; there are fewer when all captions' words are tokens.
           max_length: tokens of every encoded text, at least 3.
+          end_last: whether the end token has the largest id, as CLIP's has.
 
         Raises:
           UserError: a size that is too small, or a caption that is no Unicode text.
@@ -105,7 +106,13 @@ class Tokenizer:
             single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 2)]
         )
         # Known to the template alone, the three cannot be written into a prompt.
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
+        content = {**json.loads(tokenizer.to_str()), "added_tokens": []}
+        if end_last:
+            vocabulary = content["model"]["vocab"]
+            last = max(vocabulary, key=vocabulary.__getitem__)
+            vocabulary[last], vocabulary[_END] = vocabulary[_END], vocabulary[last]
+            content["post_processor"]["special_tokens"][_END]["ids"] = [vocabulary[_END]]
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         return cls(_with_length(tokenizer, max_length, _PAD, "the tokenizer"))
 
     @classmethod
@@ -164,6 +171,13 @@ class Tokenizer:
             return cls(tokenizer)
         except ValueError as error:
             raise UserError(f"{where!r} was not written by a Tokenizer: {error}") from None
+
+    @property
+    def end_id(self) -> int | None:
+        """The id of the token that ends every text; None: there is none."""
+        tokens = self.encode(["", "a"])
+        last = {int(ids[mask][-1]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)}
+        return last.pop() if len(last) == 1 else None
 
     def to_json(self) -> str:
         """The text of a tokenizer.json, with the length and the pad token."""

@@ -16,7 +16,7 @@ from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
 from ddpm_jax.runtime import processes, workdir
-from ddpm_jax.runtime.checkpoints import Checkpoints
+from ddpm_jax.runtime.checkpoints import read_weights
 from ddpm_jax.sampling.latents import Latents
 
 _MEASURED = 1024  # images whose latents give the scaling factor
@@ -70,10 +70,7 @@ def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
         return autoencoder_lib.read(config_lib.autoencoder_folder(path))
     config = workdir.read_config(path)
     net, _ = config_lib.open_autoencoder(path)
-    checkpoints = Checkpoints(Path(path).expanduser(), read_only=True)
-    part, shapes = f"ema_{config.train.ema_decays[0]}", param_shapes(net)
-    _, params = checkpoints.restore_weights(None, part, shapes)
-    checkpoints.close()
+    params = read_weights(Path(path).expanduser(), f"ema_{config.train.ema_decays[0]}", param_shapes(net))
     return net, params, 0.0
 
 

@@ -34,8 +34,8 @@ from ddpm_jax.runtime.progress import ProgressBar, format_seconds
 from ddpm_jax.training.autoencoders import autoencoder_description
 from ddpm_jax.training.clips import clip_description
 from ddpm_jax.training.journal import METRICS, Journal
-from ddpm_jax.training.monitor import Monitor
-from ddpm_jax.training.objectives import Diffusion, make_objective
+from ddpm_jax.training.monitor import Monitor, make_monitor
+from ddpm_jax.training.objectives import make_objective
 from ddpm_jax.training.pictures import make_pictures
 from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import start_weights
@@ -326,8 +326,7 @@ class _Training:
 
     @functools.cached_property
     def _monitor(self) -> Monitor:
-        assert isinstance(self.objective, Diffusion)
-        return Monitor(self.config, self.objective.model, self.mesh, self.source)
+        return make_monitor(self.config, self.objective, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""

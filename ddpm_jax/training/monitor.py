@@ -1,24 +1,63 @@
-"""A small evaluation on the way: bits/dim and a Frechet distance of the averaged weights, logged like other metrics."""
+"""A small evaluation on the way, of the averaged weights, logged like other metrics: bits/dim and a Frechet distance,
+or how often a CLIP finds captions."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.samplers import Observer
-from ddpm_jax.evaluation import image_sets, likelihood, metrics
+from ddpm_jax.evaluation import image_sets, likelihood, metrics, retrieval
 from ddpm_jax.evaluation.features import open_features
 from ddpm_jax.evaluation.summaries import summarize
+from ddpm_jax.runtime import parallel
 from ddpm_jax.sampling.generate import Model, generate
 from ddpm_jax.sampling.given import from_examples
+from ddpm_jax.training.objectives import Contrastive, Diffusion, Objective
 
 _BATCH = 64
 
 
-class Monitor:
+class Monitor(Protocol):
+    """An evaluation that is prepared once."""
+
+    def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+        """Numbers by the names that they are logged under.
+
+        Args:
+          params: averaged weights, on every device of the mesh.
+          progress: told (calls or pictures done, all of them).
+        """
+        ...
+
+
+def make_monitor(config: ConfigDict, objective: Objective, mesh: Mesh, source: Source) -> Monitor:
+    """That of a run with this objective; UserError as of `DiffusionMonitor`."""
+    if isinstance(objective, Contrastive):
+        return ContrastiveMonitor(config, objective, mesh, source)
+    assert isinstance(objective, Diffusion)
+    return DiffusionMonitor(config, objective.model, mesh, source)
+
+
+class ContrastiveMonitor:
+    """How often a CLIP ranks a picture's own caption first: of config.evaluate.num_images pictures."""
+
+    def __init__(self, config: ConfigDict, objective: Contrastive, mesh: Mesh, source: Source):
+        self._objective, self._mesh = objective, mesh
+        self._asked = retrieval.questions(source, config.evaluate.num_images)
+
+    def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+        clip = self._objective.clip_of(jax.tree.map(parallel.to_host, params))
+        found = retrieval.answers(clip, self._asked, self._mesh, batch_size=_BATCH, progress=progress)
+        return {"retrieval_" + re.sub(r"\W+", "_", name): share for name, share in found.items()}
+
+
+class DiffusionMonitor:
     """What the config's `evaluate` asks for, prepared once.
 
     Few images and few steps: the numbers follow a run, and are no results of it.

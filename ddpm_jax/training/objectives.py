@@ -14,9 +14,12 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.gaussian import normal
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.timesteps import LossHistory, sample_timesteps
+from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models import lora
 from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.sampling.generate import Model
 
@@ -178,11 +181,114 @@ class Reconstruction:
         return jnp.mean(jnp.abs(found - x), axis=axes) + self.kl_weight * divergence
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """CLIP: each picture of a batch is told from the others by its caption, and each caption by its picture (Radford et
+    al. 2021, arXiv:2103.00020, figure 3).
+
+    The logits of a batch are the cosine similarities of its pictures' and its captions' embeddings, times a learned
+    scale. The loss is the mean of two cross-entropies, of the captions given a picture and of the pictures given a
+    caption. Both are over the whole batch, whatever the number of devices.
+
+    A caption may be that of several pictures in a batch. Each of these pictures is then as right as the others: the
+    target of the cross-entropy is spread evenly over all pairs whose captions have the same tokens. So a data set may
+    have fewer captions than a batch has pictures. With captions that all differ it is CLIP's own loss.
+
+    Attributes:
+      text, image: the encoders, with projections of one width.
+      condition: how the captions of a batch are read.
+      pixels: the pictures.
+    """
+
+    text: CLIPTextEncoder
+    image: CLIPImageEncoder
+    condition: CaptionCondition
+    pixels: Pixels
+    num_timesteps: None = None
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {**self.pixels.reads, "ids": self.condition.reads["ids"]}
+
+    def init_params(self, seed: int) -> Params:
+        ids, pictures = jnp.zeros((1, self.text.max_length), jnp.int32), jnp.zeros((1, *self.pixels.picture_shape))
+        return {
+            "text": self.text.init(named_key(seed, "init_text"), ids)["params"],
+            "image": self.image.init(named_key(seed, "init"), pictures)["params"],
+            "logit_scale": jnp.log(1 / 0.07),
+        }
+
+    def frozen_shapes(self) -> Params:
+        return None
+
+    def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
+        return self.pixels.read(batch) | {"ids": self.condition.read(batch, source, draws)["ids"]}
+
+    def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
+        x = self.pixels.of_batch(batch, key)
+        return {"x": x, "ids": batch["ids"], "weight": jnp.ones(len(x))}
+
+    def losses(self, params: Params, frozen: Params, examples: Examples, key: jax.Array) -> jax.Array:
+        ids = examples["ids"]
+        pictures: Any = self.image.apply({"params": params["image"]}, examples["x"])
+        texts: Any = self.text.apply({"params": params["text"]}, ids)
+        equal = jnp.all(ids[:, None] == ids, axis=-1)
+        return contrastive_losses(pictures.projected, texts.projected, clipped(params["logit_scale"]), equal)
+
+    def clip_of(self, params: Params) -> CLIP:
+        """The CLIP that these parameters are."""
+        half = (0.5,) * self.pixels.picture_shape[-1]  # pixels are from -1 to 1
+        encoders = {"text": params["text"], "image": params["image"]}
+        scale = min(float(params["logit_scale"]), _MOST_LOGIT_SCALE)
+        return CLIP(self.text, self.image, encoders, scale, self.condition.texts.tokenizer, half, half)
+
+
+_MOST_LOGIT_SCALE = float(np.log(100))
+
+
+def contrastive_losses(pictures: jax.Array, texts: jax.Array, logit_scale: jax.Array, equal: jax.Array) -> jax.Array:
+    """The losses [B] of pictures and their captions, whose mean is CLIP's; see `Contrastive`.
+
+    Args:
+      pictures, texts: embeddings [B, P].
+      logit_scale: the logarithm of what cosine similarities are multiplied by.
+      equal: bool [B, B], which captions are the same.
+    """
+    pictures, texts = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (pictures, texts))
+    logits = jnp.exp(logit_scale) * jnp.matmul(pictures, texts.T, precision=jax.lax.Precision.HIGHEST)
+    target = equal / jnp.sum(equal, axis=-1, keepdims=True)  # as `equal` is symmetric, so of both directions
+    of_pictures, of_texts = (-jnp.sum(target * jax.nn.log_softmax(x), axis=-1) for x in (logits, logits.T))
+    return 0.5 * (of_pictures + of_texts)
+
+
+@jax.custom_vjp
+def clipped(logit_scale: jax.Array) -> jax.Array:
+    """The logit scale, at most log(100), as in CLIP. Beyond that a gradient passes only if it leads back."""
+    return jnp.minimum(logit_scale, _MOST_LOGIT_SCALE)
+
+
+def _clipped_gradient(logit_scale: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((logit_scale < _MOST_LOGIT_SCALE) | (gradient > 0), gradient, 0.0),)
+
+
+clipped.defvjp(lambda logit_scale: (clipped(logit_scale), logit_scale), _clipped_gradient)
+
+
 def make_objective(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Objective:
     """What the config trains; `dataset` as in `ddpm_jax.config.make_condition`."""
     if config.train.objective == "autoencoder":
         pixels = config_lib.make_pixels(config)
         return Reconstruction(config_lib.make_autoencoder(config), pixels, config.autoencoder.kl_weight)
+    if config.train.objective == "clip":
+        return make_contrastive(config, dataset)
     model = config_lib.make_model(config, dataset)
     adapted = {"lora_rank": config.lora.rank, "lora_scale": config_lib.lora_scale(config)} if config.lora.rank else {}
     return Diffusion(model, config.diffusion.timestep_sampler, config_lib.loss_options(config), **adapted)
+
+
+def make_contrastive(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Contrastive:
+    """The CLIP that a run with train.objective "clip" trains; `dataset` as in `ddpm_jax.config.make_condition`."""
+    condition = config_lib.make_condition(config, dataset)
+    assert isinstance(condition, CaptionCondition)
+    text, image = config_lib.make_clip_encoders(config, dataset)
+    return Contrastive(text, image, condition, config_lib.make_pixels(config))

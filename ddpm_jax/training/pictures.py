@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.samplers import Observer
+from ddpm_jax.evaluation import agreement
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.progress import ProgressBar
@@ -21,7 +22,7 @@ from ddpm_jax.sampling.embeddings import Embeddings
 from ddpm_jax.sampling.generate import Model, Request, generate
 from ddpm_jax.sampling.given import from_examples
 from ddpm_jax.sampling.latents import Latents
-from ddpm_jax.training.objectives import Diffusion, Objective, Params, Reconstruction
+from ddpm_jax.training.objectives import Contrastive, Diffusion, Objective, Params, Reconstruction
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
@@ -44,6 +45,8 @@ def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: 
     """Those of a run with this objective."""
     if isinstance(objective, Reconstruction):
         return Reconstructions(config, objective, mesh, source)
+    if isinstance(objective, Contrastive):
+        return Retrievals(config, objective, mesh, source)
     assert isinstance(objective, Diffusion)
     if isinstance(objective.model.decoder, Embeddings):
         return Retrieved(config, objective.model, mesh, source)
@@ -157,6 +160,38 @@ class Reconstructions:
         pairs = np.stack([pictures, decoder.decode(decoder.encode(pictures))], axis=1)
         columns = 2 * max(round((len(pairs) / 2) ** 0.5), 1)
         _save(path, lambda: images.grid(pairs.reshape(-1, *shape), columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrievals:
+    """Training pictures, and under each the caption that a CLIP finds for it among those of all of them: red where it
+    is not the picture's own."""
+
+    config: ConfigDict
+    objective: Contrastive
+    mesh: Mesh
+    source: Source
+
+    def save_step(self, params: Params, path: Path) -> None:
+        self._save_found(params, path, self.config.log.sample_images)
+
+    def save_final(self, params: Params, folder: Path) -> None:
+        self._save_found(params, folder / "final.png", self.config.sample.num_images)
+
+    def _save_found(self, params: Params, path: Path, count: int) -> None:
+        clip = self.objective.clip_of(jax.tree.map(parallel.to_host, params))
+        batch = spread(self.source, count)
+        pictures, own = batch["image"], [self.source.captions[place][0] for place in batch["index"].tolist()]
+        captions = list(dict.fromkeys(own))
+        batches = {"mesh": self.mesh, "batch_size": self.config.sample.batch_size}
+        texts = agreement.embed_texts(clip, captions, **batches)
+        best = np.argmax(agreement.embed_pictures(clip, pictures, **batches) @ texts.T, axis=1)
+        found = [captions[place] for place in best]
+        tiles = [
+            images.captioned(picture, text, "black" if text == right else "red")
+            for picture, text, right in zip(pictures, found, own, strict=True)
+        ]
+        _save(path, lambda: images.grid(np.stack(tiles)))
 
 
 def _bar(what: str) -> ProgressBar:

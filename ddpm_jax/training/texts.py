@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import TRAINED, make_texts, train_tokenizer
+from ddpm_jax.config import TRAINED, is_workdir, make_texts, open_text_encoder, train_tokenizer
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.image_sets import places
 from ddpm_jax.interop import transformers
 from ddpm_jax.runtime import processes, workdir
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.training.clips import load_clip
 
 _SHOWN = 64  # captions for images of which nothing is said
 
@@ -47,12 +48,25 @@ def text_description(
     if config.text.encoder != TRAINED and "text_encoder" not in found:
         target = folder / workdir.TEXT_ENCODER
         if jax.process_index() == 0:
-            net, params = transformers.read(config.text.encoder)
+            net, params = read_text_encoder(config.text.encoder)
             shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
             transformers.write(target, net, params)
         processes.meet("text encoder")
         found["text_encoder"] = str(target)
     return {name: found[name] for name in ("tokenizer", "shown_captions", "text_encoder") if name in found}
+
+
+def read_text_encoder(path: str | Path) -> tuple[transformers.Encoder, Any]:
+    """The text encoder of a transformers folder or of a CLIP's workdir, and its float32 parameters.
+
+    Raises:
+      UserError: no such encoder there, or one that is not supported.
+    """
+    if not is_workdir(path):
+        return transformers.read(path)
+    open_text_encoder(path)  # which says in words what the run is that is no CLIP
+    clip = load_clip(path)
+    return clip.text, clip.params["text"]
 
 
 def _tokenizer(config: ConfigDict, source: Source) -> str:

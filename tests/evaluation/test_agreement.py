@@ -120,13 +120,13 @@ class TestPrepare:
         rows, columns = (16 * length // shorter for length in (height, width))
         resized = np.einsum("ih,jw,nhwc->nijc", weights(height, rows), weights(width, columns), pictures)
         top, left = (rows - 16) // 2, (columns - 16) // 2
-        error = prepare(pictures, 16) - resized[:, top : top + 16, left : left + 16]
+        error = prepare(pictures, (16, 16, 3)) - resized[:, top : top + 16, left : left + 16]
         assert np.abs(error).max() <= 1.5
 
     def test_leaves_pictures_of_the_size_as_they_are(self):
         square = PICTURES[:, :, 2:11]
-        np.testing.assert_array_equal(prepare(square, 9), square)
-        np.testing.assert_array_equal(prepare(PICTURES, 9), square)
+        np.testing.assert_array_equal(prepare(square, (9, 9, 3)), square)
+        np.testing.assert_array_equal(prepare(PICTURES, (9, 9, 3)), square)
 
 
 class TestRetrieval:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop.transformers import clip, t5
-from ddpm_jax.interop.transformers.clip import CLIP, clip_width, read_clip, read_image, write_clip
+from ddpm_jax.interop.transformers.clip import CLIP, clip_width, read_clip, read_image, why_not, write_clip
 from ddpm_jax.interop.transformers.folder import WEIGHTS, architecture, check_tokenizer, require
 from ddpm_jax.models.clip import CLIPTextEncoder
 from ddpm_jax.models.t5 import T5Encoder
@@ -31,6 +31,7 @@ __all__ = [
     "read_module",
     "to_module",
     "to_params",
+    "why_not",
     "write",
     "write_clip",
 ]

@@ -61,7 +61,6 @@ _TEXT_SIZES = {
     "mlp_width": ("intermediate_size", 2048),
 }
 _IMAGE_SIZES = {
-    "image_size": ("image_size", 224),
     "patch_size": ("patch_size", 32),
     "channels": ("num_channels", 3),
     "width": ("hidden_size", 768),
@@ -69,6 +68,8 @@ _IMAGE_SIZES = {
     "num_heads": ("num_attention_heads", 12),
     "mlp_width": ("intermediate_size", 3072),
 }
+_IMAGE_SIZE = ("image_size", 224)
+_CHANNELS = (1, 3)
 _PROJECTION = ("projection_dim", 512)
 _LEGACY_END = 2  # the eos_token_id of configs before transformers 4.31, by which the end is the largest id
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the RGB pixels that OpenAI's CLIP was trained on, from 0 to 1
@@ -117,6 +118,7 @@ def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
     kind, accepted = architecture(config), "CLIPVisionModelWithProjection"
     require(kind == accepted, "architectures", kind, where, accepted)
     net = _image_module({**config, "vision_config": config}, where)
+    require(net.channels == 3, "num_channels", net.channels, where, "3")
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
     shapes = _shapes(net)
     own = {name: value for name, value in tensors.items() if not _is_range(name)}
@@ -170,21 +172,28 @@ def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -
 
 
 def write_clip(folder: str | Path, clip: CLIP) -> Path:
-    """Writes a `CLIPModel`'s folder with the files that `read_clip` reads; see `write`."""
-    size = clip.image.image_size
+    """Writes a `CLIPModel`'s folder with the files that `read_clip` reads; see `write`.
+
+    transformers opens it if the images are square; `why_not` says so beforehand.
+    """
+    height, width, channels = clip.image.shape
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": clip.text.projection,
         "logit_scale_init_value": clip.logit_scale,
         "text_config": _text_config(clip.text),
-        "vision_config": _config(clip.image, _IMAGE_SIZES),
+        "vision_config": {
+            **_config(clip.image, _IMAGE_SIZES),
+            _IMAGE_SIZE[0]: height if height == width else [height, width],
+        },
     }
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
+        "size": {"shortest_edge": height} if height == width else {"height": height, "width": width},
+        "crop_size": {"height": height, "width": width},
         "resample": _BICUBIC,
+        "do_convert_rgb": channels == 3,
         "image_mean": clip.image_mean,
         "image_std": clip.image_std,
     }
@@ -197,6 +206,12 @@ def write_clip(folder: str | Path, clip: CLIP) -> Path:
         "tokenizer": json.loads(clip.tokenizer.to_json()),
     }
     return write_folder(folder, tensors, files)
+
+
+def why_not(clip: CLIP) -> str:
+    """Why transformers has no such `CLIPModel`; "" if it has."""
+    height, width, _ = clip.image.shape
+    return "" if height == width else f"is for pictures of {height}x{width}, which are not square"
 
 
 def _config(net: CLIPTextEncoder | CLIPImageEncoder, sizes: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
@@ -224,10 +239,23 @@ def to_module(config: Mapping[str, Any], where: str = "config.json") -> CLIPText
 
 def _image_module(config: Mapping[str, Any], where: str) -> CLIPImageEncoder:
     options = _options(_half(config, "vision", where), _IMAGE_SIZES, where)
-    size, patch, channels = options["image_size"], options["patch_size"], options["channels"]
-    require(size % patch == 0, "patch_size", patch, where, f"a divisor of image_size, {size}")
-    require(channels == 3, "num_channels", channels, where, "3")
-    return CLIPImageEncoder(**options, projection=count(config, *_PROJECTION, where))
+    patch, channels = options["patch_size"], options["channels"]
+    size = _image_size(_half(config, "vision", where), where)
+    sides = size if isinstance(size, tuple) else (size,)
+    require(not any(side % patch for side in sides), "patch_size", patch, where, f"a divisor of image_size, {size}")
+    require(channels in _CHANNELS, "num_channels", channels, where, " or ".join(map(str, _CHANNELS)))
+    return CLIPImageEncoder(**options, image_size=size, projection=count(config, *_PROJECTION, where))
+
+
+def _image_size(fields: Mapping[str, Any], where: str) -> int | tuple[int, int]:
+    """One number, as transformers has it, or the height and the width of pictures that are not square."""
+    field, default = _IMAGE_SIZE
+    value = fields.get(field, default)
+    if not isinstance(value, list):
+        return count(fields, field, default, where)
+    fits = len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+    require(fits, field, value, where, "a whole number above 0, or a height and a width")
+    return value[0], value[1]
 
 
 def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -254,13 +282,15 @@ def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], wh
 
 def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a preprocessor_config.json that prepares images as CLIP does."""
-    if not path.is_file():
+    height, width, channels = net.shape
+    if not path.is_file() and channels == len(_MEAN):
         return _MEAN, _STD
-    config, size = read_json_object(path), net.image_size
+    config = read_json_object(path)
+    both = {"height": height, "width": width}
     # A number where newer files have an object.
+    sizes = {"size": (height, {"shortest_edge": height}), "crop_size": (height, both)}
     wanted = {
-        "size": (size, {"shortest_edge": size}),
-        "crop_size": (size, {"height": size, "width": size}),
+        **(sizes if height == width else {"size": (both,), "crop_size": (both,)}),
         "resample": (_BICUBIC,),
         "rescale_factor": (1 / 255,),
         **{f"do_{step}": (True, None) for step in ("resize", "center_crop", "rescale", "normalize")},
@@ -268,11 +298,16 @@ def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], 
     for field, accepted in wanted.items():
         value = config.get(field, accepted[0])
         require(value in accepted, field, value, str(path), json.dumps(accepted[0]))
+    if channels == 1:
+        converts = config.get("do_convert_rgb")
+        require(
+            converts is False, "do_convert_rgb", converts, str(path), "false, since the encoder takes grey pictures"
+        )
     mean, std = config.get("image_mean", _MEAN), config.get("image_std", _STD)
     for field, values in (("image_mean", mean), ("image_std", std)):
-        fits = isinstance(values, list | tuple) and len(values) == net.channels
+        fits = isinstance(values, list | tuple) and len(values) == channels
         fits = fits and all(isinstance(value, int | float) for value in values)
-        require(fits, field, values, str(path), f"{net.channels} numbers")
+        require(fits, field, values, str(path), f"{channels} numbers")
     require(min(std) > 0, "image_std", std, str(path), "numbers above 0")
     return tuple(map(float, mean)), tuple(map(float, std))
 
@@ -314,7 +349,7 @@ def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], An
     if isinstance(net, CLIPTextEncoder):
         example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     else:
-        example = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, net.channels), jnp.float32)
+        example = jax.ShapeDtypeStruct((1, *net.shape), jnp.float32)
     return flatten_dict(jax.eval_shape(net.init, jax.random.key(0), example)["params"])
 
 

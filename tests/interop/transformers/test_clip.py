@@ -201,7 +201,7 @@ def test_an_older_clip_in_half_precision(clip, clip_folder):
         ("config", {"architectures": ["CLIPTextModel"]}, "architectures is 'CLIPTextModel' in {}; accepted: CLIPModel"),
         ("config", {"vision_config": 3}, "vision_config is 3 in {}; accepted: a JSON object"),
         ("config", {"vision_config": {"patch_size": 5}}, "patch_size is 5 in {}; accepted: a divisor of image_size, 2"),
-        ("config", {"vision_config": {"num_channels": 1}}, "num_channels is 1 in {}; accepted: 3"),
+        ("config", {"vision_config": {"num_channels": 4}}, "num_channels is 4 in {}; accepted: 1 or 3"),
         (
             "config",
             {"vision_config": {"hidden_act": "silu"}},

@@ -1,0 +1,91 @@
+"""How well a CLIP finds the captions of pictures among others."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ddpm_jax.data.numbers import NumbersSource, in_words
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation import agreement, image_sets
+from ddpm_jax.interop.transformers import CLIP
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Pictures whose captions are to be found.
+
+    Attributes:
+      pictures: uint8 [N, H, W, C].
+      captions: of each picture its own.
+      among: for each answer that is wanted, its name and the captions to choose from, which all differ and have the
+        pictures' own among them.
+    """
+
+    pictures: np.ndarray
+    captions: Sequence[str]
+    among: dict[str, Sequence[str]]
+
+
+def questions(source: Source, count: int) -> list[Question]:
+    """What a CLIP that learned from a source is asked.
+
+    Args:
+      source: with captions. Pictures are spread over it and have their first captions, which are those to choose from.
+        If it is one of numbers, the choice is all numbers of so many digits, and those that it holds out are asked for
+        too: among one another, and among all.
+      count: pictures of each question.
+    """
+    batch, captions = image_sets.spread(source, count), _captions(source, count)
+    if not isinstance(source, NumbersSource) or not source.held_out:
+        return [Question(batch["image"], captions, {"data": list(dict.fromkeys(captions))})]
+    held_out = NumbersSource(source.num_digits, source.numbers, source.fit)
+    every, others = ([in_words(number) for number in sorted(n)] for n in (_all_numbers(source), held_out.numbers))
+    return [
+        Question(batch["image"], captions, {"data among all captions": every}),
+        Question(
+            image_sets.spread(held_out, count)["image"],
+            _captions(held_out, count),
+            {"held out among one another": others, "held out among all captions": every},
+        ),
+    ]
+
+
+def _all_numbers(source: NumbersSource) -> list[int]:
+    return [*source.numbers, *source.held_out]
+
+
+def _captions(source: Source, count: int) -> list[str]:
+    return [source.captions[place][0] for place in image_sets.places(source, count).tolist()]
+
+
+def answers(
+    clip: CLIP,
+    asked: Sequence[Question],
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """The share of pictures whose own caption is ranked first, by the names of the questions' answers.
+
+    Args:
+      clip: of `ddpm_jax.load_clip`.
+      asked: of `questions`.
+      mesh, batch_size: as in `agreement.embed_pictures`.
+      progress: called with how many pictures are encoded, and how many there are.
+    """
+    total, done = sum(len(question.pictures) for question in asked), 0
+    found: dict[str, float] = {}
+    for question in asked:
+        units = agreement.embed_pictures(clip, question.pictures, mesh=mesh, batch_size=batch_size)
+        done += len(units)
+        if progress:
+            progress(done, total)
+        for name, texts in question.among.items():
+            places = {text: place for place, text in enumerate(texts)}
+            own = np.array([places[caption] for caption in question.captions])
+            similarities = units @ agreement.embed_texts(clip, texts, mesh=mesh, batch_size=batch_size).T
+            found[name] = agreement.retrieval(similarities, own)
+    return found
