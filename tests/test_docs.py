@@ -91,9 +91,11 @@ FEW = {
     "sample": ["--num_steps=4"],
     "plan": ["--programs=sample"],
 }
+OF_A_CASCADE = ("configs/numbers_base.py", "configs/numbers_sr.py")  # whose sizes follow from each other
 # Modes whose results no command after them needs.
 LEAVES_NOTHING = (
     *("sample", "interpolate", "vary", "denoise", "inpaint", "progressive", "coarse_to_fine", "neighbours", "evaluate"),
+    *("upscale", "variations", "blend", "text_difference"),
     *("prepare", "doctor", "plan", "report"),
 )
 FROM_NETWORK = ("cifar10", "celebahq256", "lsun")  # configs whose images would be downloaded: digits in their place
@@ -167,7 +169,7 @@ class Workspace:
             for i in range(12):
                 Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / name / f"{i}.png")
                 (folder / name / f"{i}.txt").write_text(f"picture number {i}")
-        for name in ("a", "b", "noisy", "photo"):
+        for name in ("a", "b", "noisy", "photo", "small"):
             shutil.copy(folder / "other" / "0.png", folder / f"{name}.png")
         (folder / "prompts.txt").write_text("ten\nninety\n")
         hole = np.zeros((8, 8), np.uint8)
@@ -235,11 +237,16 @@ class Workspace:
         if "--init_from" in names:  # of a run of digits, which predicts v
             given.append("--config.diffusion.prediction=v")
         if config:
-            given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
+            own = ("data.height", "data.width") if config in OF_A_CASCADE else ()
+            given += [
+                f"--config.{name}={x}"
+                for name, x in TINY.items()
+                if f"--config.{name}" not in names and name not in own
+            ]
         if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
             unused = names | ({"--likelihood_images"} if "clip" in value.get("--workdir", "") else set())
             given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in unused]
-        if mode not in ("train", "import") and not config and "--workdir" in names:
+        if mode not in ("train", "import", "compose") and not config and "--workdir" in names:
             self.prepare(value["--workdir"])
         if "--init_from" in names:
             self.prepare(value["--init_from"])

@@ -52,7 +52,7 @@ def test_read(tmp_path):
     ("fields", "change", "said"),
     [
         ({"architectures": ["CLIPVisionModel"]}, None, f"architectures is 'CLIPVisionModel' in .*accepted: {KIND}"),
-        ({"hidden_act": "relu"}, None, "hidden_act is 'relu'"),
+        ({"hidden_act": "silu"}, None, "hidden_act is 'silu'"),
         ({"patch_size": 4}, None, "patch_size is 4 in .*; accepted: a divisor of image_size, 6"),
         ({"projection_dim": 7}, None, r"'visual_projection.weight' in .* has shape \(5, 16\); accepted: \(7, 16\)"),
         ({}, lambda tensors: tensors | {"more": np.zeros(1, np.float32)}, "has a tensor 'more'"),
