@@ -1,11 +1,12 @@
-"""A CLIP of the numbers' pictures and names, 8x16 grey: two to three minutes on two cores.
+"""A CLIP of the numbers' pictures and names, 8x16 grey: minutes on two cores.
 
     python main.py --config=configs/numbers_clip.py --workdir=runs/numbers_clip
     python main.py --mode=evaluate --workdir=runs/numbers_clip
 
 An image encoder of 3 layers over 2x2 patches and a text encoder of 2 layers, 0.6 M parameters, learn which name belongs
-to which picture (Radford et al. 2021). They do not see the held-out numbers, whose pictures the evaluation then gives
-them, too. Other runs take the text encoder by --config.text.encoder=runs/numbers_clip.
+to which picture (Radford et al. 2021). They do not see the held-out numbers. Of 512 pictures of those, all find their
+name among the sixteen, and 0.998 among all ninety. (One run, 13m41 on two cores with a load of seven.) Other runs take
+the text encoder by --config.text.encoder=runs/numbers_clip.
 """
 
 from configs import numbers

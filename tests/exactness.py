@@ -31,6 +31,7 @@ SECTIONS = {
     "tests/interop/diffusers/test_prior_peers.py": "DALL-E 2's prior",
     "tests/interop/transformers/test_clip.py": "CLIP's encoders",
     "tests/interop/transformers/test_image_encoder.py": "CLIP's image encoder by itself",
+    "tests/training/test_contrastive.py": "CLIP's loss",
     "tests/interop/transformers/test_t5.py": "T5's encoder",
     "tests/interop/test_single_file.py": "Single files of Stable Diffusion",
     "tests/interop/test_lora.py": "LoRA",

@@ -123,6 +123,15 @@ class TestPrepare:
         error = prepare(pictures, (16, 16, 3)) - resized[:, top : top + 16, left : left + 16]
         assert np.abs(error).max() <= 1.5
 
+    def test_covers_a_size_that_is_not_square(self):
+        """A picture of rows that are all alike has them afterwards, whatever is cut from above and below."""
+        rows = np.arange(0, 240, 12, dtype=np.uint8)[None, None, :, None].repeat(30, 1)
+        found = prepare(rows, (4, 10, 1))
+        assert found.shape == (1, 4, 10, 1)
+        assert np.abs(found[..., 0].astype(int) - (np.arange(10) * 24 + 6)).max() <= 6
+        coloured = prepare(rows.repeat(3, -1), (4, 10, 1))
+        np.testing.assert_array_equal(coloured, found)
+
     def test_leaves_pictures_of_the_size_as_they_are(self):
         square = PICTURES[:, :, 2:11]
         np.testing.assert_array_equal(prepare(square, (9, 9, 3)), square)

@@ -116,6 +116,20 @@ def test_image_encoder_follows_the_equations():
     assert jax.eval_shape(IMAGE.clone(projection=None).apply, variables, x).projected is None
 
 
+def test_image_encoder_of_pictures_that_are_not_square():
+    """Patches lie row by row: of an encoder whose positions are all alike, they are those of the transposed picture."""
+    wide, high = (IMAGE.clone(image_size=size, channels=1) for size in ((4, 6), (6, 4)))
+    x = images()[:, :4, :, :1]
+    variables = randomised(wide, x)
+    variables["params"]["positions"]["embedding"] *= 0
+    variables["params"]["patches"]["kernel"] = np.ones((2, 2, 1, 16)) * variables["params"]["patches"]["kernel"][:1, :1]
+    found, other = apply(wide, variables, x), apply(high, variables, x.swapaxes(1, 2))
+    assert (wide.shape, high.shape) == ((4, 6, 1), (6, 4, 1))
+    expected = other.patches.reshape(3, 3, 2, 16).swapaxes(1, 2).reshape(3, 6, 16)
+    np.testing.assert_allclose(found.patches, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.projected, other.projected, rtol=1e-4, atol=1e-5)
+
+
 def test_image_encoder_in_bfloat16_is_close_to_float32():
     variables = randomised(IMAGE, images())
     low, expected = (apply(IMAGE.clone(dtype=dtype), variables, images()) for dtype in (jnp.bfloat16, jnp.float32))

@@ -30,6 +30,13 @@ def test_an_autoencoder_has_a_training_step_alone():
         planned("sample", **AUTOENCODER)
 
 
+def test_a_clip_has_a_training_step_alone():
+    clip = {"train__objective": "clip", "text__encoder": "trained", "clip__width": 16, "clip__num_layers": 1}
+    assert planned("train", **clip).flops() > 0
+    with pytest.raises(UserError, match="--programs has 'sample'; accepted for this run: train"):
+        planned("sample", **clip)
+
+
 class TestDecoding:
     def test_of_latents(self, tmp_path):
         """In bfloat16 the weights take half the memory, and the arithmetic is the same."""

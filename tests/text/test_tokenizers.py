@@ -78,6 +78,18 @@ def test_training_is_deterministic_and_kept_in_json(trained):
     np.testing.assert_array_equal(found.ids, expected.ids)
 
 
+def test_the_end_token_last():
+    """So that it is found at the largest id, too, as CLIP does it; all else stays."""
+    first, last = (Tokenizer.train(CAPTIONS, 300, 12, end_last=end_last) for end_last in (False, True))
+    assert (first.end_id, last.end_id) == (2, last.vocab_size - 1)
+    ids, swapped = (tokenizer.encode(CAPTIONS).ids for tokenizer in (first, last))
+    other = {2: last.end_id, last.end_id: 2}
+    np.testing.assert_array_equal([[other.get(i, i) for i in row] for row in swapped.tolist()], ids)
+    np.testing.assert_array_equal(np.argmax(swapped, axis=1), np.argmax(swapped == last.end_id, axis=1))
+    again = Tokenizer.from_json(last.to_json())
+    assert [again.decode(row) for row in swapped] == CAPTIONS
+
+
 def test_vocabulary_of_bytes_alone():
     tokenizer = Tokenizer.train([], MIN_VOCAB_SIZE, 8)
     assert tokenizer.vocab_size == MIN_VOCAB_SIZE
