@@ -6,9 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from clips import make_clip
 
 from configs import finetune
 from ddpm_jax import config as config_lib
+from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.errors import UserError
@@ -39,6 +41,12 @@ def autoencoder(tmp_path):
     return tmp_path / "autoencoder"
 
 
+@pytest.fixture
+def clip(tmp_path):
+    """A transformers folder of a CLIP."""
+    return transformers.write_clip(tmp_path / "clip", make_clip(tmp_path / "tokenizer"))
+
+
 def test_all_are_covered():
     assert set(NAMES) == {
         *SMALL,
@@ -49,8 +57,12 @@ def test_all_are_covered():
         "folder_small",
         "numbers",
         "numbers_autoencoder",
+        "numbers_base",
         "numbers_clip",
+        "numbers_decoder",
         "numbers_latent",
+        "numbers_prior",
+        "numbers_sr",
         "captions",
         "captions_small",
     }
@@ -60,11 +72,29 @@ def test_all_are_covered():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE[1:3] else ()) for name in NAMES]
 )
-def test_config_is_valid(name, autoencoder):
+def test_config_is_valid(name, autoencoder, clip):
     config = load(name)
-    if config.autoencoder.source:
-        config.autoencoder.source = str(autoencoder)
+    for section, field, folder in (
+        ("autoencoder", "source", autoencoder),
+        ("prior", "clip", clip),
+        ("embedding", "clip", clip),
+        ("text", "encoder", clip),
+    ):
+        if config[section][field].startswith("runs/"):
+            config[section][field] = str(folder)
     validate(config, num_devices=1)
+
+
+def test_the_stages_of_the_cascade_follow_from_each_other():
+    base, second = load("numbers_base"), load("numbers_sr")
+    assert (base.data.height, base.data.width) == (second.upscale.height, second.upscale.width) == (4, 8)
+    assert base.data.held_out == second.data.held_out
+
+
+def test_the_prior_and_the_decoder_share_a_clip():
+    prior, decoder = load("numbers_prior"), load("numbers_decoder")
+    assert prior.prior.clip == decoder.embedding.clip == prior.text.encoder == decoder.text.encoder
+    assert (decoder.text.dropout, decoder.embedding.dropout) == (0.5, 0.1)  # as in the paper
 
 
 @pytest.mark.parametrize("name", NAMES)

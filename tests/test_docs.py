@@ -248,8 +248,8 @@ class Workspace:
             given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in unused]
         if mode not in ("train", "import", "compose") and not config and "--workdir" in names:
             self.prepare(value["--workdir"])
-        if "--init_from" in names:
-            self.prepare(value["--init_from"])
+        for workdir in filter(None, (value.get("--init_from", ""), *value.get("--stages", "").split(","))):
+            self.prepare(workdir)
         if value.get("--source") in ("stable-diffusion", "model.safetensors"):
             self.stable_diffusion()
         if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
@@ -271,7 +271,9 @@ class Workspace:
             self.stable_diffusion()
             self.main(["python", "main.py", "--mode=import", "--source=stable-diffusion", f"--workdir={workdir}"])
             return
-        name = {"runs/classes": "digits_classes", "runs/numbers": "numbers"}.get(workdir, "digits")
+        name = {"runs/classes": "digits_classes"}.get(workdir, workdir.removeprefix("runs/"))
+        if not (ROOT / "configs" / f"{name}.py").exists():
+            name = "digits"
         kept = self.done / name
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
