@@ -444,7 +444,8 @@ class TestInstalled:
             "error: --config is 'cifar11', which is not a file; configs/ has captions.py, captions_small.py, "
             "celebahq256.py, cifar10.py, cifar10_article.py, digits.py, digits_classes.py, finetune.py, "
             "folder.py, folder_small.py, lsun_bedroom.py, lsun_cat.py, lsun_church.py, numbers.py, "
-            "numbers_autoencoder.py, numbers_clip.py, numbers_latent.py\n",
+            "numbers_autoencoder.py, numbers_base.py, numbers_clip.py, numbers_decoder.py, numbers_latent.py, "
+            "numbers_prior.py, numbers_sr.py\n",
         )
 
     def test_a_file_that_is_no_config(self, tmp_path):
