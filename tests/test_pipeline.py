@@ -11,7 +11,9 @@ from flax.traverse_util import flatten_dict
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax import pipeline
+from ddpm_jax import pipeline, report
+from ddpm_jax.commands import evaluation
+from ddpm_jax.commands.job import Job
 from ddpm_jax.interop import transformers
 from ddpm_jax.models.captioned import Captioned
 from ddpm_jax.models.embedding_condition import Embedded
@@ -23,13 +25,13 @@ CAPTIONS = ("a red apple", "two green pears", "a plum")
 
 
 def tiny(folder, height=8, width=8, **sections):
-    """A config of a few steps on 24 captioned colour pictures."""
+    """A config of a few steps on 24 captioned grey pictures."""
     path = folder / "pictures.npz"
     if not path.exists():
-        pictures = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+        pictures = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
         np.savez(path, image=pictures, caption=CAPTIONS * 8)
     config = config_lib.default_config()
-    config.data.update(source="array", path=str(path), height=height, width=width, channels=3, flip=True)
+    config.data.update(source="array", path=str(path), height=height, width=width, channels=1, flip=True)
     config.model.update(
         channels=8, num_groups=4, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,)
     )
@@ -81,7 +83,7 @@ def unclip(tmp_path_factory):
 class TestCascade:
     def test_an_image_follows_from_its_number_and_the_settings(self, cascade):
         run = ddpm_jax.load(cascade / "cascade")
-        assert run.shape == (8, 8, 3)
+        assert run.shape == (8, 8, 1)
         said = {"prompts": ["a plum"], "guidance_scale": [2.0, 1.0]}
         images = run.sample(5, seed=3, batch_size=8, **said)
         again = run.sample(seed=3, indices=[4, 1], batch_size=16, **said)
@@ -134,17 +136,17 @@ class TestCascade:
         for name in ("sr", "cascade"):
             run = ddpm_jax.load(cascade / name)
             with pytest.raises(UserError, match="this run works on the result of another stage"):
-                run.vary(np.zeros((1, 8, 8, 3), np.uint8), t=5)
+                run.vary(np.zeros((1, 8, 8, 1), np.uint8), t=5)
         with pytest.raises(UserError, match="the pictures to enlarge are uint8 of shape"):
-            ddpm_jax.load(cascade / "sr").upscale(np.zeros((1, 8, 8, 3), np.uint8))
+            ddpm_jax.load(cascade / "sr").upscale(np.zeros((1, 8, 8, 1), np.uint8))
         with pytest.raises(UserError, match="this run enlarges no pictures"):
-            ddpm_jax.load(cascade / "base").upscale(np.zeros((1, 4, 4, 3), np.uint8))
+            ddpm_jax.load(cascade / "base").upscale(np.zeros((1, 4, 4, 1), np.uint8))
 
     def test_what_does_not_go_together(self, cascade, tmp_path):
         base, sr = cascade / "base", cascade / "sr"
         for stages, sentence in (
             ([sr, base], "stage 2, .*base', takes nothing from another"),
-            ([base, sr, sr], "stage 2, .*sr', makes 8x8x3, and stage 3, .*sr', is given 4x4x3; accepted: the same"),
+            ([base, sr, sr], "stage 2, .*sr', makes 8x8x1, and stage 3, .*sr', is given 4x4x1; accepted: the same"),
             ([base], "--stages has 1 run; accepted: two or more"),
             ([base, tmp_path / "none"], "holds no run"),
         ):
@@ -159,7 +161,7 @@ class TestCascade:
     def test_a_stage_that_is_missing_or_was_trained_on(self, cascade, tmp_path):
         shutil.copytree(cascade, tmp_path / "copy")
         run = tmp_path / "copy" / "cascade"
-        assert ddpm_jax.load(run).shape == (8, 8, 3)  # stages are found beside it wherever both lie
+        assert ddpm_jax.load(run).shape == (8, 8, 1)  # stages are found beside it wherever both lie
         (tmp_path / "copy" / "base" / "checkpoints" / "2").rename(tmp_path / "copy" / "base" / "checkpoints" / "4")
         with pytest.raises(
             UserError, match=r"stage 1 of .* was at step 2 and is at step 4 now; compose the pipeline again"
@@ -199,7 +201,7 @@ class TestUnclip:
     def test_prompt_to_picture(self, unclip):
         run = ddpm_jax.load(unclip / "both")
         images = run.sample(3, prompts=["a plum"], guidance_scale=2.0)
-        assert images.shape == (3, 8, 8, 3)
+        assert images.shape == (3, 8, 8, 1)
         assert images.dtype == np.uint8
 
     def test_pictures_through_their_embeddings(self, unclip):
@@ -209,7 +211,7 @@ class TestUnclip:
             pictures = (
                 run.stages[-1].pictures("data:0", "data:5") if name == "both" else run.pictures("data:0", "data:5")
             )
-            assert run.variations(pictures, seed=1).shape == (2, 8, 8, 3)
+            assert run.variations(pictures, seed=1).shape == (2, 8, 8, 1)
             blended = run.blend(*pictures, weights=(0.0, 0.5, 1.0), seed=2)
             ends = run.of_embeddings(run.embedder.of_pictures(pictures), seed=2, same_noise=True)
             assert np.max(np.abs(blended[[0, -1]].astype(int) - ends)) <= 1
@@ -228,3 +230,29 @@ class TestUnclip:
     def test_names_of_the_decoders_parameters(self, unclip):
         params = flatten_dict(ddpm_jax.load(unclip / "decoder").params)
         assert {path[0] for path in params} == {"net", "condition"}
+
+
+@pytest.mark.slow
+class TestCommands:
+    def test_report_and_evaluation(self, cascade):
+        """Of a pipeline as of a run; the report names its stages."""
+        folder = cascade / "cascade"
+        job = Job(ddpm_jax.load(folder), folder)
+        result = evaluation.evaluate(
+            job,
+            features="digits",
+            against="data",
+            generated=None,
+            num_images=8,
+            likelihood="estimate",
+            likelihood_images=2,
+            clip_model=None,
+            batch_size=8,
+            shard_size=4,
+            save_reference=None,
+        )
+        assert result["stages"][0]["step"] == 2
+        assert "no likelihood" in result["not computed"]
+        page = report.write(folder).read_text()
+        assert "a pipeline of 2 runs" in page
+        assert "../base, step 2, makes 4x4x1" in page

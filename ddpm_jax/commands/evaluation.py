@@ -28,6 +28,7 @@ from ddpm_jax.runtime.files import write_text
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.runtime.workdir import CONFIG, check_writable, read_config, read_dataset
 from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.sampling.embeddings import Embeddings
 from ddpm_jax.training.clips import load_clip
 
 LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
@@ -79,6 +80,10 @@ def evaluate(
       The numbers by name.
     """
     run = job.run
+    if isinstance(run.model.decoder, Embeddings):
+        raise UserError(
+            "this run draws embeddings, which are no pictures to judge; accepted: a pipeline with its decoder"
+        )
     if generated is not None and (num_images is not None or job.options):
         given = ["num_images"] * (num_images is not None) + [FLAGS.get(name, name) for name in job.options]
         raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
@@ -104,13 +109,23 @@ def evaluate(
         agreement |= clip_scores(run, clip, made, count) if clip else {}
     real = _training_summary(run, judge, size) if against == "data" else _open("against", against, judge, run, size)
     result = compare(judge, real, fake, run.mesh, batch_size=size, seed=job.seed) | agreement
-    if likelihood != "none" and isinstance(run.model.decoder, Pixels):
+    why = _no_likelihood(run)
+    if likelihood != "none" and not why:
         result |= _likelihood(job, likelihood, likelihood_images, size, folder)
     elif likelihood != "none":
         absent = [result["not computed"]] if "not computed" in result else []
-        result["not computed"] = ", ".join([*absent, "bits/dim of pictures, since latents are diffused"])
+        result["not computed"] = ", ".join([*absent, why])
     _finish(folder, result, told, real, save_reference)
     return result | told
+
+
+def _no_likelihood(run: Run) -> str:
+    """Why a run has no likelihood of pictures; "": it has one."""
+    if not isinstance(run.model.decoder, Pixels):
+        return "bits/dim of pictures, since latents are diffused"
+    return (
+        "bits/dim, since there is no likelihood of pictures that follow from another stage's" if run.model.given else ""
+    )
 
 
 def compare_paths(

@@ -65,10 +65,12 @@ def _page(folder: Path) -> str:
     history = read_json_lines(folder / workdir.HISTORY)
     drawn = _pictures_on_the_way(folder)
     stages, in_strip = _stages(folder, dataset)
+    runs = read_json(folder / workdir.STAGES, {}).get("stages", [])  # of a pipeline
     captions = [str(caption) for caption in dataset.get("shown_captions", [])]
     in_grids = max(config.log.sample_images, config.sample.num_images)
+    environment = read_json(folder / workdir.ENVIRONMENT, {})
     sections = {
-        "summary": _summary(config, dataset, lines, history, read_json(folder / workdir.ENVIRONMENT, {})),
+        "summary": _of_pipeline(runs) if runs else _summary(config, dataset, lines, history, environment),
         "data": _data(folder, dataset, _captions(captions)),
         "samples": _slider(
             "samples",
@@ -83,13 +85,15 @@ def _page(folder: Path) -> str:
         "curves": _curves(lines),
         "evaluation": _evaluations(folder),
         "history": _history(history, config.train.num_steps, lines, folder),
-        "config": _config(config),
+        "config": "" if runs else _config(config),
     }
     sections = {name: body for name, body in sections.items() if body}
     page = resources.files(__package__).joinpath("page.html").read_text()
     values = {
         "title": html.escape(folder.resolve().name),
-        "state": html.escape(_state(history, lines, config.train.num_steps)),
+        "state": html.escape(
+            f"a pipeline of {len(runs)} runs" if runs else _state(history, lines, config.train.num_steps)
+        ),
         "written": datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         "data": _script({"curves": _thinned(lines), "samples": drawn, "denoising": stages}),
         "sections": "\n".join(
@@ -175,6 +179,12 @@ def _summary(
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     facts["Source"] = environment.get("git_revision") or ""
     return _facts({name: value for name, value in facts.items() if value})
+
+
+def _of_pipeline(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The stages of a pipeline, each with a report of its own."""
+    names = [f"{run['workdir']}, step {run['step']:,}, makes {'x'.join(map(str, run['size']))}" for run in runs]
+    return _facts({f"Stage {number}": name for number, name in enumerate(names, 1)})
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
