@@ -17,6 +17,9 @@ PAGES = [
 PROGRAMS = (".", "cd", "curl", "git", "mkdocs", "mypy", "pip", "python", "python3", "ruff", "ssh")
 
 
+_COMMAND_IN_A_TABLE = re.compile(r"^\|.*\| `(python main\.py [^`]+)` \|")
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """A code block.
@@ -37,7 +40,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced and indented code blocks of a page of `PAGES`."""
+    """The fenced and indented code blocks of a page of `PAGES`, and the commands in its tables."""
     return list(_blocks(page, (ROOT / page).read_text().splitlines()))
 
 
@@ -57,6 +60,8 @@ def _blocks(page: str, lines: list[str]) -> Iterator[Block]:
             text = "\n".join(line[4:] for line in lines[first:number]).strip()
             yield Block(page, first + 1, _kind(text), text)
         else:
+            if cell := _COMMAND_IN_A_TABLE.search(lines[number]):
+                yield Block(page, first + 1, "sh", cell[1])
             number += 1
 
 
