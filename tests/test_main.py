@@ -457,15 +457,27 @@ class TestInstalled:
     def test_help_lists_the_flags(self, tmp_path):
         status, output = self.call(tmp_path, "--help")
         assert status == 0
-        assert "--guidance_scale" in output
-        assert output.startswith("Denoising Diffusion Probabilistic Models in JAX")
+        assert output.startswith("ddpm_jax trains diffusion models")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
 def test_help_is_no_failure(call, flag):
     status, output = call(flag, config=None)
     assert status == 0
-    assert "--guidance_scale" in output
+    assert ("--guidance_scale" if flag == "--helpfull" else "--mode=sample --help lists") in output
+
+
+def test_help_of_a_mode(call):
+    status, output = call("--mode=inpaint", "--help", config=None)
+    assert status == 0
+    assert "--mask " in output
+    assert "--topology" not in output
+
+
+def test_without_flags_it_says_what_to_type(call):
+    status, output = call(config=None)
+    assert status == 0
+    assert "python main.py --config=configs/digits.py --workdir=runs/digits" in output
 
 
 BAD = [

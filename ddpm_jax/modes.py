@@ -1,0 +1,146 @@
+"""The modes of the command line: functions of `ddpm_jax.commands`, whose parameters are the flags of these names."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from ddpm_jax.commands import compose, doctor, editing, evaluation, plan, prepare, sampling, serve, train, weights
+from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
+from ddpm_jax.pipeline import load
+from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime.errors import UserError
+
+FLAGS = flags.FLAGS
+Function = Callable[..., Any]
+
+# The options of `Run.sample` whose flags have their names.
+OPTIONS = (
+    *("sampler", "num_steps", "spacing", "eta", "clip", "dynamic_threshold", "order"),
+    *("guidance_scale", "guidance_rescale"),
+)
+# The flags that a job is made of: which weights and where to, and how to sample with them.
+_OF_SAMPLING = {
+    *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
+    *OPTIONS,
+}
+_OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
+# Flags of a job that its file's name has in another place, or that decide nothing of its pictures.
+_NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard_size", "part"}
+
+# The functions of each mode, with the words by which a message tells them apart.
+FUNCTIONS: dict[str, dict[str, Function]] = {
+    "train": {"": train.train},
+    "sample": {"": sampling.sample, " --images": sampling.sample_shards},
+    "interpolate": {
+        "": editing.interpolate,
+        " --latents": editing.interpolate_latents,
+        " without --input": editing.interpolate_words,
+    },
+    "vary": {"": editing.vary},
+    "denoise": {"": editing.denoise},
+    "upscale": {"": editing.upscale},
+    "variations": {"": editing.variations},
+    "blend": {"": editing.blend},
+    "text_difference": {"": editing.text_difference},
+    "inpaint": {"": editing.inpaint},
+    "progressive": {"": sampling.progressive},
+    "coarse_to_fine": {"": editing.coarse_to_fine},
+    "neighbours": {"": sampling.neighbours},
+    "evaluate": {
+        "": evaluation.evaluate,
+        " of two sets of images": evaluation.compare_paths,
+        " of a CLIP": evaluation.evaluate_clip,
+    },
+    "prepare": {"": prepare.prepare},
+    "compose": {"": compose.compose},
+    "report": {"": train.report},
+    "import": {"": weights.import_weights},
+    "export": {
+        "": weights.export_weights,
+        " of an autoencoder": weights.export_autoencoder,
+        " of a CLIP": weights.export_clip,
+    },
+    "doctor": {"": doctor.doctor},
+    "plan": {"": plan.plan},
+    "serve": {"": serve.serve},
+}
+_FROM_PICTURES = (
+    *(editing.interpolate, editing.vary, editing.denoise, editing.inpaint, editing.coarse_to_fine),
+    *(editing.upscale, editing.variations, editing.blend, editing.text_difference),
+)
+# What a function has no use for among the flags of a job.
+_WITHOUT: dict[Function, set[str]] = {
+    **{edit: {"timesteps"} for edit in _FROM_PICTURES},
+    editing.interpolate_latents: _OF_SAMPLING - {"height", "width", "num_steps", "spacing"},
+    evaluation.evaluate: {"out"},
+    weights.export_weights: {"dtype", *_OF_SAMPLING},
+    serve.serve: {"out", *_OF_SAMPLING} - {"height", "width"},
+}
+
+
+def run(mode: str) -> None:
+    """Calls the function of the mode with its flags; UserError for a flag that would do nothing."""
+    variant = _variant(mode)
+    function = FUNCTIONS[mode][variant]
+    accepted = flags_of(function) | ({"latents"} if mode == "interpolate" else set())
+    known = {"latents"}.union(*(flags_of(other) for variants in FUNCTIONS.values() for other in variants.values()))
+    for name in sorted(known - accepted):
+        if FLAGS[name].present:
+            raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
+    told = {name: _as_text(name) for name in sorted(accepted - _NOT_IN_NAMES) if FLAGS[name].present}
+    parameters = inspect.signature(function).parameters
+    function(**{name: _job(told) if name == "job" else _value(name) for name in parameters})
+
+
+def flags_of(function: Function) -> set[str]:
+    """The names of the flags that a function of FUNCTIONS takes, but for --workdir."""
+    names = set(inspect.signature(function).parameters)
+    return (names | (_OF_A_JOB if "job" in names else set())) - {"job", "workdir"} - _WITHOUT.get(function, set())
+
+
+def _variant(mode: str) -> str:
+    """Which of the mode's functions the flags, or the run in the workdir, ask for."""
+    if mode == "sample":
+        return "" if _value("images") is None else " --images"
+    if mode == "interpolate" and _value("latents"):
+        return " --latents"
+    if mode == "interpolate" and not _value("input"):
+        return " without --input" if any(_value(name) for name in ("prompt", "prompts", "classes")) else ""
+    is_run = (Path(_value("workdir")).expanduser() / workdir.CONFIG).exists()
+    if mode == "evaluate" and FLAGS["against"].present and FLAGS["generated"].present and not is_run:
+        return " of two sets of images"
+    if mode in ("evaluate", "export"):
+        objective = workdir.read_config(_value("workdir")).train.objective
+        found = {"autoencoder": " of an autoencoder", "clip": " of a CLIP"}.get(objective, "")
+        return found if found in FUNCTIONS[mode] else ""
+    return ""
+
+
+def _value(name: str) -> Any:
+    return FLAGS[name].value
+
+
+def _as_text(name: str) -> str:
+    value = _value(name)
+    if not isinstance(value, list):
+        return str(value)
+    separator = "\n" if name in ("prompt", "negative_prompt") else ","  # a prompt may have commas
+    return separator.join(map(str, value))
+
+
+def _job(told: dict[str, str]) -> Job:
+    """What the flags say of a run; `told` as in `Job`."""
+    value = {name: _value(name) for name in ("workdir", "prompt", "prompts", "negative_prompt", *_OF_A_JOB)}
+    options: dict[str, Any] = {name: value[name] for name in OPTIONS if value[name] is not None}
+    for option, name in (("timesteps", "timesteps"), ("guidance_interval", "guidance_interval"), ("labels", "classes")):
+        if value[name]:
+            options[option] = parse_numbers(name, value[name])
+    prompts = [*value["prompt"], *(read_lines("prompts", value["prompts"]) if value["prompts"] else ())]
+    options |= {"prompts": prompts} if prompts else {}
+    options |= {"negative_prompts": value["negative_prompt"]} if value["negative_prompt"] else {}
+    which = {name: value[name] for name in ("step", "ema_decay", "raw", "dtype")}
+    opened = load(value["workdir"], **which, loras=parse_loras(value["lora"])).at(value["height"], value["width"])
+    return Job(opened, Path(value["workdir"]).expanduser(), value["seed"], value["out"], options, told)
