@@ -183,8 +183,12 @@ _STRENGTH = flags.DEFINE_float(
 )
 _WEIGHTS = flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
 _LATENTS = flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
-_JUMP = flags.DEFINE_integer("jump", 10, "inpaint: steps in each of RePaint's jumps back.", lower_bound=1)
-_TIMES = flags.DEFINE_integer("times", 1, "inpaint: how many times RePaint runs each jump; 1: once.", lower_bound=1)
+_JUMP = flags.DEFINE_integer(
+    "jump", None, "inpaint: steps in each of RePaint's jumps back; by default 10.", lower_bound=1
+)
+_TIMES = flags.DEFINE_integer(
+    "times", None, "inpaint: how many times RePaint runs each jump; by default once.", lower_bound=1
+)
 _NUM_STAGES = flags.DEFINE_integer("num_stages", None, "progressive: pictures on the way, 10 or so.", lower_bound=2)
 _OF = flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0, or the noisy x_t.")
 _NUM_NEIGHBOURS = flags.DEFINE_integer("num_neighbours", 5, "neighbours: how many per sample.", lower_bound=1)
