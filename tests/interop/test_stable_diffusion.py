@@ -256,7 +256,7 @@ def test_what_an_inpainting_network_cannot(inpainting, imported, tmp_path):
             run.inpaint(PICTURES, MASK, **{name: value}, **INPAINTING)
     with pytest.raises(UserError, match="networks that are given a masked picture are not trained here"):
         ddpm_jax.train(finetune.get_config(str(inpainting)), tmp_path / "run")
-    with pytest.raises(UserError, match="stage 2, .*, takes nothing from another"):
+    with pytest.raises(UserError, match=r"stage 2, .*, takes nothing from another"):
         compose([imported, inpainting], tmp_path / "pipeline")
 
 

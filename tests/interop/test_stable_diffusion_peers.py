@@ -233,7 +233,7 @@ def save_inpainting(folder, sampler):
 
 @pytest.mark.parametrize("sampler", INPAINTERS)
 def test_inpainting_network(measure, monkeypatch, tmp_path, sampler):
-    """20 steps from the same latents, with guidance; the masked picture is encoded as the mean, which they draw from."""
+    """20 steps from the same latents, with guidance; the masked picture becomes the mean, from which they draw."""
     theirs = save_inpainting(tmp_path / "theirs", sampler)
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint
     mean = functools.partial(module.retrieve_latents, sample_mode="argmax")

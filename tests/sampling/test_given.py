@@ -1,15 +1,27 @@
 """What runs are given: a picture and a mask, for latents of a small autoencoder with random weights."""
 
+from functools import cache
+
+import jax
 import numpy as np
 import pytest
-from test_latents import PICTURES, latents
 
+from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.given import MaskedPicture
+from ddpm_jax.sampling.latents import Latents
 
+NET = Autoencoder(channels=1, latent_channels=3, widths=(4, 8), num_res_blocks=1, num_groups=2, middle_attention=False)
+PICTURES = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 1), np.uint8)
 MASKS = np.zeros((10, 4, 6, 1), bool)
 MASKS[:, 1:4, 2:5] = True
+
+
+@cache
+def latents():
+    params = NET.init(jax.random.key(0), images.to_float(PICTURES[:1]))["params"]
+    return Latents((4, 6, 1), NET, lambda: params, scaling_factor=0.5)
 
 
 @pytest.fixture
@@ -19,13 +31,13 @@ def given():
 
 def test_mask_and_masked_latents(given):
     """The mask has the pixel at the upper left of each latent; the latents are those of a picture with a grey part."""
-    decoder = latents()
-    values = given.of_pictures(decoder, PICTURES, MASKS)
+    values = given.of_pictures(latents(), PICTURES, MASKS)
     assert (values.shape, values.dtype) == ((10, 2, 3, 4), np.float32)
     np.testing.assert_array_equal(values[0, ..., 0], [[0, 0, 0], [0, 1, 1]])
     grey = images.to_float(PICTURES) * ~MASKS
-    np.testing.assert_allclose(values[..., 1:], 0.5 * decoder._by_chunks("encode", grey)[0], atol=1e-6)
-    assert not np.allclose(values[..., 1:], decoder.encode(PICTURES), atol=1e-2)
+    mean, _ = NET.apply({"params": latents().open_params()}, grey, method="encode")
+    np.testing.assert_allclose(values[..., 1:], 0.5 * mean, atol=1e-6)
+    assert not np.allclose(values[..., 1:], latents().encode(PICTURES), atol=1e-2)
 
 
 def test_nothing_under_the_mask_is_seen(given):
