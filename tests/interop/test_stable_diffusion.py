@@ -222,9 +222,9 @@ def test_inpainting_network(inpainting):
     np.testing.assert_array_equal(found[:, ~MASK], PICTURES[:, ~MASK])
     assert np.any(found[:, MASK] != PICTURES[:, MASK])
     hidden = np.where(MASK[..., None], 0, PICTURES)
-    assert near(run.inpaint(hidden, MASK, 1, **INPAINTING)[:, MASK], found[:, MASK])
+    np.testing.assert_array_equal(run.inpaint(hidden, MASK, 1, **INPAINTING)[:, MASK], found[:, MASK])
     shown = np.where(MASK[..., None], PICTURES, 255 - PICTURES)  # what is known counts
-    assert not near(run.inpaint(shown, MASK, 1, **INPAINTING)[:, MASK], found[:, MASK])
+    assert np.any(run.inpaint(shown, MASK, 1, **INPAINTING)[:, MASK] != found[:, MASK])
     each = run.inpaint(PICTURES[1:], np.stack([MASK, ~MASK]), 1, batch_size=1, **INPAINTING)
     np.testing.assert_array_equal(each[1][MASK], PICTURES[2][MASK])
     assert not near(each[0][MASK], found[1][MASK])  # picture 0 of this call, whose noise is another
@@ -271,8 +271,6 @@ def test_inpainting_network_there_and_back(inpainting, tmp_path):
     again = workdirs.import_weights(str(exported), tmp_path / "again")
     assert_same_runs(again, inpainting)
     assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
-    own = workdirs.export_weights(run, tmp_path / "own.safetensors")
-    assert load(workdirs.import_weights(str(own), tmp_path / "own")).config.model.masked_picture
 
 
 def test_inpainting_network_by_command(call, inpainting, tmp_path):

@@ -19,7 +19,6 @@ from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters
 from ddpm_jax.models import lora as models_lora
 from ddpm_jax.pipeline import load
-from ddpm_jax.sampling.generate import asked
 
 WHY = "diffusers and PyTorch are not installed (pip install -e '.[peers]')"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -262,10 +261,13 @@ def test_inpainting_network(measure, monkeypatch, tmp_path, sampler):
     their_latents = to_numpy(their_latents)
 
     request = run.request(prompts=prompts, negative_prompts=negative, num_steps=20, guidance_scale=7.5)
-    values = run.model.given.of_pictures(run.model.decoder, pictures, mask)
+    given = run.model.given
+    values = given.of_pictures(run.model.decoder, pictures, mask)
 
     def latents_with(values):
-        model_fn = asked(run.model, run.params, request, np.arange(2), run.mesh, {"image": values})
+        cond, null = request.condition.of_images(np.arange(2)), request.condition.null(2)
+        picture = given.of_images(values, 0, np.arange(2))
+        model_fn = run.model.model_fn(run.params, cond | picture, null | given.null(picture), request.guidance)
         return sample(run.schedule, model_fn, jax.random.key(0), noise.shape, x_t=noise, **request.keywords())
 
     latents = latents_with(values)
@@ -285,8 +287,7 @@ def test_export_of_an_inpainting_network(measure, tmp_path):
     assert tensors.keys() == others.keys()
     different = [name for name, value in tensors.items() if value.tobytes() != others[name].tobytes()]
     measure("tensors that differ after import and export, inpainting network", "their bytes", len(different), 0)
-    after = diffusers.DiffusionPipeline.from_pretrained(again)
-    assert type(after) is diffusers.StableDiffusionInpaintPipeline
+    after = diffusers.StableDiffusionInpaintPipeline.from_pretrained(again)
     after.set_progress_bar_config(disable=True)
     noise, picture = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0)), torch.full((1, 3, 16, 16), 0.25)
     mask = torch.zeros(1, 1, 16, 16)

@@ -38,6 +38,8 @@ _FOREIGN = {
     "transformer": "a transformer in place of the UNet, as Stable Diffusion 3 has",
     "prior": "a prior, as unCLIP has",
 }
+# Without a version, or with one up to 0.5.1, diffusers takes the folder for one of its older pipeline of four channels.
+_INPAINT = {"_class_name": PIPELINES[2], "_diffusers_version": "0.6.0"}
 _GUIDANCE = 7.5  # of diffusers' pipeline, where nothing is said
 _CONFIGS = {
     "unet": "config.json",
@@ -228,7 +230,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
     encoder, states = dataclasses.replace(texts.encoder, projection=None), dict(texts.open_params())
     states.pop("projection", None)
     index = {
-        "_class_name": PIPELINES[0] if model.given is None else PIPELINES[2],
+        **({"_class_name": PIPELINES[0]} if model.given is None else _INPAINT),
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
