@@ -205,12 +205,18 @@ MASK = np.zeros((16, 16), bool)
 MASK[4:12, 2:9] = True
 
 
+def inpainting_unet():
+    """Its first filters weigh the picture's latents more, which are much alike without training."""
+    tensors = small(single_files.unet_shapes(in_channels=9), 0)
+    tensors["conv_in.weight"][:, 5:] *= 300
+    return tensors
+
+
 @pytest.fixture(scope="module")
 def inpainting(tokens, tmp_path_factory):
     """Imported from a single file."""
     folder = tmp_path_factory.mktemp("inpainting")
-    unet = small(single_files.unet_shapes(in_channels=9), 0)
-    parts = unet, small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
+    parts = inpainting_unet(), small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
     save_file(single_files.checkpoint(*parts), folder / "x.safetensors")
     return workdirs.import_weights(str(folder / "x.safetensors"), folder / "run", tokenizer=tokens)
 
@@ -265,7 +271,7 @@ def test_inpainting_network_there_and_back(inpainting, tmp_path):
     exported = workdirs.export_weights(run, tmp_path / "folder")
     assert json.loads((exported / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
     assert json.loads((exported / "unet" / "config.json").read_text())["in_channels"] == 9
-    expected, found = small(single_files.unet_shapes(in_channels=9), 0), part(exported, "unet")
+    expected, found = inpainting_unet(), part(exported, "unet")
     assert found.keys() == expected.keys()
     assert all(value.tobytes() == expected[name].tobytes() for name, value in found.items())
     again = workdirs.import_weights(str(exported), tmp_path / "again")
