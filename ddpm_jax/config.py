@@ -34,7 +34,7 @@ from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
 from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding
 from ddpm_jax.sampling.generate import Model, Request
-from ddpm_jax.sampling.given import Given, LowResolution
+from ddpm_jax.sampling.given import Given, LowResolution, MaskedPicture
 from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.text.encoders import FrozenTexts, Texts, TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
@@ -108,6 +108,7 @@ def default_config() -> ConfigDict:
     model.center_input = False  # the network sees 2 x - 1
     model.class_conditional = False  # learn the classes of the data set
     model.null_class = True  # a class-conditional network also knows no class, which guidance needs
+    model.masked_picture = False  # it is given a mask and the latents of the picture without what is under it
     model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
@@ -540,7 +541,7 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
     if config.prior.clip:
         return condition.network(_make_prior(config, condition))
     options = dict(config.model)
-    del options["class_conditional"]
+    del options["class_conditional"], options["masked_picture"]
     off = (
         *("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels"),
         *("head_channels", "token_channels", "time_channels"),
@@ -577,14 +578,19 @@ def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dty
     """The parts of the run's system; `dataset` and `dtype` as in `make_condition`."""
     condition, decoder = make_condition(config, dataset, dtype), make_decoder(config, dataset, dtype)
     net, schedule = make_network(config, condition), make_schedule_from(config)
-    return Model(condition, net, schedule, decoder, make_given(config, schedule, dataset))
+    return Model(condition, net, schedule, decoder, make_given(config, schedule, decoder, dataset))
 
 
-def make_given(config: ConfigDict, schedule: Schedule, dataset: Mapping[str, Any] | None = None) -> Given | None:
-    """What the run is given by another stage; None: nothing. `dataset` as in `make_condition`."""
+def make_given(
+    config: ConfigDict, schedule: Schedule, decoder: Decoder, dataset: Mapping[str, Any] | None = None
+) -> Given | None:
+    """What the run is given besides its condition; None: nothing. `dataset` as in `make_condition`."""
     data, upscale = config.data, config.upscale
     if config.embedding.clip:
         return ImageEmbedding(make_embedder(config, dataset), config.embedding.dropout)
+    if config.model.masked_picture:
+        assert isinstance(decoder, Latents)
+        return MaskedPicture(decoder.shape, decoder.autoencoder.downscaling)
     if not upscale.height:
         return None
     low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))

@@ -243,7 +243,7 @@ def _check(folders: Sequence[Path], runs: Sequence[Run]) -> None:
     """UserError unless each run is given what the one before it makes."""
     for number in range(1, len(runs)):
         given, name = runs[number].model.given, str(folders[number])
-        if given is None:
+        if given is None or given.needs:
             raise UserError(
                 f"stage {number + 1}, {name!r}, takes nothing from another; accepted: a run trained "
                 "with config.upscale or config.embedding"

@@ -36,7 +36,8 @@ from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import Condition, check_guidance
 from ddpm_jax.sampling.embeddings import Embedder, ImageEmbedding
 from ddpm_jax.sampling.generate import Model, Request, generate, image_keys
-from ddpm_jax.sampling.given import Inputs, LowResolution, from_examples
+from ddpm_jax.sampling.given import Inputs, LowResolution, MaskedPicture, from_examples
+from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.text.encoders import FrozenTexts
 from ddpm_jax.validation import validate
 
@@ -413,31 +414,52 @@ class Run:
         mask: np.ndarray,
         seed: int = 0,
         *,
-        jump: int = 10,
-        times: int = 1,
+        jump: int | None = None,
+        times: int | None = None,
         fixed_noise: bool = False,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+        snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
         """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
 
+        A run whose network is given the masked picture (model.masked_picture) samples what is under the mask from
+        noise. Any other has the rest restored before each step (RePaint).
+
         Args:
           pictures: uint8 [N, H, W, C].
           mask: bool [H, W], or one a picture, [N, H, W].
-          jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`.
-          fixed_noise: the known part has the noise that sampling starts from at every step, as in diffusers, instead of
-            noise of its own at each.
-          seed, options: as in `vary`.
+          jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`; None: 10 and 1.
+          fixed_noise: instead of RePaint's noise of its own at each step, the known part has the noise that sampling
+            starts from at all steps, as in diffusers.
+          seed: picture i's noise depends on the seed and i.
+          batch_size, progress, watch, snapshots_of, options: as in `sample`.
         """
         pictures, mask = self._check(pictures), np.asarray(mask, bool)
         if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
             raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
         masks = np.broadcast_to(mask, pictures.shape[:3])[..., None]
+        if isinstance(self.model.given, MaskedPicture):
+            for name, value in {"jump": jump, "times": times, "fixed_noise": fixed_noise or None}.items():
+                if value is not None:
+                    raise UserError(
+                        f"{name} is {value}, which is for networks that are not given the picture, as this run's is; "
+                        f"accepted: no {name}"
+                    )
+            assert isinstance(self.model.decoder, Latents)
+            inputs = Inputs(self.model.given.of_pictures(self.model.decoder, pictures, masks))
+            request, observer = self.request(**options), Observer(progress, watch, snapshots_of=snapshots_of)
+            found = self._generated(request, range(len(pictures)), seed, batch_size, observer, inputs)[0]
+            return np.where(masks, found, pictures)
 
         def paint(schedule: Schedule, model_fn: Any, keys: jax.Array, x_0: jax.Array, *rest: Any, **said: Any) -> Any:
             noise = normal(fold_in(keys, 0), x_0.shape) if fixed_noise else None  # 0: as where no noise is given
-            said |= {"jump": jump, "times": times, "known_noise": noise}
+            said |= {"jump": 10 if jump is None else jump, "times": 1 if times is None else times, "known_noise": noise}
             return editing.inpaint(schedule, model_fn, keys, x_0, *rest, **said)
 
+        options |= {"batch_size": batch_size, "progress": progress, "watch": watch, "snapshots_of": snapshots_of}
         found = self._edit(paint, pictures, seed, "inpaint", self.model.decoder.encode_mask(masks), **options)
         return np.where(masks, found, pictures)
 
@@ -507,6 +529,7 @@ class Run:
           num_steps, spacing: of the way; None: the config's.
           progress: as in `sample`.
         """
+        self.model.check_alone()
         x_0 = self.model.decoder.encode(self._check(pictures))
         request = self.request(**deterministic(num_steps, spacing))
         if request.guidance.is_on:
@@ -675,6 +698,8 @@ class Run:
         """What the images of these numbers are given where nobody gives anything, made of training images."""
         if self.model.given is None:
             return None
+        if self.model.given.needs:
+            raise UserError(self.model.given.needs)
         return from_examples(self.model.given, request.condition, training_images(self.config, self.dataset), indices)
 
     def _generated(

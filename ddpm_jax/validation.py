@@ -208,6 +208,10 @@ def _check_values(config: ConfigDict) -> None:
         _check_embeddings(config)
     if train.objective == "clip":
         _check_clip(config)
+    if config.model.masked_picture and not config.autoencoder.source:
+        raise UserError(
+            "config.model.masked_picture is True, and the run diffuses no latents; accepted: with an autoencoder.source"
+        )
     if config.upscale.height or config.upscale.width:
         _check_upscale(config)
     if config.lora.rank and (train.objective != "diffusion" or config.text.encoder == config_lib.TRAINED):
@@ -338,6 +342,11 @@ def _check_upscale(config: ConfigDict) -> None:
 def _check_training(config: ConfigDict) -> None:
     """What only a run that is trained must have: another is opened without."""
     diffusion, evaluate, data, train = config.diffusion, config.evaluate, config.data, config.train
+    if config.model.masked_picture:
+        raise UserError(
+            "config.model.masked_picture is True, and networks that are given a masked picture are not trained here; "
+            "accepted: False"
+        )
     if config.lora.rank and not train.init_from:
         raise UserError(
             f"config.lora.rank is {config.lora.rank}, and adapters need a trained network; give its workdir by "

@@ -159,8 +159,8 @@ def inpaint(
     *,
     input: Sequence[str],
     mask: str | None,
-    jump: int,
-    times: int,
+    jump: int | None = None,
+    times: int | None = None,
     num_images: int | None,
     batch_size: int | None = None,
 ) -> Path:

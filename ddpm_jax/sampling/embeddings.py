@@ -7,7 +7,7 @@ width, so that its entries have about unit variance.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,7 @@ class ImageEmbedding:
 
     embedder: Embedder
     dropout: float
+    needs: ClassVar[str] = ""
 
     @property
     def shape(self) -> tuple[int, ...]:

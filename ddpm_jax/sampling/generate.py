@@ -87,7 +87,7 @@ class Model:
       condition: what a person may say.
       net, schedule: the generation, a network and its diffusion.
       decoder: between what is diffused and pictures.
-      given: what another stage gives besides; None: nothing.
+      given: what another stage, or a person, gives besides; None: nothing.
     """
 
     condition: Condition
@@ -136,8 +136,9 @@ class Model:
         """UserError for a model that is given something besides its condition, where nothing can be given."""
         if self.given is not None:
             raise UserError(
-                "this run works on the result of another stage; accepted: --mode=sample, --mode=upscale, or a pipeline "
-                "of --mode=compose"
+                self.given.needs
+                or "this run works on the result of another stage; accepted: --mode=sample, --mode=upscale, or a "
+                "pipeline of --mode=compose"
             )
 
     def _encoded(self, params: Any, cond: Cond) -> Cond:

@@ -1,14 +1,15 @@
-"""What a run is given besides its condition: the result of the stage before it in a pipeline.
+"""What a run is given besides its condition: the result of the stage before it in a pipeline, or a picture to mend.
 
 A super-resolution run is given a low-resolution picture. In training it is made from the training picture, so that the
-run needs no other stage; in sampling it comes from another run or from a file. Beside the parts of
+run needs no other stage; in sampling it comes from another run or from a file. An inpainting run is given a picture and
+a mask. Beside the parts of
 `ddpm_jax.sampling.generate.Model` it is one more, of which most models have none. It is made once from a run's config
 (`ddpm_jax.config.make_given`).
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Condition
 from ddpm_jax.sampling.decoder import random_flip
+from ddpm_jax.sampling.latents import Latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Given(Protocol):
       shape: of it, for one image.
       reads: the entry of a training batch that it needs, beside "image".
       cond: the entries of the network's `cond` that it becomes, without the batch's axis.
+      needs: what is said where nothing is given of what only a person can give; "": another stage gives it, and
+        training images stand in for it.
     """
 
     @property
@@ -75,6 +79,9 @@ class Given(Protocol):
 
     @property
     def cond(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+
+    @property
+    def needs(self) -> str: ...
 
     def of_size(self, height: int, width: int) -> "Given":
         """The same for images of another size; UserError for one that it cannot have."""
@@ -129,6 +136,7 @@ class LowResolution:
     most: float
     level: float
     flip: bool = False
+    needs: ClassVar[str] = ""
 
     @property
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -197,3 +205,71 @@ class LowResolution:
         if not self.most:
             return {"image": enlarged}
         return {"image": q_sample(self.schedule, enlarged, level, normal(key, shape)), "level": level}
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPicture:
+    """A picture and a mask, for a run that paints anew what is under the mask: Stable Diffusion's inpainting networks.
+
+    The network sees, beside the latents that it denoises, the mask at their size and the latents of the picture whose
+    part under the mask is grey. So it knows at every step what the new part has to fit. Guidance leaves neither out.
+
+    Attributes:
+      latent_shape: (h, w, C) of the latents.
+      downscaling: sides of pictures over sides of latents.
+    """
+
+    latent_shape: tuple[int, ...]
+    downscaling: int
+    needs: ClassVar[str] = (
+        "this run paints a part of a picture anew, and needs the picture and a mask; accepted: --mode=inpaint with "
+        "--input and --mask, or Run.inpaint"
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *size, channels = self.latent_shape
+        return (*size, 1 + channels)
+
+    @property
+    def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {}
+
+    @property
+    def cond(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    def of_size(self, height: int, width: int) -> "MaskedPicture":
+        size = height // self.downscaling, width // self.downscaling
+        return dataclasses.replace(self, latent_shape=(*size, self.latent_shape[-1]))
+
+    def of_pictures(self, latents: Latents, pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """What is given for uint8 pictures [N, H, W, C] and bool masks [N, H, W, 1].
+
+        Of the mask, each latent sees the pixel at the upper left of those that it stands for, as in diffusers.
+        """
+        seen = masks[:, :: self.downscaling, :: self.downscaling].astype(np.float32)
+        return np.concatenate([seen, latents.encode_known(pictures, masks)], axis=-1)
+
+    def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
+        raise UserError(self.needs)
+
+    def of_training(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> dict[str, jax.Array]:
+        raise UserError(self.needs)
+
+    def check(self, values: Any) -> np.ndarray:
+        values = np.asarray(values, np.float32)
+        if values.shape[1:] != self.shape:
+            raise UserError(
+                f"the masks and latents have shape {values.shape}; accepted: (N, {', '.join(map(str, self.shape))})"
+            )
+        return values
+
+    def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
+        return {"image": values}
+
+    def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(cond)
+
+    def settings(self) -> dict[str, Any]:
+        return {}

@@ -82,6 +82,11 @@ class Latents:
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         return self.scaling_factor * self._posterior(pictures)[0]
 
+    def encode_known(self, pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """The latents of pictures whose part under the mask, bool [N, H, W, 1], is grey."""
+        known = np.where(masks, np.float32(0), images.to_float(pictures))
+        return self.scaling_factor * self._by_chunks("encode", known)[0]
+
     def encode_mask(self, masks: np.ndarray) -> np.ndarray:
         """A latent is under the mask if any of its pixels is."""
         height, width, _ = self.shape

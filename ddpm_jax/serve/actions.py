@@ -185,8 +185,9 @@ class Playground:
         pictures = picture[None].repeat(self.batch_size, axis=0)
 
         def call(**watching: Any) -> np.ndarray:
+            resampling = {"times": times} if times > 1 else {}
             return self.run.inpaint(
-                pictures, mask, seed, times=times, batch_size=self.batch_size, **watching, **options
+                pictures, mask, seed, batch_size=self.batch_size, **resampling, **watching, **options
             )
 
         return self._action("inpaint", form, call, calls, options)

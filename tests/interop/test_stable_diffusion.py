@@ -16,14 +16,15 @@ from flax.traverse_util import flatten_dict
 from loras import merged
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny import make_run
+from tiny import make_run, near
 
 import ddpm_jax
+from configs import finetune
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import lora, workdirs
 from ddpm_jax.interop.diffusers import adapters, folder, stable_diffusion
 from ddpm_jax.models import lora as models_lora
-from ddpm_jax.pipeline import load
+from ddpm_jax.pipeline import compose, load
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.workdir import BASE, CONFIG, read_config, read_dataset
@@ -194,6 +195,106 @@ def test_file_of_another_kind(tokens, tmp_path):
     for name in ("y.safetensors", "y.ckpt"):
         with pytest.raises(UserError, match=f"{name}' is not a file"):
             workdirs.import_weights(str(tmp_path / name), tmp_path / "run", tokenizer=tokens)
+
+
+# A network that is given the masked picture.
+
+INPAINTING = {"num_steps": 2, "prompts": ["a red bicycle"], "guidance_scale": 3.0, "sampler": "ddim"}
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+MASK = np.zeros((16, 16), bool)
+MASK[4:12, 2:9] = True
+
+
+def inpainting_unet():
+    """Its first filters weigh the picture's latents more, which are much alike without training."""
+    tensors = small(single_files.unet_shapes(in_channels=9), 0)
+    tensors["conv_in.weight"][:, 5:] *= 300
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def inpainting(tokens, tmp_path_factory):
+    """Imported from a single file."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    parts = inpainting_unet(), small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
+    save_file(single_files.checkpoint(*parts), folder / "x.safetensors")
+    return workdirs.import_weights(str(folder / "x.safetensors"), folder / "run", tokenizer=tokens)
+
+
+def test_inpainting_network(inpainting):
+    run = load(inpainting).at(16, 16)
+    assert run.config.model.masked_picture
+    found = run.inpaint(PICTURES, MASK, 1, **INPAINTING)
+    np.testing.assert_array_equal(found[:, ~MASK], PICTURES[:, ~MASK])
+    assert np.any(found[:, MASK] != PICTURES[:, MASK])
+    hidden = np.where(MASK[..., None], 0, PICTURES)
+    np.testing.assert_array_equal(run.inpaint(hidden, MASK, 1, **INPAINTING)[:, MASK], found[:, MASK])
+    shown = np.where(MASK[..., None], PICTURES, 255 - PICTURES)  # what is known counts
+    assert np.any(run.inpaint(shown, MASK, 1, **INPAINTING)[:, MASK] != found[:, MASK])
+    each = run.inpaint(PICTURES[1:], np.stack([MASK, ~MASK]), 1, batch_size=1, **INPAINTING)
+    np.testing.assert_array_equal(each[1][MASK], PICTURES[2][MASK])
+    assert not near(each[0][MASK], found[1][MASK])  # picture 0 of this call, whose noise is another
+    assert near(run.inpaint(PICTURES[:1], MASK, 1, batch_size=1, **INPAINTING), found[:1])
+
+
+def test_inpainting_network_by_guidance(inpainting):
+    """Both branches are given the picture: a prompt that is its own negative prompt is one without guidance."""
+    run = load(inpainting).at(16, 16)
+    options = {**INPAINTING, "negative_prompts": INPAINTING["prompts"]}
+    plain = run.inpaint(PICTURES, MASK, 1, **{**INPAINTING, "guidance_scale": 1.0})
+    assert near(run.inpaint(PICTURES, MASK, 1, **options), plain)
+
+
+def test_what_an_inpainting_network_cannot(inpainting, imported, tmp_path):
+    run = load(inpainting).at(16, 16)
+    calls = (
+        lambda: run.sample(1, **INPAINTING),
+        lambda: run.progressive(1, **INPAINTING),
+        lambda: run.vary(PICTURES, 500, **INPAINTING),
+        lambda: run.interpolate(PICTURES[0], PICTURES[1], **INPAINTING),
+        lambda: run.encode(PICTURES, 2),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match="paints a part of a picture anew, and needs the picture and a mask"):
+            call()
+    for name, value in {"jump": 10, "times": 1, "fixed_noise": True}.items():
+        with pytest.raises(UserError, match=f"{name} is {value}, which is for networks that are not given the picture"):
+            run.inpaint(PICTURES, MASK, **{name: value}, **INPAINTING)
+    with pytest.raises(UserError, match="networks that are given a masked picture are not trained here"):
+        ddpm_jax.train(finetune.get_config(str(inpainting)), tmp_path / "run")
+    with pytest.raises(UserError, match=r"stage 2, .*, takes nothing from another"):
+        compose([imported, inpainting], tmp_path / "pipeline")
+
+
+def test_inpainting_network_there_and_back(inpainting, tmp_path):
+    run = load(inpainting)
+    exported = workdirs.export_weights(run, tmp_path / "folder")
+    assert json.loads((exported / "model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
+    assert json.loads((exported / "unet" / "config.json").read_text())["in_channels"] == 9
+    expected, found = inpainting_unet(), part(exported, "unet")
+    assert found.keys() == expected.keys()
+    assert all(value.tobytes() == expected[name].tobytes() for name, value in found.items())
+    again = workdirs.import_weights(str(exported), tmp_path / "again")
+    assert_same_runs(again, inpainting)
+    assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
+
+
+def test_inpainting_network_by_command(call, inpainting, tmp_path):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "picture.png")
+    Image.fromarray(255 * MASK.astype(np.uint8)).save(tmp_path / "mask.png")
+    told = ("--height=16", "--width=16", "--num_steps=2", "--num_images=2", "--prompt=a red bicycle")
+    flags = ("--mode=inpaint", f"--workdir={inpainting}", *told, f"--input={tmp_path / 'picture.png'}")
+    flags = (*flags, f"--mask={tmp_path / 'mask.png'}", f"--out={tmp_path / 'x.png'}")
+    status, output = call(*flags, config=None)
+    assert status == 0, output
+    assert (tmp_path / "x.png").exists()
+    for command, said in (
+        ((*flags, "--jump=10"), "error: jump is 10, which is for networks that are not given the picture"),
+        (("--mode=sample", f"--workdir={inpainting}", *told), "accepted: --mode=inpaint with --input and --mask"),
+    ):
+        status, output = call(*command, config=None)
+        assert (status, output.count("\n")) == (1, 1), output
+        assert said in output
 
 
 # Runs that diffusers cannot hold.

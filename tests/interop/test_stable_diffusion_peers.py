@@ -1,6 +1,7 @@
 """Stable Diffusion's exports, single files, LoRAs and inpainting, against diffusers, transformers and PEFT."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +219,84 @@ def test_inpainting(measure, tmp_path, sampler):
     error = np.abs(np.asarray(latents) - their_latents).max() / np.abs(their_latents).max()
     measure(f"latents, {what}", against, error, 1e-5, "relative")
     measure(f"pictures, {what}", against, np.abs(decoder.decode(latents) - their_pictures).max(), 1, "of 255")
+
+
+def save_inpainting(folder, sampler):
+    """A pipeline whose network is given the masked picture."""
+    pipeline = stable_diffusions.save(folder.with_name(f"{folder.name}_parts"), *INPAINTERS[sampler], in_channels=9)
+    pipeline = diffusers.StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@pytest.mark.parametrize("sampler", INPAINTERS)
+def test_inpainting_network(measure, monkeypatch, tmp_path, sampler):
+    """20 steps from the same latents, with guidance; the masked picture becomes the mean, from which they draw."""
+    theirs = save_inpainting(tmp_path / "theirs", sampler)
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint
+    mean = functools.partial(module.retrieve_latents, sample_mode="argmax")
+    monkeypatch.setattr(module, "retrieve_latents", mean)
+    run = load(workdirs.import_weights(str(tmp_path / "theirs"), tmp_path / "run"))
+    assert (run.config.model.masked_picture, run.config.sample.sampler) == (True, sampler)
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 4, 4, 3), np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    mask = np.zeros((2, 16, 16, 1), bool)
+    mask[0, 3:10, 5:14] = mask[1, :7] = True  # not aligned with the latents
+    noise = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
+    prompts, negative = OPTIONS["prompt"], OPTIONS["negative_prompt"]
+    their_latents = theirs(
+        prompt=prompts,
+        negative_prompt=negative,
+        image=to_torch(pictures.astype(np.float32) / 255),
+        mask_image=to_torch(mask.astype(np.float32)),
+        latents=to_torch(noise),
+        num_inference_steps=20,
+        guidance_scale=7.5,
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        decoded = theirs.vae.decode(their_latents / theirs.vae.config.scaling_factor).sample
+    their_pictures = np.round(theirs.image_processor.postprocess(decoded, output_type="np") * 255)
+    their_latents = to_numpy(their_latents)
+
+    request = run.request(prompts=prompts, negative_prompts=negative, num_steps=20, guidance_scale=7.5)
+    given = run.model.given
+    values = given.of_pictures(run.model.decoder, pictures, mask)
+
+    def latents_with(values):
+        cond, null = request.condition.of_images(np.arange(2)), request.condition.null(2)
+        picture = given.of_images(values, 0, np.arange(2))
+        model_fn = run.model.model_fn(run.params, cond | picture, null | given.null(picture), request.guidance)
+        return sample(run.schedule, model_fn, jax.random.key(0), noise.shape, x_t=noise, **request.keywords())
+
+    latents = latents_with(values)
+    scale = np.abs(their_latents).max()
+    assert np.abs(latents_with(np.zeros_like(values)) - latents).max() > 0.01 * scale
+    what, against = "inpainting network by ddim and dpmpp_2m, narrow", "diffusers' `StableDiffusionInpaintPipeline`"
+    measure(f"latents, {what}", against, np.abs(np.asarray(latents) - their_latents).max() / scale, 1e-5, "relative")
+    decoded = run.model.decoder.decode(latents)
+    measure(f"pictures, {what}", against, np.abs(decoded - their_pictures).max(), 1, "of 255")
+
+
+def test_export_of_an_inpainting_network(measure, tmp_path):
+    before = save_inpainting(tmp_path / "theirs", "ddim")
+    run = load(workdirs.import_weights(str(tmp_path / "theirs"), tmp_path / "run"))
+    again = workdirs.export_weights(run, tmp_path / "again")
+    tensors, others = (load_file(folder / "unet" / WEIGHTS) for folder in (tmp_path / "theirs", again))
+    assert tensors.keys() == others.keys()
+    different = [name for name, value in tensors.items() if value.tobytes() != others[name].tobytes()]
+    measure("tensors that differ after import and export, inpainting network", "their bytes", len(different), 0)
+    after = diffusers.StableDiffusionInpaintPipeline.from_pretrained(again)
+    after.set_progress_bar_config(disable=True)
+    noise, picture = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0)), torch.full((1, 3, 16, 16), 0.25)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :9] = 1
+    found, expected = (
+        pipeline(**OPTIONS, latents=noise, image=picture, mask_image=mask, generator=torch.manual_seed(1)).images
+        for pipeline in (after, before)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_adapters_of_both_parts(measure, saved, imported, tmp_path):

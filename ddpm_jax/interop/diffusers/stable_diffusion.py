@@ -38,6 +38,8 @@ _FOREIGN = {
     "transformer": "a transformer in place of the UNet, as Stable Diffusion 3 has",
     "prior": "a prior, as unCLIP has",
 }
+# Without a version, or with one up to 0.5.1, diffusers takes the folder for one of its older pipeline of four channels.
+_INPAINT = {"_class_name": PIPELINES[2], "_diffusers_version": "0.6.0"}
 _GUIDANCE = 7.5  # of diffusers' pipeline, where nothing is said
 _CONFIGS = {
     "unet": "config.json",
@@ -189,7 +191,8 @@ def layout_of(model: Model, dataset: Mapping[str, Any]) -> unet_lib.Layout:
         return unet_lib.Layout(**{**fields, "sample_size": tuple(fields["sample_size"])})
     texts, _, latents = parts_of(model)
     height, width, channels = latents.shape
-    return unet_lib.Layout(texts.encoder.width, channels, channels, (height, width))
+    in_channels = channels if model.given is None else _with_masked_picture(channels)
+    return unet_lib.Layout(texts.encoder.width, in_channels, channels, (height, width))
 
 
 def parts_of(model: Model) -> tuple[FrozenTexts, UNet, Latents]:
@@ -203,7 +206,8 @@ def parts_of(model: Model) -> tuple[FrozenTexts, UNet, Latents]:
 
 
 def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Any) -> list[str]:
-    """Writes a folder that diffusers' `StableDiffusionPipeline` opens, whole or not at all.
+    """Writes a folder that diffusers' `StableDiffusionPipeline` opens, whole or not at all; of a network that is given
+    a masked picture, `StableDiffusionInpaintPipeline`.
 
     Args:
       folder: must not be there, or be empty.
@@ -226,7 +230,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
     encoder, states = dataclasses.replace(texts.encoder, projection=None), dict(texts.open_params())
     states.pop("projection", None)
     index = {
-        "_class_name": PIPELINES[0],
+        **({"_class_name": PIPELINES[0]} if model.given is None else _INPAINT),
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
@@ -260,10 +264,16 @@ def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoenc
             f"out_channels is {layout.latent_channels} in {where['unet']!r}, and latent_channels "
             f"{autoencoder.latent_channels} in {where['vae']!r}; accepted: the same"
         )
-    if layout.in_channels != layout.latent_channels:
-        raise refusal(where["unet"], "in_channels", layout.in_channels, (layout.latent_channels,))
+    accepted = layout.latent_channels, _with_masked_picture(layout.latent_channels)
+    if layout.in_channels not in accepted:
+        raise refusal(where["unet"], "in_channels", layout.in_channels, accepted)
     if layout.vector_width or layout.level:
         raise UserError(f"class_embed_type is set in {where['unet']!r}; accepted in Stable Diffusion: None")
+
+
+def _with_masked_picture(channels: int) -> int:
+    """The channels of latents, of a mask, and of the latents of a masked picture."""
+    return 2 * channels + 1
 
 
 def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.Layout, source: str) -> None:
@@ -274,6 +284,7 @@ def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.L
     config.text.update(encoder=f"{source}/text_encoder", mask_padding=False, pooled=False, dropout=0.1)
     config.autoencoder.source = f"{source}/vae"
     config.diffusion.update(clip=False, dynamic_threshold=0.0)
+    config.model.masked_picture = layout.in_channels > layout.latent_channels
     config.sample.update(guidance_scale=_GUIDANCE, num_images=4, batch_size=4)
     # Set even where it is the sampler's default, so that it also holds for a sampler that is chosen later.
     config.sample.spacing = config.sample.spacing or DEFAULT_SPACING[config.sample.sampler]

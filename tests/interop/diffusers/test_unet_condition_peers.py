@@ -126,3 +126,13 @@ def test_stable_diffusion(measure, name, fields):
     apply = jax.jit(net.apply, compiler_options=parallel.run_once_options())
     error = relative(apply({"params": params}, x, t, cond), expected)
     measure(f"output, Stable Diffusion {name} with random weights", AGAINST, error, 1e-5, "relative")
+
+
+def test_inpainting_network_of_full_size():
+    """Every tensor of the network of 1.5 that is given a masked picture, by name and shape."""
+    fields = {**STABLE_DIFFUSION_1, "in_channels": 9}
+    _, net, layout = read(fields)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**fields).state_dict()
+    assert {name: tuple(value.shape) for name, value in theirs.items()} == unet_condition.tensor_shapes(net, layout)
+    assert sum(value.numel() for value in theirs.values()) == 859_535_364
