@@ -121,6 +121,7 @@ def default_config() -> ConfigDict:
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
     text.mask_padding = True  # the network does not attend to the padding of a caption
+    text.mask_in_encoder = False  # where it does, a frozen encoder leaves padding aside all the same, as in DeepFloyd IF
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
@@ -155,6 +156,8 @@ def default_config() -> ConfigDict:
     upscale.width = 0  # the same
     upscale.max_augmentation = 0.5  # training noises them up to this share of the timesteps; 0: they are not noised
     upscale.augmentation = 0.1  # the share to which sampling noises them
+    upscale.enlarging = "linear"  # how they are enlarged: linear, corners (linear between corner pixels) or cubic
+    upscale.own_last_step = False  # the network of the lowest timestep has weights of its own, as in Karlo
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
@@ -173,6 +176,7 @@ def default_config() -> ConfigDict:
     diffusion.clip = True  # the predicted x_0 to [-clip_range, clip_range] when sampling
     diffusion.clip_range = 1.0  # 1 for images; larger for embeddings, whose values lie further out
     diffusion.dynamic_threshold = 0.0  # a quantile such as 0.995 for dynamic thresholding; 0: off
+    diffusion.threshold_limit = 0.0  # the largest threshold of dynamic thresholding; 0: any
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # any of optax
@@ -385,6 +389,7 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         cache_bytes=int(config.data.cache_gib * 2**30),
         mask_padding=text.mask_padding,
         pooled=text.pooled,
+        mask_in_encoder=text.mask_in_encoder,
     )
     return frozen.trained() if config.lora.text_encoder else frozen
 
@@ -520,7 +525,7 @@ def make_given(config: ConfigDict, schedule: Schedule, dataset: Mapping[str, Any
     if not upscale.height:
         return None
     low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))
-    return LowResolution(low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip)
+    return LowResolution(low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip, upscale.enlarging)
 
 
 def _held_in(dtype: str | None, params: Any) -> Any:
@@ -601,8 +606,14 @@ def sampling_steps(config: ConfigDict) -> Steps:
 def parameterization(config: ConfigDict) -> Parameterization:
     """What the network's output means."""
     diffusion = config.diffusion
-    threshold = diffusion.dynamic_threshold or None
-    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold, diffusion.clip_range)
+    return Parameterization(
+        diffusion.prediction,
+        diffusion.variance,
+        diffusion.clip,
+        diffusion.dynamic_threshold or None,
+        diffusion.clip_range,
+        diffusion.threshold_limit or None,
+    )
 
 
 def guidance(config: ConfigDict) -> Guidance:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.interop import lora, plain, single_file, transformers
-from ddpm_jax.interop.diffusers import adapters, stable_diffusion
+from ddpm_jax.interop.diffusers import adapters, deepfloyd, stable_diffusion, stages
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
 from ddpm_jax.models.clip import CLIPTextEncoder
@@ -70,12 +70,16 @@ def import_weights(
     for note in found.notes:
         tell(note)
     with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
-        found.write_parts(temporary)
-        workdir.record(temporary, found.config, {**found.dataset, "imported": source})
-        checkpoints = Checkpoints(temporary)
-        checkpoints.save_weights(found.step, jax.tree.map(jnp.asarray, found.params))
-        checkpoints.close()
+        _write(temporary, found, source)
     return Path(path).expanduser()
+
+
+def _write(folder: Path, found: "_Found", source: str) -> None:
+    found.write_parts(folder)
+    workdir.record(folder, found.config, {**found.dataset, "imported": source})
+    checkpoints = Checkpoints(folder)
+    checkpoints.save_weights(found.step, jax.tree.map(jnp.asarray, found.params))
+    checkpoints.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,9 @@ def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> 
         config, dataset, step, params = plain.read(os.path.expanduser(source))
         return _Found(config, dataset, params, step)
     folder = diffusers_folder.locate(source)
+    kind = stages.class_name(folder)
+    if kind in deepfloyd.PIPELINES:
+        return _of_stage(source, deepfloyd.read(folder, kind, source))
     if stable_diffusion.is_pipeline(folder):
         return _of_pipeline(source, stable_diffusion.read(folder, source))
     described, params = diffusers_folder.read(folder)
@@ -117,6 +124,22 @@ def _of_pipeline(source: str, pipeline: stable_diffusion.Pipeline) -> _Found:
     }
     parts = partial(_write_parts, pipeline)
     return _Found(pipeline.config, dataset, pipeline.params, notes=pipeline.notes, write_parts=parts)
+
+
+def _of_stage(source: str, stage: stages.Stage) -> _Found:
+    dataset = {**_description(source, stage.config, stage.params, 0), **stage.described}
+    if stage.texts:
+        dataset |= {"tokenizer": stage.texts[0].to_json(), "shown_captions": [""]}
+    parts = partial(_write_stage_parts, stage)
+    return _Found(stage.config, dataset, stage.params, notes=stage.notes, write_parts=parts)
+
+
+def _write_stage_parts(stage: stages.Stage, folder: Path) -> None:
+    """The frozen parts of a stage, to where `workdir.read_dataset` finds them."""
+    if stage.texts:
+        transformers.write(folder / workdir.TEXT_ENCODER, *stage.texts[1:])
+    if stage.clip:
+        transformers.write_clip(folder / workdir.CLIP, stage.clip)
 
 
 def _is_single_file(source: str) -> bool:

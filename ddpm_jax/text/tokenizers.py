@@ -165,6 +165,13 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{where!r} was not written by a Tokenizer: {error}") from None
 
+    def lowercased(self) -> "Tokenizer":
+        """The same, of texts in lower case and without white space at their ends."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.to_json())
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip(), *own])
+        return Tokenizer(tokenizer)
+
     def to_json(self) -> str:
         """The text of a tokenizer.json, with the length and the pad token."""
         return self._tokenizer.to_str()

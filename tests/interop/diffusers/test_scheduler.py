@@ -106,7 +106,7 @@ def test_what_is_sampled_otherwise_is_said(kind, fields, said):
         ("UnCLIPScheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
         ("UnCLIPScheduler", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
         ("UnCLIPScheduler", {"variance_type": "fixed_large"}, "variance_type is 'fixed_large'"),
-        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 3.0}, "sample_max_value is 3.0"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 0.5}, "sample_max_value is 0.5"),
         ("DDPMScheduler", {"num_train_timesteps": "many"}, "holds a value that does not fit"),
         ("DDPMScheduler", {"magic": 1}, "magic is 1 in 'scheduler_config.json', a field that this project"),
         ("DDIMScheduler", {"timestep_spacing": "even"}, "timestep_spacing is 'even'"),

@@ -1,0 +1,66 @@
+"""Narrow pipelines of DeepFloyd IF and Karlo with random weights, as folders of diffusers."""
+
+import t5s
+from their_configs import condition_network
+
+from ddpm_jax.text.tokenizers import Tokenizer
+
+
+# As the files of DeepFloyd IF's first stage have it; in those of the second sample_max_value is 1.
+IF_SCHEDULER = {
+    "variance_type": "learned_range",
+    "beta_schedule": "squaredcos_cap_v2",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+}
+
+
+def randomize(*networks):
+    """Other weights than those that diffusers starts from, of which many are 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        network.eval()
+
+
+def save_if(folder, enlarges=False, **scheduler):
+    """A stage of DeepFloyd IF; returns diffusers' pipeline of it.
+
+    Args:
+      folder: of the pipeline.
+      enlarges: the second stage, from 8x8 to 32x32, in the place of the first, of 8x8.
+      scheduler: fields of its scheduler.
+    """
+    import diffusers
+    import torch
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+    t5 = folder.with_name(f"{folder.name}_t5")
+    t5s.write_t5(t5)
+    (t5 / "tokenizer.json").write_text(Tokenizer.read(t5).to_json())  # transformers needs another package for spiece
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    torch.manual_seed(0)
+    fields = condition_network("DeepFloyd IF's second stage" if enlarges else "DeepFloyd IF's first stage")
+    fields |= {"encoder_hid_dim": t5s.NET.width, "sample_size": 32 if enlarges else 8}
+    options = {} if not enlarges else {"sample_max_value": 1.0}
+    noising = {"image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
+    kind = diffusers.IFSuperResolutionPipeline if enlarges else diffusers.IFPipeline
+    pipeline = kind(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(t5 / "tokenizer.json"), **special),
+        text_encoder=T5EncoderModel.from_pretrained(t5).eval(),
+        unet=diffusers.UNet2DConditionModel(**fields),
+        scheduler=diffusers.DDPMScheduler(**{**IF_SCHEDULER, **options, **scheduler}),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+        **(noising if enlarges else {}),
+    )
+    randomize(pipeline.unet)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
