@@ -1,8 +1,17 @@
 """Narrow pipelines of DeepFloyd IF and Karlo with random weights, as folders of diffusers."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import t5s
 from their_configs import condition_network
 
+from ddpm_jax.diffusion import samplers
+from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.decoder import Pixels
+from ddpm_jax.sampling.generate import generate
 from ddpm_jax.text.tokenizers import Tokenizer
 
 
@@ -64,3 +73,41 @@ def save_if(folder, enlarges=False, **scheduler):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+class Raw(Pixels):
+    """Pictures as they are diffused, in floating point."""
+
+    def decode(self, x_0):
+        return parallel.to_host(x_0)
+
+
+def drawn(run, count, given=None, purpose="image", **options):
+    """What `run.sample` makes before it is rounded to 8 bits."""
+    model = dataclasses.replace(run.model, decoder=Raw(run.shape))
+    places = {"indices": range(count), "seed": 0, "batch_size": count, "purpose": purpose}
+    return generate(model, run.params, run.mesh, run.request(**options), given=given, **places)[0]
+
+
+def noises(run, count, purpose="image"):
+    """The noises of the images of a run, before the first network call and after each, with channels first."""
+    import torch
+
+    keys, number = jax.vmap(lambda number: named_key(0, purpose, number))(np.arange(count)), 0
+    while True:
+        noise = np.asarray(samplers._noise(keys, (count, *run.model.decoder.shape), number))
+        yield torch.tensor(np.moveaxis(noise, -1, 1))
+        number += 1
+
+
+def feed(monkeypatch, noises, *modules):
+    """Lets diffusers' modules draw these noises, in turn."""
+
+    def draw(shape, **_):
+        noise = next(noises)
+        noise = noise[:, :, 0, 0] if len(shape) == 2 else noise
+        assert tuple(noise.shape) == tuple(shape)
+        return noise
+
+    for module in modules:
+        monkeypatch.setattr(module, "randn_tensor", draw)
