@@ -23,16 +23,18 @@ from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import TextEncoder
 from ddpm_jax.models.embedding_condition import Embedded, EmbeddingCondition
+from ddpm_jax.models.last_step import OwnLastStep
 from ddpm_jax.models.prior import Prior
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
 from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
-from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding
+from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding, Units
 from ddpm_jax.sampling.generate import Model, Request
 from ddpm_jax.sampling.given import Given, LowResolution
 from ddpm_jax.sampling.latents import Latents
@@ -142,11 +144,14 @@ def default_config() -> ConfigDict:
     prior.num_layers = 4
     prior.num_heads = 4
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
+    prior.mean = ()  # of the embeddings, a number for each channel: the network sees (embedding - mean) / std; (): it
+    prior.std = ()  # sees embeddings of length 1, times the root of their width
 
     config.embedding = embedding = ConfigDict()
     embedding.clip = (
         ""  # CLIP (the same) of whose image embedding the network is told, as DALL-E 2's decoder is; "": none
     )
+    embedding.normalized = True  # to length 1, and times the root of the width; False: as CLIP gives it
     embedding.dropout = 0.1  # share of examples that are trained without it, for guidance
     embedding.num_tokens = 4  # that it becomes, beside those of the text
     embedding.token_width = 64  # of all these tokens
@@ -467,8 +472,22 @@ def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, d
 
 def make_embedder(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Embedder:
     """The CLIP whose image embeddings the run draws, or is given; `dataset` as in `make_condition`."""
-    folder = (dataset or {}).get("clip", config.prior.clip or config.embedding.clip)
-    return Embedder(transformers.clip_width(folder), lambda: transformers.read_clip(folder))
+    dataset, units = dataset or {}, None
+    if config.prior.mean:
+        units = Units(np.array(config.prior.mean, np.float32), np.array(config.prior.std, np.float32))
+    elif config.embedding.clip and not config.embedding.normalized:
+        units = Units()
+    if "embedding_width" in dataset:
+        return Embedder(dataset["embedding_width"], _refuse_pictures, units)
+    folder = dataset.get("clip", config.prior.clip or config.embedding.clip)
+    return Embedder(transformers.clip_width(folder), lambda: transformers.read_clip(folder), units)
+
+
+def _refuse_pictures() -> CLIP:
+    raise UserError(
+        "this run was imported without CLIP's image encoder, which embeds pictures; accepted for variations of "
+        "pictures: an import of diffusers' UnCLIPImageVariationPipeline"
+    )
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
@@ -500,6 +519,8 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
         time_width = net.time_channels or 4 * net.channels
         told = EmbeddingCondition(embedding.token_width, time_width, embedding.num_tokens, net.dtype)
         return condition.network(Embedded(net, told))
+    if config.upscale.own_last_step:
+        return condition.network(OwnLastStep(net, net.clone()))
     return condition.network(net)
 
 

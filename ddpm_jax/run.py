@@ -245,7 +245,8 @@ class Run:
         if not length > 0:
             raise UserError(f"the captions {caption!r} and {target!r} have one embedding; accepted: different ones")
         (start,) = self.embedder.of_pictures(picture[None])
-        turned = editing.slerp(jax.numpy.asarray(start), jax.numpy.asarray((new - old) / length), weights)
+        difference = (new - old) * (np.linalg.norm(start) / length)
+        turned = editing.slerp(jax.numpy.asarray(start), jax.numpy.asarray(difference), weights)
         return self.of_embeddings(np.asarray(turned), seed, same_noise=True, progress=progress, **options)
 
     @property

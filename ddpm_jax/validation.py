@@ -32,6 +32,8 @@ _ELEMENTS: dict[str, type] = {
     "model.upsample_levels": str,
     "model.attention_levels": bool,
     "data.held_out": int,
+    "prior.mean": float,
+    "prior.std": float,
     "diffusion.betas": float,
     "train.ema_decays": float,
     "sample.guidance_interval": int,
@@ -265,6 +267,11 @@ def _check_embeddings(config: ConfigDict) -> None:
     for other, value in others.items():
         if value:
             raise UserError(f"config.{name} and config.{other} are both set; accepted: one of the two")
+    if len(config.prior.mean) != len(config.prior.std) or not all(std > 0 for std in config.prior.std):
+        raise UserError(
+            f"config.prior.mean has {len(config.prior.mean)} values and config.prior.std {len(config.prior.std)}; "
+            "accepted: as many, and standard deviations above 0"
+        )
     diffusion = config.diffusion
     if config.prior.clip and ((diffusion.clip and diffusion.clip_range == 1) or diffusion.dynamic_threshold):
         raise UserError(

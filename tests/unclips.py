@@ -1,11 +1,13 @@
 """Narrow pipelines of DeepFloyd IF and Karlo with random weights, as folders of diffusers."""
 
 import dataclasses
+import json
 
+import clips
 import jax
 import numpy as np
 import t5s
-from their_configs import condition_network
+from their_configs import NARROW_SUPER_RESOLUTION, condition_network
 
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.runtime import parallel
@@ -83,8 +85,10 @@ class Raw(Pixels):
 
 
 def drawn(run, count, given=None, purpose="image", **options):
-    """What `run.sample` makes before it is rounded to 8 bits."""
-    model = dataclasses.replace(run.model, decoder=Raw(run.shape))
+    """What `run.sample` makes before it is rounded to 8 bits; of a prior, its embeddings."""
+    model = run.model
+    if isinstance(model.decoder, Pixels):
+        model = dataclasses.replace(model, decoder=Raw(run.shape))
     places = {"indices": range(count), "seed": 0, "batch_size": count, "purpose": purpose}
     return generate(model, run.params, run.mesh, run.request(**options), given=given, **places)[0]
 
@@ -111,3 +115,68 @@ def feed(monkeypatch, noises, *modules):
 
     for module in modules:
         monkeypatch.setattr(module, "randn_tensor", draw)
+
+
+def save_unclip(folder, of_pictures=False):
+    """A narrow Karlo, from 8x8 to 16x16; returns diffusers' pipeline of it.
+
+    Args:
+      folder: of the pipeline.
+      of_pictures: the pipeline of variations, with an image encoder in the place of the prior.
+    """
+    import diffusers
+    import torch
+    import transformers
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    torch.manual_seed(0)
+    tokens = clips.write_tokenizer(folder.with_name(f"{folder.name}_tokens"), max_length=20)
+    (tokens / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"projection_dim": 16}
+    ends = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    text = transformers.CLIPTextConfig(
+        **{**sizes, **ends, "vocab_size": clips.VOCAB_SIZE, "max_position_embeddings": 20}
+    )
+    decoder = condition_network("Karlo's decoder")
+    unclip = diffusers.UnCLIPScheduler
+    learned = {"variance_type": "learned_range", "prediction_type": "epsilon"}
+    parts = {
+        "decoder": diffusers.UNet2DConditionModel(**decoder),
+        "text_encoder": transformers.CLIPTextModelWithProjection(text),
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(tokens),
+        "text_proj": UnCLIPTextProjModel(
+            clip_embeddings_dim=16,
+            time_embed_dim=4 * decoder["block_out_channels"][0],
+            cross_attention_dim=decoder["cross_attention_dim"],
+        ),
+        **{
+            f"super_res_{name}": diffusers.UNet2DModel(**{**NARROW_SUPER_RESOLUTION, "sample_size": 16})
+            for name in ("first", "last")
+        },
+        "decoder_scheduler": unclip(**learned),
+        "super_res_scheduler": unclip(),
+    }
+    if of_pictures:
+        image = transformers.CLIPVisionConfig(**sizes, image_size=12, patch_size=4)
+        parts["image_encoder"] = transformers.CLIPVisionModelWithProjection(image)
+        parts["feature_extractor"] = transformers.CLIPImageProcessor(
+            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}
+        )
+    else:
+        parts["prior"] = diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=12, num_layers=2, embedding_dim=16, num_embeddings=20
+        )
+        parts["prior"].clip_mean.data = torch.randn(1, 16)
+        parts["prior"].clip_std.data = torch.rand(1, 16) + 0.5
+        parts["prior_scheduler"] = unclip(prediction_type="sample", clip_sample_range=5.0)
+    statistics = {name: getattr(parts.get("prior"), name, None) for name in ("clip_mean", "clip_std")}
+    kept = {name: value.data.clone() for name, value in statistics.items() if value is not None}
+    randomize(*(part for part in parts.values() if isinstance(part, torch.nn.Module)))
+    for name, value in kept.items():
+        getattr(parts["prior"], name).data = value
+    kind = diffusers.UnCLIPImageVariationPipeline if of_pictures else diffusers.UnCLIPPipeline
+    pipeline = kind(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
