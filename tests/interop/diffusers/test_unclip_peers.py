@@ -9,6 +9,7 @@ import pytest
 import unclips
 from theirs import to_numpy
 
+from ddpm_jax.diffusion.schedules import make_betas
 from ddpm_jax.interop import workdirs
 from ddpm_jax.pipeline import load
 from ddpm_jax.runtime import images
@@ -27,6 +28,7 @@ STEPS = (6, 5, 4)
 def karlo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("karlo")
     theirs = unclips.save_unclip(folder / "theirs")
+    compute_in_float64(theirs)
     return theirs, load(workdirs.import_weights(str(folder / "theirs"), folder / "run"))
 
 
@@ -34,6 +36,7 @@ def karlo(tmp_path_factory):
 def variations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("variations")
     theirs = unclips.save_unclip(folder / "theirs", of_pictures=True)
+    compute_in_float64(theirs)
     return theirs, load(workdirs.import_weights(str(folder / "theirs"), folder / "run"))
 
 
@@ -61,6 +64,15 @@ def patch(monkeypatch, stages, first, module):
     functions = types.SimpleNamespace(interpolate=rounded, pad=torch.nn.functional.pad)
     monkeypatch.setattr(module, "F", functions)
     return small
+
+
+def compute_in_float64(theirs):
+    """The coefficients of the steps, as ours: in float32, 1 - abar_t / abar_s rounds away what is left at t = 999."""
+    for name in ("prior", "decoder", "super_res"):
+        if scheduler := getattr(theirs, f"{name}_scheduler", None):
+            scheduler.betas = torch.tensor(make_betas("cosine", 1000))
+            scheduler.alphas = 1 - scheduler.betas
+            scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
 
 
 def relative(found, expected):
