@@ -123,7 +123,9 @@ def default_config() -> ConfigDict:
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
     text.mask_padding = True  # the network does not attend to the padding of a caption
-    text.mask_in_encoder = False  # where it does, a frozen encoder leaves padding aside all the same, as in DeepFloyd IF
+    text.mask_in_encoder = (
+        False  # where it does, a frozen encoder leaves padding aside all the same, as in DeepFloyd IF
+    )
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
@@ -546,7 +548,9 @@ def make_given(config: ConfigDict, schedule: Schedule, dataset: Mapping[str, Any
     if not upscale.height:
         return None
     low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))
-    return LowResolution(low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip, upscale.enlarging)
+    return LowResolution(
+        low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip, upscale.enlarging
+    )
 
 
 def _held_in(dtype: str | None, params: Any) -> Any:

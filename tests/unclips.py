@@ -2,20 +2,28 @@
 
 import dataclasses
 import json
+import zlib
 
 import clips
 import jax
+import jax.numpy as jnp
 import numpy as np
+import single_files
 import t5s
+from safetensors.numpy import load_file, save_file
 from their_configs import NARROW_SUPER_RESOLUTION, condition_network
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.diffusion import samplers
+from ddpm_jax.interop import transformers as transformers_lib
+from ddpm_jax.interop.diffusers import embedding_condition, named, prior, unet, unet_condition
+from ddpm_jax.interop.diffusers.fields import WEIGHTS
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
+from ddpm_jax.sampling.condition import NoCondition
 from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.sampling.generate import generate
 from ddpm_jax.text.tokenizers import Tokenizer
-
 
 # As the files of DeepFloyd IF's first stage have it; in those of the second sample_max_value is 1.
 IF_SCHEDULER = {
@@ -180,3 +188,78 @@ def save_unclip(folder, of_pictures=False):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def write_part(folder, config, tensors):
+    """A part of diffusers: its config, and tensors of the shapes that are given."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(single_files.random(tensors, seed=zlib.crc32(folder.name.encode())), folder / WEIGHTS[0])
+
+
+def write_scheduler(folder, kind, **fields):
+    folder.mkdir(parents=True)
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": kind, **fields}))
+
+
+def write_unet(folder, fields):
+    """A `UNet2DConditionModel` with a learned variance."""
+    config = config_lib.default_config()
+    config.diffusion.variance = "learned"
+    layout = unet_condition.read(config, fields, "config.json")
+    net = config_lib.make_network(config, NoCondition())
+    write_part(folder, fields, unet_condition.tensor_shapes(net, layout))
+
+
+def write_if(folder, enlarges=False):
+    """What `save_if` saves, without PyTorch."""
+    fields = condition_network("DeepFloyd IF's second stage" if enlarges else "DeepFloyd IF's first stage")
+    fields |= {"encoder_hid_dim": t5s.NET.width, "sample_size": 32 if enlarges else 8}
+    write_unet(folder / "unet", fields)
+    write_scheduler(folder / "scheduler", "DDPMScheduler", **IF_SCHEDULER)
+    if enlarges:
+        write_scheduler(folder / "image_noising_scheduler", "DDPMScheduler", beta_schedule="squaredcos_cap_v2")
+    t5s.write_t5(folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
+    (folder / "text_encoder" / "spiece.model").rename(folder / "tokenizer" / "spiece.model")
+    index = {"_class_name": "IFSuperResolutionPipeline" if enlarges else "IFPipeline"}
+    index |= {"safety_checker": ["deepfloyd_if", "IFSafetyChecker"], "watermarker": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_unclip(folder):
+    """What `save_unclip` saves, without PyTorch."""
+    decoder = condition_network("Karlo's decoder")
+    learned = {"variance_type": "learned_range", "prediction_type": "epsilon"}
+    write_unet(folder / "decoder", decoder)
+    write_scheduler(folder / "decoder_scheduler", "UnCLIPScheduler", **learned)
+    told = {"clip_embeddings_dim": 16, "time_embed_dim": 64, "cross_attention_dim": 12}
+    shapes = named.tensor_shapes(
+        embedding_condition.param_shapes(*embedding_condition.to_module(told)), embedding_condition._name
+    )
+    write_part(folder / "text_proj", told, shapes)
+    larger = {**NARROW_SUPER_RESOLUTION, "sample_size": 16}
+    config = config_lib.default_config()
+    unet.read(config, larger, "config.json", image_channels=3)
+    for name in ("first", "last"):
+        write_part(folder / f"super_res_{name}", larger, unet.tensor_shapes(config, image_channels=3))
+    write_scheduler(folder / "super_res_scheduler", "UnCLIPScheduler")
+    net = dataclasses.replace(clips.TEXT, max_length=20, projection=16)
+    transformers_lib.write(folder / "text_encoder", net, random_params(net, jnp.zeros((1, 2), jnp.int32)))
+    clips.write_tokenizer(folder / "tokenizer", max_length=20)
+    fields = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
+    fields |= {"embedding_dim": 16, "num_embeddings": 20}
+    write_part(folder / "prior", fields, prior.tensor_shapes(*prior.to_module(fields)))
+    tensors = load_file(folder / "prior" / WEIGHTS[0])
+    save_file(tensors | {"clip_std": np.abs(tensors["clip_std"])}, folder / "prior" / WEIGHTS[0])
+    scheduler = {"prediction_type": "sample", "clip_sample_range": 5.0}
+    write_scheduler(folder / "prior_scheduler", "UnCLIPScheduler", **scheduler)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "UnCLIPPipeline"}))
+    return folder
+
+
+def random_params(net, example):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), example)["params"]
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / 4, shapes)

@@ -285,6 +285,7 @@ def p_sample(
     clip: bool = True,
     dynamic_threshold: float | None = None,
     clip_range: float = 1.0,
+    threshold_limit: float | None = None,
 ) -> Images:
     """One ancestral step, x_{t-1} ~ p_theta(x_{t-1} | x_t) (DDPM, algorithm 2), jit-compiled.
 

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.data.dataset import training_images
 from ddpm_jax import pipeline as pipeline_lib
+from ddpm_jax.data.dataset import training_images
 from ddpm_jax.interop import lora, plain, single_file, transformers
 from ddpm_jax.interop.diffusers import adapters, deepfloyd, stable_diffusion, stages, unclip
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib

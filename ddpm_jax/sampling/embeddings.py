@@ -31,8 +31,8 @@ class Units:
       mean, std: numbers, or float32 [D].
     """
 
-    mean: Any = np.float32(0)
-    std: Any = np.float32(1)
+    mean: Any = 0.0
+    std: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,9 +87,7 @@ def read(folder: Path, kind: str, source: str) -> Stage:
     params = unet_lib.to_params(path, tensors, net, layout)
     left_aside = (sentence for part, sentence in _LEFT_ASIDE.items() if part in named_parts(folder))
     name = "super_resolution" if enlarges else "base"
-    return Stage(
-        name, config, params, (tokenizer, encoder, encoder_params), notes=(*notes, _PROMPTS, *left_aside)
-    )
+    return Stage(name, config, params, (tokenizer, encoder, encoder_params), notes=(*notes, _PROMPTS, *left_aside))
 
 
 def _check(where: str, layout: unet_lib.Layout, enlarges: bool) -> None:

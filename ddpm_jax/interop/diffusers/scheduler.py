@@ -512,7 +512,10 @@ def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
 
 def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:
     if diffusion.dynamic_threshold:
-        ratio = {"dynamic_thresholding_ratio": diffusion.dynamic_threshold, "sample_max_value": diffusion.threshold_limit or _UNBOUNDED}
+        ratio = {
+            "dynamic_thresholding_ratio": diffusion.dynamic_threshold,
+            "sample_max_value": diffusion.threshold_limit or _UNBOUNDED,
+        }
         clipping = {"thresholding": True, **ratio}
     elif is_solver:  # a threshold of at most 1 is a clip to 1
         return {"thresholding": diffusion.clip and diffusion.clip_range == 1, "sample_max_value": 1.0}

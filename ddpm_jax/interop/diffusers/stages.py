@@ -97,6 +97,4 @@ def values_of(*files: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{' or '.join(map(repr, files))} holds a value that does not fit: {error}"
-        ) from None
+        raise UserError(f"{' or '.join(map(repr, files))} holds a value that does not fit: {error}") from None

@@ -101,9 +101,7 @@ def _read_clip(folder: Path, texts: Texts, text: CLIPTextEncoder) -> CLIP:
     return CLIP(text, image, params, _LOGIT_SCALE, tokenizer, mean, std)
 
 
-def _read_prior(
-    folder: Path, source: str, texts: Texts, encoder: CLIPTextEncoder, shape: tuple[int, int]
-) -> Stage:
+def _read_prior(folder: Path, source: str, texts: Texts, encoder: CLIPTextEncoder, shape: tuple[int, int]) -> Stage:
     config = config_lib.default_config()
     notes = _read_scheduler(config, folder, "prior_scheduler")
     fields, where = read_fields(folder, "prior")
@@ -132,9 +130,7 @@ def _read_prior(
     return Stage("prior", config, params, texts, None, {"embedding_width": widths.embedding}, tuple(notes))
 
 
-def _read_decoder(
-    folder: Path, source: str, texts: Texts, encoder: CLIPTextEncoder, clip: CLIP | None
-) -> Stage:
+def _read_decoder(folder: Path, source: str, texts: Texts, encoder: CLIPTextEncoder, clip: CLIP | None) -> Stage:
     config = config_lib.default_config()
     notes = _read_scheduler(config, folder, "decoder_scheduler")
     unet, where = read_fields(folder, "decoder")
@@ -180,7 +176,9 @@ def _read_super_resolution(folder: Path, small: tuple[int, int]) -> Stage:
     first, where = read_fields(folder, "super_res_first")
     last, last_file = read_fields(folder, "super_res_last")
     with values_of(where, last_file):
-        own, others = (super_resolution_lib.complete(fields, file) for fields, file in ((first, where), (last, last_file)))
+        own, others = (
+            super_resolution_lib.complete(fields, file) for fields, file in ((first, where), (last, last_file))
+        )
         for field, value in own.items():
             if others[field] != value:
                 raise refusal(last_file, field, others[field], (f"{value!r}, as super_res_first",))

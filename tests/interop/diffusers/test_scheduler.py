@@ -131,6 +131,9 @@ def test_thresholds():
     """A threshold of at most 1 is a clip; an unbounded one is the paper's."""
     solver = "DPMSolverMultistepScheduler"
     assert read(solver, thresholding=True)[0].diffusion.clip
+    config, _ = read("DDPMScheduler", thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.95)
+    assert (config.diffusion.dynamic_threshold, config.diffusion.threshold_limit) == (0.95, 1.5)
+    assert scheduler.to_fields(config)[0]["sample_max_value"] == 1.5
     config, _ = read(solver, thresholding=True, sample_max_value=1e9, dynamic_thresholding_ratio=0.9)
     assert (config.diffusion.clip, config.diffusion.dynamic_threshold) == (False, 0.9)
     fields, _ = scheduler.to_fields(config)
