@@ -23,16 +23,18 @@ from ddpm_jax.diffusion.samplers import Steps
 from ddpm_jax.diffusion.schedules import Schedule, make_betas, make_schedule, rescale_to_zero_terminal_snr
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder, TextEncoder
 from ddpm_jax.models.embedding_condition import Embedded, EmbeddingCondition
+from ddpm_jax.models.last_step import OwnLastStep
 from ddpm_jax.models.prior import Prior
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, nearest
 from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.condition import ClassCondition, Condition, NoCondition
 from ddpm_jax.sampling.decoder import Decoder, Pixels
-from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding
+from ddpm_jax.sampling.embeddings import Embedder, Embeddings, ImageEmbedding, Units
 from ddpm_jax.sampling.generate import Model, Request
 from ddpm_jax.sampling.given import Given, LowResolution, MaskedPicture
 from ddpm_jax.sampling.latents import Latents
@@ -122,6 +124,9 @@ def default_config() -> ConfigDict:
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
     text.mask_padding = True  # the network does not attend to the padding of a caption
+    text.mask_in_encoder = (
+        False  # where it does, a frozen encoder leaves padding aside all the same, as in DeepFloyd IF
+    )
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
@@ -147,9 +152,12 @@ def default_config() -> ConfigDict:
     prior.num_layers = 4
     prior.num_heads = 4
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
+    prior.mean = ()  # of the embeddings, a number for each channel: the network sees (embedding - mean) / std; (): it
+    prior.std = ()  # sees embeddings of length 1, times the root of their width
 
     config.embedding = embedding = ConfigDict()
     embedding.clip = ""  # of the CLIP whose image embedding the network is given, as DALL-E 2's decoder is; "": none
+    embedding.normalized = True  # to length 1, and times the root of the width; False: as CLIP gives it
     embedding.dropout = 0.1  # share of examples that are trained without it, for guidance
     embedding.num_tokens = 4  # that it becomes, beside those of the text
     embedding.token_width = 64  # of all these tokens
@@ -159,6 +167,8 @@ def default_config() -> ConfigDict:
     upscale.width = 0  # the same
     upscale.max_augmentation = 0.5  # training noises them up to this share of the timesteps; 0: they are not noised
     upscale.augmentation = 0.1  # the share to which sampling noises them
+    upscale.enlarging = "linear"  # how they are enlarged: linear, corners (linear between corner pixels) or cubic
+    upscale.own_last_step = False  # the network of the lowest timestep has weights of its own, as in Karlo
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.schedule = "linear"  # linear, quadratic, constant, jsd, warmup10, warmup50, cosine or sigmoid
@@ -177,6 +187,7 @@ def default_config() -> ConfigDict:
     diffusion.clip = True  # the predicted x_0 to [-clip_range, clip_range] when sampling
     diffusion.clip_range = 1.0  # 1 for images; larger for embeddings, whose values lie further out
     diffusion.dynamic_threshold = 0.0  # a quantile such as 0.995 for dynamic thresholding; 0: off
+    diffusion.threshold_limit = 0.0  # the largest threshold of dynamic thresholding; 0: any
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # any of optax
@@ -397,6 +408,7 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
         cache_bytes=int(config.data.cache_gib * 2**30),
         mask_padding=text.mask_padding,
         pooled=text.pooled,
+        mask_in_encoder=text.mask_in_encoder,
     )
     return frozen.trained() if config.lora.text_encoder else frozen
 
@@ -526,13 +538,26 @@ def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, d
 
 def make_embedder(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Embedder:
     """The CLIP whose image embeddings the run draws, or is given; `dataset` as in `make_condition`."""
-    folder = (dataset or {}).get("clip", config.prior.clip or config.embedding.clip)
-    width = (
-        from_json((Path(folder).expanduser() / "config.json").read_text()).clip.projection
-        if is_workdir(folder)
-        else transformers.clip_width(folder)
+    dataset, units = dataset or {}, None
+    if config.prior.mean:
+        units = Units(np.array(config.prior.mean, np.float32), np.array(config.prior.std, np.float32))
+    elif config.embedding.clip and not config.embedding.normalized:
+        units = Units()
+    if "embedding_width" in dataset:
+        return Embedder(dataset["embedding_width"], _refuse_pictures, units)
+    folder = dataset.get("clip", config.prior.clip or config.embedding.clip)
+    if is_workdir(folder):
+        width = from_json((Path(folder).expanduser() / "config.json").read_text()).clip.projection
+    else:
+        width = transformers.clip_width(folder)
+    return Embedder(width, lambda: transformers.read_clip(folder), units)
+
+
+def _refuse_pictures() -> CLIP:
+    raise UserError(
+        "this run was imported without CLIP's image encoder, which embeds pictures; accepted for variations of "
+        "pictures: an import of diffusers' UnCLIPImageVariationPipeline"
     )
-    return Embedder(width, lambda: transformers.read_clip(folder))
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
@@ -564,6 +589,8 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
         time_width = net.time_channels or 4 * net.channels
         told = EmbeddingCondition(embedding.token_width, time_width, embedding.num_tokens, net.dtype)
         return condition.network(Embedded(net, told))
+    if config.upscale.own_last_step:
+        return condition.network(OwnLastStep(net, net.clone()))
     return condition.network(net)
 
 
@@ -594,7 +621,9 @@ def make_given(
     if not upscale.height:
         return None
     low, high = ((sizes.height, sizes.width, data.channels) for sizes in (upscale, data))
-    return LowResolution(low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip)
+    return LowResolution(
+        low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip, upscale.enlarging
+    )
 
 
 def _held_in(dtype: str | None, params: Any) -> Any:
@@ -675,8 +704,14 @@ def sampling_steps(config: ConfigDict) -> Steps:
 def parameterization(config: ConfigDict) -> Parameterization:
     """What the network's output means."""
     diffusion = config.diffusion
-    threshold = diffusion.dynamic_threshold or None
-    return Parameterization(diffusion.prediction, diffusion.variance, diffusion.clip, threshold, diffusion.clip_range)
+    return Parameterization(
+        diffusion.prediction,
+        diffusion.variance,
+        diffusion.clip,
+        diffusion.dynamic_threshold or None,
+        diffusion.clip_range,
+        diffusion.threshold_limit or None,
+    )
 
 
 def guidance(config: ConfigDict) -> Guidance:

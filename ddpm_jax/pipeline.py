@@ -186,18 +186,26 @@ def compose(stages: Sequence[str | Path], path: str | Path) -> Path:
     runs = [open_run(folder) for folder in folders]
     _check(folders, runs)
     entries = [
-        {
-            "workdir": os.path.relpath(folder.resolve(), target.resolve()),
-            "step": run.step,
-            "size": list(run.shape),
-        }
+        (os.path.relpath(folder.resolve(), target.resolve()), run.step, run.shape)
         for folder, run in zip(folders, runs, strict=True)
     ]
-    last = folders[-1]
     with new_folder(target, "--workdir") as temporary:
-        workdir.record(temporary, workdir.read_config(last), workdir.read_dataset(last) or {})
-        write_text(temporary / workdir.STAGES, json.dumps({"stages": entries}, indent=2) + "\n")
+        record(temporary, entries, folders[-1])
     return target
+
+
+def record(folder: Path, stages: Sequence[tuple[str, int, Sequence[int]]], last: Path | None = None) -> None:
+    """Writes the files of a pipeline into its folder.
+
+    Args:
+      folder: is there.
+      stages: each one's workdir, as seen from the folder, its step and the shape of what it makes.
+      last: the workdir of the last stage; None: as `stages` says.
+    """
+    last = folder / stages[-1][0] if last is None else last
+    workdir.record(folder, workdir.read_config(last), workdir.read_dataset(last) or {})
+    entries = [{"workdir": path, "step": step, "size": list(size)} for path, step, size in stages]
+    write_text(folder / workdir.STAGES, json.dumps({"stages": entries}, indent=2) + "\n")
 
 
 def load(path: str | Path, step: int | None = None, **options: Any) -> Run:

@@ -154,8 +154,8 @@ class Run:
             repeated as needed (without them every class, or captions of the data set, come in turn);
             negative_prompts, which guidance leads away from; and in place of the config's: sampler, num_steps, spacing,
             spacing_offset, skip_lowest, stop_at_first, levels, fractional, scaled_start, timesteps, eta, order, clip,
-            clip_range, dynamic_threshold (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
-            guidance_scale, guidance_rescale, guidance_interval (see `guided`).
+            clip_range, dynamic_threshold, threshold_limit (see `ddpm_jax.sample`), x_0_mse [T] (see
+            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -246,7 +246,8 @@ class Run:
         if not length > 0:
             raise UserError(f"the captions {caption!r} and {target!r} have one embedding; accepted: different ones")
         (start,) = self.embedder.of_pictures(picture[None])
-        turned = editing.slerp(jax.numpy.asarray(start), jax.numpy.asarray((new - old) / length), weights)
+        difference = (new - old) * (np.linalg.norm(start) / length)
+        turned = editing.slerp(jax.numpy.asarray(start), jax.numpy.asarray(difference), weights)
         return self.of_embeddings(np.asarray(turned), seed, same_noise=True, progress=progress, **options)
 
     @property
@@ -639,7 +640,11 @@ class Run:
         steps, output = (_replaced(part, given) for part in (steps, output))
         # 0 is off, as in a config.
         steps = dataclasses.replace(steps, order=steps.order or None)
-        output = dataclasses.replace(output, dynamic_threshold=output.dynamic_threshold or None)
+        output = dataclasses.replace(
+            output,
+            dynamic_threshold=output.dynamic_threshold or None,
+            threshold_limit=output.threshold_limit or None,
+        )
         of_guidance = {name.removeprefix("guidance_"): given[name] for name in _GUIDANCE & given.keys()}
         guidance = _replaced(guidance, of_guidance)
         said = {name: given[name] for name in condition_lib.KEYWORDS if name in given}

@@ -18,6 +18,7 @@ from ddpm_jax.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_jax.runtime.errors import UserError, first_line, nearest
 from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.sampling.condition import check_guidance
+from ddpm_jax.sampling.given import ENLARGING
 from ddpm_jax.text.tokenizers import MIN_VOCAB_SIZE
 
 _ELEMENTS: dict[str, type] = {
@@ -31,6 +32,8 @@ _ELEMENTS: dict[str, type] = {
     "model.upsample_levels": str,
     "model.attention_levels": bool,
     "data.held_out": int,
+    "prior.mean": float,
+    "prior.std": float,
     "diffusion.betas": float,
     "train.ema_decays": float,
     "sample.guidance_interval": int,
@@ -73,6 +76,7 @@ def _check_values(config: ConfigDict) -> None:
         ("sample.spacing", config.sample.spacing, ("", *tables.SPACINGS)),
         ("model.dtype", config.model.dtype, config_lib.DTYPES),
         ("data.source", config.data.source, SOURCES),
+        ("upscale.enlarging", config.upscale.enlarging, ENLARGING),
     ):
         if value not in accepted:
             names = ", ".join(choice or "''" for choice in accepted)
@@ -188,6 +192,8 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if not 0.0 <= share <= 1.0:
             raise UserError(f"config.{name} is {share}; accepted: 0 to 1")
+    if diffusion.threshold_limit and not diffusion.threshold_limit >= 1:
+        raise UserError(f"config.diffusion.threshold_limit is {diffusion.threshold_limit}; accepted: 0, or 1 and more")
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
     if train.label_dropout and not config.model.null_class:
@@ -271,10 +277,16 @@ def _check_embeddings(config: ConfigDict) -> None:
     for other, value in others.items():
         if value:
             raise UserError(f"config.{name} and config.{other} are both set; accepted: one of the two")
-    if config.prior.clip and (config.diffusion.clip or config.diffusion.dynamic_threshold):
+    if len(config.prior.mean) != len(config.prior.std) or not all(std > 0 for std in config.prior.std):
+        raise UserError(
+            f"config.prior.mean has {len(config.prior.mean)} values and config.prior.std {len(config.prior.std)}; "
+            "accepted: as many, and standard deviations above 0"
+        )
+    diffusion = config.diffusion
+    if config.prior.clip and ((diffusion.clip and diffusion.clip_range == 1) or diffusion.dynamic_threshold):
         raise UserError(
             "config.diffusion.clip or dynamic_threshold is set, and embeddings lie outside of [-1, 1], too; accepted "
-            "with prior.clip: False and 0.0"
+            "with prior.clip: False or a larger clip_range, and 0.0"
         )
     if config.evaluate.every_steps and (config.prior.clip or config.evaluate.likelihood_images):
         raise UserError(
@@ -325,6 +337,8 @@ def _check_upscale(config: ConfigDict) -> None:
         raise UserError(
             f"config.upscale is {small} and config.data {large}; accepted: smaller pictures of the same shape"
         )
+    if upscale.enlarging == "corners" and min(upscale.height, upscale.width) < 2:
+        raise UserError(f"config.upscale is {small}; accepted with enlarging 'corners': 2x2 and larger")
     if config.autoencoder.source or config.train.objective == "autoencoder":
         raise UserError(f"config.upscale is {small}; accepted with an autoencoder, whose latents are no pictures: 0x0")
     if upscale.max_augmentation and upscale.augmentation > upscale.max_augmentation:

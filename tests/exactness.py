@@ -29,6 +29,8 @@ SECTIONS = {
     "tests/interop/diffusers/test_stable_diffusion.py": "Whole pipelines of Stable Diffusion",
     "tests/interop/diffusers/test_unet_condition": "Stable Diffusion's network",
     "tests/interop/diffusers/test_prior_peers.py": "DALL-E 2's prior",
+    "tests/interop/diffusers/test_deepfloyd_peers.py": "Whole pipelines of DeepFloyd IF",
+    "tests/interop/diffusers/test_unclip_peers.py": "Whole pipelines of Karlo",
     "tests/interop/transformers/test_clip.py": "CLIP's encoders",
     "tests/interop/transformers/test_image_encoder.py": "CLIP's image encoder by itself",
     "tests/training/test_contrastive.py": "CLIP's loss",

@@ -38,6 +38,7 @@ class Parameterization:
       clip: whether the predicted x_0 is clipped to [-clip_range, clip_range].
       dynamic_threshold: a quantile for dynamic thresholding instead; None: off.
       clip_range: 1 for images.
+      threshold_limit: the largest threshold of dynamic thresholding; None: any.
     """
 
     prediction: str = "eps"
@@ -45,6 +46,7 @@ class Parameterization:
     clip: bool = True
     dynamic_threshold: float | None = None
     clip_range: float = 1.0
+    threshold_limit: float | None = None
 
     @property
     def unclipped(self) -> "Parameterization":
@@ -59,6 +61,8 @@ class Parameterization:
             raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; accepted: above 0 to 1, or None")
         if not self.clip_range > 0:
             raise ValueError(f"clip_range is {self.clip_range}; accepted: above 0")
+        if self.threshold_limit is not None and not self.threshold_limit >= 1:
+            raise ValueError(f"threshold_limit is {self.threshold_limit}; accepted: 1 or more, or None")
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +171,13 @@ def convert_prediction(
     return from_x_0(target, to_x_0(source, output, x_t, a, s), x_t, a, s)
 
 
-def clip_x_0(x_0: Images, clip: bool = True, dynamic_threshold: float | None = None, clip_range: float = 1.0) -> Images:
+def clip_x_0(
+    x_0: Images,
+    clip: bool = True,
+    dynamic_threshold: float | None = None,
+    clip_range: float = 1.0,
+    threshold_limit: float | None = None,
+) -> Images:
     """Keeps a predicted x_0 where images are, or whatever is diffused.
 
     Args:
@@ -176,10 +186,13 @@ def clip_x_0(x_0: Images, clip: bool = True, dynamic_threshold: float | None = N
       dynamic_threshold: None, or the quantile q of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3):
         each image is clipped to [-s, s] and divided by s = max(1, q-quantile of its absolute values).
       clip_range: of the clip; 1 for images.
+      threshold_limit: the largest s, as in DeepFloyd IF; None: any.
     """
     if dynamic_threshold is not None:
         axes = tuple(range(1, x_0.ndim))
         s = jnp.maximum(jnp.quantile(jnp.abs(x_0), dynamic_threshold, axis=axes, keepdims=True), 1.0)
+        if threshold_limit is not None:
+            s = jnp.minimum(s, threshold_limit)
         return jnp.clip(x_0, -s, s) / s
     return jnp.clip(x_0, -clip_range, clip_range) if clip else x_0
 
@@ -216,6 +229,7 @@ def p_mean_variance(
     clip: bool = True,
     dynamic_threshold: float | None = None,
     clip_range: float = 1.0,
+    threshold_limit: float | None = None,
 ) -> Gaussian:
     """p_theta(x_{t-1} | x_t) from the network's output (DDPM, section 3.2).
 
@@ -229,6 +243,7 @@ def p_mean_variance(
       clip: clip the predicted x_0 to [-clip_range, clip_range].
       dynamic_threshold: a quantile for dynamic thresholding instead; see `clip_x_0`.
       clip_range: of the clip; 1 for images.
+      threshold_limit: the largest threshold; None: any.
 
     Returns:
       A `Gaussian`: mean and x_0 [B, H, W, C]; variance and log_variance [B, 1, 1, 1], or [B, H, W, C] if learned.
@@ -238,7 +253,7 @@ def p_mean_variance(
     """
     output, interpolation = split_output(model_output, variance)
     x_0 = convert_prediction(schedule, output, x_t, t, prediction, "x_0")
-    x_0 = clip_x_0(x_0, clip, dynamic_threshold, clip_range)
+    x_0 = clip_x_0(x_0, clip, dynamic_threshold, clip_range, threshold_limit)
     mean, small, log_small = q_posterior(schedule, x_0, x_t, t)
     if interpolation is not None:
         log_variance = interpolate_log_variance(interpolation, log_small, extract(schedule.log_betas, t, x_t.ndim))
@@ -270,6 +285,7 @@ def p_sample(
     clip: bool = True,
     dynamic_threshold: float | None = None,
     clip_range: float = 1.0,
+    threshold_limit: float | None = None,
 ) -> Images:
     """One ancestral step, x_{t-1} ~ p_theta(x_{t-1} | x_t) (DDPM, algorithm 2), jit-compiled.
 
@@ -281,12 +297,12 @@ def p_sample(
       key: one typed key, or [B] of them.
       x_t: [B, H, W, C].
       t: int32 [B].
-      prediction, variance, clip, dynamic_threshold, clip_range: as in `p_mean_variance`.
+      prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit: as in `p_mean_variance`.
 
     Returns:
       x_{t-1} [B, H, W, C].
     """
-    output = Parameterization(prediction, variance, clip, dynamic_threshold, clip_range)
+    output = Parameterization(prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit)
     output.check()
     return _p_sample(schedule, as_argument(model_fn), key, x_t, t, output)
 

@@ -251,6 +251,7 @@ def sample(
     clip: bool = True,
     dynamic_threshold: float | None = None,
     clip_range: float = 1.0,
+    threshold_limit: float | None = None,
     num_snapshots: int = 0,
     snapshots_of: str = "x",
     progress: Progress | None = None,
@@ -290,8 +291,8 @@ def sample(
         where there is no x_t, and known values are put in place from the second call on. None: drawn anew before every
         call, the first too.
       resampling: (jump, times) of RePaint's resampling; see `with_resampling`.
-      prediction, variance, clip, dynamic_threshold, clip_range: as in `p_mean_variance`; a method other than "ddpm" has
-        its own variance, and a learned one is left aside.
+      prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit: as in `p_mean_variance`; a method
+        other than "ddpm" has its own variance, and a learned one is left aside.
       num_snapshots: how many images on the way to return as well.
       snapshots_of: "x", or "x_0" for what the network took it for.
       progress: told (calls done, calls) every ten calls or so.
@@ -339,7 +340,7 @@ def sample(
         model_fn,
         key,
         shape,
-        output=Parameterization(prediction, variance, clip, dynamic_threshold, clip_range),
+        output=Parameterization(prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit),
         observer=Observer(progress, watch, num_snapshots, snapshots_of),
         x_t=x_t,
         known=known,
@@ -518,7 +519,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         t = jnp.full(shape[:1], row.t)
         predicted, interpolation = split_output(model_fn(x, t), output.variance)
         x_0 = to_x_0(output.prediction, predicted, x, row.a, row.s)
-        x_0 = clip_x_0(x_0, output.clip, output.dynamic_threshold, output.clip_range)
+        x_0 = clip_x_0(x_0, output.clip, output.dynamic_threshold, output.clip_range, output.threshold_limit)
         log_variance = row.log_variance_min
         if interpolation is not None:
             log_variance = interpolate_log_variance(interpolation, row.log_variance_min, row.log_variance_max)

@@ -77,6 +77,7 @@ def embed_pictures(
     mesh: Mesh | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
+    normalized: bool = True,
 ) -> np.ndarray:
     """Pictures in the space that CLIP shares with texts.
 
@@ -90,15 +91,16 @@ def embed_pictures(
       mesh: of `parallel.make_mesh`, all processes giving the same pictures; None: all devices.
       batch_size: pictures at a time, rounded up to a multiple of the devices.
       progress: called with how many pictures are encoded, and N.
+      normalized: scaled to length 1.
 
     Returns:
-      float32 [N, P] of length 1 each; the dot product of two is their cosine similarity.
+      float32 [N, P], if normalized of length 1 each; the dot product of two is their cosine similarity.
 
     Raises:
       UserError: pictures of another type or shape, or none at all.
     """
     _check(pictures)
-    net = _PictureUnits(clip.image, clip.image_mean, clip.image_std)
+    net = _PictureUnits(clip.image, clip.image_mean, clip.image_std, normalized)
     apply = Partial(_apply_of(net), {"params": {"encoder": clip.params["image"]}})
     portions = (prepare(part, clip.image.shape) for part in _parts(pictures, batch_size))
     return _embedded(apply, portions, len(pictures), mesh, batch_size, progress)
@@ -111,6 +113,7 @@ def embed_texts(
     mesh: Mesh | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
+    normalized: bool = True,
 ) -> np.ndarray:
     """Texts in the space that CLIP shares with pictures; equal texts are encoded once.
 
@@ -119,9 +122,10 @@ def embed_texts(
       texts: N of them; those longer than CLIP takes are cut.
       mesh, batch_size: as in `embed_pictures`.
       progress: called with how many different texts are encoded, and how many there are.
+      normalized: scaled to length 1.
 
     Returns:
-      float32 [N, P] of length 1 each.
+      float32 [N, P], if normalized of length 1 each.
 
     Raises:
       UserError: no texts, or one that is not Unicode.
@@ -130,7 +134,7 @@ def embed_texts(
         raise UserError("there are no texts to encode")
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     ids = clip.tokenizer.encode(list(places)).ids
-    apply = Partial(_apply_of(_TextUnits(clip.text)), {"params": {"encoder": clip.params["text"]}})
+    apply = Partial(_apply_of(_TextUnits(clip.text, normalized)), {"params": {"encoder": clip.params["text"]}})
     units = _embedded(apply, _parts(ids, batch_size), len(ids), mesh, batch_size, progress)
     return units[[places[text] for text in texts]]
 
@@ -139,17 +143,19 @@ class _PictureUnits(nn.Module):
     encoder: CLIPImageEncoder
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    normalized: bool = True
 
     def __call__(self, pictures: jax.Array) -> Output:
         pixels = pictures.astype(jnp.float32) / 255
-        return _unit(self.encoder((pixels - jnp.array(self.mean)) / jnp.array(self.std)).projected)
+        return _unit(self.encoder((pixels - jnp.array(self.mean)) / jnp.array(self.std)).projected, self.normalized)
 
 
 class _TextUnits(nn.Module):
     encoder: CLIPTextEncoder
+    normalized: bool = True
 
     def __call__(self, ids: jax.Array) -> Output:
-        return _unit(self.encoder(ids).projected)
+        return _unit(self.encoder(ids).projected, self.normalized)
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,8 +164,8 @@ def _apply_of(net: nn.Module) -> Callable[..., Any]:
     return net.apply
 
 
-def _unit(x: Any) -> Output:
-    return {"unit": x / jnp.linalg.norm(x, axis=-1, keepdims=True)}
+def _unit(x: Any, normalized: bool) -> Output:
+    return {"unit": x / jnp.linalg.norm(x, axis=-1, keepdims=True) if normalized else x}
 
 
 def _embedded(

@@ -14,9 +14,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import pipeline as pipeline_lib
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.interop import lora, plain, single_file, transformers
-from ddpm_jax.interop.diffusers import adapters, stable_diffusion
+from ddpm_jax.interop.diffusers import adapters, deepfloyd, stable_diffusion, stages, unclip
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.interop.diffusers import folder as diffusers_folder
 from ddpm_jax.models.clip import CLIPTextEncoder
@@ -66,16 +67,24 @@ def import_weights(
     """
     if jax.process_count() > 1:
         raise UserError("weights are imported by one process, not by a job of several")
-    found = _read(source, tokenizer, prediction)
-    for note in found.notes:
+    runs = _read(source, tokenizer, prediction)
+    for note in dict.fromkeys(note for run in runs.values() for note in run.notes):
         tell(note)
     with new_folder(path, "--workdir", workdir.LOCK) as temporary, workdir.locked(path, "import"):
-        found.write_parts(temporary)
-        workdir.record(temporary, found.config, {**found.dataset, "imported": source})
-        checkpoints = Checkpoints(temporary)
-        checkpoints.save_weights(found.step, jax.tree.map(jnp.asarray, found.params))
-        checkpoints.close()
+        for name, run in runs.items():
+            _write(temporary / name, run, source)
+        if len(runs) > 1:
+            pipeline_lib.record(temporary, [(name, run.step, run.makes) for name, run in runs.items()])
     return Path(path).expanduser()
+
+
+def _write(folder: Path, found: "_Found", source: str) -> None:
+    folder.mkdir(exist_ok=True)
+    found.write_parts(folder)
+    workdir.record(folder, found.config, {**found.dataset, "imported": source})
+    checkpoints = Checkpoints(folder)
+    checkpoints.save_weights(found.step, jax.tree.map(jnp.asarray, found.params))
+    checkpoints.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +98,38 @@ class _Found:
     notes: Sequence[str] = ()
     write_parts: Callable[[Path], None] = lambda folder: None
 
+    @property
+    def makes(self) -> Sequence[int]:
+        """The shape of what the run draws: of its pictures, or of a prior's embeddings."""
+        shape: list[int] = self.dataset["shape"]
+        return [1, 1, len(self.config.prior.mean)] if self.config.prior.clip else shape
 
-def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> _Found:
-    """What a source holds; the arguments are those of `import_weights`."""
+
+def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> Mapping[str, _Found]:
+    """The run that a source holds, in the folder "", or the stages of a pipeline by their folders.
+
+    The arguments are those of `import_weights`.
+    """
     if _is_single_file(source):
-        return _of_pipeline(source, _read_single_file(source, tokenizer, prediction))
+        return {"": _of_pipeline(source, _read_single_file(source, tokenizer, prediction))}
     for flag, value in (("tokenizer", tokenizer), ("prediction", prediction)):
         if value is not None:
             raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file; {source!r} is none")
     if source.endswith(".safetensors"):
         config, dataset, step, params = plain.read(os.path.expanduser(source))
-        return _Found(config, dataset, params, step)
+        return {"": _Found(config, dataset, params, step)}
     folder = diffusers_folder.locate(source)
+    kind = stages.class_name(folder)
+    if kind in deepfloyd.PIPELINES:
+        return {"": _of_stage(source, deepfloyd.read(folder, kind, source))}
+    if kind in unclip.PIPELINES:
+        found = unclip.read(folder, kind, source)
+        return {f"stage_{number}_{stage.name}": _of_stage(source, stage) for number, stage in enumerate(found, 1)}
     if stable_diffusion.is_pipeline(folder):
-        return _of_pipeline(source, stable_diffusion.read(folder, source))
+        return {"": _of_pipeline(source, stable_diffusion.read(folder, source))}
     described, params = diffusers_folder.read(folder)
     dataset = _description(source, described.config, params, described.num_classes)
-    return _Found(described.config, dataset, params, notes=described.notes)
+    return {"": _Found(described.config, dataset, params, notes=described.notes)}
 
 
 def _of_pipeline(source: str, pipeline: stable_diffusion.Pipeline) -> _Found:
@@ -117,6 +141,22 @@ def _of_pipeline(source: str, pipeline: stable_diffusion.Pipeline) -> _Found:
     }
     parts = partial(_write_parts, pipeline)
     return _Found(pipeline.config, dataset, pipeline.params, notes=pipeline.notes, write_parts=parts)
+
+
+def _of_stage(source: str, stage: stages.Stage) -> _Found:
+    dataset = {**_description(source, stage.config, stage.params, 0), **stage.described}
+    if stage.texts:
+        dataset |= {"tokenizer": stage.texts[0].to_json(), "shown_captions": [""]}
+    parts = partial(_write_stage_parts, stage)
+    return _Found(stage.config, dataset, stage.params, notes=stage.notes, write_parts=parts)
+
+
+def _write_stage_parts(stage: stages.Stage, folder: Path) -> None:
+    """The frozen parts of a stage, to where `workdir.read_dataset` finds them."""
+    if stage.texts:
+        transformers.write(folder / workdir.TEXT_ENCODER, *stage.texts[1:])
+    if stage.clip:
+        transformers.write_clip(folder / workdir.CLIP, stage.clip)
 
 
 def _is_single_file(source: str) -> bool:

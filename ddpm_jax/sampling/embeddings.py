@@ -1,7 +1,8 @@
 """DALL-E 2's image embeddings (Ramesh et al. 2022): the prior diffuses them, and the decoder draws pictures of them.
 
 Between stages and in what people handle, an embedding is CLIP's, of length 1. Networks see it scaled by the root of its
-width, so that its entries have about unit variance.
+width, so that its entries have about unit variance. Karlo's networks, which are imported, were trained on embeddings of
+CLIP's own length; `Units` says so.
 """
 
 import dataclasses
@@ -22,6 +23,18 @@ from ddpm_jax.runtime.errors import UserError
 _MOST = 1 << 20  # embeddings of training images that are kept
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Units:
+    """Of embeddings of CLIP's own length: networks see (embedding - mean) / std.
+
+    Attributes:
+      mean, std: numbers, or float32 [D].
+    """
+
+    mean: Any = 0.0
+    std: Any = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Embedder:
     """A frozen CLIP.
@@ -29,20 +42,22 @@ class Embedder:
     Attributes:
       width: of its embeddings, D.
       open: reads it when it is first needed.
+      units: None: embeddings have length 1, and networks see them times the root of D.
     """
 
     width: int
     open: Callable[[], CLIP]
+    units: Units | None = None
 
     def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """float32 [N, D], each of length 1, of uint8 pictures [N, H, W, C]."""
+        """float32 [N, D], each of length 1 without `units`, of uint8 pictures [N, H, W, C]."""
         with jax.transfer_guard("allow"):
-            return np.asarray(embed_pictures(self._clip, pictures))
+            return np.asarray(embed_pictures(self._clip, pictures, normalized=self.units is None))
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [N, D], each of length 1."""
+        """float32 [N, D], each of length 1 without `units`."""
         with jax.transfer_guard("allow"):
-            return np.asarray(embed_texts(self._clip, texts))
+            return np.asarray(embed_texts(self._clip, texts, normalized=self.units is None))
 
     def of_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
         """float32 [B, 1, 1, D] of a batch of `host_batches`; each picture is embedded once."""
@@ -55,7 +70,15 @@ class Embedder:
 
     def scaled(self, embeddings: Any) -> Any:
         """As networks see them."""
+        if self.units is not None:
+            return (embeddings - self.units.mean) / self.units.std
         return np.float32(self.width**0.5) * embeddings
+
+    def unscaled(self, values: np.ndarray) -> np.ndarray:
+        """Of what networks see, or draw, the embeddings."""
+        if self.units is not None:
+            return values * self.units.std + self.units.mean
+        return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
     @functools.cached_property
     def _clip(self) -> CLIP:
@@ -104,9 +127,8 @@ class Embeddings:
         raise UserError("this run draws embeddings, of which no part can be masked")
 
     def decode(self, x_0: Any) -> np.ndarray:
-        """float32 [..., 1, 1, D], each of length 1."""
-        embeddings = parallel.to_host(x_0)
-        return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        """float32 [..., 1, 1, D]."""
+        return self.embedder.unscaled(parallel.to_host(x_0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,8 @@ class Request:
             value, default = values.pop(name), getattr(plain, name)
             if type(value) is not type(default) or value != default:
                 values[name] = value
+        if values["threshold_limit"] is None:
+            del values["threshold_limit"]
         return {name: np.asarray(v).tolist() if isinstance(v, (tuple, np.ndarray)) else v for name, v in values.items()}
 
 

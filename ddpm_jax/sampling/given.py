@@ -27,6 +27,10 @@ from ddpm_jax.sampling.condition import Condition
 from ddpm_jax.sampling.decoder import random_flip
 from ddpm_jax.sampling.latents import Latents
 
+# How pictures are enlarged: linearly, the same with the corner pixels of both at the same places, or by the cubic
+# filter of Keys (1981) with a = -0.5.
+ENLARGING = ("linear", "corners", "cubic")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -128,6 +132,7 @@ class LowResolution:
       most: the share of the timesteps from which training draws the level; 0: there is no noise, and no level.
       level: the level of sampling, as a share of the timesteps, at most `most`.
       flip: whether training mirrors half of the images, as its decoder does.
+      enlarging: one of `ENLARGING`.
     """
 
     shape: tuple[int, int, int]
@@ -136,6 +141,7 @@ class LowResolution:
     most: float
     level: float
     flip: bool = False
+    enlarging: str = "linear"
     needs: ClassVar[str] = ""
 
     @property
@@ -201,10 +207,20 @@ class LowResolution:
     def _noised(self, pictures: jax.Array, level: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
         """The entries of `cond`; key is one key, or one a picture."""
         shape = (len(pictures), *self.picture_shape)
-        enlarged = jax.image.resize(images.to_float(pictures), shape, "linear", antialias=False)
+        enlarged = _enlarged(images.to_float(pictures), shape, self.enlarging)
         if not self.most:
             return {"image": enlarged}
         return {"image": q_sample(self.schedule, enlarged, level, normal(key, shape)), "level": level}
+
+
+def _enlarged(pictures: jax.Array, shape: tuple[int, ...], how: str) -> jax.Array:
+    """Pictures [B, h, w, C] at the size of `shape`; see `ENLARGING`."""
+    if how != "corners":
+        return jax.image.resize(pictures, shape, how, antialias=False)
+    scale = jnp.array([(large - 1) / (small - 1) for large, small in zip(shape[1:3], pictures.shape[1:3], strict=True)])
+    return jax.image.scale_and_translate(
+        pictures, shape, (1, 2), scale, 0.5 * (1 - scale), method="linear", antialias=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ class FrozenTexts:
       mask_padding: whether the network attends to the tokens of a text alone; Stable Diffusion's attends to padding,
         too.
       pooled: whether the network is given the state of the whole text, as "vector".
+      mask_in_encoder: whether the encoder leaves padding aside where the network attends to it.
     """
 
     tokenizer: Tokenizer
@@ -108,6 +109,7 @@ class FrozenTexts:
     cache_bytes: int = 2 << 30
     mask_padding: bool = True
     pooled: bool = True
+    mask_in_encoder: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -125,8 +127,7 @@ class FrozenTexts:
     def trained(self) -> TrainedTexts:
         """The same states, of an encoder whose parameters are a part of the network's."""
         assert isinstance(self.encoder, nn.Module)
-        sees_padding = not self.mask_padding  # as in `_encoded`
-        return TrainedTexts(self.tokenizer, self.encoder, self.mask_padding, self.pooled, sees_padding)
+        return TrainedTexts(self.tokenizer, self.encoder, self.mask_padding, self.pooled, not self._is_masked)
 
     def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         rows = self._cache(texts, self._made)
@@ -139,12 +140,17 @@ class FrozenTexts:
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
         tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (_CHUNK - len(texts))])
-        mask = tokens.mask if self.mask_padding else None  # states of padding must have seen padding where they count
+        mask = tokens.mask if self._is_masked else None
         # A training step has the empty text's states as a constant, so this may be called while the step is traced.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, mask))
         found = {"tokens": states, "tokens_mask": tokens.mask, "vector": vectors}
         return [{name: found[name][row] for name in self.shapes} for row in range(len(texts))]
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether the encoder leaves padding aside. States of padding that count have usually seen padding."""
+        return self.mask_padding or self.mask_in_encoder
 
     @functools.cached_property
     def _params(self) -> Any:

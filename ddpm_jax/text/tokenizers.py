@@ -179,6 +179,13 @@ class Tokenizer:
         last = {int(ids[mask][-1]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)}
         return last.pop() if len(last) == 1 else None
 
+    def lowercased(self) -> "Tokenizer":
+        """The same, of texts in lower case and without white space at their ends."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.to_json())
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip(), *own])
+        return Tokenizer(tokenizer)
+
     def to_json(self) -> str:
         """The text of a tokenizer.json, with the length and the pad token."""
         return self._tokenizer.to_str()

@@ -252,6 +252,15 @@ def test_clip_range():
     np.testing.assert_allclose(step, np.clip(4 * x_0, -2.5, 2.5), atol=1e-5)
 
 
+def test_limit_of_dynamic_thresholding():
+    x_0 = jnp.array([[3.0, -1.2, 0.5, 0.1], [1.1, -0.2, 0.3, 0.0]]).reshape(2, 2, 2, 1)
+    found = gaussian.clip_x_0(x_0, dynamic_threshold=1.0, threshold_limit=1.5)
+    expected = np.array([[1.5, -1.2, 0.5, 0.1], [1.1, -0.2, 0.3, 0.0]]) / [[1.5], [1.1]]
+    np.testing.assert_allclose(found.reshape(2, 4), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"threshold_limit is 0.5; accepted: 1 or more, or None"):
+        gaussian.Parameterization(threshold_limit=0.5).check()
+
+
 def test_dynamic_thresholding_reaches_the_mean():
     x_0, x_t = single(*images(10))
     p = gaussian.p_mean_variance(LINEAR, 4 * x_0, x_t, jnp.array(TIMES), prediction="x_0", dynamic_threshold=0.9)

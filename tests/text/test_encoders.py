@@ -180,3 +180,15 @@ def test_two_threads_encode_a_text_once(encoder):
     assert sorted({text for call in texts.tokenizer.calls for text in call}) == sorted(TEXTS)
     assert len(texts.tokenizer.calls) == 2  # of four texts and of one, each once
     assert_same(*found)
+
+
+def test_a_mask_for_the_encoder_alone():
+    """As DeepFloyd IF has it: the states of a masked encoder, to all of which the network attends."""
+    encoder = made(T5)
+    found = frozen(encoder, mask_padding=False, mask_in_encoder=True, pooled=False)
+    assert found.shapes.keys() == {"tokens"}
+    masked = frozen(encoder, pooled=False).arrays(TEXTS)["tokens"]
+    np.testing.assert_array_equal(found.arrays(TEXTS)["tokens"], masked)
+    assert not found.trained().encode_padding
+    seen = frozen(encoder, mask_padding=False, pooled=False).arrays(TEXTS)["tokens"]
+    assert np.abs(seen - masked).max() > 1e-3

@@ -491,3 +491,10 @@ def test_tokenizer_json(tmp_path, trained):
 def test_a_tokenizer_that_gives_the_empty_text_no_token(tmp_path, trained):
     path = write_tokenizer(tmp_path / "tokenizer.json", trained, lambda value: value.update(post_processor=None))
     assert "gives no token for an empty text" in refusal(Tokenizer.read, path)
+
+
+def test_lower_case():
+    tokenizer = Tokenizer.train(["a red apple", "two green pears"], 270, 12)
+    lowered = Tokenizer.from_json(tokenizer.lowercased().to_json())
+    np.testing.assert_array_equal(lowered.encode([" A Red apple\n"]).ids, tokenizer.encode(["a red apple"]).ids)
+    assert np.any(tokenizer.encode(["A"]).ids != tokenizer.encode(["a"]).ids)

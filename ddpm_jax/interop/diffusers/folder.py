@@ -24,10 +24,18 @@ from ddpm_jax.validation import validate
 
 # What is read of a repository besides weights, and whose weights are.
 _TEXTS = re.compile(
-    r"model_index\.json|((unet|vae|text_encoder)/)?config\.json|(scheduler/)?scheduler_config\.json"
-    r"|tokenizer/(tokenizer|vocab|tokenizer_config|special_tokens_map)\.json|tokenizer/merges\.txt"
+    r"model_index\.json"
+    r"|((unet|vae|text_encoder|image_encoder|prior|text_proj|decoder|super_res_first|super_res_last)/)?config\.json"
+    r"|(((image_noising|prior|decoder|super_res)_)?scheduler/)?scheduler_config\.json"
+    r"|tokenizer/(tokenizer|vocab|tokenizer_config|special_tokens_map)\.json|tokenizer/(merges\.txt|spiece\.model)"
+    r"|feature_extractor/preprocessor_config\.json"
 )
-_PARTS = {"": WEIGHTS, "unet/": WEIGHTS, "vae/": WEIGHTS, "text_encoder/": transformers.WEIGHTS}
+_OF_DIFFUSERS = ("", *("unet", "vae", "prior", "text_proj", "decoder", "super_res_first", "super_res_last"))
+_OF_TRANSFORMERS = ("text_encoder", "image_encoder")
+_PARTS = {
+    **{f"{part}/" if part else "": WEIGHTS for part in _OF_DIFFUSERS},
+    **{f"{part}/": transformers.WEIGHTS for part in _OF_TRANSFORMERS},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,12 +208,12 @@ def _read_clipping(diffusion: ConfigDict, fields: Mapping[str, Any], where: str)
         bound, ratio = fields["sample_max_value"], float(fields["dynamic_thresholding_ratio"])
         if bound == 1.0:  # the threshold lies between 1 and this bound
             diffusion.clip = True
-        elif bound >= _UNBOUNDED:
-            diffusion.dynamic_threshold = ratio
-            if not ratio:
-                raise refusal(where, "dynamic_thresholding_ratio", ratio, ("above 0 to 1",))
+        elif not bound > 1.0:
+            raise refusal(where, "sample_max_value", bound, ("1 or more",))
+        elif not ratio:
+            raise refusal(where, "dynamic_thresholding_ratio", ratio, ("above 0 to 1",))
         else:
-            raise refusal(where, "sample_max_value", bound, (1.0, _UNBOUNDED))
+            diffusion.update(dynamic_threshold=ratio, threshold_limit=0.0 if bound >= _UNBOUNDED else float(bound))
     elif diffusion.clip:
         bound = fields["clip_sample_range"]
         if not isinstance(bound, int | float) or not bound > 0:
@@ -512,7 +512,10 @@ def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
 
 def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:
     if diffusion.dynamic_threshold:
-        ratio = {"dynamic_thresholding_ratio": diffusion.dynamic_threshold, "sample_max_value": _UNBOUNDED}
+        ratio = {
+            "dynamic_thresholding_ratio": diffusion.dynamic_threshold,
+            "sample_max_value": diffusion.threshold_limit or _UNBOUNDED,
+        }
         clipping = {"thresholding": True, **ratio}
     elif is_solver:  # a threshold of at most 1 is a clip to 1
         return {"thresholding": diffusion.clip and diffusion.clip_range == 1, "sample_max_value": 1.0}

@@ -13,6 +13,7 @@ from ddpm_jax.diffusion.tables import DEFAULT_SPACING
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
+from ddpm_jax.interop.diffusers import deepfloyd, unclip
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet_condition as unet_lib
 from ddpm_jax.interop.diffusers.fields import WEIGHTS, refusal
@@ -94,7 +95,7 @@ def read(folder: str | Path, source: str | None = None) -> Pipeline:
             raise UserError(f"{str(folder)!r} has {part!r}, {whose}; accepted: Stable Diffusion 1 and 2")
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in PIPELINES:
-        raise refusal(str(folder / _INDEX), "_class_name", kind, PIPELINES)
+        raise refusal(str(folder / _INDEX), "_class_name", kind, (*PIPELINES, *deepfloyd.PIPELINES, *unclip.PIPELINES))
     for part in ("unet", "scheduler", "vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise UserError(f"{str(folder)!r} has no {part}/, which a Stable Diffusion pipeline has")

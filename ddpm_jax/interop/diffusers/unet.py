@@ -230,6 +230,11 @@ def _read_time_embedding(unet: Mapping[str, Any], num_timesteps: int, where: str
     return choose(where, unet, "time_embedding_type", {"positional": "sinusoids", "learned": "learned"})
 
 
+def complete(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All fields of a `UNet2DModel`, those that its file lacks as diffusers takes them; UserError for others."""
+    return with_defaults(where, found, _DEFAULTS)
+
+
 def check_out_channels(config: ConfigDict, found: Mapping[str, Any], where: str) -> None:
     """UserError unless the network's output is an image, with a learned variance two."""
     expected = config.data.channels * (2 if config.diffusion.variance == "learned" else 1)

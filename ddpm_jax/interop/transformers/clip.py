@@ -140,7 +140,7 @@ def read_clip(folder: str | Path) -> CLIP:
     kind = architecture(config)
     require(kind == "CLIPModel", "architectures", kind, where, "CLIPModel")
     text, image = to_module(config, where), _image_module(config, where)
-    mean, std = _preparation(folder / "preprocessor_config.json", image)
+    mean, std = read_preparation(folder / "preprocessor_config.json", image)
     tokenizer = Tokenizer.read(folder, text.max_length)
     check_tokenizer(tokenizer, text, str(folder))
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
@@ -280,7 +280,7 @@ def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], wh
     return {**options, "activation": activation, "epsilon": epsilon}
 
 
-def _preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def read_preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a preprocessor_config.json that prepares images as CLIP does."""
     height, width, channels = net.shape
     if not path.is_file() and channels == len(_MEAN):

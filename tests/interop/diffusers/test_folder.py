@@ -78,6 +78,7 @@ def test_images_of_two_channels(call, tmp_path):
 def test_files_of_the_hub():
     """One form of each weight, and no safety checker."""
     wanted = [
+        "feature_extractor/preprocessor_config.json",  # of Karlo's image encoder
         "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
@@ -93,7 +94,6 @@ def test_files_of_the_hub():
     ]
     others = [
         "v1-5-pruned.ckpt",
-        "feature_extractor/preprocessor_config.json",
         "safety_checker/model.safetensors",
         "text_encoder/model.fp16.safetensors",
         "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",

@@ -106,7 +106,7 @@ def test_what_is_sampled_otherwise_is_said(kind, fields, said):
         ("UnCLIPScheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
         ("UnCLIPScheduler", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
         ("UnCLIPScheduler", {"variance_type": "fixed_large"}, "variance_type is 'fixed_large'"),
-        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 3.0}, "sample_max_value is 3.0"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 0.5}, "sample_max_value is 0.5"),
         ("DDPMScheduler", {"num_train_timesteps": "many"}, "holds a value that does not fit"),
         ("DDPMScheduler", {"magic": 1}, "magic is 1 in 'scheduler_config.json', a field that this project"),
         ("DDIMScheduler", {"timestep_spacing": "even"}, "timestep_spacing is 'even'"),
@@ -131,6 +131,9 @@ def test_thresholds():
     """A threshold of at most 1 is a clip; an unbounded one is the paper's."""
     solver = "DPMSolverMultistepScheduler"
     assert read(solver, thresholding=True)[0].diffusion.clip
+    config, _ = read("DDPMScheduler", thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.95)
+    assert (config.diffusion.dynamic_threshold, config.diffusion.threshold_limit) == (0.95, 1.5)
+    assert scheduler.to_fields(config)[0]["sample_max_value"] == 1.5
     config, _ = read(solver, thresholding=True, sample_max_value=1e9, dynamic_thresholding_ratio=0.9)
     assert (config.diffusion.clip, config.diffusion.dynamic_threshold) == (False, 0.9)
     fields, _ = scheduler.to_fields(config)
