@@ -50,13 +50,13 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 SCHEDULER = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 
-def write_narrow(folder, file):
+def write_narrow(folder, file, in_channels=4):
     """Writes a narrow Stable Diffusion of random weights, without PyTorch: as a folder of diffusers, for pictures of
-    64x64, and as a single file."""
+    64x64, and as a single file; of 9 in_channels, one that is given a masked picture."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         parts = (
-            single_files.unet_shapes(),
+            single_files.unet_shapes(in_channels=in_channels),
             single_files.autoencoder_shapes(),
             single_files.text_shapes(tokens=VOCAB_SIZE, length=20),
         )

@@ -55,6 +55,10 @@ REPLACED = {
     "--coordinator=host0:1234": (["--coordinator=127.0.0.1:PORT"], "no such host"),
     "--num_processes=2": (["--num_processes=1"], "tests/test_processes.py has jobs of two"),
     "--source=stable-diffusion-v1-5/stable-diffusion-v1-5": (["--source=stable-diffusion"], "would download"),
+    "--source=stable-diffusion-v1-5/stable-diffusion-inpainting": (
+        ["--source=stable-diffusion-inpainting"],
+        "would download",
+    ),
     "--height=512": (["--height=64"], "seconds more"),
     "--width=768": (["--width=80"], "seconds more"),
     "--images=0-49999": (["--images=0-15", "--shard_size=4"], "hours"),
@@ -252,6 +256,9 @@ class Workspace:
             self.prepare(workdir)
         if value.get("--source") in ("stable-diffusion", "model.safetensors"):
             self.stable_diffusion()
+        if value.get("--source") == "stable-diffusion-inpainting":
+            folder = self.folder / value["--source"]
+            stable_diffusions.write_narrow(folder, self.folder / "inpainting.safetensors", in_channels=9)
         if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
             self.prepare("runs/digits")
             self.main(["python", "main.py", "--mode=export", "--workdir=runs/digits", "--out=a-diffusers-folder"])

@@ -196,6 +196,10 @@ def test_an_int_is_a_float():
         ({"sample__spacing": "karas"}, "Did you mean 'karras'?"),
         ({"sample__guidance_scale": 2.0}, "needs a run with model.class_conditional and a train.label_dropout above 0"),
         ({"sample__guidance_scale": 2.0, "model__class_conditional": True}, "a train.label_dropout above 0"),
+        (
+            {"model__masked_picture": True},
+            "model.masked_picture is True, and the run diffuses no latents; accepted: with",
+        ),
         ({"train__label_dropout": 0.1}, "label_dropout is for config.model.class_conditional=True"),
         ({"sample__guidance_rescale": 0.5}, "need a guidance_scale other than 1"),
         ({"sample__guidance_rescale": 1.5}, "guidance_rescale is 1.5; accepted: 0 to 1"),

@@ -230,7 +230,7 @@ def test_parts_that_are_named_and_empty(folder, tmp_path):
             "cross_attention_dim is 32 in {unet}, and hidden_size 24 in {text_encoder}; accepted: the same",
         ),
         ("unet/config.json", {"in_channels": 5}, "in_channels is 5 in {unet}; accepted: 4, 9"),
-        ("unet/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {unet}; accepted: 'a whole number"),
+        ("unet/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {unet}; accepted: 'whole numbers"),
         ("unet/config.json", {"block_out_channels": 16}, "holds a value that does not fit"),
         ("vae/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {vae}; accepted: whole numbers"),
         ("vae/config.json", {"down_block_types": ["Some"] * 2}, "down_block_types is ['Some', 'Some'] in {vae}"),
