@@ -2,9 +2,8 @@
 
 A super-resolution run is given a low-resolution picture. In training it is made from the training picture, so that the
 run needs no other stage; in sampling it comes from another run or from a file. An inpainting run is given a picture and
-a mask. Beside the parts of
-`ddpm_jax.sampling.generate.Model` it is one more, of which most models have none. It is made once from a run's config
-(`ddpm_jax.config.make_given`).
+a mask. It is one more part of a `ddpm_jax.sampling.generate.Model`, which most models do without, and is made once from
+a run's config (`ddpm_jax.config.make_given`).
 """
 
 import dataclasses
