@@ -146,8 +146,8 @@ def default_config() -> ConfigDict:
     prior.num_layers = 4
     prior.num_heads = 4
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
-    prior.mean = ()  # of the embeddings, a number for each channel: the network sees (embedding - mean) / std; (): it
-    prior.std = ()  # sees embeddings of length 1, times the root of their width
+    prior.mean = ()  # of embeddings, which the network sees as (embedding - mean) / std; (): of length sqrt(width)
+    prior.std = ()  # the same
 
     config.embedding = embedding = ConfigDict()
     embedding.clip = (

@@ -257,7 +257,7 @@ def test_limit_of_dynamic_thresholding():
     found = gaussian.clip_x_0(x_0, dynamic_threshold=1.0, threshold_limit=1.5)
     expected = np.array([[1.5, -1.2, 0.5, 0.1], [1.1, -0.2, 0.3, 0.0]]) / [[1.5], [1.1]]
     np.testing.assert_allclose(found.reshape(2, 4), expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="threshold_limit is 0.5; accepted: 1 or more, or None"):
+    with pytest.raises(ValueError, match=r"threshold_limit is 0.5; accepted: 1 or more, or None"):
         gaussian.Parameterization(threshold_limit=0.5).check()
 
 
