@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import stable_diffusions
+import unclips
 from documents import PAGES, ROOT, anchors, blocks, commands, links
 from filelock import FileLock
 from flax.traverse_util import flatten_dict
@@ -55,6 +56,7 @@ REPLACED = {
     "--coordinator=host0:1234": (["--coordinator=127.0.0.1:PORT"], "no such host"),
     "--num_processes=2": (["--num_processes=1"], "tests/test_processes.py has jobs of two"),
     "--source=stable-diffusion-v1-5/stable-diffusion-v1-5": (["--source=stable-diffusion"], "would download"),
+    **{f"--source={name}": ([f"--source={folder}"], "would download") for name, folder in unclips.HUB.items()},
     "--height=512": (["--height=64"], "seconds more"),
     "--width=768": (["--width=80"], "seconds more"),
     "--images=0-49999": (["--images=0-15", "--shard_size=4"], "hours"),
@@ -238,12 +240,14 @@ class Workspace:
             given += [f"--config.{name}={x}" for name, x in TINY.items() if f"--config.{name}" not in names]
         if not {"--generated", "--against"} <= names:  # two sets of images and no run: nothing is sampled
             given += [flag for flag in FEW.get(mode, []) if flag.partition("=")[0] not in names]
-        if mode not in ("train", "import") and not config and "--workdir" in names:
+        if mode not in ("train", "import", "compose") and not config and "--workdir" in names:
             self.prepare(value["--workdir"])
         if "--init_from" in names:
             self.prepare(value["--init_from"])
         if value.get("--source") in ("stable-diffusion", "model.safetensors"):
             self.stable_diffusion()
+        if value.get("--source") in unclips.HUB.values():
+            unclips.write(self.folder / value["--source"])
         if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
             self.prepare("runs/digits")
             self.main(["python", "main.py", "--mode=export", "--workdir=runs/digits", "--out=a-diffusers-folder"])
