@@ -123,9 +123,7 @@ def default_config() -> ConfigDict:
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
     text.mask_padding = True  # the network does not attend to the padding of a caption
-    text.mask_in_encoder = (
-        False  # with mask_padding off: the frozen encoder alone leaves padding aside, as in DeepFloyd IF
-    )
+    text.mask_in_encoder = False  # with mask_padding off: the frozen encoder leaves it aside, as in DeepFloyd IF
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
