@@ -124,9 +124,7 @@ def default_config() -> ConfigDict:
     text.num_heads = 4  # of its attention
     text.dropout = 0.1  # share of examples that are trained without their caption, for guidance
     text.mask_padding = True  # the network does not attend to the padding of a caption
-    text.mask_in_encoder = (
-        False  # where it does, a frozen encoder leaves padding aside all the same, as in DeepFloyd IF
-    )
+    text.mask_in_encoder = False  # with mask_padding off: the frozen encoder leaves it aside, as in DeepFloyd IF
     text.pooled = True  # the state of the whole caption is added to the time embedding
 
     config.autoencoder = autoencoder = ConfigDict()
@@ -152,8 +150,8 @@ def default_config() -> ConfigDict:
     prior.num_layers = 4
     prior.num_heads = 4
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
-    prior.mean = ()  # of the embeddings, a number for each channel: the network sees (embedding - mean) / std; (): it
-    prior.std = ()  # sees embeddings of length 1, times the root of their width
+    prior.mean = ()  # of embeddings, which the network sees as (embedding - mean) / std; (): of length sqrt(width)
+    prior.std = ()  # the same
 
     config.embedding = embedding = ConfigDict()
     embedding.clip = ""  # of the CLIP whose image embedding the network is given, as DALL-E 2's decoder is; "": none

@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import stable_diffusions
+import unclips
 from documents import PAGES, ROOT, anchors, blocks, commands, links
 from filelock import FileLock
 from flax.traverse_util import flatten_dict
@@ -59,6 +60,7 @@ REPLACED = {
         ["--source=stable-diffusion-inpainting"],
         "would download",
     ),
+    **{f"--source={name}": ([f"--source={folder}"], "would download") for name, folder in unclips.HUB.items()},
     "--height=512": (["--height=64"], "seconds more"),
     "--width=768": (["--width=80"], "seconds more"),
     "--images=0-49999": (["--images=0-15", "--shard_size=4"], "hours"),
@@ -259,6 +261,8 @@ class Workspace:
         if value.get("--source") == "stable-diffusion-inpainting":
             folder = self.folder / value["--source"]
             stable_diffusions.write_narrow(folder, self.folder / "inpainting.safetensors", in_channels=9)
+        if value.get("--source") in unclips.HUB.values():
+            unclips.write(self.folder / value["--source"])
         if value.get("--source") == "a-diffusers-folder" and not (self.folder / "a-diffusers-folder").exists():
             self.prepare("runs/digits")
             self.main(["python", "main.py", "--mode=export", "--workdir=runs/digits", "--out=a-diffusers-folder"])

@@ -18,6 +18,7 @@ from ddpm_jax.diffusion import samplers
 from ddpm_jax.interop import transformers as transformers_lib
 from ddpm_jax.interop.diffusers import embedding_condition, named, prior, unet, unet_condition
 from ddpm_jax.interop.diffusers.fields import WEIGHTS
+from ddpm_jax.interop.transformers import clip
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import NoCondition
@@ -194,7 +195,8 @@ def write_part(folder, config, tensors):
     """A part of diffusers: its config, and tensors of the shapes that are given."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(single_files.random(tensors, seed=zlib.crc32(folder.name.encode())), folder / WEIGHTS[0])
+    random = single_files.random(tensors, seed=zlib.crc32(folder.name.encode()))
+    save_file({name: value / 5 for name, value in random.items()}, folder / WEIGHTS[0])
 
 
 def write_scheduler(folder, kind, **fields):
@@ -228,7 +230,7 @@ def write_if(folder, enlarges=False):
     return folder
 
 
-def write_unclip(folder):
+def write_unclip(folder, of_pictures=False):
     """What `save_unclip` saves, without PyTorch."""
     decoder = condition_network("Karlo's decoder")
     learned = {"variance_type": "learned_range", "prediction_type": "epsilon"}
@@ -248,6 +250,16 @@ def write_unclip(folder):
     net = dataclasses.replace(clips.TEXT, max_length=20, projection=16)
     transformers_lib.write(folder / "text_encoder", net, random_params(net, jnp.zeros((1, 2), jnp.int32)))
     clips.write_tokenizer(folder / "tokenizer", max_length=20)
+    index = {"_class_name": "UnCLIPImageVariationPipeline" if of_pictures else "UnCLIPPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if of_pictures:
+        config = {"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 16}
+        config |= {field: getattr(clips.IMAGE, ours) for ours, (field, _) in clip._IMAGE_SIZES.items()}
+        shapes = clip._shapes(dataclasses.replace(clips.IMAGE, projection=16))
+        tensors = {clip._name(("image", *path)): clip.to_theirs(path, np.zeros(x.shape)) for path, x in shapes.items()}
+        write_part(folder / "image_encoder", config, {name: value.shape for name, value in tensors.items()})
+        (folder / "image_encoder" / WEIGHTS[0]).rename(folder / "image_encoder" / "model.safetensors")
+        return folder
     fields = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
     fields |= {"embedding_dim": 16, "num_embeddings": 20}
     write_part(folder / "prior", fields, prior.tensor_shapes(*prior.to_module(fields)))
@@ -255,7 +267,6 @@ def write_unclip(folder):
     save_file(tensors | {"clip_std": np.abs(tensors["clip_std"])}, folder / "prior" / WEIGHTS[0])
     scheduler = {"prediction_type": "sample", "clip_sample_range": 5.0}
     write_scheduler(folder / "prior_scheduler", "UnCLIPScheduler", **scheduler)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "UnCLIPPipeline"}))
     return folder
 
 
@@ -263,3 +274,19 @@ def random_params(net, example):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(net.init, jax.random.key(0), example)["params"]
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) / 4, shapes)
+
+
+# The hub's names of the published pipelines, and the folders that stand for them on the documentation's pages.
+HUB = {
+    "kakaobrain/karlo-v1-alpha-image-variations": "karlo-variations",
+    "kakaobrain/karlo-v1-alpha": "karlo",
+    "DeepFloyd/IF-I-XL-v1.0": "if-1",
+    "DeepFloyd/IF-II-L-v1.0": "if-2",
+}
+
+
+def write(folder):
+    """The narrow pipeline that a folder of `HUB` holds."""
+    if folder.name.startswith("karlo"):
+        return write_unclip(folder, of_pictures=folder.name == "karlo-variations")
+    return write_if(folder, enlarges=folder.name == "if-2")

@@ -64,6 +64,15 @@ def test_a_stage_is_a_run_by_itself(imported):
     assert not np.array_equal(other, enlarged)  # the last step is that of the other network
 
 
+def test_variations(tmp_path):
+    theirs = unclips.write_unclip(tmp_path / "theirs", of_pictures=True)
+    run = load(workdirs.import_weights(str(theirs), tmp_path / "run"))
+    picture = np.random.default_rng(0).integers(0, 256, (2, 9, 12, 3), np.uint8)
+    assert run.variations(picture, num_steps=2).shape == (2, 16, 16, 3)
+    found = run.embedder.of_pictures(picture)
+    assert np.abs(np.linalg.norm(found, axis=1) - 1).min() > 1e-2  # CLIP's own lengths
+
+
 EDITS = {
     "prior/config.json": (
         ({"norm_in_type": "layer"}, "norm_in_type is 'layer'"),
