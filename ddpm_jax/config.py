@@ -146,9 +146,9 @@ def default_config() -> ConfigDict:
 
     config.prior = prior = ConfigDict()
     prior.clip = ""  # workdir or folder of the CLIP whose image embeddings are diffused, by a prior; "": pictures are
-    prior.width = 256  # of the prior's Transformer, like the two that follow
-    prior.num_layers = 4
-    prior.num_heads = 4
+    prior.width = 256  # of the prior's Transformer
+    prior.num_layers = 4  # of the Transformer
+    prior.num_heads = 4  # of its attention
     prior.candidates = 2  # embeddings that sampling draws, of which the one that suits the text best is kept
     prior.mean = ()  # of embeddings, which the network sees as (embedding - mean) / std; (): of length sqrt(width)
     prior.std = ()  # the same

@@ -499,8 +499,8 @@ class TestSite:
 
     def test_every_flag_is_listed(self, hook):
         assert "| `--num_steps` |" in hook.flags()
-        assert "| `--jump` | `10` |" in hook.flags()
-        assert "| `--programs` | `train,sample,evaluate` |" in hook.flags()
+        assert "| `--shard_size` | `1000` |" in hook.flags()
+        assert "| `--seed` | `0` |" in hook.flags()
 
     def test_code_is_the_source_s(self, hook):
         assert hook.source("ddpm_jax.diffusion.gaussian.q_sample").splitlines()[1:] == [
