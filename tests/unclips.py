@@ -255,6 +255,7 @@ def write_unclip(folder, of_pictures=False):
     if of_pictures:
         config = {"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 16}
         config |= {field: getattr(clips.IMAGE, ours) for ours, (field, _) in clip._IMAGE_SIZES.items()}
+        config["image_size"] = clips.IMAGE.image_size
         shapes = clip._shapes(dataclasses.replace(clips.IMAGE, projection=16))
         tensors = {clip._name(("image", *path)): clip.to_theirs(path, np.zeros(x.shape)) for path, x in shapes.items()}
         write_part(folder / "image_encoder", config, {name: value.shape for name, value in tensors.items()})

@@ -339,7 +339,7 @@ class UNet(nn.Module):
                 raise ValueError(f"{name} has {len(methods)} entries for {levels - 1} halvings of the size")
         if self.attention_levels is not None and len(self.attention_levels) != levels:
             raise ValueError(f"attention_levels has {len(self.attention_levels)} entries for {levels} levels")
-        if len(self.res_blocks) != levels or min(self.res_blocks) < 1:
+        if len(self.res_blocks) != levels or min(self.level_res_blocks or [1]) < 1:
             raise ValueError(f"level_res_blocks is {tuple(self.res_blocks)}; accepted: 1 or more for {levels} levels")
         for name in ("residual_scale", "middle_residual_scale"):
             if not getattr(self, name) > 0:

@@ -76,8 +76,9 @@ class Request:
             value, default = values.pop(name), getattr(plain, name)
             if type(value) is not type(default) or value != default:
                 values[name] = value
-        if values["threshold_limit"] is None:
-            del values["threshold_limit"]
+        for name in ("clip_range", "threshold_limit"):
+            if values[name] == getattr(Parameterization(), name):
+                del values[name]
         return {name: np.asarray(v).tolist() if isinstance(v, (tuple, np.ndarray)) else v for name, v in values.items()}
 
 
