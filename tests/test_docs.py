@@ -97,6 +97,9 @@ FEW = {
     "sample": ["--num_steps=4"],
     "plan": ["--programs=sample"],
 }
+PLAIN_TRAINING = re.compile(
+    r"python main\.py --config=configs/(?P<config>numbers\w*|digits\w*)\.py --workdir=(?P<workdir>\S+)"
+)
 OF_A_CASCADE = ("configs/numbers_base.py", "configs/numbers_sr.py")  # whose sizes follow from each other
 # Modes whose results no command after them needs.
 LEAVES_NOTHING = (
@@ -125,6 +128,20 @@ ELSEWHERE = {
                 *("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine_lora"),
                 *("--config.data.path=path/to/pictures", "--config.lora.rank=16"),
             ),
+        )
+    },
+    **{
+        (
+            *("python", "main.py", "--mode=plan", "--config=configs/finetune.py:runs/sd15", "--topology=v5e:2x4"),
+            *flags,
+        ): "half an hour of a TPU's compiler each; tests/planning/test_programs.py"
+        for flags in (
+            (
+                *("--config.model.dtype=bfloat16", "--programs=sample", "--config.sample.sampler=dpmpp_2m"),
+                *("--config.sample.num_steps=25", "--config.sample.batch_size=8"),
+            ),
+            ("--dtype=bfloat16", "--programs=decode", "--config.sample.batch_size=8"),
+            ("--config.model.dtype=bfloat16", "--programs=train", "--config.lora.rank=16"),
         )
     },
     **{
@@ -186,8 +203,26 @@ class Workspace:
     def main(self, words):
         """Runs a command line of main.py to its end, as the tables above say.
 
-        One that leaves nothing to the commands after it is run once, though several pages have it.
+        One that leaves nothing to the commands after it is run once, though several pages have it, and so is the
+        training of a config as it stands.
         """
+        plain = PLAIN_TRAINING.fullmatch(" ".join(words))
+        if plain:
+            self.trained(plain["config"], plain["workdir"])
+            return
+        self.run(words)
+
+    def trained(self, config, workdir):
+        """A run of a config as it stands, which is trained once for all pages."""
+        kept = self.done / config
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                self.run(["python", "main.py", f"--config=configs/{config}.py", f"--workdir={workdir}"])
+                shutil.copytree(self.folder / workdir, kept)
+        if not (self.folder / workdir).exists():
+            shutil.copytree(kept, self.folder / workdir)
+
+    def run(self, words):
         count = 3 if words[1] == "-m" else 2
         if any(f"--mode={mode}" in words for mode in LEAVES_NOTHING) and not self.is_first(words):
             return
@@ -285,13 +320,7 @@ class Workspace:
         name = {"runs/classes": "digits_classes"}.get(workdir, workdir.removeprefix("runs/"))
         if not (ROOT / "configs" / f"{name}.py").exists():
             name = "digits"
-        kept = self.done / name
-        with FileLock(f"{kept}.lock"):
-            if not kept.exists():
-                self.main(["python", "main.py", f"--config=configs/{name}.py", f"--workdir={workdir}"])
-                shutil.copytree(self.folder / workdir, kept)
-        if not (self.folder / workdir).exists():
-            shutil.copytree(kept, self.folder / workdir)
+        self.trained(name, workdir)
 
 
 def _replaced(flag):
