@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from theirs import relative, to_torch
 
-from ddpm_jax.interop import transformers as interop
+from ddpm_jax.interop.transformers import clip as interop
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.parallel import run_once_options
 
