@@ -23,7 +23,7 @@ from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.sampling.condition import FIELDS, KEYWORDS, Condition
 from ddpm_jax.sampling.embeddings import Embedder, ImageEmbedding
-from ddpm_jax.sampling.generate import Request, generate
+from ddpm_jax.sampling.generate import Request
 from ddpm_jax.sampling.given import Inputs
 
 _PER_STAGE = ("guidance_scale", "guidance_rescale", "num_steps", "sampler", "dynamic_threshold")
@@ -83,7 +83,7 @@ class Pipeline(Run):
         return sum(stage.calls(**_of_stage(stage, number, options)) for number, stage in enumerate(self.stages))
 
     def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
-        self.request(**options)
+        self.request(**options)  # which refuses a list of another length
         first, *rest = (
             stage.settings(seed=seed, batch_size=batch_size, **_of_stage(stage, number, options))
             for number, stage in enumerate(self.stages)
@@ -105,6 +105,7 @@ class Pipeline(Run):
         batch_size: int | None,
         observer: Observer,
         inputs: Inputs | None = None,
+        purpose: str = "image",
     ) -> tuple[np.ndarray, np.ndarray | None]:
         if request.between:
             raise UserError("a pipeline does not interpolate between prompts or classes; its first stage does")
@@ -115,22 +116,9 @@ class Pipeline(Run):
                 continue
             progress = part_of(observer.progress, number - begin, count - begin)
             watching = dataclasses.replace(observer, progress=progress) if number == count - 1 else Observer(progress)
-            inputs = stage.inputs(asked, indices) if inputs is None else inputs
-            try:
-                images, snapshots = generate(
-                    stage.model,
-                    stage.params,
-                    stage.mesh,
-                    asked,
-                    indices=indices,
-                    seed=seed,
-                    batch_size=batch_size or stage.config.sample.batch_size,
-                    observer=watching,
-                    given=inputs,
-                    purpose="image" if number == 0 else f"image of stage {number + 1}",
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from None
+            # Stages of one size would draw the same noise otherwise.
+            noise = f"{purpose} of stage {number + 1}" if number else purpose
+            images, snapshots = stage._generated(asked, indices, seed, batch_size, watching, inputs, noise)
             inputs = Inputs(images, self._said_to(number + 1, inputs, len(images)))
         return images, snapshots
 

@@ -586,7 +586,7 @@ class Run:
         """How often `sample` calls the network for an image, with these of its options."""
         request = self.request(**options)
         try:
-            return len(request.steps.table(self.schedule, request.output.variance).t)
+            return request.candidates * len(request.steps.table(self.schedule, request.output.variance).t)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -650,7 +650,7 @@ class Run:
         said = {name: given[name] for name in condition_lib.KEYWORDS if name in given}
         condition = self.condition.say(**said)
         check_guidance(condition, guidance)
-        return Request(condition, steps, output, guidance)
+        return dataclasses.replace(request, condition=condition, steps=steps, output=output, guidance=guidance)
 
     def _last_timesteps(self, strength: float, options: Mapping[str, Any]) -> np.ndarray:
         """Of the timesteps that sampling with these options takes, the lowest share that `strength` names."""
@@ -699,7 +699,7 @@ class Run:
             raise UserError(f"the number of images is {len(indices)}; at least 1 is needed")
         return self._generated(self.request(**options), indices, seed, batch_size, observer)
 
-    def inputs(self, request: Request, indices: Sequence[int]) -> Inputs | None:
+    def _inputs(self, request: Request, indices: Sequence[int]) -> Inputs | None:
         """What the images of these numbers are given where nobody gives anything, made of training images."""
         if self.model.given is None:
             return None
@@ -715,8 +715,9 @@ class Run:
         batch_size: int | None,
         observer: Observer,
         inputs: Inputs | None = None,
+        purpose: str = "image",
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        inputs = self.inputs(request, indices) if inputs is None else inputs
+        inputs = self._inputs(request, indices) if inputs is None else inputs
         try:
             return generate(
                 self.model,
@@ -728,6 +729,7 @@ class Run:
                 batch_size=batch_size or self.config.sample.batch_size,
                 observer=observer,
                 given=inputs,
+                purpose=purpose,
             )
         except ValueError as error:
             raise UserError(str(error)) from None

@@ -183,9 +183,10 @@ class TestUnclip:
         assert more == 2
 
     def test_the_better_of_two_is_kept(self, unclip):
-        """More candidates are never worse, since the first ones are the same."""
+        """More candidates are never worse, since the first ones are the same; a run draws as many as it is told."""
         run = ddpm_jax.load(unclip / "prior")
         request = run.request(prompts=["a plum"])
+        assert (request.candidates, run.calls(), run.settings(seed=0)["candidates"]) == (2, 4, 2)
         vector = request.condition.of_images(np.arange(8))["vector"]
 
         def scores(candidates):
@@ -194,6 +195,9 @@ class TestUnclip:
             return np.sum(drawn[:, 0, 0] * vector, axis=1)
 
         two, three, four = map(scores, (2, 3, 4))
+        sampled = run.sample(8, prompts=["a plum"], batch_size=8)
+        np.testing.assert_allclose(np.sum(sampled[:, 0, 0] * vector, axis=1), two, rtol=1e-6)
+        assert np.any(scores(1) < two)
         assert np.all(two <= three)
         assert np.all(three <= four)
         assert np.any(two < four)
@@ -252,7 +256,7 @@ class TestCommands:
             save_reference=None,
         )
         assert result["stages"][0]["step"] == 2
-        assert "no likelihood" in result["not computed"]
+        assert "what another stage gives" in result["not computed"]
         page = report.write(folder).read_text()
         assert "a pipeline of 2 runs" in page
         assert "../base, step 2, makes 4x4x1" in page

@@ -81,9 +81,7 @@ def evaluate(
     """
     run = job.run
     if isinstance(run.model.decoder, Embeddings):
-        raise UserError(
-            "this run draws embeddings, which are no pictures to judge; accepted: a pipeline with its decoder"
-        )
+        raise UserError("this run draws embeddings, not pictures; accepted: a pipeline of it and a decoder")
     if generated is not None and (num_images is not None or job.options):
         given = ["num_images"] * (num_images is not None) + [FLAGS.get(name, name) for name in job.options]
         raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
@@ -123,9 +121,9 @@ def _no_likelihood(run: Run) -> str:
     """Why a run has no likelihood of pictures; "": it has one."""
     if not isinstance(run.model.decoder, Pixels):
         return "bits/dim of pictures, since latents are diffused"
-    return (
-        "bits/dim, since there is no likelihood of pictures that follow from another stage's" if run.model.given else ""
-    )
+    if run.model.given:
+        return "bits/dim, since the pictures depend on what another stage gives"
+    return ""
 
 
 def compare_paths(

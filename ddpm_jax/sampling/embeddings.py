@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ddpm_jax.evaluation.agreement import embed_pictures, embed_texts
 from ddpm_jax.interop.transformers import CLIP
@@ -52,12 +53,12 @@ class Embedder:
     def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
         """float32 [N, D], each of length 1 without `units`, of uint8 pictures [N, H, W, C]."""
         with jax.transfer_guard("allow"):
-            return np.asarray(embed_pictures(self._clip, pictures, normalized=self.units is None))
+            return embed_pictures(self._clip, pictures, mesh=_local(), normalized=self.units is None)
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [N, D], each of length 1 without `units`."""
         with jax.transfer_guard("allow"):
-            return np.asarray(embed_texts(self._clip, texts, normalized=self.units is None))
+            return embed_texts(self._clip, texts, mesh=_local(), normalized=self.units is None)
 
     def of_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
         """float32 [B, 1, 1, D] of a batch of `host_batches`; each picture is embedded once."""
@@ -87,6 +88,11 @@ class Embedder:
     @functools.cached_property
     def _cache(self) -> Cache[int, np.ndarray]:
         return Cache(_MOST)
+
+
+def _local() -> Mesh:
+    """One device of this process: the processes of a job embed different pictures."""
+    return parallel.make_mesh(devices=jax.local_devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,9 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """The steps, the output and the guidance as JSON values."""
-        values = self.keywords() | {f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()}
+        values: dict[str, Any] = self.keywords() | {
+            f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()
+        }
         # Of these only what is given, and last: files of earlier versions are recognised by the others.
         plain = Steps()
         for name in (
@@ -79,6 +81,8 @@ class Request:
         for name in ("clip_range", "threshold_limit"):
             if values[name] == getattr(Parameterization(), name):
                 del values[name]
+        if self.candidates > 1:
+            values["candidates"] = self.candidates
         return {name: np.asarray(v).tolist() if isinstance(v, (tuple, np.ndarray)) else v for name, v in values.items()}
 
 
@@ -223,7 +227,7 @@ def generate(
       indices: the images' numbers.
       seed: of the images.
       batch_size: images at a time, rounded up to a multiple of the devices.
-      observer: who watches; snapshots are taken of the first batch, and progress counts all of them.
+      observer: who watches; snapshots are taken of the first batch and candidate, and progress counts all of them.
       given: for each image, of a model that is given something.
       purpose: of the noise; stages of a pipeline have one each.
 
@@ -263,16 +267,20 @@ def generate(
             output=request.output,
             start_scale=request.steps.start_scale(table),
         )
-        keys = partial(image_keys, mesh, seed, numbers=chosen // max(len(request.between), 1))
-        if request.candidates > 1:
-            drawn = [draw(keys(f"{purpose}, candidate {number}")) for number in range(request.candidates)]
-            done.append(_best(model, request, chosen, [model.decoder.decode(result) for result in drawn]))
-            continue
-        result = draw(keys(purpose), observer=watching)
-        if watching.num_snapshots:
-            result, stages = result
-            snapshots = model.decoder.decode(stages)
-        done.append(model.decoder.decode(result))
+        drawn = []
+        for candidate in range(request.candidates):
+            noise = f"{purpose}, candidate {candidate}" if candidate else purpose
+            told = dataclasses.replace(
+                watching,
+                progress=part_of(watching.progress, candidate, request.candidates),
+                num_snapshots=0 if candidate else watching.num_snapshots,
+            )
+            result = draw(image_keys(mesh, seed, noise, chosen // max(len(request.between), 1)), observer=told)
+            if told.num_snapshots:
+                result, stages = result
+                snapshots = model.decoder.decode(stages)
+            drawn.append(model.decoder.decode(result))
+        done.append(_best(model, request, chosen, drawn) if len(drawn) > 1 else drawn[0])
     return np.concatenate(done)[: len(numbers)], snapshots
 
 

@@ -8,6 +8,7 @@ a run's config (`ddpm_jax.config.make_given`).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.pipeline import stacked
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.gaussian import normal, q_sample
 from ddpm_jax.diffusion.schedules import Schedule
@@ -57,8 +59,7 @@ def from_examples(given: "Given | None", condition: Condition, source: Source, n
         return None
     golden = 0.5 * (np.sqrt(5.0) - 1.0)  # the multiples of which are spread evenly, however many there are
     places = (np.asarray(numbers) * golden % 1.0 * len(source)).astype(int)
-    examples = [source[place] for place in places.tolist()]
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]} | {"index": places}
+    batch = stacked((source[place] for place in places.tolist()), len(places)) | {"index": places}
     cond = None if condition.is_said else condition.of_batch(condition.read(batch, source))
     return Inputs(given.of_examples(batch), cond)
 
@@ -174,8 +175,9 @@ class LowResolution:
         pictures = batch["low_resolution"]
         if self.flip:
             pictures = random_flip(key("flip"), pictures)
-        level = jax.random.randint(key("augmentation_level"), (len(pictures),), 0, self._timestep(self.most) + 1)
-        return self._noised(pictures, level, key("augmentation"))
+        most = self._timestep(self.most) + 1
+        level = jax.random.randint(key("augmentation_level"), (len(pictures),), 0, most) if self.most else None
+        return _noised(self.schedule, pictures, level, key("augmentation"), self.picture_shape, self.enlarging)
 
     def check(self, values: Any) -> np.ndarray:
         values = np.asarray(values)
@@ -187,12 +189,9 @@ class LowResolution:
         return values
 
     def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
-        def make(schedule: Schedule, values: jax.Array, numbers: jax.Array) -> dict[str, jax.Array]:
-            keys = jax.vmap(lambda number: named_key(seed, "augmentation", number))(numbers)
-            level = jnp.full(len(values), self._timestep(self.level), jnp.int32)
-            return dataclasses.replace(self, schedule=schedule)._noised(values, level, keys)
-
-        return jax.tree.map(np.asarray, jax.jit(make)(self.schedule, values, np.asarray(numbers, np.int32)))
+        level = np.full(len(values), self._timestep(self.level), np.int32) if self.most else None
+        arrays = (self.schedule, values, level, np.uint32(seed), np.asarray(numbers, np.int32))
+        return jax.tree.map(np.asarray, _noised_by_number(*arrays, shape=self.picture_shape, how=self.enlarging))
 
     def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         return dict(cond)
@@ -203,13 +202,35 @@ class LowResolution:
     def _timestep(self, share: float) -> int:
         return round(share * (self.schedule.num_timesteps - 1))
 
-    def _noised(self, pictures: jax.Array, level: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-        """The entries of `cond`; key is one key, or one a picture."""
-        shape = (len(pictures), *self.picture_shape)
-        enlarged = _enlarged(images.to_float(pictures), shape, self.enlarging)
-        if not self.most:
-            return {"image": enlarged}
-        return {"image": q_sample(self.schedule, enlarged, level, normal(key, shape)), "level": level}
+
+@partial(jax.jit, static_argnames=("shape", "how"))
+def _noised_by_number(
+    schedule: Schedule,
+    pictures: jax.Array,
+    level: jax.Array | None,
+    seed: np.uint32,
+    numbers: jax.Array,
+    shape: tuple[int, int, int],
+    how: str,
+) -> dict[str, jax.Array]:
+    """`_noised`, each picture by the noise of its number."""
+    keys = jax.vmap(lambda number: named_key(seed, "augmentation", number))(numbers)
+    return _noised(schedule, pictures, level, keys, shape, how)
+
+
+def _noised(
+    schedule: Schedule,
+    pictures: jax.Array,
+    level: jax.Array | None,
+    key: jax.Array,
+    shape: tuple[int, int, int],
+    how: str,
+) -> dict[str, jax.Array]:
+    """The entries of `cond` of uint8 pictures at a level [B]; None: without noise. key is one, or one a picture."""
+    enlarged = _enlarged(images.to_float(pictures), (len(pictures), *shape), how)
+    if level is None:
+        return {"image": enlarged}
+    return {"image": q_sample(schedule, enlarged, level, normal(key, enlarged.shape)), "level": level}
 
 
 def _enlarged(pictures: jax.Array, shape: tuple[int, ...], how: str) -> jax.Array:

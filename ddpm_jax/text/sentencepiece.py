@@ -1,6 +1,7 @@
 """Files of the sentencepiece library (Kudo & Richardson 2018), read without it."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Unigram:
 def read(path: str | Path) -> Unigram:
     """The model of a file such as spiece.model; UserError if it is broken or holds another kind."""
     try:
-        model = _Model.FromString(Path(path).read_bytes())
+        model = _model_class().FromString(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {reason(error)}") from None
     except DecodeError as error:
@@ -61,6 +62,7 @@ def read(path: str | Path) -> Unigram:
     )
 
 
+@functools.cache
 def _model_class() -> Any:
     """The class of protocol buffer messages that such a file holds one of."""
     file = descriptor_pb2.FileDescriptorProto(name="ddpm_jax/sentencepiece.proto", package="ddpm_jax", syntax="proto2")
@@ -79,6 +81,3 @@ def _model_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("ddpm_jax.Model"))
-
-
-_Model = _model_class()

@@ -17,7 +17,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ddpm_jax.runtime.errors import UserError, first_line, reason
 from ddpm_jax.runtime.files import read_json_object, write_text
-from ddpm_jax.text import sentencepiece
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
 MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
@@ -336,6 +335,8 @@ def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokeniz
 
 
 def _t5(path: Path, config: Mapping[str, Any], special: Mapping[str, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+    from ddpm_jax.text import sentencepiece  # which needs protobuf, and no other tokenizer does
+
     model = sentencepiece.read(path)
     count = config.get("extra_ids", _T5_SENTINELS)
     if not isinstance(count, int) or count < 0:

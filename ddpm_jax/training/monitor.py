@@ -103,10 +103,8 @@ class DiffusionMonitor:
             values["bits_per_dim"] = float(found.total.mean)
             values["bits_per_dim_error"] = float(found.total.standard_error)
         if config.num_images:
-            request, numbers = (
-                config_lib.evaluation_request(self._config, self._model.condition),
-                range(config.num_images),
-            )
+            request = config_lib.evaluation_request(self._config, self._model.condition)
+            numbers = range(config.num_images)
             samples, _ = generate(
                 self._model,
                 params,

@@ -46,10 +46,10 @@ def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: 
     if isinstance(objective, Reconstruction):
         return Reconstructions(config, objective, mesh, source)
     if isinstance(objective, Contrastive):
-        return Retrievals(config, objective, mesh, source)
+        return FoundCaptions(config, objective, mesh, source)
     assert isinstance(objective, Diffusion)
     if isinstance(objective.model.decoder, Embeddings):
-        return Retrieved(config, objective.model, mesh, source)
+        return NearestPictures(config, objective.model, mesh, source)
     return Samples(config, objective.model, mesh, source)
 
 
@@ -104,7 +104,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieved:
+class NearestPictures:
     """The training pictures whose embeddings are nearest to those that a prior draws for the captions of the set."""
 
     config: ConfigDict
@@ -163,7 +163,7 @@ class Reconstructions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrievals:
+class FoundCaptions:
     """Training pictures, and under each the caption that a CLIP finds for it among those of all of them: red where it
     is not the picture's own."""
 

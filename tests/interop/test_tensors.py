@@ -5,18 +5,12 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import refusal
 
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime.errors import UserError
 
 TENSORS = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(2.5, np.float32)}
-
-
-def refusal(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_written_and_read(tmp_path):

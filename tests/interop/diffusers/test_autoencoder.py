@@ -6,26 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import refusal
 from safetensors.numpy import load_file, save_file
 from theirs import to_numpy, to_torch
 
 from ddpm_jax.interop.diffusers import autoencoder as interop
 from ddpm_jax.interop.diffusers.fields import WEIGHTS
 from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
-from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.parallel import run_once_options
 
 NET = Autoencoder(channels=2, latent_channels=3, widths=(8, 12), num_res_blocks=1, num_groups=4)
 FIELDS = interop.to_fields(NET, 0.5)
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 NAME, QUERY = "decoder.up_blocks.1.resnets.0.conv1.weight", "encoder.mid_block.attentions.0.to_q.weight"
-
-
-def refusal(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def random_tensors(net):

@@ -63,7 +63,7 @@ def test_base(measure, monkeypatch, base):
     states = run.condition.say(prompts=PROMPTS).of_images(np.arange(2))["tokens"]
     with torch.no_grad():
         expected = theirs.encode_prompt(PROMPTS, False)[0]
-    measure("states of prompts, DeepFloyd IF", "diffusers' `IFPipeline`", np.abs(states - expected.numpy()).max(), 1e-4)
+    measure("states of prompts, DeepFloyd IF", "diffusers' `IFPipeline`", np.abs(states - expected.numpy()).max(), 1e-5)
 
     import diffusers.pipelines.deepfloyd_if.pipeline_if as module
     from diffusers.schedulers import scheduling_ddpm
@@ -72,7 +72,7 @@ def test_base(measure, monkeypatch, base):
     unclips.feed(monkeypatch, unclips.noises(run, 2), module, scheduling_ddpm)
     expected = theirs(**options).images
     error = error_of(unclips.drawn(run, 2, **ours), expected)
-    measure("pictures of DeepFloyd IF's first stage, narrow", "diffusers' `IFPipeline`", error, 1e-3, "relative")
+    measure("pictures of DeepFloyd IF's first stage, narrow", "diffusers' `IFPipeline`", error, 5e-4, "relative")
     pictures = np.round(np.clip(np.moveaxis(expected.numpy(), 1, -1) / 2 + 0.5, 0, 1) * 255)
     assert np.abs(run.sample(2, **ours) - pictures).max() <= 1
 

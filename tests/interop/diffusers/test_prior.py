@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import refusal
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.interop.diffusers import embedding_condition, prior
@@ -13,7 +14,6 @@ from ddpm_jax.interop.diffusers.fields import WEIGHTS
 from ddpm_jax.interop.diffusers.prior import Statistics, Widths
 from ddpm_jax.models.embedding_condition import EmbeddingCondition
 from ddpm_jax.models.prior import Prior
-from ddpm_jax.runtime.errors import UserError
 
 NET = Prior(width=16, num_layers=2, num_heads=2, num_tokens=7)
 OTHER = Prior(
@@ -29,13 +29,6 @@ OTHER = Prior(
 )
 NETS = {"default": (NET, Widths(12, 12)), "other options": (OTHER, Widths(12, 10))}
 MODULE = EmbeddingCondition(width=8, time_width=10, num_tokens=3)
-
-
-def refusal(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def drawn(shapes):

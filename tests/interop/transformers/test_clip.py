@@ -9,22 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import edit_config, edit_tensors, refusal
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.interop import transformers as interop
 from ddpm_jax.models.clip import CLIPTextEncoder
-from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.parallel import run_once_options
 
 NET = CLIPTextEncoder(30, max_length=9, width=16, num_layers=2, num_heads=2, mlp_width=24, end_token=28, projection=5)
 FINAL = "text_model.final_layer_norm.bias"
-
-
-def refusal(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def random_params(net):
@@ -41,16 +34,6 @@ def params():
 @pytest.fixture
 def folder(tmp_path, params):
     return interop.write(tmp_path / "encoder", NET, params)
-
-
-def edit_config(folder, **fields):
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    save_file(edit(tensors), folder / "model.safetensors")
 
 
 def assert_same(found, expected):
@@ -291,7 +274,7 @@ def prompts(vocab_size):
     return ids.astype(np.int32), mask
 
 
-def compare(measure, peer, name, tolerance=1e-4):
+def compare(measure, peer, name, tolerance=1e-5):
     """Every output, with a mask and without; tokens with a mask where they are not padding."""
     net, params = interop.read(peer.folder)
     apply = jax.jit(net.apply)
@@ -377,7 +360,7 @@ def compare_images(measure, peer, name, count=3):
         ("projected state of images", found.projected, projected),
     ):
         error = np.linalg.norm(ours - expected.numpy()) / np.linalg.norm(expected)
-        measure(f"{what}, {name}", "transformers, PyTorch", error, 1e-4, "relative")
+        measure(f"{what}, {name}", "transformers, PyTorch", error, 1e-5, "relative")
     return clip, found.projected, pixels
 
 
@@ -398,7 +381,7 @@ def test_narrow_clips(measure, tmp_path, activation):
 
     expected = logits(peer.net)
     error = np.linalg.norm(np.exp(clip.logit_scale) * units[0] @ units[1].T - expected) / np.linalg.norm(expected)
-    measure(f"logits of images and texts, {name}", "transformers, PyTorch", error, 1e-4, "relative")
+    measure(f"logits of images and texts, {name}", "transformers, PyTorch", error, 1e-5, "relative")
 
     written = interop.write_clip(tmp_path / "again", clip)
     before, after = (load_file(folder / "model.safetensors") for folder in (peer.folder, written))

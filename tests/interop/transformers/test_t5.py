@@ -7,21 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import t5s
+from folders import edit_config, edit_tensors, refusal
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.interop import transformers as interop
-from ddpm_jax.runtime.errors import UserError
 
 NET = t5s.NET
 FINAL = "encoder.final_layer_norm.weight"
 SHARED, EMBEDDED = "shared.weight", "encoder.embed_tokens.weight"
-
-
-def refusal(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +25,6 @@ def params():
 @pytest.fixture
 def folder(tmp_path, params):
     return interop.write(tmp_path / "encoder", NET, params)
-
-
-def edit_config(folder, **fields):
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    save_file(edit(tensors), folder / "model.safetensors")
 
 
 def assert_same(found, expected):
