@@ -1,0 +1,28 @@
+"""Folders of weights, edited so that a reader has to refuse them."""
+
+import json
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ddpm_jax.runtime.errors import UserError
+
+
+def refusal(call, *args):
+    """The one sentence with which a call is refused."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_config(folder, **fields):
+    """Changes fields of the config of a transformers folder."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder, edit):
+    """Writes what `edit` makes of the tensors of a transformers folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors")
