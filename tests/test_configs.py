@@ -68,9 +68,8 @@ def test_all_are_covered():
     }
 
 
-# Two of the four have the large network of the others.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE[1:3] else ()) for name in NAMES]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NAMES]
 )
 def test_config_is_valid(name, autoencoder, clip):
     config = load(name)
@@ -165,7 +164,12 @@ def test_the_datasets_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("cifar10", 35_746_307), ("celebahq256", 113_673_219), ("lsun_church", 113_673_219)]
+    ("name", "count"),
+    [
+        ("cifar10", 35_746_307),
+        pytest.param("celebahq256", 113_673_219, marks=pytest.mark.slow),
+        pytest.param("lsun_church", 113_673_219, marks=pytest.mark.slow),
+    ],
 )
 def test_parameter_count_of_the_original(name, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(name))) == count

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return transformers.write_clip(folder / "clip", clips.make_clip(folder / "tokenizer"))
 
 
+@pytest.mark.slow
 def test_the_samples_in_shards_are_scored_with_their_prompts(run, folder, tmp_path):
     """Those that were asked for, and as many training images, which are evenly spread, with their captions."""
     rng, clip = np.random.default_rng(0), open_clip(run, str(folder))
@@ -52,6 +53,7 @@ def test_the_samples_in_shards_are_scored_with_their_prompts(run, folder, tmp_pa
     assert list(found) == ["CLIPScore", "CLIPScore of training images"]
 
 
+@pytest.mark.slow
 def test_numbers_are_read_apart_by_whether_they_were_learned(run, tmp_path, monkeypatch):
     """A run whose pictures are the real ones of the learned numbers gets all of these right and no other."""
     source = NumbersSource(1, (), Fit(8, 8, 1))

@@ -98,6 +98,7 @@ def close(first, second, rtol=1e-6):
         np.testing.assert_allclose(value.scatter, other.scatter, rtol=100 * rtol, atol=100 * rtol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_devices_and_batches_change_nothing(evaluation):
     """20 images in batches of 8, the last one padded; of 20 on one device; and of an iterable in uneven portions."""
     evaluate, whole = evaluation

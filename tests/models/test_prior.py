@@ -87,6 +87,7 @@ def test_karlo_s_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_022_028_544
 
 
+@pytest.mark.slow
 def test_no_token_sees_those_behind_it():
     """Each block's output at a place depends on this place and those before it."""
     x, cond = inputs(NARROW)

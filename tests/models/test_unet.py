@@ -62,8 +62,8 @@ def attention_blocks(params):
     ("options", "size", "parameters"),
     [
         ({}, 32, 35_746_307),
-        (CELEBA, 256, 113_673_219),
-        ({**CELEBA, "channels": 192}, 256, 255_677_955),
+        pytest.param(CELEBA, 256, 113_673_219, marks=pytest.mark.slow),
+        pytest.param({**CELEBA, "channels": 192}, 256, 255_677_955, marks=pytest.mark.slow),
     ],
 )
 def test_parameters_of_the_original_networks(measure, options, size, parameters):

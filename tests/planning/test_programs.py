@@ -18,6 +18,7 @@ def planned(name, dtype=None, **changes):
     return programs_of(config, None, parallel.make_mesh(), [name], dtype)[name]
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_the_frozen_network():
     """The kernels' gradients that are not needed are left out, and the adapters' small products come in their place."""
     whole, adapted = (planned("train", **changes).flops() for changes in ({}, {"lora__rank": 2}))

@@ -20,6 +20,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_base(folder, tmp_path):
     notes = []
     run = load(workdirs.import_weights(str(folder / "base"), tmp_path / "run", notes.append))
@@ -38,6 +39,7 @@ def test_base(folder, tmp_path):
     assert run.request().settings()["threshold_limit"] == 1.5
 
 
+@pytest.mark.slow
 def test_larger(folder, tmp_path):
     run = load(workdirs.import_weights(str(folder / "larger"), tmp_path / "run"))
     assert (run.model.given.shape, run.shape) == ((8, 8, 3), (32, 32, 3))

@@ -33,6 +33,7 @@ def refusal(source, tmp_path):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_stages(imported):
     names = sorted(path.name for path in imported.glob("stage_*"))
     assert names == ["stage_1_prior", "stage_2_decoder", "stage_3_super_resolution"]
@@ -49,11 +50,13 @@ def test_stages(imported):
     np.testing.assert_array_equal(given.of_images(x, 0, np.arange(2))["embedding"], x[:, 0, 0])
 
 
+@pytest.mark.slow
 def test_pictures_need_an_image_encoder(imported):
     with pytest.raises(UserError, match=r"imported without CLIP's image encoder.*UnCLIPImageVariationPipeline"):
         load(imported).variations(np.zeros((1, 8, 8, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_stage_is_a_run_by_itself(imported):
     run = load(imported / "stage_3_super_resolution")
     picture = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
@@ -64,6 +67,7 @@ def test_a_stage_is_a_run_by_itself(imported):
     assert not np.array_equal(other, enlarged)  # the last step is that of the other network
 
 
+@pytest.mark.slow
 def test_variations(tmp_path):
     theirs = unclips.write_unclip(tmp_path / "theirs", of_pictures=True)
     run = load(workdirs.import_weights(str(theirs), tmp_path / "run"))

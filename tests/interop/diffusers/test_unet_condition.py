@@ -62,6 +62,7 @@ OURS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "parameters"),
     [
@@ -131,6 +132,7 @@ def test_learned_variance():
     assert unet_condition.tensor_shapes(net, layout)["conv_out.weight"] == (8, 16, 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONDITION_NETWORKS)
 def test_every_tensor_there_and_back(name):
     _, net, layout = read(condition_network(name))
