@@ -24,6 +24,8 @@ BENCHMARKS = [
     ("train_step.py", PEERS, None),
     ("train_step.py --network=cifar10_64", PEERS, None),
     ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
+    ("cores.py", (), ["--config", "digits", "--rounds", "5"]),
+    ("stable_diffusion.py", (*PEERS, "transformers"), None),
     ("peers.py", ("flaxdiff", "hackable_diffusion"), None),
     ("layers.py", (), ["--rounds", "5"]),
     ("sampling_step.py --network=digits", (), ["--rounds", "5"]),

@@ -10,7 +10,7 @@ from absl import flags
 from ddpm_jax.commands import compose, doctor, editing, evaluation, plan, prepare, sampling, serve, train, weights
 from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
 from ddpm_jax.pipeline import load
-from ddpm_jax.runtime import workdir
+from ddpm_jax.runtime import cores, workdir
 from ddpm_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -142,5 +142,6 @@ def _job(told: dict[str, str]) -> Job:
     options |= {"prompts": prompts} if prompts else {}
     options |= {"negative_prompts": value["negative_prompt"]} if value["negative_prompt"] else {}
     which = {name: value[name] for name in ("step", "ema_decay", "raw", "dtype")}
+    cores.use(workdir.read_config(value["workdir"]))
     opened = load(value["workdir"], **which, loras=parse_loras(value["lora"])).at(value["height"], value["width"])
     return Job(opened, Path(value["workdir"]).expanduser(), value["seed"], value["out"], options, told)

@@ -11,7 +11,7 @@ from ddpm_jax.planning.compiled import estimate, open_topology
 from ddpm_jax.planning.measured import measure
 from ddpm_jax.planning.programs import names_of
 from ddpm_jax.planning.table import table
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import cores, parallel
 from ddpm_jax.runtime import workdir as workdir_lib
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text
@@ -45,6 +45,7 @@ def plan(
         config.model.dtype = dtype
     programs = programs or names_of(config)
     if topology is None:
+        cores.use(config)
         validate(config, jax.device_count())
         result = measure(config, dataset, parallel.make_mesh(**config.mesh), programs, dtype)
     else:

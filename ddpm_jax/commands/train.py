@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ddpm_jax.report import write
+from ddpm_jax.runtime import cores
 from ddpm_jax.runtime import workdir as workdir_lib
 
 
@@ -21,6 +22,7 @@ def train(config: ConfigDict | None, workdir: str, init_from: str | None) -> Non
     config = config if config is not None else workdir_lib.read_config(workdir)
     if init_from is not None:
         config.train.init_from = init_from
+    cores.use(config)
     loop.train(config, workdir)
 
 

@@ -106,8 +106,13 @@ def agree(mine: bool) -> bool:
 
 def meet(name: str) -> None:
     """Waits for all processes of the job to come here, however long they take; each name once."""
-    if distributed.global_state.client is not None:
+    if is_joined():
         distributed.global_state.client.wait_at_barrier(f"ddpm_jax/{name}", _WEEK_MS)
+
+
+def is_joined() -> bool:
+    """Whether this process is one of a multi-host job."""
+    return distributed.global_state.client is not None
 
 
 def _number(variable: str) -> int | None:

@@ -1,0 +1,165 @@
+"""Stable Diffusion 1.5 part by part against diffusers: the same weights, float32, the same machine.
+
+    pip install -e '.[peers]' && python benchmarks/stable_diffusion.py
+    python benchmarks/stable_diffusion.py --source stable-diffusion-v1-5/stable-diffusion-v1-5     # published weights
+    python benchmarks/stable_diffusion.py --parts unet_32 unet_64
+
+Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both sides open
+it. The parts are the text encoder on two prompts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
+256x256 and 512x512), the decoding of two pictures of 512x512, and a whole picture of 512x512 by 20 steps of
+`dpmpp_2m` with guidance. The peak of each process's memory stands beside its time.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from common import alternate, report
+
+PROMPTS = ["a red bicycle by the sea", "two horses in the snow"]
+PARTS = ("text", "unet_32", "unet_64", "decode", "whole")
+
+
+def write_folder(folder):
+    """Stable Diffusion 1.5's configuration, with random weights and a tokenizer of letters and bytes."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            projection_dim=768,
+            eos_token_id=49407,
+            bos_token_id=49406,
+        )
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    letters = [chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 256)]]
+    letters += [chr(256 + i) for i in range(68)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {word: i for i, word in enumerate(words)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    files = Path(tempfile.mkdtemp())
+    (files / "vocab.json").write_text(json.dumps(vocabulary))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=77)
+    StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+
+
+def with_peak(run):
+    run()
+    run.facts = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    return run
+
+
+def ours(workdir, part):
+    from ddpm_jax.runtime import parallel
+
+    parallel.keep_freed_memory()
+    parallel.keep_compiled_programs(f"{workdir}-compiled")
+    import jax
+    import numpy as np
+
+    import ddpm_jax
+
+    run = ddpm_jax.load(workdir)
+    if part == "whole":
+        return with_peak(
+            lambda: run.sample(1, prompts=PROMPTS[:1], guidance_scale=7.5, sampler="dpmpp_2m", num_steps=20)
+        )
+    if part == "decode":
+        latents = np.random.default_rng(0).standard_normal((2, 64, 64, 4), np.float32)
+        return with_peak(lambda: run.model.decoder.decode(latents))
+    if part == "text":
+        number = itertools.count()  # the states of a text are cached
+
+        def encode():
+            return run.condition.texts.arrays([f"{prompt} {next(number)}" for prompt in PROMPTS])
+
+        return with_peak(encode)
+    size = int(part.removeprefix("unet_"))
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 4))
+    states = jax.random.normal(jax.random.key(1), (2, 77, 768))
+    t = jax.numpy.full(2, 500)
+    call = jax.jit(lambda params, x, t, states: run.net.apply({"params": params}, x, t, {"tokens": states}))
+    return with_peak(lambda: jax.block_until_ready(call(run.params, x, t, states)))
+
+
+def diffusers(folder, part):
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    if part == "whole":
+        return with_peak(
+            lambda: pipeline(PROMPTS[0], height=512, width=512, num_inference_steps=20, generator=generator)
+        )
+    unused = {"text": ("unet", "vae"), "decode": ("unet", "text_encoder")}.get(part, ("vae", "text_encoder"))
+    for name in unused:  # ours reads a part when it is first needed
+        setattr(pipeline, name, None)
+    size = 64 if part == "decode" else int(part.removeprefix("unet_")) if part.startswith("unet") else 0
+    x, states = torch.randn(2, 4, size, size), torch.randn(2, 77, 768)
+    calls = {
+        "text": lambda: pipeline.text_encoder(ids),
+        "decode": lambda: pipeline.vae.decode(x),
+    }
+    if part == "text":
+        ids = pipeline.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    call = calls.get(part, lambda: pipeline.unet(x, 500, states))
+
+    def run():
+        with torch.inference_mode():
+            call()
+
+    return with_peak(run)
+
+
+def main(options):
+    folder = options.source
+    if folder is None:
+        folder = str(Path(tempfile.mkdtemp()) / "sd15")
+        write_folder(folder)
+    from ddpm_jax.interop.workdirs import import_weights
+
+    workdir = f"{tempfile.mkdtemp()}/run"
+    import_weights(folder, workdir)
+    for part in options.parts:
+        facts = {}
+        candidates = {"ddpm_jax": partial(ours, workdir, part), "diffusers": partial(diffusers, folder, part)}
+        rounds = 1 if part == "whole" and options.rounds > 1 else options.rounds
+        seconds = alternate(candidates, rounds, facts)
+        report(f"stable_diffusion {part}", seconds, "diffusers", **{f"{name}": told for name, told in facts.items()})
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--source", help="a diffusers folder or a repository's name; by default random weights")
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    arguments.add_argument("--rounds", type=int, default=3)
+    options = arguments.parse_args()
+    sys.exit(main(options))
