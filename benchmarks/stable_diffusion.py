@@ -4,8 +4,8 @@
     python benchmarks/stable_diffusion.py --source stable-diffusion-v1-5/stable-diffusion-v1-5     # published weights
     python benchmarks/stable_diffusion.py --parts unet_32 unet_64
 
-Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both sides open
-it. The parts are the text encoder on two prompts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
+Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both open it.
+The parts are the text encoder on two prompts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
 256x256 and 512x512), the decoding of two pictures of 512x512, and a whole picture of 512x512 by 20 steps of
 `dpmpp_2m` with guidance. The peak of each process's memory stands beside its time.
 """

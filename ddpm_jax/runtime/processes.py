@@ -106,7 +106,7 @@ def agree(mine: bool) -> bool:
 
 def meet(name: str) -> None:
     """Waits for all processes of the job to come here, however long they take; each name once."""
-    if is_joined():
+    if distributed.global_state.client is not None:
         distributed.global_state.client.wait_at_barrier(f"ddpm_jax/{name}", _WEEK_MS)
 
 
