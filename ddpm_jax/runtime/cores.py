@@ -24,8 +24,9 @@ def use(config: ConfigDict) -> None:
     user chose a number of CPU devices (JAX_NUM_CPU_DEVICES, or --xla_force_host_platform_device_count in XLA_FLAGS).
     """
     count = suitable(config)
-    chosen = jax.config.read("jax_num_cpu_devices") != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if count > 1 and not (chosen or processes.is_joined()):
+    is_chosen = getattr(jax.config, "jax_num_cpu_devices", -1) != -1
+    is_chosen |= "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count > 1 and not (is_chosen or processes.is_joined()):
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # JAX has devices already, in a notebook for example
