@@ -132,6 +132,7 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.reshape(batch, 2 * height, 2 * width, y.shape[-1])
 
 
+@partial(jax.jit, static_argnames=("num_groups", "epsilon"))
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int, epsilon: float = 1e-6) -> jax.Array:
     """Group normalisation (Wu & He 2018), then `scale` and `bias`.
 

@@ -7,6 +7,9 @@ With the matrices B, G and A below, a 4 x 4 tile d of the input and the kernel w
 of the output. The product in the middle is, for each of its 4 x 4 places, one matrix product over the channels: 16
 multiplications a square where the convolution as written has 36. B and A hold only 0 and +-1, G only halves and ones,
 so that float32 loses no more than in the plain convolution.
+
+The public functions are compiled ones (`jax.jit`), so that a network with many convolutions of one shape traces them
+once.
 """
 
 from collections.abc import Sequence
@@ -42,6 +45,7 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
     )
 
 
+@jax.jit
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of x [B, H, W, C] with a kernel [3, 3, C, D] that keeps the size: [B, H, W, D]."""
     if kernel.shape[2] * kernel.shape[3] > _LARGE_KERNEL:
@@ -52,6 +56,7 @@ def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _image(_sandwich(_A_T, places), x.shape)
 
 
+@jax.jit
 def input_gradient(kernel: jax.Array, g: jax.Array) -> jax.Array:
     """d<g, conv(x, kernel)> / dx: [B, H, W, C] of a kernel [3, 3, C, D] and g [B, H, W, D].
 
@@ -63,6 +68,7 @@ def input_gradient(kernel: jax.Array, g: jax.Array) -> jax.Array:
     return _image(_sandwich(_A_T, _matmuls(_tiles(g), flipped, contract=(1, 1))), g.shape)
 
 
+@jax.jit
 def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """d<g, conv(x, kernel)> / d kernel: [3, 3, C, D] of x [B, H, W, C] and g [B, H, W, D]."""
     squares = [[g[:, i::2, j::2].reshape(-1, g.shape[-1]) for j in range(2)] for i in range(2)]
