@@ -2,9 +2,9 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The network has 0.7 M parameters. Several choices make so short a run possible: v-prediction on a cosine schedule, a loss
-weighted by min-SNR, t stratified over the batch, a high learning rate that decays to zero, and a fast moving average.
-A classifier recognises 83 to 89 % of the samples as digits (benchmarks/digits_quality.py).
+The network has 0.7 M parameters. Several choices make so short a run possible: v-prediction on a cosine schedule, a
+loss weighted by min-SNR, t stratified over the batch, a high learning rate that decays to zero, and a fast moving
+average. A classifier recognises 83 to 89 % of the samples as digits (benchmarks/digits_quality.py).
 """
 
 from configs import common

@@ -3,9 +3,9 @@
     python main.py --mode=import --source=path/to/stable-diffusion --workdir=runs/sd
     python main.py --config=configs/finetune.py:runs/sd --workdir=runs/mine --config.data.path=path/to/pictures
 
-The workdir to start from follows the colon; the new run takes over its network, text encoder, autoencoder and diffusion.
-If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that rank instead of
-the whole network; they usually need a higher learning rate, --config.optimizer.learning_rate=1e-4. With
+The workdir to start from follows the colon; the new run takes over its network, text encoder, autoencoder and
+diffusion. If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that
+rank instead of the whole network; they usually need a higher learning rate, --config.optimizer.learning_rate=1e-4. With
 --config.lora.text_encoder=True the text encoder gets adapters, too, and runs in every step.
 """
 

@@ -4,8 +4,8 @@
     python main.py --mode=sample --workdir=runs/numbers --prompt="forty-two" --prompt="seventeen" --guidance_scale=2
 
 The network has 0.9 M parameters, including a text encoder that is trained along with it; the pictures are pairs of
-scikit-learn's digits. Sixteen numbers are held out of the training set, to test whether the network has learned what the
-words mean. At guidance 2 it draws 99 in 100 of them correctly (benchmarks/numbers_quality.py).
+scikit-learn's digits. Sixteen numbers are held out of the training set, to test whether the network has learned what
+the words mean. At guidance 2 it draws 99 in 100 of them correctly (benchmarks/numbers_quality.py).
 """
 
 from configs import digits
@@ -20,6 +20,6 @@ def get_config():
     config.model.update(attention_resolutions=(8,), scale_shift=True)
     config.optimizer.update(learning_rate=1.4e-3, options={"b2": 0.99})
     config.train.num_steps = 850
-    config.log.update(sample_every_steps=400, sample_images=64, sample_steps=25)  # with the program of the final samples
+    config.log.update(sample_every_steps=400, sample_images=64, sample_steps=25)  # by the program of final samples
     config.sample.update(sampler="dpmpp_2m_sde", num_steps=25)
     return config
