@@ -4,6 +4,8 @@
     python main.py --config=configs/numbers_sr.py --workdir=runs/numbers_sr
     python main.py --mode=compose --stages=runs/numbers_base,runs/numbers_sr --workdir=runs/numbers_cascade
     python main.py --mode=sample --workdir=runs/numbers_cascade --prompt="forty-two" --guidance_scale=2
+
+The second run enlarges what the first draws; the third command combines both into a pipeline.
 """
 
 from configs import numbers
