@@ -2,8 +2,8 @@
 
     python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 
-tensorflow-datasets cannot download CelebA-HQ; its page on celeb_a_hq tells how to make the files. A folder of the
-images does as well: --config.data.source=folder --config.data.path=... The paper ran at 2.2 steps/s on a TPU v3-8 (63
+tensorflow-datasets cannot download CelebA-HQ; its page on celeb_a_hq explains how to make the files. A folder of the
+images works, too: --config.data.source=folder --config.data.path=... The paper ran at 2.2 steps/s on a TPU v3-8 (63
 hours); this project has not repeated the run.
 """
 

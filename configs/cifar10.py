@@ -2,9 +2,9 @@
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-The data set is downloaded and prepared by tensorflow-datasets at the first start. The paper took 10.6 hours on a TPU
-v3-8 (21 steps/s) and reports FID 3.17 and an Inception Score of 9.46 on 50,000 samples; this project has not repeated
-that run. On one accelerator with bfloat16 units add --config.model.dtype=bfloat16.
+tensorflow-datasets downloads and prepares the data set at the first start. The paper took 10.6 hours on a TPU v3-8 (21
+steps/s) and reports FID 3.17 and an Inception Score of 9.46 on 50,000 samples; this project has not repeated that run.
+On an accelerator with bfloat16 units, add --config.model.dtype=bfloat16.
 """
 
 from configs import common

@@ -1,9 +1,9 @@
-"""CIFAR-10 with the network of the article that the project starts from: widths 64, 128, 256 and 1024 at 32, 16, 8 and
-4 pixels, attention on the two coarsest levels, strided convolutions down and transposed convolutions up.
+"""CIFAR-10 with the network of the article that this project follows: 64, 128, 256 and 1024 channels at 32, 16, 8 and 4
+pixels, attention on the two coarsest levels, strided convolutions down and transposed convolutions up.
 
     python main.py --config=configs/cifar10_article.py --workdir=runs/cifar10_article
 
-The recipe is otherwise that of configs/cifar10.py. No time and no result are published for it.
+Otherwise the recipe is that of configs/cifar10.py. No training time and no result have been published for it.
 """
 
 from configs import common

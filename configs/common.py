@@ -1,4 +1,4 @@
-"""What the experiments share. Every field and its meaning: `default_config` in ddpm_jax/config.py."""
+"""What the experiments share. `default_config` in ddpm_jax/config.py explains every field."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from ddpm_jax.config import default_config
 
 
 def paper_32() -> ConfigDict:
-    """The paper's recipe at 32x32, CIFAR-10's: the defaults, by a name that says so."""
+    """The paper's recipe for CIFAR-10 at 32x32, which is the default."""
     return default_config()
 
 

@@ -3,9 +3,9 @@
     python main.py --mode=import --source=path/to/stable-diffusion --workdir=runs/sd
     python main.py --config=configs/finetune.py:runs/sd --workdir=runs/mine --config.data.path=path/to/pictures
 
-After the colon stands the workdir to start from, whose network, text encoder, autoencoder and diffusion the new run
-takes over. If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that
-rank instead of the whole network; they usually want a higher rate, --config.optimizer.learning_rate=1e-4. With
+The workdir to start from follows the colon; the new run takes over its network, text encoder, autoencoder and
+diffusion. If that run takes prompts, the pictures need captions. --config.lora.rank=16 trains LoRA adapters of that
+rank instead of the whole network; they usually need a higher learning rate, --config.optimizer.learning_rate=1e-4. With
 --config.lora.text_encoder=True the text encoder gets adapters, too, and runs in every step.
 """
 
@@ -22,7 +22,7 @@ def get_config(path: str = ""):
     dataset = workdir.read_dataset(path) or {}
     config.train.init_from = path
     config.text.encoder = dataset.get(workdir.TEXT_ENCODER, config.text.encoder)
-    # A tokenizer that was trained on captions is taken over from train.init_from.
+    # A tokenizer that was trained on captions comes from train.init_from.
     if workdir.TEXT_ENCODER in dataset or config.text.tokenizer:
         config.text.tokenizer = str(Path(path) / workdir.TOKENIZER)
     config.autoencoder.source = dataset.get(workdir.AUTOENCODER, config.autoencoder.source)

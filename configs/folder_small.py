@@ -1,10 +1,10 @@
-"""Your own pictures on a laptop's CPU: brought to 16x16, samples after five to ten minutes, the end after 15 to 25.
+"""Your own pictures on a laptop's CPU, at 16x16: first samples after five to ten minutes, the end after 15 to 25.
 
     python main.py --config=configs/folder_small.py --workdir=runs/small --config.data.path=path/to/pictures
 
-A network of 1.7 M parameters and the digits' recipe, to see whether pictures and command are right before
-configs/folder.py is given a GPU: of 4,000 emoji half of the samples could be recognised. A run that has ended goes
-on with a larger --config.train.num_steps.
+A network of 1.7 M parameters with the digits' recipe; use it to check pictures and command before you run
+configs/folder.py on a GPU. Trained on 4,000 emoji, half of its samples were recognisable. To train a finished run
+further, give a larger --config.train.num_steps.
 """
 
 from configs import digits, folder

@@ -2,11 +2,11 @@
 
     python main.py --config=configs/lsun_bedroom.py --workdir=runs/lsun_bedroom
 
-tensorflow-datasets downloads and prepares the images; a folder of them does as well: --config.data.source=folder
+tensorflow-datasets downloads and prepares the images; a folder of them works, too: --config.data.source=folder
 --config.data.path=... At the 2.2 steps/s that the paper reports for a TPU v3-8 this takes 303 hours; the paper's FID is
 6.36. This project has not repeated the run.
 
-No flips: the paper's appendix B names Bedroom as the one set trained without them.
+No flips: according to the paper's appendix B, Bedroom is the only set trained without them.
 """
 
 from configs import common

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/lsun_cat.py --workdir=runs/lsun_cat
 
-tensorflow-datasets downloads and prepares the images; a folder of them does as well: --config.data.source=folder
+tensorflow-datasets downloads and prepares the images; a folder of them works, too: --config.data.source=folder
 --config.data.path=... At the 2.2 steps/s that the paper reports for a TPU v3-8 this takes 227 hours; the paper's FID is
 19.75. This project has not repeated the run.
 """

@@ -2,8 +2,8 @@
 
     python main.py --config=configs/numbers_autoencoder.py --workdir=runs/numbers_autoencoder
 
-The first half of latent diffusion (Rombach et al. 2022); `configs/numbers_latent.py` is the second. It does not see the
-held-out numbers either. Its samples/ show training pictures beside their reconstructions.
+The first half of latent diffusion (Rombach et al. 2022); `configs/numbers_latent.py` is the second. The held-out
+numbers are not in its training set either. Its samples/ show training pictures beside their reconstructions.
 """
 
 from configs import numbers

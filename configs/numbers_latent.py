@@ -1,11 +1,11 @@
-"""Numbers in handwriting from their names, diffused in an autoencoder's latents: Stable Diffusion's structure, small.
+"""Handwritten numbers from their names, diffused in an autoencoder's latents: Stable Diffusion's structure, small.
 
     python main.py --config=configs/numbers_autoencoder.py --workdir=runs/numbers_autoencoder
     python main.py --config=configs/numbers_latent.py --workdir=runs/numbers_latent
     python main.py --mode=sample --workdir=runs/numbers_latent --prompt="forty-two" --guidance_scale=2
 
-The latents are scaled to unit variance, by a factor that is measured on the training pictures, and not clipped. At
-guidance 2 the network draws 99 in 100 of the numbers right that were held out.
+The latents are scaled to unit variance, by a factor measured on the training pictures, and not clipped. At guidance 2
+the network draws 99 in 100 of the held-out numbers correctly.
 """
 
 from configs import numbers

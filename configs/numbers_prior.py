@@ -1,4 +1,4 @@
-"""DALL-E 2's prior for numbers in handwriting: from a number's name to CLIP's embedding of its picture.
+"""DALL-E 2's prior for handwritten numbers: from a number's name to CLIP's embedding of its picture.
 
     python main.py --config=configs/numbers_clip.py --workdir=runs/numbers_clip
     python main.py --config=configs/numbers_prior.py --workdir=runs/numbers_prior
@@ -6,7 +6,7 @@
     python main.py --mode=compose --stages=runs/numbers_prior,runs/numbers_decoder --workdir=runs/numbers_unclip
     python main.py --mode=sample --workdir=runs/numbers_unclip --prompt="forty-two" --guidance_scale=2
 
-A causal Transformer denoises the embedding. Of two that it draws the one that suits the text better is kept.
+A causal Transformer denoises the embedding. Sampling draws two and keeps the one that matches the text better.
 """
 
 from configs import numbers

@@ -3,8 +3,8 @@
     python main.py --config=configs/numbers_sr.py --workdir=runs/numbers_sr
     python main.py --mode=upscale --workdir=runs/numbers_sr --input=small.png --prompt="forty-two"
 
-The network sees the small picture, enlarged and noised to a level that it is told, beside the picture that it denoises.
-It is given the number's name, too.
+The network takes the small picture, enlarged and noised, as further input channels, together with the noise level and
+the number's name.
 """
 
 from configs import numbers
