@@ -1,4 +1,4 @@
-"""Denoising Diffusion Probabilistic Models (Ho, Jain & Abbeel 2020) in JAX.
+"""Denoising Diffusion Probabilistic Models (Ho, Jain & Abbeel 2020) and text-to-image models on them, in JAX.
 
 The names below are the public interface; each is imported when it is first used, so that `import ddpm_jax` is quick and
 touches no device.
@@ -42,7 +42,7 @@ _NAMES = {
     "UserError": "runtime.errors",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = list(_NAMES)
 
 

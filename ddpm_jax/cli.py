@@ -1,4 +1,4 @@
-"""The command line: its flags, how they are read, and `main`, which `main.py` and `python -m ddpm_jax` call."""
+"""The command line: its flags, their parser, and `main`, which `main.py` and `python -m ddpm_jax` call."""
 
 import importlib.util
 import math
@@ -15,14 +15,16 @@ from ddpm_jax import usage
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File with the config; any field can be set with --config.section.field=value.", lock_config=True
+    "config", None, "The config file; --config.section.field=value sets a field.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Folder of the run; only doctor, prepare and, with --config, plan can do without."
+    "workdir", "", "Folder of the run; optional for doctor and prepare, and for plan with --config."
 )
-_MODE = flags.DEFINE_enum("mode", "train", list(usage.MODES), "What to do; --mode=sample --help says more of one.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", list(usage.MODES), "What to do; --mode=sample --help lists the flags of that mode."
+)
 
-flags.DEFINE_string("init_from", None, "train: start from the averaged weights of this workdir.")
+flags.DEFINE_string("init_from", None, "train: start from the averaged weights of the run in this workdir.")
 flags.DEFINE_string(
     "source",
     None,
@@ -33,34 +35,43 @@ flags.DEFINE_list("stages", [], "compose: the workdirs of the runs, in order.")
 flags.DEFINE_string(
     "tokenizer",
     None,
-    "import of a single-file checkpoint: a folder with CLIP's vocab.json and merges.txt; by default the hub's.",
+    "import of a single-file checkpoint: a folder with CLIP's vocab.json and merges.txt; by default from the hub.",
 )
 flags.DEFINE_enum(
-    "prediction", None, ["eps", "v"], "import of a single-file checkpoint: what the network predicts; needed for 2.x."
+    "prediction", None, ["eps", "v"], "import of a single-file checkpoint: what the network predicts; required for 2.x."
 )
 
 # Which weights, and how to sample with them.
-flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the newest.")
-flags.DEFINE_float("ema_decay", None, "Decay of the moving average to use; by default the config's first.")
-flags.DEFINE_bool("raw", False, "Use the weights as trained instead of a moving average.")
+flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the latest.")
+flags.DEFINE_float(
+    "ema_decay", None, "Which moving average of the weights to use, by its decay; by default the config's first."
+)
+flags.DEFINE_bool("raw", False, "Use the trained weights themselves instead of a moving average.")
 flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the weights in memory and of the arithmetic; by default the config's."
+    "dtype", None, ["float32", "bfloat16"], "Type of the weights in memory and the arithmetic; by default the config's."
 )
 flags.DEFINE_multi_string(
-    "lora", [], "Stable Diffusion: a LoRA file to add, as FILE or FILE:WEIGHT (by default 1); repeated for several."
+    "lora", [], "Stable Diffusion: a LoRA file to add, as FILE or FILE:WEIGHT (by default 1); repeat the flag for more."
 )
 flags.DEFINE_integer("height", None, "Height of the pictures; by default the config's.", lower_bound=1)
 flags.DEFINE_integer("width", None, "Width of the pictures; by default the config's.", lower_bound=1)
 flags.DEFINE_integer(
-    "seed", 0, "Image i depends on the seed, i and the settings alone.", lower_bound=0, upper_bound=2**32 - 1
+    "seed",
+    0,
+    "Seed of all noise: image i depends only on the seed, i and the settings.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
 flags.DEFINE_integer(
-    "batch_size", None, "Images at a time; by default the config's; serve: of a request, by default 8.", lower_bound=1
+    "batch_size",
+    None,
+    "Images at a time, by default the config's; serve: the most images of one request, by default 8.",
+    lower_bound=1,
 )
 
 
 class _PerStage(flags.ArgumentParser):
-    """A number, or one for each stage of a pipeline, such as 2,1."""
+    """A number, or a list such as 2,1 with one number for each stage of a pipeline."""
 
     def __init__(self, kind: Callable[[str], Any], least: float):
         self._kind, self._least = kind, least
@@ -76,119 +87,161 @@ def _define_per_stage(name: str, kind: Callable[[str], Any], help: str, least: f
     return flags.DEFINE(_PerStage(kind, least), name, None, help, serializer=flags.ArgumentSerializer())
 
 
-flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms.")
-_define_per_stage("num_steps", int, "Timesteps to call the network at; or one for each stage.", 1)
-flags.DEFINE_string("spacing", None, "linspace, leading, trailing, quadratic, logsnr or karras.")
-flags.DEFINE_float("eta", None, "Of ddim: 0, deterministic, to 1.")
-flags.DEFINE_bool("clip", None, "The predicted x_0 to [-1, 1].")
-flags.DEFINE_float("dynamic_threshold", None, "A quantile for dynamic thresholding.")
-flags.DEFINE_integer("order", None, "Of unipc: 1, 2 or 3.")
+flags.DEFINE_string("sampler", None, "Sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms.")
 _define_per_stage(
-    "guidance_scale", float, "Of prompts or classes: 1 is none, more exaggerates them; or one for each stage."
+    "num_steps", int, "The sampler's number of steps; for a pipeline, one number or one for each stage.", 1
 )
-flags.DEFINE_float("guidance_rescale", None, "0 to 1: back to the usual contrast.")
-flags.DEFINE_list("timesteps", None, "The timesteps themselves, descending, in place of num_steps.")
-flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST timestep to guide.")
-flags.DEFINE_list("classes", [], "Of a class-conditional run: 0,1,2; a grid has a row for each.")
+flags.DEFINE_string(
+    "spacing", None, "Spacing of the timesteps: linspace, leading, trailing, quadratic, logsnr or karras."
+)
+flags.DEFINE_float("eta", None, "Noise of the steps of ddim, from 0 (deterministic) to 1 (as much as ddpm).")
+flags.DEFINE_bool("clip", None, "Clip the predicted x_0 to [-1, 1].")
+flags.DEFINE_float("dynamic_threshold", None, "Quantile of the predicted x_0 for dynamic thresholding, such as 0.995.")
+flags.DEFINE_integer("order", None, "Order of unipc: 1, 2 or 3.")
+_define_per_stage(
+    "guidance_scale",
+    float,
+    "Strength of classifier-free guidance towards the prompt or class; 1: none. For a pipeline, one number or one for "
+    "each stage.",
+)
+flags.DEFINE_float("guidance_rescale", None, "How far to undo the contrast that guidance adds, 0 to 1.")
+flags.DEFINE_list("timesteps", None, "The timesteps themselves, in descending order, instead of --num_steps.")
+flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST: the timesteps at which guidance is on.")
+flags.DEFINE_list("classes", [], "Class-conditional run: what to draw, such as 0,1,2; a grid has a row for each.")
 flags.DEFINE_multi_string(
-    "prompt", [], "Of a run that learned from captions; repeated for several: a grid has a row for each."
+    "prompt", [], "Text-conditional run: what to draw; repeat the flag for more, a grid has a row for each."
 )
-flags.DEFINE_string("prompts", None, "A text file with a prompt in each line, after those of --prompt.")
-flags.DEFINE_multi_string("negative_prompt", [], "What guidance leads away from; repeated: one for each prompt.")
+flags.DEFINE_string("prompts", None, "A text file with one prompt on each line, used after those of --prompt.")
+flags.DEFINE_multi_string("negative_prompt", [], "What guidance leads away from; repeat the flag for one per prompt.")
 
 # What to make, and where to write it.
-flags.DEFINE_integer("num_images", None, "How many images; by default the config's, or 8 per row.", lower_bound=1)
-flags.DEFINE_string("images", None, "sample: numbers FIRST-LAST, in .npz shards; goes on where it stopped.")
-flags.DEFINE_integer("shard_size", 1000, "sample with --images: images per shard.")
-flags.DEFINE_string("part", "0/1", "sample with --images: I/N, the I-th of N processes that share the shards.")
-flags.DEFINE_enum("output", "grid", ["grid", "png", "npz"], "sample: one picture, many, or an array.")
+flags.DEFINE_integer(
+    "num_images", None, "How many images; by default the config's, or 8 in each row of a grid.", lower_bound=1
+)
+flags.DEFINE_string(
+    "images", None, "sample: write the images FIRST-LAST to .npz shards, such as 0-49999; shards that exist are kept."
+)
+flags.DEFINE_integer("shard_size", 1000, "With --images, and in evaluate: images in a shard.")
+flags.DEFINE_string(
+    "part", "0/1", "With --images: I/N, this process's share of the shards, 0/4 to 3/4 for four processes."
+)
+flags.DEFINE_enum(
+    "output",
+    "grid",
+    ["grid", "png", "npz"],
+    "sample: a grid in one PNG file, a folder of PNG files, or an array in a .npz file.",
+)
 flags.DEFINE_string(
     "out",
     None,
-    "Where to write; by default a name in WORKDIR/samples. "
-    "export: the folder for diffusers, or a .safetensors file of the parameters by their names here.",
+    "The file or folder to write; by default in WORKDIR/samples. export: a folder for diffusers, or a .safetensors "
+    "file with this project's names of the parameters.",
 )
 flags.DEFINE_bool(
     "adapters", False, "export: only the adapters that the run trained (config.lora), as a LoRA file for diffusers."
 )
-flags.DEFINE_string("caption", None, "text_difference: of the picture.")
-flags.DEFINE_string("target_caption", None, "text_difference: of what the picture becomes.")
-flags.DEFINE_list("input", [], "Pictures to edit: files, or data:17 for a training image.")
-flags.DEFINE_string("mask", None, "inpaint: a picture, white where it shall be painted anew.")
-flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: timesteps to diffuse to.")
+flags.DEFINE_string("caption", None, "text_difference: describes the picture.")
+flags.DEFINE_string("target_caption", None, "text_difference: describes what the picture becomes.")
+flags.DEFINE_list("input", [], "The pictures to edit: files, or data:17 for training image 17.")
+flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --input is to be repainted.")
+flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: the timesteps to diffuse the pictures to.")
 flags.DEFINE_float(
-    "strength", None, "vary: instead of --t, the share of the sampling steps to take, above 0 to 1, as in diffusers."
+    "strength",
+    None,
+    "vary: instead of --t, the share of the sampling steps to take, as in diffusers; above 0, at most 1.",
 )
-flags.DEFINE_list("weights", [], "interpolate: shares of the second picture; by default 0 to 1 by 0.1.")
-flags.DEFINE_bool("latents", False, "interpolate: along the arc between DDIM's noises of both.")
-flags.DEFINE_integer("jump", None, "inpaint: steps in each of RePaint's jumps back; by default 10.", lower_bound=1)
-flags.DEFINE_integer("times", None, "inpaint: how many times RePaint runs each jump; by default once.", lower_bound=1)
-flags.DEFINE_integer("num_stages", None, "progressive: pictures on the way, 10 or so.", lower_bound=2)
-flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0, or the noisy x_t.")
-flags.DEFINE_integer("num_neighbours", 5, "neighbours: how many per sample.", lower_bound=1)
+flags.DEFINE_list("weights", [], "interpolate, blend, text_difference: weights of the second picture or caption.")
+flags.DEFINE_bool(
+    "latents", False, "interpolate: along the arc between the noises to which DDIM encodes the two pictures."
+)
+flags.DEFINE_integer("jump", None, "inpaint: length of RePaint's jumps back, in steps; by default 10.", lower_bound=1)
+flags.DEFINE_integer("times", None, "inpaint: how often RePaint repeats each jump; by default once.", lower_bound=1)
+flags.DEFINE_integer("num_stages", None, "progressive: how many stages to show; by default 10.", lower_bound=2)
+flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0 or the noisy x_t.")
+flags.DEFINE_integer("num_neighbours", 5, "neighbours: training images per sample.", lower_bound=1)
 
 flags.DEFINE_string(
     "features",
     None,
-    "evaluate: digits, a classifier of the embedded digits; inception, FID's, fetched once; or its weights' file.",
+    "evaluate: the network whose features are compared: digits, a small classifier; inception, FID's network, "
+    "downloaded once; or a file with its weights.",
 )
 flags.DEFINE_string(
-    "against", "data", "evaluate: real images: data (the run's), a folder, a .npz or .npy, or a reference file."
+    "against",
+    "data",
+    "evaluate: the real images: data, the run's training set; a folder; a .npz or .npy file; or a reference file.",
 )
-flags.DEFINE_string("generated", None, "evaluate: images to judge instead of samples: a folder, .npz or shards.")
 flags.DEFINE_string(
-    "likelihood", "estimate", "evaluate: bits/dim by an estimate of the bound, the whole bound, the flow, or none."
+    "generated", None, "evaluate: images to evaluate instead of samples: a folder, a .npz or .npy file, or shards."
 )
-flags.DEFINE_integer("likelihood_images", 256, "evaluate: of how many training images.", lower_bound=2)
+flags.DEFINE_string(
+    "likelihood",
+    "estimate",
+    "evaluate: bits/dim by an estimate of the bound, by the whole bound, by the probability flow, or none.",
+)
+flags.DEFINE_integer(
+    "likelihood_images", 256, "evaluate: how many training images bits/dim is computed on.", lower_bound=2
+)
 flags.DEFINE_string(
     "clip_model",
     None,
-    "evaluate: a CLIP's workdir, or a transformers folder of a CLIPModel, for CLIPScore of samples and prompts.",
+    "evaluate: the workdir or transformers folder of a CLIP, for the CLIPScore of samples and prompts.",
 )
-flags.DEFINE_string("save_reference", None, "evaluate: .npz for the moments of the real images.")
+flags.DEFINE_string(
+    "save_reference",
+    None,
+    "evaluate: write the moments of the real images to this .npz file, a reference file for --against.",
+)
 
-flags.DEFINE_string("topology", None, "plan: a TPU slice to compile for, such as v5e:2x4; by default measures here.")
+flags.DEFINE_string(
+    "topology", None, "plan: the TPU slice to compile for, such as v5e:2x4; by default measure on this machine."
+)
 flags.DEFINE_list(
     "programs", [], "plan: which of train, sample, decode (of latents) and evaluate; by default all that the run has."
 )
 
-flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at; by default for this machine alone.")
-flags.DEFINE_integer(
-    "port", 8000, "serve: the port to listen at; 0: one that is free.", lower_bound=0, upper_bound=65535
+flags.DEFINE_string(
+    "host", "127.0.0.1", "serve: the address to listen on; the default is reachable from this machine only."
 )
-flags.DEFINE_integer("queue", 16, "serve: requests that may wait; more are told to come again.", lower_bound=0)
+flags.DEFINE_integer("port", 8000, "serve: the port to listen on; 0: any free port.", lower_bound=0, upper_bound=65535)
+flags.DEFINE_integer("queue", 16, "serve: how many requests may wait; further ones are refused.", lower_bound=0)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: the number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Several hosts: the number of this process, from 0.", lower_bound=0
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Several hosts: learn all that from the TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
+    "Several hosts: take these three from the TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
     "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
 )
 _START_TIMEOUT = flags.DEFINE_integer(
-    "start_timeout", 300, "Several hosts: seconds in which all must have come together.", lower_bound=1
+    "start_timeout", 300, "Several hosts: seconds within which all processes must have joined.", lower_bound=1
 )
 _SILENCE_TIMEOUT = flags.DEFINE_integer(
-    "silence_timeout", 60, "Several hosts: seconds after which a silent process is gone, and all end.", lower_bound=1
+    "silence_timeout",
+    60,
+    "Several hosts: seconds after which a silent process counts as lost, and all stop.",
+    lower_bound=1,
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Folder that keeps compiled programs for the next start; by default one in the user's cache; off: none.",
+    "Folder that keeps compiled programs for the next start; by default in the user's cache; off: none.",
 )
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
+        sys.exit(f"error: unknown argument {argv[1]!r}; every flag starts with --")
     if not _WORKDIR.value and _MODE.value not in ("doctor", "prepare", "plan" if _CONFIG.value is not None else ""):
-        raise app.UsageError("--workdir must be given")
+        sys.exit(f"error: --mode={_MODE.value} needs --workdir: the folder of the run")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         hush_checkpoints()
-    # Imported here so that --help and a misspelt flag are answered at once.
+    # Imported here so that --help and a misspelt flag get an answer at once.
     from ddpm_jax import modes
     from ddpm_jax.runtime import parallel, processes
     from ddpm_jax.runtime.errors import UserError
@@ -211,9 +264,9 @@ def main(argv: list[str]) -> None:
 
 
 def hush_checkpoints() -> None:
-    """Leaves a failed save to the one sentence that is raised for it.
+    """Silences what Orbax, asyncio and TensorStore log of a failed save, which is raised as one sentence.
 
-    Orbax logs the same with a traceback, and then asyncio and TensorStore do so for every array.
+    Orbax logs a traceback, and asyncio and TensorStore another for every array.
     """
     logging.get_absl_handler().addFilter(lambda record: not {"orbax", "asyncio"} & {*Path(record.pathname).parts})
 
@@ -225,25 +278,25 @@ def hush_checkpoints() -> None:
 
 
 def advice() -> str:
-    """What to do when a multi-host job went down."""
+    """What to do after a multi-host job stopped with an error."""
     again = "start the same command on every host again"
     if _MODE.value != "train":
         return again
     from ddpm_jax.runtime.checkpoints import newest_step
 
     step = newest_step(Path(_WORKDIR.value).expanduser())
-    return f"{again}: " + ("it begins anew" if step is None else f"it goes on from the checkpoint of step {step}")
+    return f"{again}: " + ("it starts over" if step is None else f"it resumes from the checkpoint of step {step}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one sentence for a flag, a value, a config file or a config field that does not exist.
+    """absl's parser, with one sentence for an unknown flag, value, config file or config field.
 
-    A config that is no file is looked for among those that come with the package. Help is no failure: its status is 0.
+    A --config that names no file is looked up among the configs of the package. --help exits with status 0.
     """
     from ddpm_jax.runtime.errors import UserError
 
     if len(argv) == 1:
-        print(usage.BEGIN, end="")
+        print(usage.introduction(), end="")
         sys.exit(0)
     is_help = [argument.lstrip("-") in ("h", "help", "helpshort") for argument in argv]
     asked_for = zip(argv, is_help, strict=True)
@@ -261,7 +314,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {_unknown_flag(error.flagname)}")
     except flags.Error as error:
         sys.exit(f"error: {_illegal_value(error)}")
-    except UserError as error:  # of a config file's function
+    except UserError as error:  # raised by a config file
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError) as error:
         if "'get_config'" in str(error):
@@ -275,7 +328,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             for whole in FREE_FORM:
                 if prefix == "config" and field.startswith(f"{whole}."):
                     rest = field.removeprefix(f"{whole}.")
-                    sys.exit(f"error: config field {whole!r} is set whole: --config.{whole}='{{\"{rest}\": 0.5}}'")
+                    sys.exit(f"error: config field {whole!r} is set as a whole: --config.{whole}='{{\"{rest}\": 0.5}}'")
             if prefix == "config" and dot and field not in known:
                 sys.exit(f"error: config field {field!r} does not exist.{nearest(field, known)}")
         raise
@@ -296,7 +349,7 @@ def _unknown_flag(name: str) -> str:
 
 
 def _illegal_value(error: flags.Error) -> str:
-    """What absl says of a value, in one sentence; of one of several choices with the nearest."""
+    """absl's message about a flag's value as one sentence, with the nearest choice if there are choices."""
     from ddpm_jax.runtime.errors import nearest
 
     text = " ".join(str(error).split())
@@ -311,7 +364,7 @@ def _illegal_value(error: flags.Error) -> str:
 
 def _with_config_found(argument: str) -> str:
     name, _, value = argument.lstrip("-").partition("=")
-    value, colon, told = value.partition(":")  # behind it stands what the file's get_config is called with
+    value, colon, told = value.partition(":")  # get_config is called with what follows the colon
     if name != "config" or not value or Path(value).is_file():
         return argument
     package = Path(__file__).parent
@@ -328,5 +381,5 @@ def _with_config_found(argument: str) -> str:
 
 
 def run() -> None:
-    """The command line: parses the flags and calls main."""
+    """Parses the flags and calls `main`."""
     app.run(main, flags_parser=parse_flags)

@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
-from ddpm_jax.commands import compose, doctor, editing, evaluation, plan, prepare, sampling, serve, train, weights
+from ddpm_jax.commands import (
+    closing,
+    compose,
+    doctor,
+    editing,
+    evaluation,
+    plan,
+    prepare,
+    sampling,
+    serve,
+    train,
+    weights,
+)
 from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
 from ddpm_jax.pipeline import load
 from ddpm_jax.runtime import cores, workdir
@@ -21,16 +34,16 @@ OPTIONS = (
     *("sampler", "num_steps", "spacing", "eta", "clip", "dynamic_threshold", "order"),
     *("guidance_scale", "guidance_rescale"),
 )
-# The flags that a job is made of: which weights and where to, and how to sample with them.
+# The flags of a job: which weights, how to sample with them, and where to write.
 _OF_SAMPLING = {
     *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
     *OPTIONS,
 }
 _OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
-# Flags of a job that its file's name has in another place, or that decide nothing of its pictures.
+# Flags that a file's name shows elsewhere, or that do not change the pictures.
 _NOT_IN_NAMES = {"step", "seed", "out", "output", "batch_size", "images", "shard_size", "part"}
 
-# The functions of each mode, with the words by which a message tells them apart.
+# The functions of each mode, and the words that a message adds to the mode's name for each.
 FUNCTIONS: dict[str, dict[str, Function]] = {
     "train": {"": train.train},
     "sample": {"": sampling.sample, " --images": sampling.sample_shards},
@@ -71,7 +84,7 @@ _FROM_PICTURES = (
     *(editing.interpolate, editing.vary, editing.denoise, editing.inpaint, editing.coarse_to_fine),
     *(editing.upscale, editing.variations, editing.blend, editing.text_difference),
 )
-# What a function has no use for among the flags of a job.
+# The flags of a job that a function does not use.
 _WITHOUT: dict[Function, set[str]] = {
     **{edit: {"timesteps"} for edit in _FROM_PICTURES},
     editing.interpolate_latents: _OF_SAMPLING - {"height", "width", "num_steps", "spacing"},
@@ -83,6 +96,18 @@ _WITHOUT: dict[Function, set[str]] = {
 
 def run(mode: str) -> None:
     """Calls the function of the mode with its flags; UserError for a flag that would do nothing."""
+    function, given = chosen(mode)
+    told = {name: _as_text(name) for name in sorted(given.keys() - _NOT_IN_NAMES)}
+    parameters = inspect.signature(function).parameters
+    arguments = {name: _job(told) if name == "job" else _value(name) for name in parameters}
+    result = function(**arguments)
+    weights_used = arguments["job"].run.weights if "job" in arguments else ""
+    closing.tell(mode, _value("workdir"), result, given | {"config": _config_flags()}, weights_used)
+
+
+def chosen(mode: str) -> tuple[Function, dict[str, Any]]:
+    """The function of the mode that the flags ask for, and those of its flags that are given, by name; UserError for
+    a flag that would do nothing."""
     variant = _variant(mode)
     function = FUNCTIONS[mode][variant]
     accepted = flags_of(function) | ({"latents"} if mode == "interpolate" else set())
@@ -90,19 +115,17 @@ def run(mode: str) -> None:
     for name in sorted(known - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
-    told = {name: _as_text(name) for name in sorted(accepted - _NOT_IN_NAMES) if FLAGS[name].present}
-    parameters = inspect.signature(function).parameters
-    function(**{name: _job(told) if name == "job" else _value(name) for name in parameters})
+    return function, {name: _value(name) for name in sorted(accepted) if FLAGS[name].present}
 
 
 def flags_of(function: Function) -> set[str]:
-    """The names of the flags that a function of FUNCTIONS takes, but for --workdir."""
+    """The names of the flags that a function of FUNCTIONS takes, except --workdir."""
     names = set(inspect.signature(function).parameters)
     return (names | (_OF_A_JOB if "job" in names else set())) - {"job", "workdir"} - _WITHOUT.get(function, set())
 
 
 def _variant(mode: str) -> str:
-    """Which of the mode's functions the flags, or the run in the workdir, ask for."""
+    """Which of the mode's functions the flags and the run in the workdir call for."""
     if mode == "sample":
         return "" if _value("images") is None else " --images"
     if mode == "interpolate" and _value("latents"):
@@ -123,6 +146,16 @@ def _value(name: str) -> Any:
     return FLAGS[name].value
 
 
+def _config_flags() -> list[str]:
+    """--config and the fields that were set, as flags."""
+    flag = FLAGS["config"]
+    if flag.value is None:
+        return []
+    fields = config_flags.get_override_values(flag)
+    file = config_flags.get_config_filename(flag)
+    return [f"--config={file}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
 def _as_text(name: str) -> str:
     value = _value(name)
     if not isinstance(value, list):
@@ -132,7 +165,7 @@ def _as_text(name: str) -> str:
 
 
 def _job(told: dict[str, str]) -> Job:
-    """What the flags say of a run; `told` as in `Job`."""
+    """The job that the flags describe; `told` as in `Job`."""
     value = {name: _value(name) for name in ("workdir", "prompt", "prompts", "negative_prompt", *_OF_A_JOB)}
     options: dict[str, Any] = {name: value[name] for name in OPTIONS if value[name] is not None}
     for option, name in (("timesteps", "timesteps"), ("guidance_interval", "guidance_interval"), ("labels", "classes")):

@@ -48,7 +48,7 @@ def test_its_shards_go_on(folder, capsys):
     written = shard.stat().st_mtime_ns
     made = sample_shards(job, images="0-7", shard_size=4, part="0/1", batch_size=None)
     assert made == shard.parent
-    assert "1 shards are there already" in capsys.readouterr().out
+    assert "shards that exist already: 1" in capsys.readouterr().out
     assert (len([*made.iterdir()]), shard.stat().st_mtime_ns) == (2, written)
 
 

@@ -45,6 +45,7 @@ class TestTraining:
         assert list((workdir / "tensorboard").glob("events*"))
         assert re.search(r"step 12/24 .*loss \d.* images/s.* left", output)
         assert "warning" not in output.lower(), output
+        assert re.search(r"\nwrote: \S+/report.html\nnext:  python main.py --mode=sample --workdir=\S+\n\Z", output)
 
     def test_metrics_tell_what_the_issue_of_training_is(self, trained):
         lines = metrics(trained[0])
@@ -346,7 +347,7 @@ class TestCaptions:
         flags = (f"--workdir={captioned[0]}", "--shard_size=4", "--num_steps=4", f"--out={tmp_path}")
         each = [f"--prompt={prompt}" for prompt in self.PROMPTS]
         self.run(call, "sample", *flags, *each, "--images=0-3")
-        assert "1 shards are there already" in self.run(call, "sample", *flags, *each, "--images=0-7")
+        assert "shards that exist already: 1" in self.run(call, "sample", *flags, *each, "--images=0-7")
         files = [np.load(path) for path in sorted(tmp_path.iterdir())]
         assert [file["prompt"].tolist() for file in files] == [[*self.PROMPTS] * 2] * 2
         status, output = call("--mode=sample", *flags, "--prompt=another", "--images=0-7", config=None)
@@ -483,7 +484,7 @@ def test_without_flags_it_says_what_to_type(call):
 BAD = [
     (["--config.train.batch_sise=3"], "'train.batch_sise' does not exist. Did you mean 'train.batch_size'?"),
     (["--config.trian.batch_size=3"], "'trian.batch_size' does not exist. Did you mean 'train.batch_size'?"),
-    (["--config.optimizer.options.b1=0.5"], "is set whole: --config.optimizer.options='{\"b1\": 0.5}'"),
+    (["--config.optimizer.options.b1=0.5"], "is set as a whole: --config.optimizer.options='{\"b1\": 0.5}'"),
     (["--config.train.batch_size=many"], "--config.train.batch_size is 'many'; accepted: a whole number"),
     (["--confg.train.batch_size=3"], "does not exist. Did you mean '--config.train.batch_size'?"),
     (["--workdri=x"], "flag --workdri does not exist. Did you mean '--workdir'?"),
@@ -525,7 +526,7 @@ class TestEvaluation:
             assert Image.open(trained[0] / f"evaluation_{name}.png").size[0] > 500
         status, again = call(*flags, config=None)
         assert status == 0, again
-        assert "1 shards are there already" in again
+        assert "shards that exist already: 1" in again
         first, second = json.loads((trained[0] / "evaluation.json").read_text())
         name = "Frechet distance (digits classifier)"
         assert first[name] == second[name]

@@ -293,7 +293,7 @@ class TestTwoProcesses:
         step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
         assert outputs[1 - index].splitlines()[-1] == (
             f"error: process {index} of 2 is gone ({why}), so process {1 - index} stops too; start the same command on "
-            f"every host again: it goes on from the checkpoint of step {step}"
+            f"every host again: it resumes from the checkpoint of step {step}"
         )
 
 

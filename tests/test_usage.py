@@ -1,6 +1,8 @@
-"""What the command line says of itself."""
+"""The texts of the command line: what to type first, and --help."""
 
 import inspect
+import re
+import sys
 
 import pytest
 from absl import flags
@@ -35,3 +37,20 @@ def test_every_parameter_of_a_mode_is_a_flag():
         for function in functions.values():
             assert set(inspect.signature(function).parameters) - {"job"} <= set(flags.FLAGS), function
     assert cli.FLAGS is flags.FLAGS
+
+
+@pytest.mark.parametrize("mode", modes.FUNCTIONS)
+def test_the_help_of_a_mode_fits(mode):
+    lines = usage.of_mode(mode).splitlines()
+    assert len(lines) <= 3 * LINES
+    assert max(map(len, lines)) <= COLUMNS
+    assert not [line for line in lines[1:] if re.match(rf" *(--\w+ +)?{mode}: ", line, re.IGNORECASE)]
+    assert "repeat this option" not in "\n".join(lines)  # absl's remark
+
+
+def test_it_names_the_program_as_it_was_started(monkeypatch):
+    for argv, start in (("../main.py", "python ../main.py"), ("/package/ddpm_jax/__main__.py", "python -m ddpm_jax")):
+        monkeypatch.setattr(sys, "argv", [argv])
+        for text in (usage.introduction(), usage.overview()):
+            assert f"  {start} --" in text or f"  {start} [--mode=MODE]" in text
+            assert text.startswith("ddpm_jax trains diffusion models")

@@ -1,1 +1,1 @@
-"""What the command line's modes do: library calls that end in files."""
+"""The modes of the command line: each calls the library and writes files."""

@@ -1,4 +1,4 @@
-"""How well the pictures of a run that learned from captions agree with their prompts."""
+"""How well the pictures of a text-conditional run match their prompts."""
 
 from pathlib import Path
 
@@ -18,18 +18,19 @@ from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.sampling import shards
 from ddpm_jax.training.clips import load_clip
 
-_NUM_NUMBERS = 256  # samples whose digits are read, of learned numbers and of held-out ones
+_NUM_NUMBERS = 256  # samples whose digits are read, for numbers in the training set and for held-out ones
 
 
 def captions_of(source: Source, count: int) -> list[str]:
-    """The first caption of each of `count` images that are evenly spread over a source."""
+    """The first caption of each of `count` images, spread evenly over a source."""
     return [source.captions[place][0] for place in image_sets.places(source, count).tolist()]
 
 
 def numbers_read(job: Job, batch_size: int) -> dict[str, float]:
-    """The share of samples whose digits are all read right, of learned numbers and of held-out ones, by name.
+    """The share of samples whose digits are all read correctly, for numbers in the training set and for held-out ones,
+    by name.
 
-    It is empty for a run of other images, of digits of another size, or with prompts of its own.
+    It is empty for a run on other images or digits of another size, and if prompts were given.
     """
     dataset, run = job.run.dataset, job.run
     if dataset["source"] != "numbers" or "shown_captions" not in dataset or job.options.get("prompts"):
@@ -52,15 +53,15 @@ def numbers_read(job: Job, batch_size: int) -> dict[str, float]:
 
 
 def open_clip(run: Run, folder: str) -> CLIP:
-    """The CLIP of --clip_model; UserError for one that cannot be read, or a run without captions."""
+    """The CLIP of --clip_model; UserError if it cannot be read, or for a run trained without captions."""
     if "shown_captions" not in run.dataset:
-        raise UserError("--clip_model scores pictures with their prompts, and this run did not learn from captions")
+        raise UserError("--clip_model scores pictures with their prompts, and this run was trained without captions")
     return load_clip(folder)
 
 
 def clip_scores(run: Run, clip: CLIP, folder: Path, count: int) -> dict[str, float]:
-    """The mean CLIPScore of the first `count` samples in a folder of shards with their prompts, and of as many training
-    images with their captions, by name."""
+    """The mean CLIPScore of the first `count` samples in a folder of shards and their prompts, and of as many training
+    images and their captions, by name."""
     pictures: list[np.ndarray] = []
     prompts: list[str] = []
     for path, _, _ in shards.files(folder):

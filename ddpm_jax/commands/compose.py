@@ -11,6 +11,4 @@ def compose(stages: Sequence[str], workdir: str) -> Path:
     """Writes the workdir of a pipeline; see `ddpm_jax.pipeline.compose`."""
     if not stages:
         raise UserError("--mode=compose needs --stages: the workdirs of the runs, in order, such as runs/base,runs/sr")
-    target = pipeline.compose(stages, workdir)
-    print(f"{' -> '.join(stages)}: {target}")
-    return target
+    return pipeline.compose(stages, workdir)

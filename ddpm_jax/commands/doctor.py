@@ -1,4 +1,4 @@
-"""What this machine has, and what would go wrong on it: packages, devices, disks and, if given, a run."""
+"""A check of this machine: packages, devices, disks and, if given, a run."""
 
 import dataclasses
 import importlib.metadata
@@ -27,18 +27,18 @@ OK, WARNING, WRONG = "ok", "warning", "wrong"
 _GIB = 2**30
 _FEW_GIB = 5.0  # of a disk
 _EXTRAS = ("cuda", "cuda12", "tpu", "tensorflow", "wandb", "serve", "test", "dev", "peers", "docs")
-_PLUGINS = {"cuda": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}  # of the extras that are jax's
+_PLUGINS = {"cuda": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}  # of jax, by extra
 _TOLD = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "TFDS_DATA_DIR")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """One line of the report.
 
     Attributes:
       level: "ok"; "warning", for what will be slow or may fail; or "wrong", for what will fail.
-      subject: what was looked at.
-      text: what was found and, if it is not well, what to do.
+      subject: what was checked.
+      text: what was found and, unless it is ok, what to do about it.
     """
 
     level: str
@@ -47,14 +47,14 @@ class Finding:
 
 
 def doctor(config: ConfigDict | None, workdir: str) -> None:
-    """Prints what the machine has and what would go wrong.
+    """Prints what the machine has and what would fail on it.
 
     Args:
-      config: of a run that shall be started; None: that of the workdir, if there is one.
-      workdir: of a run, or where one shall be; "": none.
+      config: of a run that is to be started; None: the one in the workdir, if there is one.
+      workdir: of a run, or of one that is to be started; "": none.
 
     Raises:
-      UserError: something would go wrong.
+      UserError: something would fail.
     """
     folder = Path(workdir).expanduser() if workdir else None
     wrong = 0
@@ -62,11 +62,11 @@ def doctor(config: ConfigDict | None, workdir: str) -> None:
         print(f"{finding.level:8} {finding.subject:12} {finding.text}", flush=True)
         wrong += finding.level == WRONG
     if wrong:
-        raise UserError(f"{wrong} thing(s) would go wrong; see above")
+        raise UserError(f"{wrong} problem{'s' * (wrong > 1)} found; see the lines that begin with {WRONG!r}")
 
 
 def examine(config: ConfigDict | None, folder: Path | None) -> Iterator[Finding]:
-    """The findings, one after another."""
+    """Checks one thing after another."""
     yield _python()
     yield from _packages()
     yield from _devices()
@@ -90,22 +90,22 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """The versions of what the package needs, held against its own lower bounds."""
+    """The versions of the packages that this one requires, compared with its lower bounds."""
     try:
         needs = [Requirement(text) for text in importlib.metadata.requires("ddpm-jax") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(WARNING, "packages", "ddpm-jax is not installed, so its needs are not known: pip install -e .")
+        yield Finding(WARNING, "packages", "ddpm-jax is not installed, so its needs are unknown: pip install -e .")
         return
     found = {}
     for need in needs:
         if need.marker is None:
             found[need.name] = version = _version(need.name)
             if version is None or not need.specifier.contains(version, prereleases=True):
-                yield Finding(WRONG, "packages", f"{need} is needed; found: {version}; pip install -U '{need}'")
+                yield Finding(WRONG, "packages", f"{need} is required; found: {version}; pip install -U '{need}'")
     shown = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
     yield Finding(OK, "packages", ", ".join(f"{name} {_version(name)}" for name in shown))
     if _version("jax") != _version("jaxlib"):
-        text = f"jax {_version('jax')} and jaxlib {_version('jaxlib')} differ; pip install -U jax brings both"
+        text = f"jax {_version('jax')} and jaxlib {_version('jaxlib')} differ; pip install -U jax updates both"
         yield Finding(WARNING, "packages", text)
     there = []
     for extra in _EXTRAS:
@@ -120,17 +120,17 @@ def _devices() -> Iterator[Finding]:
     try:
         devices = jax.local_devices()
     except RuntimeError as error:
-        yield Finding(WRONG, "devices", f"jax finds none: {first_line(error)}")
+        yield Finding(WRONG, "devices", f"jax finds no device: {first_line(error)}")
         return
     for device in devices:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {_size(limit)} for jax" if limit else ""
         try:
             worked = float(jax.device_put(jnp.ones((256, 256)), device).sum()) == 256**2
-        except Exception as error:  # a driver's errors are of many kinds
+        except Exception as error:  # drivers raise many kinds
             yield Finding(WRONG, "devices", f"{device} cannot compute: {first_line(error)}")
             continue
-        level, text = (OK, "computes") if worked else (WRONG, "computes wrong sums")
+        level, text = (OK, "computes") if worked else (WRONG, "computes wrong results")
         yield Finding(level, "devices", f"{device}, {device.device_kind}{memory}: {text}")
     if devices[0].platform == "cpu":
         for name, signs, extras in (
@@ -139,9 +139,9 @@ def _devices() -> Iterator[Finding]:
         ):
             if any(Path(sign).exists() for sign in signs):
                 is_there = any(_version(_PLUGINS[extra]) for extra in extras)
-                advice = "see what jax logs" if is_there else f"pip install -e '.[{extras[0]}]'"
-                yield Finding(WARNING, "devices", f"{name} seems to be here, and jax does not use it: {advice}")
-        text = "no GPU or TPU: digits train in minutes, a 32x32 run takes days (--mode=plan --config=... says how long)"
+                advice = "see the log of jax" if is_there else f"pip install -e '.[{extras[0]}]'"
+                yield Finding(WARNING, "devices", f"{name} seems to be present, but jax does not use it: {advice}")
+        text = "no GPU or TPU: digits train in minutes, a 32x32 run takes days (--mode=plan --config=... says how many)"
         yield Finding(WARNING, "devices", text)
 
 
@@ -160,7 +160,7 @@ def _disks(folder: Path | None) -> Iterator[Finding]:
     yield _disk("cache", files.user_cache())
     compiled = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not compiled:
-        yield Finding(WARNING, "compiled", "no programs are kept, so that each start compiles them anew")
+        yield Finding(WARNING, "compiled", "compiled programs are not kept, so every start compiles them again")
     else:
         sizes = [path.stat().st_size for path in Path(compiled).glob("*") if path.is_file()]
         count = f"{len(sizes)} program{'s' * (len(sizes) != 1)}"
@@ -171,7 +171,7 @@ def _disk(subject: str, folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if not os.access(there, os.W_OK) or not there.is_dir():
-        return Finding(WRONG, subject, f"{folder} cannot be written to: {there} is no folder, or not yours")
+        return Finding(WRONG, subject, f"{folder} cannot be written to: {there} is not a folder, or not writable")
     level = OK if free >= _FEW_GIB * _GIB else WARNING
     return Finding(level, subject, f"{folder}, {_size(free)} free")
 
@@ -181,47 +181,45 @@ def _weights() -> Iterator[Finding]:
     if any(cache.glob("pt_inception-*")):
         yield Finding(OK, "inception", f"FID's network is in {cache}")
     else:
-        text = f"FID's network is not in {cache}; --features=inception fetches {INCEPTION_FILE} (91 MiB) once"
+        text = f"FID's network is not in {cache}; --features=inception downloads {INCEPTION_FILE} (91 MiB) once"
         yield Finding(OK, "inception", text)
 
 
 def _workdir(folder: Path) -> Iterator[Finding]:
     yield from _lock(folder)
     if not (folder / workdir.CONFIG).exists():
-        yield Finding(OK, "run", f"{folder} holds none yet" if folder.exists() else f"{folder} is not there yet")
+        yield Finding(OK, "run", f"no run in {folder} yet" if folder.exists() else f"{folder} does not exist yet")
         return
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
     if not steps:
-        yield Finding(WARNING, "run", "there is no checkpoint yet; the same command begins anew")
+        yield Finding(WARNING, "run", "there is no checkpoint yet; the same command starts over")
         return
     size = sum(path.stat().st_size for path in (checkpoints.directory / str(steps[-1])).rglob("*") if path.is_file())
     yield Finding(OK, "run", f"checkpoints of the steps {', '.join(map(str, steps))}, {_size(size)} each")
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
-        text = f"the disk has {_size(free)} left, and a checkpoint takes {_size(size)} while the old ones stay"
+        text = f"the disk has {_size(free)} left, and a checkpoint takes {_size(size)} before an old one is deleted"
         yield Finding(WRONG, "run", text)
     aside = sorted(path.name for path in (folder / "corrupt").glob("*"))
     if aside:
-        yield Finding(
-            WARNING, "run", f"could not be read and are set aside: the checkpoints of step {', '.join(aside)}"
-        )
+        yield Finding(WARNING, "run", f"checkpoints that could not be read were set aside: step {', '.join(aside)}")
 
 
 def _lock(folder: Path) -> Iterator[Finding]:
-    """Who trains in the workdir, or did when it was killed."""
+    """Which process trains in the workdir, or was killed while it did."""
     holder = lock.read(folder / workdir.LOCK)
     if holder is None:
         return
     alive = holder.is_alive()
     if alive is None:
-        text = f"by {holder}, unless that is gone: the next start waits {holder.silence:.0f} s for a sign of life"
+        text = f"by {holder}, unless that has died: the next start waits {holder.silence:.0f} s for a sign of life"
         yield Finding(WARNING, "in use", text)
     elif alive:
-        yield Finding(WARNING, "in use", f"by {holder}; nothing else can train there until it ends")
+        yield Finding(WARNING, "in use", f"by {holder}; no other process can train there until it ends")
     else:
-        yield Finding(OK, "in use", f"by nobody; {holder} was cut off, and the next start takes its place")
+        yield Finding(OK, "in use", f"by no process; {holder} was killed, and the next start takes over")
 
 
 def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
@@ -231,13 +229,13 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
         if folder is not None:
             workdir.check_config(folder, config)
         name = prepared_name(data.source, data.name)
-        if name:  # what is not there is not fetched: that may be many gigabytes
+        if name:  # nothing is downloaded: it may be many gigabytes
             place, is_there = tfds_folder(name, data.data_dir or None)
             if not is_there:
                 check_network(name, data.data_dir or None)
                 if data.data_dir and not Path(data.data_dir).expanduser().exists():
-                    yield Finding(WARNING, "data", f"data.data_dir {data.data_dir!r} is not there; it will be made")
-            text = f"{name} is prepared in {place}" if is_there else f"{name} will first be prepared in {place}"
+                    yield Finding(WARNING, "data", f"data.data_dir {data.data_dir!r} does not exist yet")
+            text = f"{name} is prepared in {place}" if is_there else f"{name} will be prepared in {place}"
             yield Finding(OK, "data", text)
         else:
             source = open_source(data.source, **source_arguments(config))
@@ -252,7 +250,7 @@ def _config(config: ConfigDict, folder: Path | None) -> Iterator[Finding]:
     yield Finding(OK, "network", text + (f"{sharded} devices together" if sharded > 1 else "each device"))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit and 4 * count * copies / sharded > limit:
-        yield Finding(WRONG, "network", "that is more than the device has: --config.mesh.fsdp=-1 divides it")
+        yield Finding(WRONG, "network", "that is more than a device has: --config.mesh.fsdp=-1 divides it among all")
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Pictures made of pictures: each mode ends in a table of them."""
+"""Edits of pictures: each mode writes one grid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from ddpm_jax.run import deterministic
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError
 
-_NOISES = 4  # of an interpolation between words
+_NOISES = 4  # of an interpolation between prompts or classes
 
 
 def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Sequence[str]) -> Path:
-    """Between two pictures: one row a t and one column a weight."""
+    """Interpolates between two pictures: a row for each t, a column for each weight."""
     first, second = job.pictures(input, 2, 2)
     lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
     T = job.run.schedule.num_timesteps
@@ -31,7 +31,7 @@ def interpolate(job: Job, *, input: Sequence[str], t: Sequence[str], weights: Se
 
 
 def interpolate_words(job: Job, *, weights: Sequence[str], num_images: int | None) -> Path:
-    """Between two prompts or two classes: one row a noise, which all images of a row share, and one column a weight."""
+    """Interpolates between two prompts or two classes: a column for each weight; a row's images share their noise."""
     lambdas, target = _lambdas(weights), job.target("interpolate_", ".png")
     with calls_bar("interpolating") as bar:
         rows = job.run.between(num_images or _NOISES, job.seed, lambdas, progress=bar.update, **job.options)
@@ -39,9 +39,9 @@ def interpolate_words(job: Job, *, weights: Sequence[str], num_images: int | Non
 
 
 def interpolate_latents(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
-    """Between two pictures along the arc between DDIM's noises of both: one row."""
+    """Interpolates between two pictures along the arc between the noises to which DDIM encodes them: one row."""
     first, second = job.pictures(input, 2, 2)
-    by_ddim = dataclasses.replace(job, options={**deterministic(), **job.options})  # what the PNG says
+    by_ddim = dataclasses.replace(job, options={**deterministic(), **job.options})  # as the PNG's settings say
     lambdas, target = _lambdas(weights), by_ddim.target("interpolate_", ".png")
     with calls_bar("interpolating") as bar:
         row = job.run.interpolate_latents(first, second, lambdas, progress=bar.update, **job.options)
@@ -53,17 +53,17 @@ def _lambdas(weights: Sequence[str]) -> list[float]:
 
 
 def _between(target: Target, first: np.ndarray, second: np.ndarray, rows: Sequence[np.ndarray]) -> Path:
-    """The pictures themselves stand at both ends of each row."""
+    """Saves rows with the two pictures themselves at the ends of each."""
     return _save(target, [np.concatenate([first[None], row, second[None]]) for row in rows])
 
 
 def _save(target: Target, rows: Sequence[np.ndarray]) -> Path:
-    """Each row is uint8 [columns, H, W, C]."""
+    """Saves rows, each uint8 [columns, H, W, C], as a grid."""
     return target.save(images.grid(np.concatenate(rows), columns=len(rows[0])))
 
 
 def _rows(first: np.ndarray, rest: np.ndarray) -> list[np.ndarray]:
-    """A row for each of the first pictures: it, then its equal share of the rest."""
+    """A row for each of the first pictures: the picture, then its equal share of the rest."""
     return [np.concatenate([f[None], r]) for f, r in zip(first, np.split(rest, len(first)), strict=True)]
 
 
@@ -76,11 +76,11 @@ def vary(
     strength: float | None = None,
     batch_size: int | None = None,
 ) -> Path:
-    """Variations of each picture: one row a picture and t, the picture first."""
+    """Varies each picture: a row for each picture and t, the picture first."""
     pictures, target = job.pictures(input), job.target("vary_", ".png")
     repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
     if strength is not None and t:
-        raise UserError("--t and --strength both say how far the pictures are diffused; accepted: one of the two")
+        raise UserError("--t and --strength both set how far the pictures are diffused; accepted: one of the two")
     if strength is not None:
         steps: list[dict[str, Any]] = [{"strength": strength}]
     else:
@@ -94,7 +94,7 @@ def vary(
 
 
 def upscale(job: Job, *, input: Sequence[str], num_images: int | None, batch_size: int | None = None) -> Path:
-    """Enlarges each picture: one row a picture."""
+    """Enlarges each picture: a row for each picture."""
     names, count = check_count("input", input, 1), num_images or 1
     pictures, target = job.run.low_resolution_pictures(*names), job.target("upscale_", ".png")
     with calls_bar("enlarging") as bar:
@@ -105,7 +105,7 @@ def upscale(job: Job, *, input: Sequence[str], num_images: int | None, batch_siz
 
 
 def variations(job: Job, *, input: Sequence[str], num_images: int | None, batch_size: int | None = None) -> Path:
-    """Other pictures with each picture's image embedding: one row a picture, the picture first."""
+    """Draws other pictures with each picture's image embedding: a row for each picture, the picture first."""
     pictures, target = job.pictures(input), job.target("variations_", ".png")
     repeated = pictures.repeat(num_images or IMAGES_A_ROW, axis=0)
     with calls_bar("sampling") as bar:
@@ -114,7 +114,7 @@ def variations(job: Job, *, input: Sequence[str], num_images: int | None, batch_
 
 
 def blend(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
-    """Between two pictures' image embeddings: one row."""
+    """Interpolates between two pictures' image embeddings: one row."""
     first, second = job.pictures(input, 2, 2)
     lambdas, target = _lambdas(weights), job.target("blend_", ".png")
     with calls_bar("sampling") as bar:
@@ -125,11 +125,12 @@ def blend(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
 def text_difference(
     job: Job, *, input: Sequence[str], caption: str | None, target_caption: str | None, weights: Sequence[str]
 ) -> Path:
-    """Pictures moved by what one caption has over another: one row a picture, the picture first."""
+    """Moves pictures by the difference of two captions: a row for each picture, the picture first."""
     pictures = job.pictures(input)
     if not (caption and target_caption):
         raise UserError(
-            "--mode=text_difference needs --caption, of the picture, and --target_caption, of what it becomes"
+            "--mode=text_difference needs --caption, which describes the picture, and --target_caption, which "
+            "describes what it becomes"
         )
     turns = parse_numbers("weights", weights, float) or [0.0, 0.125, 0.25, 0.375, 0.5]
     target, rows = job.target("text_difference_", ".png"), []
@@ -143,12 +144,12 @@ def text_difference(
 
 
 def denoise(job: Job, *, input: Sequence[str], t: Sequence[str], batch_size: int | None = None) -> Path:
-    """Clean pictures of noisy ones: one row a picture, before and after."""
+    """Denoises pictures: a row for each, before and after."""
     pictures, target = job.pictures(input), job.target("denoise_", ".png")
     given = parse_numbers("t", check_count("t", t, 0, 1))
     start = given[0] if given else job.run.estimate_t(pictures)
     if not given and jax.process_index() == 0:
-        print(f"the noise is estimated to be that of t = {start}")
+        print(f"estimated noise level: t = {start}")
     with calls_bar("denoising") as bar:
         clean = job.run.denoise(pictures, start, job.seed, batch_size=batch_size, progress=bar.update, **job.options)
     return _save(target, _rows(pictures, clean))
@@ -164,10 +165,10 @@ def inpaint(
     num_images: int | None,
     batch_size: int | None = None,
 ) -> Path:
-    """Paints anew where the mask is white: one row a picture, the picture without that part first."""
+    """Repaints each picture where the mask is white: a row for each picture, the masked picture first."""
     pictures = job.pictures(input)
     if not mask:
-        raise UserError("--mode=inpaint needs --mask: a picture that is white where it shall be painted anew")
+        raise UserError("--mode=inpaint needs --mask: a picture that is white where --input is to be repainted")
     height, width, _ = job.run.shape
     where = open_flag("mask", mask, Fit(height, width, 1, background="black"))[..., 0] >= 128
     target = job.target("inpaint_", ".png")
@@ -181,7 +182,7 @@ def inpaint(
 
 
 def coarse_to_fine(job: Job, *, num_images: int | None, t: Sequence[str]) -> Path:
-    """Images that share their x_t: one row a t."""
+    """Samples images that share their x_t: a row for each t."""
     T, target = job.run.schedule.num_timesteps, job.target("coarse_to_fine_", ".png")
     chosen = parse_numbers("t", t) or [T - 1, T * 3 // 4, T // 2, T // 4]
     count = num_images or IMAGES_A_ROW

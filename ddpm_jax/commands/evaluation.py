@@ -1,4 +1,4 @@
-"""Images judged against real ones, and how well a run explains real ones."""
+"""Evaluation: samples compared with real images, and the likelihood of real images."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.sampling.embeddings import Embeddings
 from ddpm_jax.training.clips import load_clip
 
-LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by their flag: what computes it, and the result's name
+LIKELIHOODS: dict[str, tuple[Callable[..., Any], str]] = {  # by the flag's value: the function, and its result's name
     "estimate": (likelihood.estimate_bound, "bits/dim of training images, estimated bound"),
     "bound": (likelihood.evaluate_bound, "bits/dim of training images, bound"),
     "flow": (likelihood.evaluate_flow, "bits/dim of training images, bound by the probability flow"),
@@ -54,41 +54,42 @@ def evaluate(
     clip_model: str | None,
     save_reference: str | None,
 ) -> dict[str, Any]:
-    """Judges samples against real images, and the run by the likelihood of real images; adds the result to
+    """Compares samples with real images and computes the likelihood of training images; adds the result to
     evaluation.json and evaluation.md in the workdir.
 
-    Samples go to shards in the workdir's samples/, their features beside them: an evaluation that was stopped goes on
-    where it was, and a second one of the same samples makes none.
+    Samples go to shards in the workdir's samples/, with their features beside them. So an interrupted evaluation
+    resumes, and another evaluation of the same samples reuses them.
 
     Args:
-      job: the run and how it samples.
+      job: the run and how to sample.
       num_images: how many to sample; None: 1,000.
-      features: "digits"; "inception", FID's, fetched once; or the file of its weights. None: as the images' size asks.
-      against: "data", the images that the run learned from; or a folder, a .npz or .npy file of images, or a reference
-        file, such as pytorch-fid and guided-diffusion have.
-      generated: such a folder or file, or a folder of shards, in the place of samples.
+      features: "digits"; "inception", FID's, downloaded once; or the file of its weights. None: chosen by the images'
+        size.
+      against: "data", the training images; or a folder, a .npz or .npy file of images, or a reference file in the
+        format of pytorch-fid or guided-diffusion.
+      generated: such a folder or file, or a folder of shards, instead of samples.
       batch_size: images at a time; None: the config's.
-      shard_size: samples a shard.
+      shard_size: samples in a shard.
       likelihood: "estimate" from a few terms of the variational bound, the whole "bound" with its curves, the bound of
         the probability "flow", or "none".
-      likelihood_images: of how many training images.
-      clip_model: a transformers folder of a `CLIPModel`, or a CLIP's workdir, which scores how well the samples of a
-        run that learned from captions agree with their prompts, and training images with their captions.
-      save_reference: a .npz to write the moments of the real images to, for others to compare with.
+      likelihood_images: how many training images the likelihood is computed on.
+      clip_model: a transformers folder of a `CLIPModel`, or a CLIP's workdir. It scores how well the samples of a
+        text-conditional run match their prompts, and training images their captions.
+      save_reference: a .npz file for the moments of the real images, which other evaluations can be run --against.
 
     Returns:
       The numbers by name.
     """
     run = job.run
     if isinstance(run.model.decoder, Embeddings):
-        raise UserError("this run draws embeddings, not pictures; accepted: a pipeline of it and a decoder")
+        raise UserError("this run draws embeddings, not pictures; accepted: a pipeline of this run and a decoder")
     if generated is not None and (num_images is not None or job.options):
         given = ["num_images"] * (num_images is not None) + [FLAGS.get(name, name) for name in job.options]
-        raise UserError(f"--generated takes the place of samples; these would do nothing: --{', --'.join(given)}")
+        raise UserError(f"--generated replaces the samples, so these would do nothing: --{', --'.join(given)}")
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
     if clip_model and generated is not None:
-        raise UserError("--clip_model scores samples with their prompts; --generated takes their place")
+        raise UserError("--clip_model scores samples with their prompts, and --generated has none")
     clip = open_clip(run, clip_model) if clip_model else None
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
@@ -118,11 +119,11 @@ def evaluate(
 
 
 def _no_likelihood(run: Run) -> str:
-    """Why a run has no likelihood of pictures; "": it has one."""
+    """Why a run has no likelihood of pictures, or ""."""
     if not isinstance(run.model.decoder, Pixels):
-        return "bits/dim of pictures, since latents are diffused"
+        return "bits/dim of pictures, because the run diffuses latents"
     if run.model.given:
-        return "bits/dim, since the pictures depend on what another stage gives"
+        return "bits/dim, because the pictures depend on the output of another stage"
     return ""
 
 
@@ -136,7 +137,7 @@ def compare_paths(
     seed: int = 0,
     save_reference: str | None,
 ) -> dict[str, Any]:
-    """As `evaluate`, for two sets of images and no run; the results go to the folder `workdir`."""
+    """Compares two sets of images without a run, as `evaluate` does; the results go to the folder `workdir`."""
     judge, folder, mesh = open_features(features), check_writable(workdir), parallel.make_mesh()
     size = batch_size or 64
     real, fake = (
@@ -151,7 +152,7 @@ def evaluate_clip(workdir: str | Path, *, num_images: int | None, batch_size: in
     """How often the CLIP of a run ranks a picture's own caption first; adds the result to evaluation.json and
     evaluation.md in the workdir.
 
-    Asked are pictures that it learned from and, if they are of numbers, pictures of the held-out numbers, too.
+    The pictures are training images and, if these show numbers, pictures of the held-out numbers, too.
 
     Args:
       workdir: of a run with train.objective "clip".
@@ -195,7 +196,7 @@ def _training_summary(run: Run, judge: Features, batch_size: int) -> Summary:
 
 
 def _with_captions(job: Job, count: int) -> Job:
-    """The job with captions of training images as prompts, if the run knows captions and none was said."""
+    """The job with captions of training images as prompts, if the run takes prompts and none was given."""
     run = job.run
     if "shown_captions" not in run.dataset or job.options.get("prompts"):
         return job
@@ -204,9 +205,9 @@ def _with_captions(job: Job, count: int) -> Job:
 
 
 def _samples(job: Job, settings: Mapping[str, Any], count: int, batch_size: int, shard_size: int) -> Path:
-    """The folder with shards of the first `count` samples; those that are there are not made again."""
+    """The folder with shards of the first `count` samples, of which those that exist are kept."""
     shard_size = min(shard_size, count)
-    digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # what is made otherwise has its own folder
+    digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # samples made otherwise have their own folder
     folder = dataclasses.replace(job, told={}).target(f"evaluation_{digest:08x}_", "").path
     make_shards(job, folder, 0, count - 1, shard_size, (0, 1), batch_size)
     if jax.process_count() > 1:
@@ -215,7 +216,7 @@ def _samples(job: Job, settings: Mapping[str, Any], count: int, batch_size: int,
 
 
 def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) -> dict[str, Any]:
-    """Bits/dim of training images by the run."""
+    """Bits/dim of training images under the run."""
     run = job.run
     examples = likelihood.Examples.spread(training_images(run.config, run.dataset), count, run.condition)
     measure, name = LIKELIHOODS[kind]
@@ -244,7 +245,7 @@ def _likelihood(job: Job, kind: str, count: int, batch_size: int, folder: Path) 
 def _finish(
     folder: Path, result: Mapping[str, Any], told: Mapping[str, Any], real: Summary, save_reference: str | None
 ) -> None:
-    """Process 0 writes and prints."""
+    """Writes and prints the results, and the reference if asked for, in process 0."""
     if save_reference and jax.process_index() == 0:
         write_reference(save_reference, real)
     _write(folder, result, told)
@@ -254,8 +255,7 @@ def _write(folder: Path, result: Mapping[str, Any], told: Mapping[str, Any]) -> 
     if jax.process_index() != 0:
         return
     results.record(folder, result, told)
-    if (folder / CONFIG).exists():  # of a run
+    if (folder / CONFIG).exists():  # a run, not a folder for two sets of images
         report.update(folder)
     for line in results.lines(result):
         print(line)
-    print(f"all results: {folder / results.TABLE}")

@@ -1,4 +1,4 @@
-"""What the modes share: the run and its sampling options, pictures that exist, and where the result goes."""
+"""What the modes share: the run with its sampling options, the pictures to edit, and where the result goes."""
 
 import dataclasses
 import functools
@@ -21,21 +21,21 @@ from ddpm_jax.runtime.errors import UserError, reason
 from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
-# Options of `Run.sample` whose flags have another name.
+# The options of `Run.sample` whose flags have other names.
 FLAGS = {"labels": "classes", "prompts": "prompt", "negative_prompts": "negative_prompt"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a mode is told whatever it does.
+    """The arguments that all modes with a run share.
 
     Attributes:
       run: of `ddpm_jax.load`.
       folder: its workdir.
       seed: of all noise.
-      out: where to write; None: a name in the workdir's samples/.
-      options: further ones of `Run.sample`: sampler, num_steps, labels, guidance_scale, ...
-      told: what else decides the result, for its name in samples/: {flag: its value as text}.
+      out: where to write; None: a file in the workdir's samples/.
+      options: of `Run.sample`: sampler, num_steps, labels, guidance_scale, ...
+      told: the flags that decide the result, for the file's name in samples/: {flag: its value as text}.
     """
 
     run: Run
@@ -46,8 +46,8 @@ class Job:
     told: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def target(self, what: str, suffix: str) -> "Target":
-        """Where the result of a mode goes; `what` begins the file's name in samples/, which says all that was told, so
-        that another command has another file."""
+        """Where the result of a mode goes. The file's name in samples/ begins with `what` and holds the flags that
+        decide the result, so that different commands write different files."""
         name = f"{what}step_{self.run.step:08d}_seed_{self.seed}{_in_a_name(self.told)}{suffix}"
         path = Path(self.out).expanduser() if self.out else self.folder / "samples" / name
         if suffix == ".png":
@@ -64,7 +64,7 @@ class Job:
         AUTOMATIC1111's web UI, which many tools read; and "settings", JSON.
 
         Args:
-          number: of an image with a file of its own; None: of a grid, which may have several prompts.
+          number: the image's, if it has a file of its own; None: of a grid, which may have several prompts.
         """
         settings = dict(self._settings)
         wanted, unwanted = (self.options.get(name, ()) for name in ("prompts", "negative_prompts"))
@@ -98,7 +98,7 @@ class Job:
         return {**told, **self.run.settings(seed=self.seed, **self.options)}
 
     def check_pictures(self) -> None:
-        """UserError unless the run's images can be written as pictures."""
+        """UserError if the run's images cannot be written as pictures."""
         channels = self.run.shape[-1]
         if channels not in (1, 3):
             raise UserError(
@@ -107,7 +107,7 @@ class Job:
             )
 
     def pictures(self, names: Sequence[str], least: int = 1, most: int | None = None) -> np.ndarray:
-        """uint8 [N, H, W, C] of --input, as `Run.pictures` has them."""
+        """uint8 [N, H, W, C] of --input, see `Run.pictures`."""
         try:
             return self.run.pictures(*check_count("input", names, least, most))
         except UserError as error:
@@ -116,27 +116,26 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where the pictures of a job go."""
+    """The file or folder that a job writes."""
 
     job: Job
     path: Path
 
     def save(self, grid: np.ndarray) -> Path:
-        """Writes a PNG with the job's text chunks; see `done`."""
+        """Writes a PNG with the job's text chunks; returns its path."""
         return self.done(lambda path: images.save(path, grid, self.job.text()))
 
-    def done(self, write: Callable[[Path], Any], *others: Path) -> Path:
-        """Writes by process 0, and says what was written."""
+    def done(self, write: Callable[[Path], Any]) -> Path:
+        """Calls `write` with the path in process 0, and updates the run's report; returns the path."""
         if jax.process_index() == 0:
             write(self.path)
             if (self.job.folder / workdir.CONFIG).exists():
                 report.update(self.job.folder)
-            print(f"{self.job.run.weights}: {', '.join(map(str, (self.path, *others)))}")
         return self.path
 
 
 def calls_bar(description: str) -> ProgressBar:
-    """Of the network's calls, which turn out to be so many on the way."""
+    """A bar of network calls, whose total is only known once they begin."""
     return ProgressBar(f"{description}, calls", 0, enabled=jax.process_index() == 0)
 
 
@@ -144,7 +143,7 @@ def calls_bar(description: str) -> ProgressBar:
 
 
 def _in_a_name(told: Mapping[str, str]) -> str:
-    """Values of flags as a part of a file's name: of at most 100 characters, and others for other values."""
+    """Values of flags as a part of a file's name, at most 100 characters long and different for different values."""
     text = "".join(f"_{value}" if name == "sampler" else f"_{name}_{value}" for name, value in told.items())
     if len(text) <= 100 and re.fullmatch(r"(data:|[\w.,-])*", text, re.ASCII):
         return text.replace(",", "+").replace(":", "-")
@@ -168,7 +167,7 @@ def parse_range(flag: str, text: str, sign: str) -> tuple[int, int]:
 
 
 def parse_loras(values: Sequence[str]) -> list[tuple[str, float]]:
-    """The files and weights of "file" or "file:0.7"."""
+    """The (file, weight) pairs of "file", whose weight is 1, or "file:0.7"."""
     found = []
     for value in values:
         name, colon, weight = value.rpartition(":")
@@ -194,7 +193,7 @@ def check_count(flag: str, values: Sequence[str], least: int, most: int | None =
 
 
 def read_lines(flag: str, name: str) -> list[str]:
-    """The lines of a text file that a flag names, without the blank ones."""
+    """The lines of the text file that a flag names, without blank ones."""
     try:
         lines = [line.strip() for line in Path(name).expanduser().read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -208,7 +207,7 @@ def read_lines(flag: str, name: str) -> list[str]:
 
 
 def open_flag(flag: str, name: str, fit: Fit) -> np.ndarray:
-    """The picture of a file that a flag names."""
+    """The picture in the file that a flag names."""
     try:
         return open_picture(Path(name).expanduser(), fit)
     except Exception as error:  # Pillow's decoders raise many kinds

@@ -1,7 +1,8 @@
-"""What a run costs: its programs compiled for a TPU slice that need not be there, or measured on the devices here."""
+"""The cost of a run: its programs compiled for a TPU slice, without one, or measured on this machine's devices."""
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,15 +27,18 @@ def plan(
     topology: str | None,
     programs: Sequence[str],
     dtype: str | None = None,
-) -> None:
-    """Prints what a run costs, and writes it to plan.json of the workdir if there is one.
+) -> Path | None:
+    """Prints the cost of a run, and writes it to plan.json in the workdir if there is one.
 
     Args:
-      config: of the run; None: the one that lies in the workdir.
+      config: of the run; None: the one in the workdir.
       workdir: of the run; "": none.
-      topology: a TPU slice such as "v5e:2x4", to compile for; None: measure on the devices here.
+      topology: the TPU slice to compile for, such as "v5e:2x4"; None: measure on this machine's devices.
       programs: which of `names_of` to plan; empty: all.
       dtype: of the weights and the arithmetic in sampling, and of the arithmetic in training; None: the config's.
+
+    Returns:
+      plan.json, or None without a workdir.
 
     Raises:
       UserError: no config, one that cannot run, an unknown topology, no libtpu, a program that does not fit.
@@ -52,12 +56,16 @@ def plan(
         chip, mesh = open_topology(topology, config)
         result = estimate(config, dataset, chip, mesh, topology, programs, dtype)
     print(table(result))
-    if workdir and jax.process_index() == 0:
-        write_text(workdir_lib.check_writable(workdir) / FILE, json.dumps(result, indent=2) + "\n")
+    if not workdir:
+        return None
+    file = workdir_lib.check_writable(workdir) / FILE
+    if jax.process_index() == 0:
+        write_text(file, json.dumps(result, indent=2) + "\n")
+    return file
 
 
 def _open(config: ConfigDict | None, path: str) -> tuple[ConfigDict, dict[str, Any] | None]:
-    """The config, and the description of its data set where there is one."""
+    """The config, and the description of its data set if there is one."""
     if config is None:
         if not path:
             raise UserError("--mode=plan needs --config, or the --workdir of a run")

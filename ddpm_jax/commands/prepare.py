@@ -1,4 +1,4 @@
-"""The images of a run, before anything is trained: on a machine with a network, for those that have none."""
+"""The images of a run, fetched and checked before training, for machines that have no network."""
 
 from ml_collections import ConfigDict
 
@@ -10,14 +10,15 @@ from ddpm_jax.validation import validate
 
 
 def prepare(config: ConfigDict | None, workdir: str) -> None:
-    """Fetches and prepares a config's images if they are not there, opens them, and prints what and where they are.
+    """Downloads and prepares a config's images unless that was done before, opens them, and prints their number, size
+    and place.
 
     Args:
-      config: of a run; None: that of the workdir.
+      config: of a run; None: the one in the workdir.
       workdir: of a run, if there is no config; "": none.
 
     Raises:
-      UserError: no config, or images that cannot be had or read.
+      UserError: no config, or images that cannot be downloaded or read.
     """
     if config is None:
         if not workdir:
@@ -30,6 +31,6 @@ def prepare(config: ConfigDict | None, workdir: str) -> None:
     if name:
         folder, _ = tfds_folder(name, data.data_dir or None)
         root = folder.parents[name.count("/") + 1]  # folder is root/name/version
-        print(f"in {folder}; where there is no network: --config.data.data_dir={root}")
+        print(f"in {folder}; on a machine without a network, train with --config.data.data_dir={root}")
     elif data.path:
         print(f"in {data.path}")

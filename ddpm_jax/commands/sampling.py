@@ -1,4 +1,4 @@
-"""Images from noise, and a closer look at how they come about."""
+"""Sampling, and a closer look at how the samples come about."""
 
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,28 @@ from ddpm_jax.runtime.progress import ProgressBar, part_of
 from ddpm_jax.sampling import shards
 
 _STAGES = 10
-_MOST_ROWS = 64  # of a grid, one for each class or prompt
+_MOST_ROWS = 64  # of a grid with a row for each class or prompt
 
 
 def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: str) -> Path:
     """Samples from a run and writes the images.
 
     Args:
-      job: the run and how it samples. In a grid each class that is chosen, or each prompt, has a row.
-      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 a row where classes or prompts are given; of
-        more than 64 prompts one image each, which then have no rows of their own.
-      output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] and what each was
-        asked to be: `label` int32 [N], 0 without classes, or `prompt`, strings [N]).
+      job: the run and how to sample. A grid has a row for each given class or prompt.
+      num_images, batch_size: as in `Run.sample`; None: the config's, or 8 images for each given class or prompt. More
+        than 64 classes or prompts get one image each, and the grid no rows of their own.
+      output: "grid" (one PNG), "png" (a folder of PNGs) or "npz" (`image` uint8 [N, H, W, C] with `label` int32 [N], 0
+        without classes, or `prompt`, strings [N]).
 
     Returns:
-      Where the images are.
+      The file or folder with the images.
     """
     run, condition = job.run, job.run.request(**job.options).condition
     target = job.target("", {"grid": ".png", "png": "", "npz": ".npz"}[output])
     if output == "png":
         job.check_pictures()
     if output == "png" and target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
-        raise UserError(f"--out {str(target.path)!r} is there and not empty; choose a new one")
+        raise UserError(f"--out {str(target.path)!r} exists and is not empty; choose a new one")
     if num_images is None:
         a_row = IMAGES_A_ROW if condition.rows <= _MOST_ROWS else 1
         num_images = a_row * condition.rows or run.config.sample.num_images
@@ -61,7 +61,7 @@ def sample(job: Job, *, num_images: int | None, batch_size: int | None, output: 
 
 
 def _grid_by_row(pictures: np.ndarray, rows: int) -> np.ndarray:
-    """A row for each thing that was asked for, whose images come in turn; a row that lacks one ends in white."""
+    """A grid with a row for each class or prompt, whose images alternate; a row with fewer images ends in white."""
     columns = -(-len(pictures) // rows)
     padded = np.full((columns * rows, *pictures.shape[1:]), 255, np.uint8)
     padded[: len(pictures)] = pictures
@@ -69,13 +69,13 @@ def _grid_by_row(pictures: np.ndarray, rows: int) -> np.ndarray:
 
 
 def sample_shards(job: Job, *, images: str, shard_size: int, part: str, batch_size: int | None) -> Path:
-    """Images of a seed as .npz files of shard_size; those that are there already are left as they are.
+    """Images of a seed as .npz files of shard_size; existing files are kept.
 
     Args:
-      job: the run and how it samples.
-      images: "FIRST-LAST", numbers of the first and the last image.
-      shard_size: images a file.
-      part: "I/N": this process makes every N-th shard from the I-th on, so that N of them share the work.
+      job: the run and how to sample.
+      images: "FIRST-LAST", the numbers of the first and the last image.
+      shard_size: images in a file.
+      part: "I/N": this process makes every N-th shard from the I-th on, so that N processes share the work.
       batch_size: images at a time; None: the config's.
 
     Returns:
@@ -91,14 +91,14 @@ def sample_shards(job: Job, *, images: str, shard_size: int, part: str, batch_si
 def make_shards(
     job: Job, folder: Path, first: int, last: int, shard_size: int, part: tuple[int, int], batch_size: int | None
 ) -> None:
-    """Makes the shards of images first..last that are not in the folder; see `sample_shards`."""
+    """Makes those shards of the images first..last that the folder lacks; see `sample_shards`."""
     run, condition = job.run, job.run.request(**job.options).condition
     settings = run.settings(seed=job.seed, batch_size=batch_size, **job.options)
     shards.check_part(part)
     todo, there = shards.missing(folder, first, last, shard_size, settings)
     mine = [span for span in todo if span[0] // shard_size % part[1] == part[0]]
     if there and jax.process_index() == 0:
-        print(f"{there} shards are there already")
+        print(f"shards that exist already: {there}")
     with calls_bar("sampling") as bar:
         for done, (low, high) in enumerate(mine):
             progress = part_of(bar.update, done, len(mine))
@@ -110,15 +110,15 @@ def make_shards(
                 shards.write(folder, low, high, pictures, condition.record(np.arange(low, high + 1)), settings)
 
 
-# Looking closer.
+# A closer look.
 
 
-def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of: str) -> Path:
-    """The way from noise to image: a strip, one row an image, and beside it the same as an animated GIF."""
+def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of: str) -> tuple[Path, Path]:
+    """The way from noise to image: a PNG with a row for each image, and the same as an animated GIF."""
     target = job.target("progressive_", ".png")
     calls = job.run.calls(**job.options)
     if num_stages is not None and num_stages > calls:
-        raise UserError(f"--num_stages is {num_stages}; accepted: 2 to {calls}, the calls of the network")
+        raise UserError(f"--num_stages is {num_stages}; accepted: 2 to {calls}, the number of network calls")
     stages_wanted = min(_STAGES, calls) if num_stages is None else num_stages
     with calls_bar("sampling") as bar:
         count = num_images or IMAGES_A_ROW
@@ -132,11 +132,11 @@ def progressive(job: Job, *, num_images: int | None, num_stages: int | None, of:
         images.save(path, strip, job.text())
         images.save_animation(animation, np.stack([images.grid(stage) for stage in stages]))
 
-    return target.done(write, animation)
+    return target.done(write), animation
 
 
 def neighbours(job: Job, *, num_images: int | None, num_neighbours: int) -> Path:
-    """Samples and the training images nearest to them, to see memorising: one row a sample, the sample first."""
+    """Samples and their nearest training images, which show memorisation: a row for each sample, the sample first."""
     run = job.run
     source = training_images(run.config, run.dataset)
     target = job.target("neighbours_", ".png")
@@ -148,5 +148,5 @@ def neighbours(job: Job, *, num_images: int | None, num_neighbours: int) -> Path
     rows = [np.stack([p, *(source[int(i)]["image"] for i in row)]) for p, row in zip(pictures, found, strict=True)]
     if jax.process_index() == 0:
         closest = distances[:, 0]
-        print(f"root mean square distance to the nearest: {closest.min():.1f} to {closest.max():.1f} of 255")
+        print(f"root mean square distance to the nearest image: {closest.min():.1f} to {closest.max():.1f} of 255")
     return target.save(images.grid(np.concatenate(rows), columns=found.shape[1] + 1))

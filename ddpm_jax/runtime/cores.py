@@ -11,8 +11,6 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax.runtime import processes
-
 _MANY_CHANNELS = 64  # from here on XLA divides each convolution
 _LEAST_IMAGES = 16  # of a training batch on each device
 
@@ -26,7 +24,7 @@ def use(config: ConfigDict) -> None:
     count = suitable(config)
     is_chosen = getattr(jax.config, "jax_num_cpu_devices", -1) != -1
     is_chosen |= "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if count > 1 and not (is_chosen or processes.is_joined()):
+    if count > 1 and not (is_chosen or jax.distributed.is_initialized()):
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # JAX has devices already, in a notebook for example

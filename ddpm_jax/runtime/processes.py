@@ -110,11 +110,6 @@ def meet(name: str) -> None:
         distributed.global_state.client.wait_at_barrier(f"ddpm_jax/{name}", _WEEK_MS)
 
 
-def is_joined() -> bool:
-    """Whether this process is one of a multi-host job."""
-    return distributed.global_state.client is not None
-
-
 def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if text is None:

@@ -1,4 +1,4 @@
-"""What a machine has and what would go wrong on it: of this machine, with one thing wrong at a time."""
+"""The check of a machine: of this one, with one problem at a time."""
 
 import importlib.metadata
 import json
@@ -36,11 +36,11 @@ class TestCommand:
         assert re.search(r"ok +devices +.*cpu: computes", output)
         assert "wrong" not in output
 
-    def test_exits_with_what_would_go_wrong(self, trained, call):
+    def test_a_problem_is_a_failure(self, trained, call):
         status, output = call("--mode=doctor", f"--workdir={trained[0]}", "--config.train.batch_size=32")
         assert status == 1
         assert re.search(r"wrong +config .*train.batch_size: 16 -> 32", output)
-        assert "error: 1 thing(s) would go wrong; see above" in output
+        assert "error: 1 problem found; see the lines that begin with 'wrong'" in output
 
 
 class TestExamine:
@@ -53,7 +53,7 @@ class TestExamine:
         monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=99", 'nothing; extra == "cuda"'])
         (level, text), _ = found("packages")
         assert level == WRONG
-        assert text.startswith("numpy>=99 is needed; found: ")
+        assert text.startswith("numpy>=99 is required; found: ")
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()
@@ -73,7 +73,7 @@ class TestExamine:
         (tmp_path / "run" / "corrupt" / "6").mkdir(parents=True)
         assert found("run", folder=tmp_path / "run")[-1] == (
             WARNING,
-            "could not be read and are set aside: the checkpoints of step 6",
+            "checkpoints that could not be read were set aside: step 6",
         )
 
     def test_memory_of_a_network(self, config):
@@ -90,8 +90,8 @@ class TestExamine:
         config.data.update(source="tfds", name="mnist", height=28, width=28, data_dir=str(tmp_path / "data"))
         *before, (level, text) = found("data", config) or found("config", config)
         if level == OK:
-            assert "mnist will first be prepared in" in text
-            assert before == [(WARNING, f"data.data_dir {str(tmp_path / 'data')!r} is not there; it will be made")]
+            assert "mnist will be prepared in" in text
+            assert before == [(WARNING, f"data.data_dir {str(tmp_path / 'data')!r} does not exist yet")]
         else:  # no network
             assert (level, "cannot be reached" in text) == (WRONG, True)
         assert not (tmp_path / "data").exists()
@@ -105,8 +105,8 @@ class TestExamine:
 @pytest.mark.parametrize(
     ("changes", "level", "said"),
     [
-        ({}, WARNING, "by process {pid} on host {host} (training since {since} UTC); nothing else can train there"),
-        ({"started": 1}, OK, "by nobody; process {pid} on host {host} (training since {since} UTC) was cut off"),
+        ({}, WARNING, "by process {pid} on host {host} (training since {since} UTC); no other process can train there"),
+        ({"started": 1}, OK, "by no process; process {pid} on host {host} (training since {since} UTC) was killed"),
         (
             {"host": "elsewhere"},
             WARNING,

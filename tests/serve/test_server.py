@@ -231,7 +231,7 @@ class TestServer:
         assert json.loads(next(lines))["state"] == "waiting"
         status, output = server.end(number)
         assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is ending"}
-        assert (status, output.splitlines()[-1]) == (0, "the playground has ended"), output
+        assert (status, output.splitlines()[-1]) == (0, "the playground has stopped"), output
         assert len(output.splitlines()) == 2, output
 
 
@@ -245,7 +245,7 @@ class TestWithoutServer:
             self.serve()
 
     def test_a_port_that_is_taken(self, server):
-        with pytest.raises(UserError, match=r"--port=\d+ cannot be listened at: Address already in use"):
+        with pytest.raises(UserError, match=r"--port=\d+: cannot listen there: Address already in use"):
             self.serve(port=int(server.url.rpartition(":")[2]))
 
     def test_flags_that_would_do_nothing(self, call, trained):
