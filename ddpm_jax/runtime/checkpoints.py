@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.training.step import Metrics
@@ -203,7 +204,9 @@ class Checkpoints:
                 # lies in memory for a while.
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=1)) as reader:
                     path = self.directory / str(candidate) / part
-                    return candidate, reader.restore(path, args=ocp.args.StandardRestore(params))
+                    found = reader.restore(path, args=ocp.args.StandardRestore(params))
+                parallel.return_freed_memory()
+                return candidate, found
             except Exception as error:  # Orbax and TensorStore raise many kinds
                 logging.error("Checkpoint %d cannot be read: %s", candidate, first_line(error)[:200])
         raise UserError(f"no checkpoint in {self.directory} can be read")

@@ -8,6 +8,7 @@ import platform
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what reading weights took besides them, which `keep_freed_memory` would keep.
+
+    What a program frees is worth keeping for its next call; what is read once is not.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:

@@ -143,7 +143,9 @@ class Latents:
 
     def _params_on(self, mesh: Mesh) -> Any:
         if mesh not in self._placed:
-            self._placed[mesh] = jax.device_put(self.open_params(), parallel.replicated(mesh))
+            params = jax.device_put(self.open_params(), parallel.replicated(mesh))
+            self._placed[mesh] = jax.block_until_ready(params)
+            parallel.return_freed_memory()
         return self._placed[mesh]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.models.captioned import Captioned
+from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
@@ -135,7 +136,9 @@ class FrozenTexts:
 
     def _made(self, texts: list[str]) -> list[dict[str, np.ndarray]]:
         chunks = (texts[first : first + _CHUNK] for first in range(0, len(texts), _CHUNK))
-        return [states for chunk in chunks for states in self._encoded(chunk)]
+        found = [states for chunk in chunks for states in self._encoded(chunk)]
+        parallel.return_freed_memory()  # of a large encoder's weights, and of compiling it
+        return found
 
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
