@@ -1,4 +1,4 @@
-"""What the experiments share. Every field and its meaning: `default_config` in ddpm_jax/config.py."""
+"""What the experiments share. Every field and its meaning: `default_config` in ddpm_jax/config/defaults.py."""
 
 from ml_collections import ConfigDict
 

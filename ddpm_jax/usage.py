@@ -73,7 +73,7 @@ def overview() -> str:
         lines += [f"{group}:", *(f"  {mode:16} {what}" for mode, what in modes.items()), ""]
     lines += [
         "--mode=sample --help lists the flags of that mode, --helpfull those of all modes. Any field of a config can",
-        "be set by --config.SECTION.FIELD=VALUE; ddpm_jax/config.py lists them with their meaning.",
+        "be set by --config.SECTION.FIELD=VALUE; ddpm_jax/config/defaults.py lists them with their meaning.",
         "",
     ]
     return "\n".join(lines) + "\n" + _EXAMPLES
