@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.evaluation.agreement import embed_pictures, embed_texts
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 
 _MOST = 1 << 20  # embeddings of training images that are kept
 
