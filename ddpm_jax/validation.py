@@ -263,7 +263,7 @@ def _check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
-    """Traces the first step of training, or what an autoencoder or a CLIP begins with; errors are those of its parts."""
+    """Traces the first step of training, of an autoencoder or a CLIP the start alone; errors are those of the parts."""
     schedule = config_lib.make_schedule_from(config)
     if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
