@@ -93,8 +93,7 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
 
 
 def base_weights(config: ConfigDict, folder: Path, shapes: Params, mesh: Mesh, say: Callable[[str], None]) -> Params:
-    """The weights of a network whose adapters are trained: the workdir's or, at first, those of `start_weights`, which the
-    workdir keeps.
+    """The weights of a network whose adapters are trained: those in the workdir or, at first, those of `start_weights`.
 
     Args:
       config: of the run that trains them.
