@@ -33,13 +33,12 @@ from ddpm_jax.config.sampling import (
     sampling_steps,
 )
 from ddpm_jax.config.training import history_timesteps, learning_rate, lora_scale, make_optimizer, step_options
-from ddpm_jax.config.values import FREE_FORM, MAY_CHANGE, differences, fields, from_json, to_json
+from ddpm_jax.config.values import FREE_FORM, differences, fields, from_json, to_json
 
 __all__ = [
     "DECAYS",
     "DTYPES",
     "FREE_FORM",
-    "MAY_CHANGE",
     "OBJECTIVES",
     "TRAINED",
     "autoencoder_folder",

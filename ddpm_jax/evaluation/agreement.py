@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.data import digits
+from ddpm_jax.diffusion.samplers import Progress
 from ddpm_jax.evaluation.features import train_digits_classifier
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.sampling.clip import Progress, check_pictures, embed_pictures, embed_texts
+from ddpm_jax.sampling.clip import check_pictures, embed_pictures, embed_texts
 
 
 def clip_score(

@@ -16,13 +16,12 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from PIL import Image
 
+from ddpm_jax.diffusion.samplers import Progress
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.batches import Output, in_batches
 from ddpm_jax.runtime.errors import UserError
-
-Progress = Callable[[int, int], None]
 
 
 def embed_pictures(
