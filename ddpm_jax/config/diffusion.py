@@ -46,4 +46,3 @@ def loss_options(config: ConfigDict) -> dict[str, Any]:
     """The keyword arguments of `training_loss`."""
     names = ("prediction", "variance", "loss", "weighting", "vlb_weight")
     return {name: config.diffusion[name] for name in names}
-

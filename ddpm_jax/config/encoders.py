@@ -187,4 +187,3 @@ def is_workdir(path: str | Path) -> bool:
 def held_in(dtype: str | None, params: Any) -> Any:
     """The parameters in this dtype; None: as they are."""
     return params if dtype is None else jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
-

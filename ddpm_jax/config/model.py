@@ -135,4 +135,3 @@ def make_given(
     return LowResolution(
         low, high, schedule, upscale.max_augmentation, upscale.augmentation, data.flip, upscale.enlarging
     )
-

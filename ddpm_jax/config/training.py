@@ -63,4 +63,3 @@ def history_timesteps(config: ConfigDict) -> int | None:
     """T if training keeps a history of losses by timestep, else None."""
     keeps = config.train.objective == "diffusion" and config.diffusion.timestep_sampler == "importance"
     return len(make_betas_from(config)) if keeps else None
-

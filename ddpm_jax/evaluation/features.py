@@ -108,7 +108,6 @@ class Features:
         return output
 
 
-
 def custom_features(
     name: str, apply: Callable[[jax.Array], jax.Array | Output], shape: tuple[int, int, int] | None = None
 ) -> Features:

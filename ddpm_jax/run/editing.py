@@ -208,4 +208,3 @@ class EditingRun(SamplingRun):
             batch_size or self.config.sample.batch_size,
             Observer(**watching),
         )
-

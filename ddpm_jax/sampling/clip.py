@@ -2,6 +2,8 @@
 
     clip = load_clip("path/to/clip-vit-large-patch14")
     similarities = embed_pictures(clip, pictures) @ embed_texts(clip, captions).T
+
+`ddpm_jax.evaluation.agreement` judges by them.
 """
 
 import functools

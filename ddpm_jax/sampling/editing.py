@@ -75,7 +75,7 @@ class Editor:
     mesh: Mesh
     request: Request
     batch_size: int
-    observer: Observer = Observer()
+    observer: Observer
 
     def vary(self, pictures: np.ndarray, t: int, seed: int) -> np.ndarray:
         return self._edited(functools.partial(editing.vary, t=t), pictures, seed, "vary", t=t)
@@ -108,9 +108,7 @@ class Editor:
             )
         return np.where(masks, found, pictures)
 
-    def _painted_as_given(
-        self, given: MaskedPicture, pictures: np.ndarray, masks: np.ndarray, seed: int
-    ) -> np.ndarray:
+    def _painted_as_given(self, given: MaskedPicture, pictures: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
         """By a network that is given the masked picture."""
         assert isinstance(self.model.decoder, Latents)
         with as_user_errors():

@@ -233,8 +233,8 @@ class _Training:
                     measured = measure(state) if due.log else {}  # by all: each may have a part of the parameters
                     values = means(jax.device_get(metrics))
                     if due.log and journal:
-                        measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-                        values |= measured | interval.speed(step) | memory()
+                        of_state = {name: float(value) for name, value in jax.device_get(measured).items()}
+                        values |= of_state | interval.speed(step) | memory()
                         journal.write(step, values)
                         bar.done = step
                         bar.report(f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s")
@@ -286,9 +286,7 @@ class _Training:
         processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
         length = _length(first)
 
-        def run_steps(
-            state: TrainState, metrics: Metrics, batch: dict[str, jax.Array]
-        ) -> tuple[TrainState, Metrics]:
+        def run_steps(state: TrainState, metrics: Metrics, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
             return (compiled if _length(batch) == length else train_step)(state, metrics, batch)
 
         return run_steps

@@ -39,7 +39,7 @@ class TestEmbedPictures:
 
 
 def test_no_texts(clip):
-    with pytest.raises(UserError, match="^there are no texts to encode$"):
+    with pytest.raises(UserError, match=r"^there are no texts to encode$"):
         embed_texts(clip, [])
 
 
