@@ -1,4 +1,4 @@
-"""What the experiments share. `default_config` in ddpm_jax/config.py explains every field."""
+"""What the experiments share. `default_config` in ddpm_jax/config/defaults.py explains every field."""
 
 from ml_collections import ConfigDict
 

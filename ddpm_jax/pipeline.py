@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Pipeline(Run):
     def weights(self) -> str:
         return "; ".join(stage.weights for stage in self.stages)
 
-    def at(self, height: int | None = None, width: int | None = None) -> "Pipeline":
+    def at(self, height: int | None = None, width: int | None = None) -> Self:
         """The pipeline, whose size is fixed; UserError for another."""
         own = self.shape[:2]
         wanted = (height or own[0], width or own[1])

@@ -544,7 +544,7 @@ class TestSite:
         assert excerpt.splitlines()[-2].endswith("skips.append(h)")
 
     @pytest.mark.parametrize(
-        "line", ["ddpm_jax.diffusion.gaussian.q_sampel", 'ddpm_jax.run.load from "nowhere in it"', "a b"]
+        "line", ["ddpm_jax.diffusion.gaussian.q_sampel", 'ddpm_jax.pipeline.load from "nowhere in it"', "a b"]
     )
     def test_what_is_not_there_fails_the_build(self, hook, line):
         with pytest.raises(ValueError, match=r"has no|not a source line"):

@@ -10,9 +10,9 @@ import numpy as np
 
 from ddpm_jax.commands.job import IMAGES_A_ROW, Job, Target, calls_bar, check_count, open_flag, parse_numbers
 from ddpm_jax.data.pictures import Fit
-from ddpm_jax.run import deterministic
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling.options import deterministic
 
 _NOISES = 4  # of an interpolation between prompts or classes
 

@@ -21,9 +21,8 @@ from safetensors import safe_open
 
 from ddpm_jax.data import digits
 from ddpm_jax.evaluation import inception
-from ddpm_jax.evaluation.batches import regroup
 from ddpm_jax.interop import tensors as tensors_lib
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.batches import Output, in_batches
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import atomic_path, user_cache
 from ddpm_jax.runtime.images import to_float
@@ -34,8 +33,6 @@ INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 _CONVERTED = "pt_inception-2015-12-05.safetensors"
 # As torch.hub has it: the name ends in the first digits of the file's SHA-256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
-
-Output = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,45 +106,6 @@ class Features:
             if not finite.all():
                 raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
         return output
-
-
-def in_batches(
-    apply: Partial, portions: Iterable[np.ndarray], mesh: Mesh, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """What a network gives for rows that come in any portions, in batches of one size divided over the mesh.
-
-    Args:
-      apply: ([B, ...]) -> arrays [B, ...] by name; its weights are put on every device.
-      portions: [N, ...] each, the same on all processes of the mesh.
-      mesh: of `parallel.make_mesh`, or this process's alone.
-      batch_size: rows at a time, rounded up to a multiple of the devices.
-
-    Yields:
-      float32 [n, ...] by name, of all rows in their order.
-    """
-    size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
-    apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
-    waiting: tuple[Output, int] | None = None
-    for portion in regroup(portions, size):
-        padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
-        # The devices work on this batch while the one before it is fetched and used.
-        started = judge(apply, parallel.place(padded, rows), mesh)
-        if waiting:
-            yield _fetched(*waiting)
-        waiting = started, len(portion)
-    if waiting:
-        yield _fetched(*waiting)
-
-
-def _fetched(output: Output, count: int) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value)[:count] for name, value in output.items()}
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def judge(apply: Partial, images: jax.Array, mesh: Mesh) -> Output:
-    """The compiled program: features of a batch that is divided over the mesh, whole on every device."""
-    output = {name: value.astype(jnp.float32) for name, value in apply(images).items()}
-    return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))
 
 
 def custom_features(

@@ -22,9 +22,9 @@ from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn, Parameterization
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.evaluation import image_sets
-from ddpm_jax.evaluation.batches import regroup
 from ddpm_jax.runtime import images as images_lib
 from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime.batches import regroup
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import part_of
 from ddpm_jax.sampling.condition import Cond, Condition

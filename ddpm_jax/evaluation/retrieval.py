@@ -8,8 +8,10 @@ from jax.sharding import Mesh
 
 from ddpm_jax.data.numbers import NumbersSource, in_words
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation import agreement, image_sets
+from ddpm_jax.evaluation import image_sets
+from ddpm_jax.evaluation.agreement import retrieval
 from ddpm_jax.interop.transformers import CLIP
+from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +75,19 @@ def answers(
     Args:
       clip: of `ddpm_jax.load_clip`.
       asked: of `questions`.
-      mesh, batch_size: as in `agreement.embed_pictures`.
+      mesh, batch_size: as in `embed_pictures`.
       progress: called with how many pictures are encoded, and how many there are.
     """
     total, done = sum(len(question.pictures) for question in asked), 0
     found: dict[str, float] = {}
     for question in asked:
-        units = agreement.embed_pictures(clip, question.pictures, mesh=mesh, batch_size=batch_size)
+        units = embed_pictures(clip, question.pictures, mesh=mesh, batch_size=batch_size)
         done += len(units)
         if progress:
             progress(done, total)
         for name, texts in question.among.items():
             places = {text: place for place, text in enumerate(texts)}
             own = np.array([places[caption] for caption in question.captions])
-            similarities = units @ agreement.embed_texts(clip, texts, mesh=mesh, batch_size=batch_size).T
-            found[name] = agreement.retrieval(similarities, own)
+            similarities = units @ embed_texts(clip, texts, mesh=mesh, batch_size=batch_size).T
+            found[name] = retrieval(similarities, own)
     return found

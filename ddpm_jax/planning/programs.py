@@ -18,7 +18,7 @@ from ddpm_jax.data import digits
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.evaluation import features, inception
 from ddpm_jax.planning.flops import matrix_flops
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import batches, parallel
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.rng import named_key
 from ddpm_jax.sampling.condition import Cond
@@ -166,7 +166,7 @@ def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
         variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.uint8))
         apply = Partial(net.apply, variables)
     arguments = (_whole(mesh, apply), _rows(mesh, (size, *shape), np.uint8))
-    function = jax.jit(functools.partial(features.judge, mesh=mesh))
+    function = jax.jit(functools.partial(batches.run_batch, mesh=mesh))
     return Planned(f"features of {size} images by {name}", function, arguments, size)
 
 

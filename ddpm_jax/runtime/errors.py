@@ -1,7 +1,8 @@
 """The one exception for mistakes that the person who started the program can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -25,3 +26,12 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """The same beside the path of a file, which the operating system's errors repeat."""
     return getattr(error, "strerror", None) or first_line(error)
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Turns the ValueErrors of the mathematics, which say what is accepted, into UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.guidance import Guidance
-from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.errors import UserError, as_user_errors
 
 Cond = Mapping[str, Any] | None
 Batch = Mapping[str, Any]
@@ -290,10 +290,8 @@ class ClassCondition:
 def check_guidance(condition: Condition, guidance: Guidance) -> None:
     """UserError for guidance that does nothing or that this condition does not allow, and for what was said that needs
     guidance where there is none."""
-    try:
+    with as_user_errors():
         guidance.check()
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if guidance.is_on and condition.cannot_guide:
         raise UserError(f"guidance_scale is {guidance.scale}; other than 1 {condition.cannot_guide}")
     if condition.only_guided and not guidance.is_on:

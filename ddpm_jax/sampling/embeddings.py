@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.evaluation.agreement import embed_pictures, embed_texts
+from ddpm_jax.diffusion.editing import slerp
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 
 _MOST = 1 << 20  # embeddings of training images that are kept
 
@@ -59,6 +60,25 @@ class Embedder:
         """float32 [N, D], each of length 1 without `units`."""
         with jax.transfer_guard("allow"):
             return embed_texts(self._clip, texts, mesh=_local(), normalized=self.units is None)
+
+    def between(self, first: np.ndarray, second: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+        """float32 [len(weights), D] along the arc between the embeddings of two pictures, uint8 [H, W, C]."""
+        ends = self.of_pictures(np.stack([first, second]))
+        return np.asarray(slerp(jnp.asarray(ends[0]), jnp.asarray(ends[1]), weights))
+
+    def turned(self, picture: np.ndarray, caption: str, target: str, weights: Sequence[float]) -> np.ndarray:
+        """float32 [len(weights), D]: a picture's embedding turned towards the difference of two captions' embeddings.
+
+        Raises:
+          UserError: the captions have one embedding.
+        """
+        old, new = self.of_texts([caption, target])
+        length = np.linalg.norm(new - old)
+        if not length > 0:
+            raise UserError(f"the captions {caption!r} and {target!r} have one embedding; accepted: different ones")
+        (start,) = self.of_pictures(picture[None])
+        difference = (new - old) * (np.linalg.norm(start) / length)
+        return np.asarray(slerp(jnp.asarray(start), jnp.asarray(difference), weights))
 
     def of_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
         """float32 [B, 1, 1, D] of a batch of `host_batches`; each picture is embedded once."""

@@ -254,11 +254,6 @@ def generate(
         if model.given is not None and given is not None:
             entries = model.given.of_images(given.values[rows], seed, chosen)
             said = None if given.cond is None else {name: value[rows] for name, value in given.cond.items()}
-        watching = dataclasses.replace(
-            observer,
-            progress=part_of(observer.progress, batch, batches),
-            num_snapshots=0 if batch else observer.num_snapshots,
-        )
         draw = partial(
             run_table,
             table,
@@ -270,11 +265,7 @@ def generate(
         drawn = []
         for candidate in range(request.candidates):
             noise = f"{purpose}, candidate {candidate}" if candidate else purpose
-            told = dataclasses.replace(
-                watching,
-                progress=part_of(watching.progress, candidate, request.candidates),
-                num_snapshots=0 if candidate else watching.num_snapshots,
-            )
+            told = _part_of(_part_of(observer, batch, batches), candidate, request.candidates)
             result = draw(image_keys(mesh, seed, noise, chosen // max(len(request.between), 1)), observer=told)
             if told.num_snapshots:
                 result, stages = result
@@ -282,6 +273,12 @@ def generate(
             drawn.append(model.decoder.decode(result))
         done.append(_best(model, request, chosen, drawn) if len(drawn) > 1 else drawn[0])
     return np.concatenate(done)[: len(numbers)], snapshots
+
+
+def _part_of(observer: Observer, number: int, count: int) -> Observer:
+    """Who watches one of several runs of the sampler; snapshots are taken of the first."""
+    snapshots = 0 if number else observer.num_snapshots
+    return dataclasses.replace(observer, progress=part_of(observer.progress, number, count), num_snapshots=snapshots)
 
 
 def _best(model: Model, request: Request, numbers: np.ndarray, candidates: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,7 +21,7 @@ from ddpm_jax.training.objectives import make_contrastive
 def load_clip(path: str | Path) -> CLIP:
     """A CLIP: both encoders, their float32 parameters and the tokenizer.
 
-    `ddpm_jax.evaluation.agreement` has what it is for: `embed_pictures`, `embed_texts`, `clip_score` and `retrieval`.
+    `ddpm_jax.sampling.clip` embeds pictures and texts by it, and `ddpm_jax.evaluation.agreement` judges by it.
 
     Args:
       path: a transformers folder of a `CLIPModel`; or the workdir of a run with train.objective "clip", of which the

@@ -7,21 +7,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
-from ddpm_jax.data import pipeline
 from ddpm_jax.data.dataset import open_dataset
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.image_sets import spread
@@ -32,23 +30,21 @@ from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import read_json_lines
 from ddpm_jax.runtime.progress import ProgressBar, format_seconds
 from ddpm_jax.training.autoencoders import autoencoder_description
+from ddpm_jax.training.batches import Waited, device_batches
 from ddpm_jax.training.clips import clip_description
+from ddpm_jax.training.interval import Interval, means, memory
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor, make_monitor
 from ddpm_jax.training.objectives import make_objective
 from ddpm_jax.training.pictures import make_pictures
 from ddpm_jax.training.signals import stop_signals
-from ddpm_jax.training.start import start_weights
+from ddpm_jax.training.start import base_weights, start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state
 from ddpm_jax.training.step import Metrics, make_train_step
 from ddpm_jax.training.texts import text_description
 from ddpm_jax.validation import validate
 
 _DATA_IMAGES = 64
-
-
-class DivergedError(UserError):
-    """Training met a loss or gradient that is not finite."""
 
 
 def train(config: ConfigDict, path: str | Path) -> None:
@@ -198,55 +194,23 @@ class _Training:
         return 0, dataclasses.replace(jit(create, out_shardings=shardings)(start), frozen=self._frozen())
 
     def _frozen(self) -> Params:
-        """The parameters of the network whose adapters are trained, from the run that this one started from; the
-        workdir keeps them. None without adapters."""
+        """The parameters of the network whose adapters are trained; None without adapters."""
         shapes = self.objective.frozen_shapes()
-        if shapes is None:
-            return None
-        shardings = parallel.state_shardings(self.mesh, shapes)
-        base = Checkpoints(self.folder / workdir.BASE)
-        try:
-            if base.steps():
-                return base.restore_weights(None, "params", parallel.laid(shapes, shardings))[1]
-            step, weights = start_weights(self.config, shapes)
-            self._say(f"adapting the weights of {self.config.train.init_from}, step {step}")
-            params = jax.device_put(weights, shardings)
-            base.save_weights(step, params)
-            return params
-        finally:
-            base.close()
+        return None if shapes is None else base_weights(self.config, self.folder, shapes, self.mesh, self._say)
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """Runs from first_step to the end, or until told to stop; the last state is saved."""
         config, num_steps = self.config, self.config.train.num_steps
-        log, checkpoint = config.log, config.checkpoint
-        train_step = make_train_step(
-            self.objective,
-            self.optimizer,
-            self.mesh,
-            steps_per_dispatch=config.train.steps_per_dispatch,
-            **config_lib.step_options(config),
-        )
-        whole = parallel.replicated(self.mesh)
-        zero_metrics = jax.jit(Metrics.zero, out_shardings=whole)
+        zero_metrics = jax.jit(Metrics.zero, out_shardings=parallel.replicated(self.mesh))
         measure = jax.jit(self._measure, compiler_options=parallel.run_once_options())
-        metrics = zero_metrics()
-        if first_step:
-            shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
-            metrics = self.checkpoints.restore_unreported(first_step, shapes) or metrics
+        metrics = self._unreported(zero_metrics(), first_step)
         monitor = self._monitor if config.evaluate.every_steps else None
-        batches = _Waited(self._batches(first_step))
-
+        batches = Waited(device_batches(config, self.objective, self.source, self.mesh, first_step))
         self._say("compiling the training step ...")
-        compile_began = time.monotonic()
         first = next(batches)
-        compiled = train_step.lower(state, metrics, first).compile()
-        self._say(f"compiled in {time.monotonic() - compile_began:.0f} s")
-        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
-
-        batches.waited = 0.0
+        run_steps = self._compiled(state, metrics, first)
         last_saved, last_save_time = first_step, time.monotonic()
-        interval_began, interval_step = time.monotonic(), first_step
+        interval = Interval(first_step, config.train.batch_size, batches)
         in_flight: deque[Metrics] = deque()
         with (
             self._journal(first_step) as journal,
@@ -256,64 +220,89 @@ class _Training:
         ):
             step = first_step
             for batch in itertools.chain([first], batches):
-                # At the ends of a run, several steps at once may be fewer.
-                length = len(jax.tree.leaves(batch)[0])
-                program = compiled if length == len(jax.tree.leaves(first)[0]) else train_step
-                state, metrics = program(state, metrics, batch)
-                before, step = step, step + (length if config.train.steps_per_dispatch > 1 else 1)
-                is_due = partial(_is_passed, before, step)
+                state, metrics = run_steps(state, metrics, batch)
+                before, step = step, step + (_length(batch) if config.train.steps_per_dispatch > 1 else 1)
                 # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.
                 in_flight.append(metrics)
                 if len(in_flight) > parallel.IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 self.checkpoints.check()
-                stopping = self._is_stopping(stop, step)
-                logging_now = is_due(log.every_steps) or step == num_steps
-                saving = (
-                    stopping
-                    or step == num_steps
-                    or is_due(checkpoint.every_steps)
-                    or (logging_now and self._are_minutes_passed(last_save_time))
-                )
-                if logging_now or saving:
+                due = self._due(before, step, self._is_stopping(stop, step), last_save_time)
+                if due.log or due.save:
                     self.check_lock()
-                    measured = measure(state) if logging_now else {}  # by all: each may have a part of the parameters
-                    values = _means(jax.device_get(metrics))
-                    if logging_now and journal:
-                        now = time.monotonic()
-                        speed = (step - interval_step) / (now - interval_began)
-                        values |= {
-                            **{name: float(value) for name, value in jax.device_get(measured).items()},
-                            "steps_per_second": speed,
-                            "images_per_second": speed * config.train.batch_size,
-                            "input_wait": batches.waited / (now - interval_began),
-                            **_memory(),
-                        }
+                    measured = measure(state) if due.log else {}  # by all: each may have a part of the parameters
+                    values = means(jax.device_get(metrics))
+                    if due.log and journal:
+                        of_state = {name: float(value) for name, value in jax.device_get(measured).items()}
+                        values |= of_state | interval.speed(step) | memory()
                         journal.write(step, values)
                         bar.done = step
                         bar.report(f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s")
-                    if logging_now:
+                    if due.log:
                         metrics = zero_metrics()
-                if saving and step != last_saved:
+                if due.save and step != last_saved:
                     with jax.transfer_guard("allow"):  # Orbax copies to the host without saying so
                         self.checkpoints.save(step, state, metrics)
                     last_saved, last_save_time = step, time.monotonic()
                     self._report()
-                if stopping:
+                if due.stop:
                     break
-                if log.sample_every_steps and is_due(log.sample_every_steps) and step < num_steps:
+                if due.sample:
                     with bar.aside(), jax.transfer_guard("allow"):
                         self._sample_grid(state, step)
-                if monitor and is_due(config.evaluate.every_steps):
+                if monitor and due.evaluate:
                     with bar.aside(), jax.transfer_guard("allow"):
                         values = self._evaluate(monitor, state)
                     if journal:
                         journal.write(step, values)
-                if logging_now:
-                    interval_began, interval_step, batches.waited = time.monotonic(), step, 0.0
+                if due.log:
+                    interval.begin(step)
                 if bar.is_live:
                     bar.update(step)
         return state
+
+    def _unreported(self, metrics: Metrics, first_step: int) -> Metrics:
+        """The sums of the steps before first_step that no line of metrics has yet; `metrics` are zero."""
+        if not first_step:
+            return metrics
+        shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
+        return self.checkpoints.restore_unreported(first_step, shapes) or metrics
+
+    def _compiled(
+        self, state: TrainState, metrics: Metrics, first: dict[str, jax.Array]
+    ) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The training step, compiled for batches such as the first. At the ends of a run, several steps at once may be
+        fewer, for which it is compiled when they come."""
+        train_step = make_train_step(
+            self.objective,
+            self.optimizer,
+            self.mesh,
+            steps_per_dispatch=self.config.train.steps_per_dispatch,
+            **config_lib.step_options(self.config),
+        )
+        began = time.monotonic()
+        compiled = train_step.lower(state, metrics, first).compile()
+        self._say(f"compiled in {time.monotonic() - began:.0f} s")
+        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
+        length = _length(first)
+
+        def run_steps(state: TrainState, metrics: Metrics, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+            return (compiled if _length(batch) == length else train_step)(state, metrics, batch)
+
+        return run_steps
+
+    def _due(self, before: int, step: int, stopping: bool, last_save_time: float) -> "_Due":
+        config, is_due = self.config, partial(_is_passed, before, step)
+        is_last = step == config.train.num_steps
+        log = is_last or is_due(config.log.every_steps)
+        save = stopping or is_last or is_due(config.checkpoint.every_steps)
+        return _Due(
+            stop=stopping,
+            log=log,
+            save=save or (log and self._are_minutes_passed(last_save_time)),
+            sample=not is_last and is_due(config.log.sample_every_steps),
+            evaluate=is_due(config.evaluate.every_steps),
+        )
 
     @contextmanager
     def _journal(self, first_step: int) -> Iterator[Journal | None]:
@@ -331,40 +320,6 @@ class _Training:
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
         """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
         return {"param_norm": optax.tree.norm(state.params), "learning_rate": self.learning_rate(state.step - 1)}
-
-    def _batches(self, first_step: int) -> Iterator[dict[str, jax.Array]]:
-        """The batches from first_step on, on the devices; those of several steps stacked if they are taken at once."""
-        config, mesh = self.config, self.mesh
-        size, several = config.train.batch_size, config.train.steps_per_dispatch
-        rows = parallel.local_rows(mesh, size)
-        batches = pipeline.host_batches(
-            self.source,
-            seed=config.seed,
-            batch_size=size,
-            first_step=first_step,
-            last_step=config.train.num_steps,
-            rows=rows,
-            cache_bytes=int(config.data.cache_gib * 2**30),
-            num_workers=config.data.num_workers,
-        )
-        batches = self._read(batches, first_step, rows)
-        if several > 1:
-            batches = pipeline.several(batches, first_step, several)
-
-        def put(batch: pipeline.Batch) -> dict[str, jax.Array]:
-            return {
-                name: parallel.from_local_rows(mesh, batch[name], rows, size, axis=int(several > 1)) for name in batch
-            }
-
-        return pipeline.prefetch(map(put, batches), depth=2)
-
-    def _read(
-        self, batches: Iterable[pipeline.Batch], first_step: int, rows: slice | np.ndarray
-    ) -> Iterator[pipeline.Batch]:
-        """The batches with what the objective reads of them; what it draws is a function of seed, step and row."""
-        for step, batch in enumerate(batches, first_step):
-            draws = pipeline.batch_draws(self.config.seed, step, self.config.train.batch_size)
-            yield self.objective.read(batch, self.source, draws[rows])
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
         """Whether this process was told to stop, or any of a multi-host job; the same answer on all."""
@@ -386,10 +341,10 @@ class _Training:
         config, several = self.config, self.config.train.steps_per_dispatch
         log, evaluate = config.log, config.evaluate
         is_due = partial(_is_passed, (step - 1) // several * several, step)
-        drawn = not log.sample_every_steps or step >= config.train.num_steps or self._picture(step).exists()
+        drawn = step >= config.train.num_steps or self._picture(step).exists()
         if not drawn and is_due(log.sample_every_steps):
             self._sample_grid(state, step)
-        if evaluate.every_steps and is_due(evaluate.every_steps):
+        if is_due(evaluate.every_steps):
             lines = read_json_lines(self.folder / METRICS)
             # An evaluation's line has no loss.
             if not any(line.get("step") == step and "loss" not in line for line in lines):
@@ -409,9 +364,9 @@ class _Training:
     def _averaged(self, state: TrainState) -> Params:
         """The parameters that pictures are made with."""
         average = state.ema[self.decay]
-        return (
-            lora.merge(state.frozen, average, config_lib.lora_scale(self.config)) if self.config.lora.rank else average
-        )
+        if not self.config.lora.rank:
+            return average
+        return lora.merge(state.frozen, average, config_lib.lora_scale(self.config))
 
     def _evaluate(self, monitor: Monitor, state: TrainState) -> dict[str, float]:
         with ProgressBar("evaluating, calls", 0, enabled=self.is_main) as bar:
@@ -427,55 +382,21 @@ class _Training:
             print(text, file=sys.stderr, flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """What is to be done after a step."""
+
+    stop: bool
+    log: bool
+    save: bool
+    sample: bool
+    evaluate: bool
+
+
 def _is_passed(before: int, step: int, every: int) -> bool:
-    """Whether a multiple of `every` lies after step `before` and not after `step`."""
-    return step // every > before // every
+    """Whether a multiple of `every` lies after step `before` and not after `step`; of 0 there is none."""
+    return every > 0 and step // every > before // every
 
 
-class _Waited:
-    """An iterator that adds up the seconds which the loop waited for its items."""
-
-    def __init__(self, iterator: Iterator[dict[str, jax.Array]]):
-        self._iterator, self.waited = iterator, 0.0
-
-    def __iter__(self) -> "_Waited":
-        return self
-
-    def __next__(self) -> dict[str, jax.Array]:
-        began = time.monotonic()
-        try:
-            return next(self._iterator)
-        finally:
-            self.waited += time.monotonic() - began
-
-
-def _means(metrics: Metrics) -> dict[str, float]:
-    """Means of the sums; DivergedError if a step was not finite."""
-    if metrics.bad_step >= 0:
-        raise DivergedError(
-            f"training diverged at step {int(metrics.bad_step) + 1}: loss {float(metrics.bad_loss):g}, gradient norm "
-            f"{float(metrics.bad_grad_norm):g}; the last good checkpoint is kept (a lower optimizer.learning_rate, a "
-            "longer warm-up or float32 may help)"
-        )
-    steps = float(metrics.steps)
-    if not steps:
-        return {}
-    quarters = {
-        f"loss_t_quarter_{i + 1}": float(total / count)
-        for i, (total, count) in enumerate(zip(metrics.quarter_loss, metrics.quarter_count, strict=True))
-        if count
-    }
-    return {"loss": float(metrics.loss) / steps, **quarters, "grad_norm": float(metrics.grad_norm) / steps}
-
-
-def _memory() -> dict[str, float]:
-    """Peak memory of the first device in GiB; on CPU that of the process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30}
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+def _length(batch: dict[str, jax.Array]) -> int:
+    return len(jax.tree.leaves(batch)[0])

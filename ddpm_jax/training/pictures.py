@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.samplers import Observer
-from ddpm_jax.evaluation import agreement
 from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.progress import ProgressBar
+from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 from ddpm_jax.sampling.embeddings import Embeddings
 from ddpm_jax.sampling.generate import Model, Request, generate
 from ddpm_jax.sampling.given import from_examples
@@ -184,8 +184,8 @@ class FoundCaptions:
         pictures, own = batch["image"], [self.source.captions[place][0] for place in batch["index"].tolist()]
         captions = list(dict.fromkeys(own))
         batches = {"mesh": self.mesh, "batch_size": self.config.sample.batch_size}
-        texts = agreement.embed_texts(clip, captions, **batches)
-        best = np.argmax(agreement.embed_pictures(clip, pictures, **batches) @ texts.T, axis=1)
+        texts = embed_texts(clip, captions, **batches)
+        best = np.argmax(embed_pictures(clip, pictures, **batches) @ texts.T, axis=1)
         found = [captions[place] for place in best]
         tiles = [
             images.captioned(picture, text, "black" if text == right else "red")

@@ -1,11 +1,17 @@
 """Where a run's weights may come from: another run, and a text encoder of its own."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import make_betas_from
 from ddpm_jax.interop import transformers
 from ddpm_jax.run import open_run
+from ddpm_jax.runtime import parallel, workdir
+from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
 
@@ -84,3 +90,27 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
             "which this config's network has"
         )
     return run.step, params
+
+
+def base_weights(config: ConfigDict, folder: Path, shapes: Params, mesh: Mesh, say: Callable[[str], None]) -> Params:
+    """The weights of a network whose adapters are trained: those in the workdir or, at first, those of `start_weights`.
+
+    Args:
+      config: of the run that trains them.
+      folder: its workdir.
+      shapes: of the weights.
+      mesh: of the training.
+      say: told the step of the weights that it starts from.
+    """
+    shardings = parallel.state_shardings(mesh, shapes)
+    base = Checkpoints(folder / workdir.BASE)
+    try:
+        if base.steps():
+            return base.restore_weights(None, "params", parallel.laid(shapes, shardings))[1]
+        step, weights = start_weights(config, shapes)
+        say(f"adapting the weights of {config.train.init_from}, step {step}")
+        params = jax.device_put(weights, shardings)
+        base.save_weights(step, params)
+        return params
+    finally:
+        base.close()

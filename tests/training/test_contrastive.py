@@ -15,13 +15,13 @@ from runs import assert_same_checkpoint, checkpoint, metrics
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax.evaluation.agreement import embed_pictures, embed_texts
 from ddpm_jax.interop import transformers as interop
 from ddpm_jax.interop import workdirs
 from ddpm_jax.models.clip import CLIPImageEncoder, CLIPTextEncoder
 from ddpm_jax.runtime import parallel, workdir
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.captions import CaptionCondition
+from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 from ddpm_jax.sampling.decoder import Pixels
 from ddpm_jax.text.encoders import TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer

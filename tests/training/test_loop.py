@@ -63,7 +63,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_a_transfer_that_nobody_asked_for_is_an_error_in_the_loop(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_memory", lambda: {"one_more": float(jnp.ones(()) + np.float32(1))})
+    monkeypatch.setattr(loop, "memory", lambda: {"one_more": float(jnp.ones(()) + np.float32(1))})
     config.log.sample_every_steps = 0
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.train(config, tmp_path / "run")

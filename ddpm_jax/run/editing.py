@@ -1,0 +1,210 @@
+"""The edits of a run: pictures made of pictures."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.diffusion import editing
+from ddpm_jax.diffusion.samplers import Observer, Progress, Watch
+from ddpm_jax.run.sampling import SamplingRun
+from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.progress import part_of
+from ddpm_jax.sampling.editing import Editor, check_ends, check_pictures
+from ddpm_jax.sampling.options import OPTIONS, deterministic, last_timesteps
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EditingRun(SamplingRun):
+    """The part of `ddpm_jax.run.Run` that edits pictures; `ddpm_jax.sampling.editing.Editor` does the work."""
+
+    def vary(
+        self,
+        pictures: np.ndarray,
+        t: int | None = None,
+        seed: int = 0,
+        *,
+        strength: float | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Other pictures like these, uint8 like `pictures`: diffused to t and denoised again.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          t: how far; the larger, the less is kept.
+          seed: picture i's noise depends on the seed and i.
+          strength: instead of t, the share of the sampling steps to take, above 0 to 1: 0.75 takes 15 of 20, as
+            diffusers' image to image does.
+          batch_size, options: as in `sample`, among them progress, watch and snapshots_of.
+        """
+        if (t is None) == (strength is None):
+            raise UserError(f"t is {t} and strength is {strength}; accepted: one of the two")
+        if strength is not None:
+            steps = self.request(**{name: options[name] for name in OPTIONS if name in options}).steps
+            options["timesteps"] = last_timesteps(steps, self.schedule, strength)
+            options.pop("num_steps", None)  # which they follow from
+            t = int(options["timesteps"][0])
+        assert t is not None
+        return self._editor(options, batch_size).vary(pictures, t, seed)
+
+    def denoise(
+        self,
+        pictures: np.ndarray,
+        t: int | None = None,
+        seed: int = 0,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Clean pictures of noisy ones, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          t: of their noise; None: estimated, see `estimate_t`.
+          seed, batch_size, options: as in `vary`.
+        """
+        t = self.estimate_t(pictures) if t is None else t
+        return self._editor(options, batch_size).denoise(pictures, t, seed)
+
+    def estimate_t(self, pictures: np.ndarray) -> int:
+        """The timestep whose noise is as strong as that in the pictures, uint8 [N, H, W, C]."""
+        sigma = editing.estimate_sigma(self.model.decoder.encode(check_pictures(pictures, self.shape)))
+        return editing.nearest_timestep(self.schedule, sigma)
+
+    def inpaint(
+        self,
+        pictures: np.ndarray,
+        mask: np.ndarray,
+        seed: int = 0,
+        *,
+        jump: int | None = None,
+        times: int | None = None,
+        fixed_noise: bool = False,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+        snapshots_of: str = "x",
+        **options: Any,
+    ) -> np.ndarray:
+        """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
+
+        A run whose network is given the masked picture (model.masked_picture) samples what is under the mask from
+        noise. Any other has the rest restored before each step (RePaint).
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          mask: bool [H, W], or one a picture, [N, H, W].
+          jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`; None: 10 and 1.
+          fixed_noise: instead of RePaint's noise of its own at each step, the known part has the noise that sampling
+            starts from at all steps, as in diffusers.
+          seed: picture i's noise depends on the seed and i.
+          batch_size, progress, watch, snapshots_of, options: as in `sample`.
+        """
+        options |= {"progress": progress, "watch": watch, "snapshots_of": snapshots_of}
+        return self._editor(options, batch_size).inpaint(pictures, mask, seed, jump, times, fixed_noise)
+
+    def interpolate(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        t: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> np.ndarray:
+        """From one picture to another, uint8 [len(weights), H, W, C] (DDPM, section 4.3 and figure 8).
+
+        Args:
+          first, second: uint8 [H, W, C].
+          weights: of the second, 0 to 1.
+          t: how far both are diffused; None: half of the timesteps.
+          seed: of the noise, which all share.
+          options: of `sample`.
+        """
+        t = self.schedule.num_timesteps // 2 if t is None else t
+        return self._editor(options).interpolate(first, second, weights, t, seed)
+
+    def interpolate_latents(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        weights: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> np.ndarray:
+        """From one picture to another along the arc between the noises that deterministic DDIM makes them of, uint8
+        [len(weights), H, W, C] (DDIM, section 5.3).
+
+        Args:
+          first, second: uint8 [H, W, C].
+          weights: of the second, 0 to 1.
+          num_steps, spacing: of both ways; None: the config's.
+          progress: as in `sample`; of both ways.
+          watch: as in `sample`; of the way from the noises.
+        """
+        check_ends(first, second, self.shape)
+        noise = self.encode(np.stack([first, second]), num_steps, spacing, part_of(progress, 0, 2))
+        x_t = np.asarray(editing.slerp(noise[0], noise[1], weights))
+        return self.decode(x_t, num_steps, spacing, part_of(progress, 1, 2), watch)
+
+    def encode(
+        self,
+        pictures: np.ndarray,
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """The noises that deterministic DDIM makes these pictures of, float32 like `pictures`; see
+        `ddpm_jax.diffusion.editing.encode`. `decode` makes pictures of them.
+
+        Args:
+          pictures: uint8 [N, H, W, C].
+          num_steps, spacing: of the way; None: the config's.
+          progress: as in `sample`.
+        """
+        return self._editor({**deterministic(num_steps, spacing), "progress": progress}).encode(pictures)
+
+    def decode(
+        self,
+        noise: np.ndarray,
+        num_steps: int | None = None,
+        spacing: str | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> np.ndarray:
+        """The pictures that deterministic DDIM makes of noises, uint8 [N, H, W, C].
+
+        Args:
+          noise: float32 [N, H, W, C], such as `encode` gives.
+          num_steps, spacing: of the way; None: the config's.
+          progress, watch: as in `sample`.
+        """
+        options = {**deterministic(num_steps, spacing), "progress": progress, "watch": watch}
+        return self._editor(options).decode(noise)
+
+    def coarse_to_fine(self, num_images: int, t: int, seed: int = 0, **options: Any) -> np.ndarray:
+        """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
+
+        Args:
+          num_images, seed: how many, of which seed.
+          t: of the shared x_t: the larger, the less they have in common.
+          options: of `sample`.
+        """
+        return self._editor(options).coarse_to_fine(num_images, t, seed)
+
+    def _editor(self, options: Mapping[str, Any], batch_size: int | None = None) -> Editor:
+        """Of the options of `sample`, among them who watches."""
+        options = dict(options)
+        watching = {name: options.pop(name) for name in ("progress", "watch", "snapshots_of") if name in options}
+        return Editor(
+            self.model,
+            self.params,
+            self.mesh,
+            self.request(**options),
+            batch_size or self.config.sample.batch_size,
+            Observer(**watching),
+        )
