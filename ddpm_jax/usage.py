@@ -90,7 +90,7 @@ def overview() -> str:
         lines += [f"{group}:", *(f"  {mode:16} {what}" for mode, what in modes.items()), ""]
     lines += [
         "--mode=sample --help lists the flags of that mode, --helpfull the flags of all modes.",
-        "--config.SECTION.FIELD=VALUE sets a field of the config; ddpm_jax/config/defaults.py lists and explains all fields.",
+        "--config.SECTION.FIELD=VALUE sets a field of the config; ddpm_jax/config/defaults.py explains all fields.",
         "",
         "Examples:",
         *(f"  {start} {example}" for example in _EXAMPLES),

@@ -45,12 +45,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
+        jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+
+
+def _after_compiling(event: str, seconds: float, **_: Any) -> None:
+    """Gives back what the compiler took, before the program that it made takes its own."""
+    if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.1:
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what reading weights took besides them, which `keep_freed_memory` would keep.
+    """Gives the system back what `keep_freed_memory` keeps.
 
-    What a program frees is worth keeping for its next call; what is read once is not.
+    What a program frees is worth keeping for its next call. What was needed once, to read weights or to compile, is not.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library

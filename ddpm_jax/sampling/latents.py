@@ -143,9 +143,8 @@ class Latents:
 
     def _params_on(self, mesh: Mesh) -> Any:
         if mesh not in self._placed:
-            params = jax.device_put(self.open_params(), parallel.replicated(mesh))
-            self._placed[mesh] = jax.block_until_ready(params)
-            parallel.return_freed_memory()
+            parallel.return_freed_memory()  # of the network's calls, as these parameters are needed first after them
+            self._placed[mesh] = jax.device_put(self.open_params(), parallel.replicated(mesh))
         return self._placed[mesh]
 
 
