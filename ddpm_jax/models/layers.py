@@ -18,6 +18,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 KEPT = "kept"  # name, for `jax.checkpoint`, of what is small or takes long to compute again
 
+_LARGE_KERNEL = 2**19  # elements
+
 _identity = jax.jit(lambda x: x)
 
 
@@ -29,6 +31,11 @@ def _materialize(x: jax.Array) -> jax.Array:
     """
     with set_xla_metadata(inlineable="false"):
         return _identity(x)
+
+
+def _waiting(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """A large kernel of bfloat16, which CPUs compute with as float32, is converted when x is there."""
+    return winograd.waiting(kernel, x) if kernel.dtype == jnp.bfloat16 and kernel.size > _LARGE_KERNEL else kernel
 
 
 def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
@@ -53,7 +60,9 @@ def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """
 
     def cpu(x, kernel):
-        return winograd.conv(x, kernel) if winograd.suits(x, kernel, padding) else _conv(x, kernel, padding)
+        if winograd.suits(x, kernel, padding):
+            return winograd.conv(x, kernel)
+        return _conv(x, _waiting(kernel, x), padding)
 
     return lax.platform_dependent(x, kernel, cpu=cpu, default=partial(_conv, padding=padding))
 
@@ -85,7 +94,9 @@ conv.defvjp(_conv_forward, _conv_backward)
 @jax.custom_vjp
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., C] times a kernel [C, D], with a gradient that is fast on CPUs too; the same restriction as `conv`'s."""
-    return x @ kernel
+    return lax.platform_dependent(
+        x, kernel, cpu=lambda x, kernel: x @ _waiting(kernel, x), default=lambda x, kernel: x @ kernel
+    )
 
 
 def _dense_forward(x, kernel):
