@@ -336,14 +336,14 @@ def test_term_proposal():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: bound.term_proposal([1.0, np.nan]), "must be finite, at least 0"),
-        (lambda: bound.term_proposal([1.0, -1.0]), "must be finite, at least 0"),
-        (lambda: bound.term_proposal(np.ones(3), 0.0), "uniform is 0.0; accepted: above 0 to 1"),
-        (lambda: sampled(num_terms=3), "num_terms is 3; accepted: even numbers of 2 or more"),
+        (lambda: bound.term_proposal([1.0, np.nan]), "must be finite numbers of at least 0"),
+        (lambda: bound.term_proposal([1.0, -1.0]), "must be finite numbers of at least 0"),
+        (lambda: bound.term_proposal(np.ones(3), 0.0), "uniform is 0.0; accepted: above 0, at most 1"),
+        (lambda: sampled(num_terms=3), "num_terms is 3; accepted: even numbers from 2"),
         (lambda: sampled(proposal=np.ones(7)), r"the proposal has shape \(7,\); accepted: \(100,\)"),
         (lambda: sampled(proposal=np.eye(100)[1]), "above 0 from entry 1 on"),
         (lambda: sampled(variance="fixed"), "variance is 'fixed'"),
-        (lambda: bound.pilot_timesteps(make_schedule("constant", 1)), "no term to draw"),
+        (lambda: bound.pilot_timesteps(make_schedule("constant", 1)), "no KL terms to draw"),
     ],
 )
 def test_refused_draws_of_terms(function, message):

@@ -217,5 +217,5 @@ def test_refused(options, message):
 
 
 def test_one_timestep_has_no_flow():
-    with pytest.raises(ValueError, match="two timesteps or more"):
+    with pytest.raises(ValueError, match="at least two timesteps"):
         flow.flow_table(make_schedule("constant", 1), 3)

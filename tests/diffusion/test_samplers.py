@@ -359,7 +359,7 @@ def test_plan():
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, stop_at_first=True).t, [999, 500, 0])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399, stop_at_first=True).t, [999, 799, 599, 399])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=2, skip_lowest=True).t, [999, 500, -1])
-    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, where sampling starts"):
         plan(LINEAR, timesteps=[0], stop_at_first=True)
 
 
@@ -371,11 +371,11 @@ def test_plan_between_timesteps():
     np.testing.assert_array_equal(plan(LINEAR, **even, t_start=500, t_end=99, fractional=True).t[[0, -1]], [500, 99])
     with pytest.raises(ValueError, match="timesteps have noise levels of their own, but levels is 'karras'"):
         plan(LINEAR, timesteps=[5, 3], levels="karras")
-    with pytest.raises(ValueError, match="fractional timesteps need levels between timesteps; accepted: linspace"):
+    with pytest.raises(ValueError, match="fractional timesteps need levels; accepted: linspace"):
         plan(LINEAR, fractional=True)
     with pytest.raises(ValueError, match="levels is 'even'; accepted: linspace, karras, logsnr"):
         plan(LINEAR, levels="even")
-    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, where sampling starts"):
         plan(LINEAR, t_start=0, levels="karras", stop_at_first=True)
 
 
@@ -440,7 +440,7 @@ def test_known_pixels_of_one_noise():
         np.testing.assert_allclose(x_t[:, :, :2], expected[:, :, :2], atol=1e-6)
         assert np.abs(x_t - expected)[:, :, 2:].max() > 0.01
     np.testing.assert_array_equal(x[:, :, :2], known[:, :, :2])
-    with pytest.raises(ValueError, match="known_noise is the noise of known pixels; give known, too"):
+    with pytest.raises(ValueError, match="known_noise is the noise of known pixels; give known as well"):
         sample(LINEAR, model, jax.random.key(3), SHAPE, known_noise=noise)
 
 
@@ -547,22 +547,22 @@ def test_one_timestep():
         ({"num_steps": 1001}, "num_steps is 1001; accepted: 1 to 1000"),
         ({"num_steps": 0}, "num_steps is 0; accepted: 1 to 1000"),
         ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 9, "num_steps": 11}, "num_steps is 11; accepted: 1 to 10"),
-        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 1000}, "to start from is 1000; accepted: 0 to 999"),
-        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": -1}, "to start from is -1; accepted: 0 to 999"),
-        ({"x_t": np.zeros((2, 4, 4, 1))}, r"x_t has shape \(2, 4, 4, 1\); shape says \(2, 4, 4, 3\)"),
+        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 1000}, "starting timestep is 1000; accepted: 0 to 999"),
+        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": -1}, "starting timestep is -1; accepted: 0 to 999"),
+        ({"x_t": np.zeros((2, 4, 4, 1))}, r"x_t has shape \(2, 4, 4, 1\), but shape is \(2, 4, 4, 3\)"),
         ({"t_start": 500}, "t_start is 500, but there is no x_t"),
         ({"num_snapshots": 1}, "num_snapshots is 1; accepted: 0, or 2 to 1001"),
         ({"num_snapshots": 5, "num_steps": 2}, "num_snapshots is 5; accepted: 0, or 2 to 3"),
         ({"num_snapshots": 3, "num_steps": 2, "snapshots_of": "x_0"}, "num_snapshots is 3; accepted: 0, or 2 to 2"),
         ({"clip_range": 0.0}, "clip_range is 0.0; accepted: above 0"),
-        ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0 to 1, or None"),
+        ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0, at most 1, or None"),
         ({"timesteps": []}, r"the timesteps are \[\]; accepted: descending"),
         ({"snapshots_of": "eps"}, "snapshots_of is 'eps'; accepted: x, x_0"),
-        ({"timesteps": [5, 3], "num_steps": 3}, "timesteps take the place of num_steps and t_start"),
+        ({"timesteps": [5, 3], "num_steps": 3}, "timesteps replace num_steps and t_start"),
         ({"t_end": 999}, "t_end is 999; accepted: 0 to 998"),
         ({"t_end": 900, "num_steps": 100}, "num_steps is 100; accepted: 1 to 99"),
         ({"eta": 0.5}, "sampler 'ddpm' takes no eta"),
-        ({"sampler": "heun", "resampling": (2, 2)}, "a sampler without memory"),
+        ({"sampler": "heun", "resampling": (2, 2)}, "a sampler that remembers nothing"),
     ],
 )
 def test_refused_options(options, message):

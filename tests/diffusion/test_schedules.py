@@ -265,8 +265,8 @@ def test_refused_betas(betas, message):
         ({"schedule": "cosin"}, "schedule is 'cosin'; accepted: linear, quadratic, .*sigmoid"),
         ({"schedule": "linear", "offset": 0.1}, r"schedule 'linear' does not take .*'offset'"),
         ({"schedule": "cosine", "tau": 0.1}, r"schedule 'cosine' does not take .*'tau'"),
-        ({"num_timesteps": 0}, "num_timesteps is 0; at least 1"),
-        ({"num_timesteps": -3}, "num_timesteps is -3; at least 1"),
+        ({"num_timesteps": 0}, "num_timesteps is 0; accepted: 1 or more"),
+        ({"num_timesteps": -3}, "num_timesteps is -3; accepted: 1 or more"),
         ({"beta_end": 1.5}, r"betas\[\d+\] is .* at most 1"),
         ({"beta_start": 0.0}, r"betas\[0\] is 0"),
     ],
@@ -284,7 +284,7 @@ def test_rescaling_to_a_zero_terminal_snr():
     slope = before[0] / (before[0] - before[-1])
     np.testing.assert_allclose(after, slope * (before - before[-1]), atol=1e-12)
     assert after[-1] == 0
-    with pytest.raises(ValueError, match="two timesteps or more"):
+    with pytest.raises(ValueError, match="at least two timesteps"):
         rescale_to_zero_terminal_snr([0.5])
 
 
