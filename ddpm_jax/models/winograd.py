@@ -4,9 +4,9 @@ With the matrices B, G and A below, a 4 x 4 tile d of the input and the kernel w
 
     A^T [(G w G^T) * (B^T d B)] A
 
-of the output. The product in the middle is, for each of its 4 x 4 places, one matrix product over the channels: 16
-multiplications a square where the convolution as written has 36. B and A hold only 0 and +-1, G only halves and ones,
-so that float32 loses no more than in the plain convolution.
+of the output. For each of its 4 x 4 entries, the product in the middle is one matrix product over the channels: 16
+multiplications per square where direct convolution takes 36. B and A contain only 0 and +-1, G only 0, 1 and +-1/2, so
+float32 loses no more precision than in direct convolution.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Grid = list[list[jax.Array]]  # a matrix of arrays
 
 
 def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> bool:
-    """Whether the convolution (of stride 1) is one that `conv` computes, and sooner than XLA's own."""
+    """Whether `conv` supports this convolution of stride 1 and is faster than XLA's own."""
     batch, height, width, channels = x.shape
     features = kernel.shape[-1]
     return (
@@ -38,7 +38,7 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
         and x.dtype == jnp.float32
         and min(channels, features) >= 64
         and batch * height * width * channels * features >= 2**24
-        and 4 * 4 * x.size < 2**30  # bytes of the tiles, which lie in memory all at once
+        and 4 * 4 * x.size < 2**30  # bytes of the tiles, which are all in memory at once
     )
 
 
@@ -46,7 +46,7 @@ def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of x [B, H, W, C] with a kernel [3, 3, C, D] that keeps the size: [B, H, W, D]."""
     if kernel.shape[2] * kernel.shape[3] > _LARGE_KERNEL:
         # XLA would transform all kernels of a network at once, which takes 16/9 of their memory. The product makes each
-        # wait for its x; an optimization_barrier does not, on CPUs.
+        # transform wait for its x; on CPUs, an optimization_barrier does not.
         kernel = kernel + 0.0 * x[0, 0, 0, 0]
     places = _matmuls(_tiles(x), _sandwich(_G, _taps(kernel)), contract=(1, 0))
     return _image(_sandwich(_A_T, places), x.shape)
@@ -55,8 +55,8 @@ def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def input_gradient(kernel: jax.Array, g: jax.Array) -> jax.Array:
     """d<g, conv(x, kernel)> / dx: [B, H, W, C] of a kernel [3, 3, C, D] and g [B, H, W, D].
 
-    This is a convolution too, with the kernel transposed and flipped; to flip is to exchange the first and the last
-    row and column of G w G^T.
+    This is a convolution too, with the kernel transposed and flipped; flipping exchanges the first and last rows and
+    columns of G w G^T.
     """
     weights = _sandwich(_G, _taps(kernel))
     flipped = [[weights[i][j] for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
@@ -82,7 +82,7 @@ def _sandwich(m: np.ndarray, grid: Grid) -> Grid:
 
 
 def _matmuls(left: Grid, right: Grid, contract: tuple[int, int]) -> Grid:
-    """At each place the product of two matrices, summed over the axes `contract` of the left and the right."""
+    """The matrix product at each grid place, summed over the axes `contract` of the left and the right."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return [
         [lax.dot_general(a, b, dimensions) for a, b in zip(*rows, strict=True)]

@@ -199,7 +199,7 @@ def test_images_that_part_at_once_share_their_start(model):
         (lambda m: editing.denoise(LINEAR, m, KEY, data(), -1), "t is -1; accepted: 0 to 999"),
         (lambda m: editing.coarse_to_fine(LINEAR, m, KEY, SHAPE, 1000), "t is 1000"),
         (lambda m: editing.vary(LINEAR, m, KEY, data(), 10, num_steps=12), "num_steps is 12; accepted: 1 to 11"),
-        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, times=2, sampler="unipc"), "a sampler that remembers nothing"),
+        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, times=2, sampler="unipc"), "a sampler that remembers"),
         (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, t_end=5), "known pixels require"),
         (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, known_noise=data()[:, 1:]), "known_noise has shape"),
     ],

@@ -175,5 +175,5 @@ def test_refused_options(options, message):
 
 def test_refused_output_shape():
     """Broadcasting would make a wrong loss of one output channel for three."""
-    with pytest.raises(ValueError, match=r"the network's output has shape \(6, 4, 4, 1\), but the images have shape \(6, 4, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"output has shape \(6, 4, 4, 1\), but the images have shape \(6, 4, 4, 3\)"):
         losses.training_loss(LINEAR, lambda x, t: x[..., :1], jax.random.key(0), single(*batch(10))[0])

@@ -87,5 +87,5 @@ def test_merged_kernels(dtype):
 
 def test_a_network_without_attention():
     net = NET.clone(attention_resolutions=(), middle_attention=False)
-    with pytest.raises(ValueError, match=r"lora\.rank is for networks with attention, and this one has none"):
+    with pytest.raises(ValueError, match=r"lora\.rank needs a network with attention"):
         lora.init(shapes_of(net), 2, jax.random.key(0))
