@@ -342,7 +342,7 @@ class TestPrompts:
         [
             (lambda run: run.sample(1, prompts=["a\0b"]), "has a NUL character at place 0"),
             (lambda run: run.sample(1, prompts="a plum"), "prompts is the text 'a plum'; accepted: a list of texts"),
-            (lambda run: run.sample(1, prompts=["caf\udce9"]), "is no Unicode text"),
+            (lambda run: run.sample(1, prompts=["caf\udce9"]), "is not Unicode text"),
             (lambda run: run.sample(1, negative_prompts=["x"]), "does nothing at a guidance_scale of 1"),
             (lambda run: run.sample(1, labels=[0]), "not class-conditional"),
             (lambda run: run.vary(PICTURES, 5, guidance_scale=2.0), "guidance needs the prompts"),

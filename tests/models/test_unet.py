@@ -335,7 +335,7 @@ def test_dropout_only_in_training():
         ({"upsample_levels": ("nearest",) * 2}, (1, 8, 8, 3), "upsample_levels has 2 entries for 1 halvings"),
         ({"head_channels": 17}, (1, 8, 8, 3), "head_channels 17 is more than the 16 channels of a level"),
         ({"attention_levels": (True,)}, (1, 8, 8, 3), "attention_levels has 1 entries for 2 levels"),
-        ({}, (8, 8, 3), r"x must be \[B, H, W, C\], not of shape \(8, 8, 3\)"),
+        ({}, (8, 8, 3), r"x has shape \(8, 8, 3\); accepted: \[B, H, W, C\]"),
         ({}, (1, 8, 7, 3), "an image of 8x7 cannot be halved 1 times: .*divisible by 2"),
         (
             {"channel_multipliers": (1, 1, 1)},

@@ -106,8 +106,8 @@ def test_refused_sizes_and_texts(trained):
     assert refusal(Tokenizer.train, [], 100, 8) == "the vocabulary has 100 tokens; accepted: at least 259"
     assert "has max_length 2; accepted: more than the 2 tokens" in refusal(Tokenizer.train, [], 300, 2)
     half = b"caf\xe9".decode("utf-8", "surrogateescape")
-    assert refusal(trained.encode, [half]) == "'caf\\udce9' is no Unicode text"
-    assert refusal(Tokenizer.train, [half], 300, 8) == "'caf\\udce9' is no Unicode text"
+    assert refusal(trained.encode, [half]) == "'caf\\udce9' is not Unicode text"
+    assert refusal(Tokenizer.train, [half], 300, 8) == "'caf\\udce9' is not Unicode text"
 
 
 # CLIP's.
@@ -224,7 +224,7 @@ def test_clip_s_files_written_back(tmp_path, name):
 
 
 def test_what_clip_s_files_cannot_say(trained, clip, tmp_path):
-    assert "written as CLIP's vocab.json and merges.txt: it is no byte-pair" in refusal(
+    assert "written as CLIP's vocab.json and merges.txt: it is not a byte-pair" in refusal(
         trained.write_clip, tmp_path / "x"
     )
     content = json.loads(Tokenizer.read(clip).to_json())
@@ -294,9 +294,9 @@ def test_clip_s_prompts(clip):
         (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' holds no JSON object"),
         (
             lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {}}'),
-            "holds a special token that is none",
+            "holds an invalid special token",
         ),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json' is no tokenizer: "),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json' is not a tokenizer: "),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json' cannot be read: "),
     ],
 )
@@ -346,9 +346,9 @@ def test_what_t5_s_files_say(spiece):
 @pytest.mark.parametrize(
     ("content", "config", "message"),
     [
-        (b"no model", {}, "spiece.model' is no model of sentencepiece: "),
+        (b"no model", {}, "spiece.model' is not a sentencepiece model: "),
         (b"", {}, "spiece.model' has 0 unknown tokens; accepted: one"),
-        (t5s.spiece(kind=2), {}, "spiece.model' holds a model of type 2; accepted: 1, unigram"),
+        (t5s.spiece(kind=2), {}, "spiece.model' holds a model of type 2; accepted: 1 (unigram)"),
         (t5s.spiece(), {"extra_ids": -1}, "extra_ids is -1 beside "),
         (t5s.spiece(), {"eos_token": "<end>"}, "spiece.model' has no token '<end>' to end texts with"),
         (t5s.spiece(), {"pad_token": "<none>"}, "has no token '<none>' to pad with"),
@@ -453,7 +453,7 @@ def t5(folder):
 
 
 def test_tokenizer_of_a_t5(tmp_path):
-    assert "says no largest length of a text; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
+    assert "sets no maximum text length; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
     tokenizer = Tokenizer.read(tmp_path, max_length=6)
     tokens = tokenizer.encode(["red hats", "", "red red red hat hats"])
     np.testing.assert_array_equal(tokens.ids, [[4, 5, 6, 1, 0, 0], [1, 0, 0, 0, 0, 0], [4, 4, 4, 5, 5, 1]])
@@ -475,7 +475,7 @@ def test_tokenizer_json(tmp_path, trained):
     path = write_tokenizer(
         tmp_path / "tokenizer.json", trained, lambda value: value.update(truncation=None, padding=None)
     )
-    assert refusal(Tokenizer.read, path) == f"{str(path)!r} says no largest length of a text; give max_length"
+    assert refusal(Tokenizer.read, path) == f"{str(path)!r} sets no maximum text length; give max_length"
     tokenizer = Tokenizer.read(path, max_length=16)
     np.testing.assert_array_equal(tokenizer.encode(["a red hat"]).ids[0], trained.encode(["a red hat"]).ids[0, :16])
     config = {"model_max_length": 12, "pad_token": "<end>"}
@@ -490,7 +490,7 @@ def test_tokenizer_json(tmp_path, trained):
 
 def test_a_tokenizer_that_gives_the_empty_text_no_token(tmp_path, trained):
     path = write_tokenizer(tmp_path / "tokenizer.json", trained, lambda value: value.update(post_processor=None))
-    assert "gives no token for an empty text" in refusal(Tokenizer.read, path)
+    assert "has no tokens for an empty text" in refusal(Tokenizer.read, path)
 
 
 def test_lower_case():
