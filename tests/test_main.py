@@ -413,7 +413,7 @@ class TestPrepare:
         status, output = call("--mode=prepare", *folder)
         assert status == 1
         assert re.match(
-            r"error: 1 of 1 images in .* cannot be read, the first 'a.png': it is no picture of a known format, or "
+            r"error: 1 of 1 images in .* cannot be read, the first 'a.png': it is not a picture of a known format, or "
             "damaged; remove",
             output.splitlines()[-1],
         )
@@ -656,6 +656,6 @@ class TestBadInput:
         assert "'13.png'" in output
         status, output = call(f"--workdir={tmp_path / 'run'}", *flags, "--config.data.skip_broken")
         assert status == 0, output
-        assert "Going on without 1 of 20 images" in output
+        assert "Skipping 1 of 20 images" in output
         assert "19 images" in output
         assert json.loads((tmp_path / "run" / "dataset.json").read_text())["skipped"] == ["13.png"]

@@ -56,7 +56,7 @@ def test_the_fingerprint_is_of_the_captions_too(folder):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("b.txt", None, r"image '.*b\.jpg' has no caption: accepted are a 'b\.txt' beside it"),
+        ("b.txt", None, r"image '.*b\.jpg' has no caption; accepted: a 'b\.txt' beside it"),
         ("b.txt", b"", r"caption '.*b\.txt' is empty"),
         ("b.txt", b" \n\n", r"caption '.*b\.txt' is empty"),
         ("b.txt", b"caf\xe9", r"caption '.*b\.txt' is not UTF-8 text: .* at byte 3"),

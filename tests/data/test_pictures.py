@@ -170,8 +170,8 @@ def test_jpeg_turned_by_xmp():
 @pytest.mark.parametrize(
     ("formats", "said"),
     [
-        (None, "it is no picture of a known format, or damaged"),
-        (("PNG", "JPEG"), "it is none of PNG, JPEG, or damaged"),
+        (None, "it is not a picture of a known format, or damaged"),
+        (("PNG", "JPEG"), "it is not one of PNG, JPEG, or damaged"),
     ],
 )
 def test_what_is_no_picture(tmp_path, formats, said):

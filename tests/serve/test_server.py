@@ -127,8 +127,8 @@ class TestServer:
     @pytest.mark.parametrize(
         ("picture", "status", "sentence"),
         [
-            (b"", 400, "picture cannot be read as a picture: it is none of PNG, JPEG, WEBP, BMP"),
-            (b"GIF89a" + bytes(100), 400, "none of PNG"),
+            (b"", 400, "picture cannot be read as a picture: it is not one of PNG, JPEG, WEBP, BMP"),
+            (b"GIF89a" + bytes(100), 400, "not one of PNG"),
             (png(np.ones((9, 9)))[1][:-30], 400, "picture cannot be read as a picture: "),
             (bomb(5000), 400, "5000x5000 is more than the limit of 16000000 pixels"),
             (bomb(60000), 400, "picture cannot be read as a picture: "),
