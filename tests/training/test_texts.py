@@ -143,5 +143,5 @@ def test_a_run_that_starts_from_another_takes_over_its_tokenizer(config, folder,
     taken_over = text_description(config, source_of(config), second, None)
     assert taken_over["tokenizer"] == description["tokenizer"] != own["tokenizer"]
     config.text.tokenizer = str(folder)
-    with pytest.raises(UserError, match=r"has another tokenizer than config\.text\.tokenizer"):
+    with pytest.raises(UserError, match=r"has a different tokenizer from config\.text\.tokenizer"):
         text_description(config, source_of(config), second, None)
