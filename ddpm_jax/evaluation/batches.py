@@ -1,4 +1,4 @@
-"""Images that come in any portions, in batches of one size."""
+"""Regroups portions of images into batches of equal size."""
 
 from collections.abc import Iterable, Iterator
 

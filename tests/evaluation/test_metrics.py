@@ -41,7 +41,7 @@ class TestMoments:
             np.testing.assert_allclose(total.moments().scatter, Moments.of(features[:count]).scatter, rtol=1e-12)
 
     def test_of_one_row(self):
-        with pytest.raises(ValueError, match="2 rows or more, not 1"):
+        with pytest.raises(ValueError, match="at least 2 rows, not 1"):
             _ = Moments.of(np.ones((1, 3))).covariance
 
 
@@ -160,7 +160,7 @@ class TestFrechetInfinity:
             biases.append(bias)
         assert abs(np.mean(infinities)) < 0.3 * np.mean(wholes)
         assert np.mean(biases) == pytest.approx(np.mean(wholes), rel=0.3)
-        with pytest.raises(ValueError, match="needs 10 rows or more, not 9"):
+        with pytest.raises(ValueError, match="needs at least 10 rows, not 9"):
             metrics.frechet_infinity(rows[:9], reference)
 
     def test_is_the_distance_of_many(self):
