@@ -65,7 +65,7 @@ def test_the_fingerprint_is_of_the_captions_too(folder):
         ("metadata.csv", b"file_name,text\na.png,  \n", r"the text in row 1 of '.*metadata\.csv' is empty"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"metadata\.csv' is not UTF-8 text"),
         ("metadata.jsonl", b'{"file_name": "a.png"', r"line 1 of '.*metadata\.jsonl' is not valid JSON"),
-        ("metadata.jsonl", b'["a.png"]', r"line 1 of '.*metadata\.jsonl' holds no JSON object"),
+        ("metadata.jsonl", b'["a.png"]', r"line 1 of '.*metadata\.jsonl' is not a JSON object"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', r"the text in row 1 of '.*metadata\.jsonl' is empty"),
     ],
 )

@@ -277,9 +277,9 @@ def test_labels_reach_the_network():
             for i in range(first, 20, 3)
         ]
     np.testing.assert_allclose(np.mean([part.total.mean for part in parts]), found.total.mean, rtol=1e-6)
-    for count, word in ((19, "fewer than"), (21, "more than")):
+    for count, word in ((19, "but more images"), (21, "for 20 images")):
         examples = Examples(PICTURES, {"label": np.zeros(count, np.int32)})
-        with pytest.raises(UserError, match=f"there are {count} conditions, {word}"):
+        with pytest.raises(UserError, match=f"there are {count} conditions {word}"):
             likelihood.evaluate_bound(SCHEDULE, model, examples, EIGHT, **SHARDS)
 
 

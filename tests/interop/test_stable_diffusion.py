@@ -504,7 +504,7 @@ def test_autoencoder(call, tmp_path):
     for more, said in (
         ((), "--mode=export of an autoencoder needs --out: a folder"),
         (("--step=4", f"--out={tmp_path / 'x'}"), "--step does nothing with --mode=export of an autoencoder"),
-        ((f"--out={out}",), "is there and not empty"),
+        ((f"--out={out}",), "not empty"),
     ):
         status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
         assert (status, output.count("\n")) == (1, 1), output

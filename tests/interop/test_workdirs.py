@@ -189,7 +189,7 @@ def test_broken_json(folder, tmp_path):
 def test_workdir_in_use(folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine").touch()
-    with pytest.raises(UserError, match="is there and not empty"):
+    with pytest.raises(UserError, match="not empty"):
         workdirs.import_weights(str(folder), tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
 

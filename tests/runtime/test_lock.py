@@ -134,7 +134,7 @@ class TestOnAnotherMachine:
         with hold(path, "training", say=said.append):
             assert json.loads(path.read_text())["pid"] == os.getpid()
         assert len(said) == 1
-        assert said[0].startswith("waiting up to 0 s for a sign of life of process ")
+        assert said[0].startswith("waiting up to 0 s for a sign of life from process ")
         assert not list(path.parent.iterdir())
 
     def test_with_a_heartbeat_it_has_the_lock(self, path, elsewhere):

@@ -291,7 +291,7 @@ def test_clip_s_prompts(clip):
         (lambda f: (f / "vocab.json").write_text("[1]"), "vocab.json' or "),
         (lambda f: (f / "vocab.json").unlink(), "clip' has no tokenizer; accepted: tokenizer.json, or vocab.json and"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json' is not valid JSON"),
-        (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' holds no JSON object"),
+        (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' is not a JSON object"),
         (
             lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {}}'),
             "holds an invalid special token",

@@ -128,7 +128,7 @@ def test_refused_folders(folder):
     (folder / "model.safetensors").unlink()
     assert "has no weights; accepted: model.safetensors or pytorch_model.bin" in refusal(interop.read, folder)
     (folder / "config.json").write_text("[]")
-    assert "holds no JSON object" in refusal(interop.read, folder)
+    assert "is not a JSON object" in refusal(interop.read, folder)
     (folder / "config.json").write_text("{")
     assert "is not valid JSON" in refusal(interop.read, folder)
     assert "config.json' cannot be read: No such file or directory" in refusal(interop.read, folder / "elsewhere")
