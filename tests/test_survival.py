@@ -137,8 +137,8 @@ class TestDisk:
         assert status == 1
         sentence = output.splitlines()[-1]
         found = re.fullmatch(
-            r"error: a checkpoint could not be written to \S+ \(No space left on device\); the checkpoint of step (\d+) is "
-            "intact; once the problem is fixed, the same command resumes",
+            r"error: a checkpoint could not be written to \S+ \(No space left on device\); the checkpoint of step "
+            r"(\d+) is intact; once the problem is fixed, the same command resumes",
             sentence,
         )
         assert found, output
@@ -243,9 +243,9 @@ class TestTwoStarts:
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         assert re.fullmatch(
-            rf"error: --workdir '{tmp_path}' no longer belongs to this process: taken over by process 77 on host elsewhere "
-            r"\(training since .* UTC\); nothing more is written, and the other process resumes from the last "
-            "checkpoint",
+            rf"error: --workdir '{tmp_path}' no longer belongs to this process: taken over by process 77 on host "
+            r"elsewhere \(training since .* UTC\); nothing more is written, and the other process resumes from the "
+            "last checkpoint",
             output.splitlines()[-1],
         ), output
         assert json.loads(lock.read_text()) == other
