@@ -168,18 +168,18 @@ REFUSED = [
     ("sample", {"label": "0"}, "this run is not class-conditional"),
     ("sample", {"guidance_scale": "2"}, "guidance_scale is 2.0; other than 1 it needs a run with"),
     ("sample", {"seed": upload(PICTURES[0])}, "seed is a file"),
-    ("vary", {}, "there is no picture: picture is missing"),
+    ("vary", {}, "picture is missing; accepted: a picture"),
     ("vary", {"picture": "data:0"}, "picture is missing"),
     ("interpolate", FIRST, "second is missing"),
     ("inpaint", {"picture": upload(PICTURES[0])}, "mask is missing"),
     ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "nothing .* is marked"),
-    ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; other than 1 it needs the sampler ddpm or ddim"),
+    ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; accepted with samplers other than ddpm and ddim: 1"),
     (
         "inpaint",
         {"times": "9", "num_steps": "10", "sampler": "ddim"},
-        "takes 90 calls of the network; accepted: up to 80",
+        "takes 90 network calls; accepted: at most 80",
     ),
-    ("training_page", {}, "the images that this run learned from (have changed|are not in)"),
+    ("training_page", {}, "this run's training set (has changed|is not in)"),
 ]
 
 

@@ -109,8 +109,8 @@ def test_closing_ends_those_that_wait_and_lets_no_more_in(queue):
     running.let.set()
     for one in (running, waiting):
         assert [event["state"] for event in one.end()].count("failed") == 1
-        assert one.told[-1] == {"state": "failed", "error": "the playground is ending"}
+        assert one.told[-1] == {"state": "failed", "error": "the playground is shutting down"}
     queue.join()
     assert not waiting.begun.is_set()
-    with pytest.raises(UserError, match="is ending"):
+    with pytest.raises(UserError, match="is shutting down"):
         Held(queue)

@@ -132,7 +132,7 @@ class TestServer:
             (png(np.ones((9, 9)))[1][:-30], 400, "picture cannot be read as a picture: "),
             (bomb(5000), 400, "5000x5000 is more than the limit of 16000000 pixels"),
             (bomb(60000), 400, "picture cannot be read as a picture: "),
-            (bytes((16 << 20) + 1), 413, "the request is too large; accepted: up to 16 MiB"),
+            (bytes((16 << 20) + 1), 413, "the request is too large; accepted: at most 16 MiB"),
         ],
         ids=["empty", "gif", "broken", "bomb", "larger bomb", "large file"],
     )
@@ -174,9 +174,9 @@ class TestServer:
             ("nothing", {"content-type": "multipart/form-data; boundary=x"}, b"", 404, "nothing at this address"),
             ("sample", {"host": "evil.example"}, b"", 400, "is at 127.0.0.1, not at 'evil.example'"),
             ("sample", {"host": "127.0.0.1.evil.example:80"}, b"", 400, "not at '127.0.0.1.evil.example'"),
-            ("sample", {"origin": "http://evil.example"}, b"", 403, "the page of another site"),
-            ("sample", {"origin": "null"}, b"", 403, "the page of another site"),
-            ("sample", {"sec-fetch-site": "cross-site"}, b"", 403, "the page of another site"),
+            ("sample", {"origin": "http://evil.example"}, b"", 403, "another site's page"),
+            ("sample", {"origin": "null"}, b"", 403, "another site's page"),
+            ("sample", {"sec-fetch-site": "cross-site"}, b"", 403, "another site's page"),
         ],
     )
     def test_refusals(self, server, path, headers, body, status, sentence):
@@ -185,7 +185,7 @@ class TestServer:
 
     def test_nothing_is_computed_for_a_get(self, server):
         response = requests.get(f"{server.url}/api/sample", timeout=PATIENCE)
-        assert (response.status_code, response.json()["error"]) == (405, "this address takes another method")
+        assert (response.status_code, response.json()["error"]) == (405, "this address does not accept this method")
 
     @pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/api/run", "/nothing", "/../pyproject.toml"])
     def test_every_answer_has_its_guards(self, server, path):
@@ -214,7 +214,7 @@ class TestServer:
                 waiting.append(event)
         assert refused, "the queue never was full"
         assert waiting[0]["ahead"] == 1
-        assert refused[0].json()["error"].startswith("the queue is full: 1 requests wait")
+        assert refused[0].json()["error"].startswith("the queue is full: 1 requests are waiting")
         assert int(refused[0].headers["retry-after"]) >= 1
         for response in begun:
             response.close()
@@ -230,7 +230,7 @@ class TestServer:
         lines = responses[-1].iter_lines()
         assert json.loads(next(lines))["state"] == "waiting"
         status, output = server.end(number)
-        assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is ending"}
+        assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is shutting down"}
         assert (status, output.splitlines()[-1]) == (0, "the playground has ended"), output
         assert len(output.splitlines()) == 2, output
 
