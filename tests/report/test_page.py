@@ -225,7 +225,7 @@ class TestWrite:
         text, _ = page_of(run)
         found = {name: re.search(rf"<figcaption>{name}\.png(.*?)</figcaption>", text)[1] for name in pictures}
         assert found["step_1"] == (
-            "<br>seed 3, guidance 2.5<br>negative prompt: ten<details open><summary>Prompts, a row each</summary>"
+            "<br>seed 3, guidance 2.5<br>negative prompt: ten<details open><summary>Prompts, one per row</summary>"
             '<ol class="texts"><li>seven</li><li>&lt;b&gt;two&lt;/b&gt; &amp; three</li></ol></details>'
         )
         assert found["vary_1"] == "<br>seed 3<br>prompt: seven"

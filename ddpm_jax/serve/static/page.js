@@ -343,7 +343,7 @@ function showSlots() {
 async function bring(slot, file) {
   // The server crops and scales it, so that the preview is what the network will see.
   try {
-    if (file.size > MAX_FILE) throw new Error(`the file has ${(file.size / 2 ** 20).toFixed(0)} MiB; accepted: 15 at most`);
+    if (file.size > MAX_FILE) throw new Error(`the file has ${(file.size / 2 ** 20).toFixed(0)} MiB; accepted: up to 15`);
     const body = new FormData();
     body.set("picture", file);
     const found = await answer(await fetch("api/fit", { method: "POST", body }));
