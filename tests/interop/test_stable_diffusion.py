@@ -301,7 +301,7 @@ def test_inpainting_network_by_command(call, inpainting, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("captions", "said"), [(("a", "b"), "has a text encoder that was trained along"), ((), "takes no prompts")]
+    ("captions", "said"), [(("a", "b"), "has a text encoder trained with the network"), ((), "takes no prompts")]
 )
 def test_no_stable_diffusion(tmp_path, captions, said):
     run = make_run(captions=captions)

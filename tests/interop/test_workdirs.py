@@ -222,5 +222,5 @@ def test_hub_name_offline(tmp_path, monkeypatch, python):
         "except UserError as error:\n    print(error)\n",
         tmp_path / "run",
     )
-    assert "'google/ddpm-cifar10-32' is no folder here, and the Hugging Face hub does not give it" in said
+    assert "'google/ddpm-cifar10-32' is not a local folder, and the Hugging Face hub does not provide it" in said
     assert not (tmp_path / "run").exists()

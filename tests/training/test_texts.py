@@ -95,7 +95,7 @@ def test_a_run_with_a_frozen_t5(call, tmp_path):
     assert np.load(run / "a.npz")["image"].shape[0] == 2
     status, output = call("--mode=export", f"--workdir={run}", f"--out={tmp_path / 'sd'}", config=None)
     assert status != 0
-    assert "this run has another text encoder than CLIP's (text.encoder), unlike Stable Diffusion" in output
+    assert "this run has a text encoder other than CLIP's (text.encoder), unlike Stable Diffusion" in output
 
 
 def test_what_a_start_that_was_cut_off_has_left_is_made_anew(config, tmp_path):

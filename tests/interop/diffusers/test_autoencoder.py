@@ -187,7 +187,7 @@ def test_variants_and_shards(folder, params, tensors):
             "DownEncoderBlock2D for each of block_out_channels",
         ),
         ({"up_block_types": "UpDecoderBlock2D"}, "up_block_types is 'UpDecoderBlock2D' in {}; accepted: UpDecoder"),
-        ({"magic": 1}, "magic is 1 in {}, a field that this project does not know"),
+        ({"magic": 1}, "magic is 1 in {}, but this project does not support this field"),
     ],
 )
 def test_what_is_not_ours(fields, said):

@@ -45,7 +45,7 @@ def test_a_network_with_classes(call, tmp_path):
     assert json.loads((source / "scheduler/scheduler_config.json").read_text())["set_alpha_to_one"] is False
     status, output = call("--mode=import", f"--source={source}", f"--workdir={workdir}", config=None)
     assert status == 0, output
-    assert "DDIMScheduler: eps follows from the clipped x_0, diffusers' use_clipped_model_output" in output
+    assert "DDIMScheduler: eps is computed from the clipped x_0, like diffusers' use_clipped_model_output" in output
     run = load(workdir)
     assert run.dataset["class_names"] == ["0", "1", "2"]
     assert {name: run.config.sample[name] for name in sample} == sample

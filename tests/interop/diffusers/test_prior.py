@@ -135,13 +135,13 @@ def test_what_diffusers_cannot_have(tmp_path):
     params = drawn(jax.eval_shape(NET.init, jax.random.key(0), x, t, cond)["params"])
     said = refusal(prior.write, tmp_path / "prior", NET, params, statistics(12))
     assert said == (
-        "the text's tokens have width 9; diffusers' PriorTransformer only has that of the image embeddings, 12"
+        "the text's tokens have width 9; accepted by diffusers' PriorTransformer: the image embeddings', 12"
     )
     assert not (tmp_path / "prior").exists()
     cond = {"tokens": jnp.zeros((1, 2, 6)), "vector": jnp.zeros((1, 5))}
     params = drawn(jax.eval_shape(MODULE.init, jax.random.key(0), jnp.zeros((1, 6)), cond)["params"])
     said = refusal(embedding_condition.write, tmp_path / "projection", MODULE, params)
-    assert said.startswith("the text's embedding has width 5; diffusers' UnCLIPTextProjModel only has")
+    assert said.startswith("the text's embedding has width 5; accepted by diffusers' UnCLIPTextProjModel: ")
 
 
 # What stands before the decoder.

@@ -212,7 +212,7 @@ def test_parts_that_are_named_and_empty(folder, tmp_path):
     change_json(folder / "model_index.json", text_encoder_2=[None, None], safety_checker=["stable_diffusion", "Some"])
     told = []
     workdirs.import_weights(str(folder), tmp_path / "run", tell=told.append)
-    assert told == ["the safety checker is left aside: the run does not check its pictures"]
+    assert told == ["the safety checker is ignored: the run does not check its pictures"]
 
 
 @pytest.mark.parametrize(
@@ -223,15 +223,15 @@ def test_parts_that_are_named_and_empty(folder, tmp_path):
             {"_class_name": "StableDiffusionXLPipeline"},
             "_class_name is 'StableDiffusionXLPipeline'",
         ),
-        ("vae/config.json", {"latent_channels": 3}, "out_channels is 4 in {unet}, and latent_channels 3 in {vae}"),
+        ("vae/config.json", {"latent_channels": 3}, "out_channels is 4 in {unet}, but latent_channels is 3 in {vae}"),
         (
             "unet/config.json",
             {"cross_attention_dim": 32},
-            "cross_attention_dim is 32 in {unet}, and hidden_size 24 in {text_encoder}; accepted: the same",
+            "cross_attention_dim is 32 in {unet}, but hidden_size is 24 in {text_encoder}; accepted: the same",
         ),
         ("unet/config.json", {"in_channels": 5}, "in_channels is 5 in {unet}; accepted: 4, 9"),
         ("unet/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {unet}; accepted: 'whole numbers"),
-        ("unet/config.json", {"block_out_channels": 16}, "holds a value that does not fit"),
+        ("unet/config.json", {"block_out_channels": 16}, "has an invalid value"),
         ("vae/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {vae}; accepted: whole numbers"),
         ("vae/config.json", {"down_block_types": ["Some"] * 2}, "down_block_types is ['Some', 'Some'] in {vae}"),
         ("scheduler/scheduler_config.json", {"_class_name": "Some"}, "_class_name is 'Some' in {scheduler}"),

@@ -154,12 +154,12 @@ def test_half_precision(dtype):
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'"),
         ({"freq_shift": 2}, "config.model.time_frequency_shift is 2.0; accepted: 0 to 1"),
         ({"in_channels": 1}, "out_channels is 3 in 'config.json'; accepted: 1"),
-        ({"magic": 1}, "magic is 1 in 'config.json', a field that this project does not know"),
+        ({"magic": 1}, "magic is 1 in 'config.json', but this project does not support this field"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel'"),
         ({"sample_size": None}, "sample_size is None"),
         ({"sample_size": 9, "downsample_padding": 0}, "an image of 9x9 cannot be halved 1 times"),
         ({"layers_per_block": "two"}, "num_res_blocks"),
-        ({"block_out_channels": "ab"}, "holds a value that does not fit"),
+        ({"block_out_channels": "ab"}, "has an invalid value"),
     ],
 )
 def test_what_is_not_ours(fields, said):

@@ -186,7 +186,7 @@ def test_tensors_of_another_network():
         ({"addition_embed_type": "image"}, "addition_embed_type is 'image' in 'config.json'; accepted: None, 'text'"),
         ({"addition_embed_type": "text"}, "addition_embed_type_num_heads is 64 in 'config.json'; accepted: "),
         ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel'"),
-        ({"magic": 1}, "magic is 1 in 'config.json', a field that this project does not know"),
+        ({"magic": 1}, "magic is 1 in 'config.json', but this project does not support this field"),
         ({"class_embed_type": "simple_projection"}, "class_embed_type is 'simple_projection'"),
         ({"class_embed_type": "projection"}, "projection_class_embeddings_input_dim is None in 'config.json'; "),
         ({"projection_class_embeddings_input_dim": 8}, "projection_class_embeddings_input_dim is 8"),
