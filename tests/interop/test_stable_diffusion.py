@@ -123,7 +123,7 @@ def test_second_version(tokens, tmp_path):
     """What the network predicts is asked for, and prompts are padded with "!"."""
     save_file(tensors("2.x"), tmp_path / "model.safetensors")
     source = str(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="give --prediction=eps for a model of 512 pixels, --prediction=v for one of"):
+    with pytest.raises(UserError, match="use --prediction=eps for a model for 512 pixels, --prediction=v for one for"):
         workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens)
     path = workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens, prediction="v")
     run = load(path)
@@ -152,7 +152,7 @@ def test_tokenizer_of_the_hub(file, tokens, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder, "locate", fails)
     with pytest.raises(
-        UserError, match=r"has no tokenizer, and .* cannot be had; give --tokenizer: a folder with CLIP's"
+        UserError, match=r"has no tokenizer, and .* cannot be had; use --tokenizer with a folder that has CLIP's"
     ):
         workdirs.import_weights(str(file), tmp_path / "other")
 
@@ -449,7 +449,7 @@ def test_no_adapters(adapted, imported, two, tmp_path):
     for path, loras, out, said in (
         (imported, (), "x.safetensors", "trained no adapters"),
         (adapted, two[:1], "x.safetensors", "accepted: --adapters without --lora"),
-        (adapted, (), "x.bin", "must end in .safetensors"),
+        (adapted, (), "x.bin", "accepted: a name ending in .safetensors"),
     ):
         with pytest.raises(UserError, match=said):
             workdirs.export_adapters(load(path, loras=loras), path, tmp_path / out)

@@ -99,7 +99,7 @@ def test_exports_are_the_run(runs, tmp_path):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bound), part(found), part(run))  # noqa: B023
         pictures = found.sample(2, prompts=["a", "b"], num_steps=2)
         assert np.abs(pictures.astype(int) - expected).max() <= bool(bound)
-    with pytest.raises(UserError, match=r"adapted its text encoder .* accepted: --out of a folder, or --adapters"):
+    with pytest.raises(UserError, match=r"adapted its text encoder .* accepted: a folder as --out, or --adapters"):
         workdirs.export_weights(run, tmp_path / "x.safetensors")
 
 

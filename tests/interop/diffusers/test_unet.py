@@ -134,7 +134,7 @@ def test_half_precision(dtype):
     ("fields", "said"),
     [
         ({"act_fn": "elu"}, "act_fn is 'elu'"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier' in 'config.json', which takes the log"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier' in 'config.json', which divides by"),
         ({"time_embedding_type": "learned"}, "num_train_timesteps is None in 'config.json'; accepted: 1000"),
         ({"time_embedding_dim": 64}, "time_embedding_dim is 64"),
         ({"downsample_padding": 2}, "downsample_padding is 2 in 'config.json'; accepted: 0, 1"),
@@ -172,12 +172,12 @@ def test_what_is_not_ours(fields, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"downsample": "avg_pool"}, "config.model.downsample is 'avg_pool'; diffusers' UNet2DModel only has conv and"),
+        ({"downsample": "avg_pool"}, "config.model.downsample is 'avg_pool'; diffusers' UNet2DModel only supports conv and"),
         ({"upsample": "transposed"}, "config.model.upsample is 'transposed'"),
         ({"attention_patch_size": 2}, "config.model.attention_patch_size is 2"),
         ({"class_conditional": True}, "config.model.class_conditional is True"),
         ({"channel_multipliers": (2, 4)}, "config.model.channels is 8; .* begins with the 16 channels of the first"),
-        ({"middle_attention_groups": 0}, "leaves that norm out with scale_shift only"),
+        ({"middle_attention_groups": 0}, "only leaves out that norm with scale_shift"),
         ({"num_heads": 2, "attention_levels": (True, True)}, r"config.model.num_heads is 2; .*levels of \[8, 16\]"),
         (
             {

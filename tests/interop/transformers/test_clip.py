@@ -85,7 +85,7 @@ def test_half_precision_in_shards_without_prefix(folder, params, dtype):
     (folder / file).unlink()
     assert refusal(interop.read, folder) == f"{str(folder / file)!r} is not a file"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    assert "names '../a.safetensors'; accepted: files of its own folder" in refusal(interop.read, folder)
+    assert "names '../a.safetensors'; accepted: files in the same folder" in refusal(interop.read, folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "has no weight_map" in refusal(interop.read, folder)
 
