@@ -431,7 +431,7 @@ def plms(levels: Levels, prediction: str = "eps") -> SamplerTable:
 
     A step is DDIM's with a combination of the last four eps in place of eps. The first steps combine fewer, and the
     very first is taken twice: Euler's, then from the same start with the mean of the eps at both ends. S timesteps take
-    S + 1 calls, a single one takes one. From pure noise, where eps does not determine x_0, the first step stays Euler's.
+    S + 1 calls, a single one takes one. From pure noise, where eps does not determine x_0, the first step is Euler's.
 
     If the network predicts v, the method combines v instead, as in diffusers' PNDMScheduler, and then converts to eps.
     """

@@ -96,9 +96,7 @@ def _compiled(planned: Planned, mesh: Mesh, where: str) -> tuple[hlo.Program, fl
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"[Uu]sed ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         if used:
-            raise UserError(
-                f"{planned.title}: does not fit: it needs {used[1]}, but a chip has {used[2]}"
-            ) from None
+            raise UserError(f"{planned.title}: does not fit: it needs {used[1]}, but a chip has {used[2]}") from None
         raise UserError(f"{planned.title}: it does not compile: {first_line(error)}") from None
     program = hlo.analyse(compiled, planned.flops() / mesh.devices.size, mesh.shape["fsdp"])
     return program.over(planned.calls), time.monotonic() - began

@@ -281,9 +281,7 @@ def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, 
     tokenizer.no_truncation()
     least = len(tokenizer.encode("").ids)
     if not least:
-        raise UserError(
-            f"{what} has no tokens for an empty text; accepted: a tokenizer with a start or end token"
-        )
+        raise UserError(f"{what} has no tokens for an empty text; accepted: a tokenizer with a start or end token")
     if length <= least:
         raise UserError(f"{what} has max_length {length}; accepted: more than the {least} tokens of an empty text")
     tokenizer.enable_truncation(length)

@@ -24,8 +24,8 @@ def test_base(folder, tmp_path):
     notes = []
     run = load(workdirs.import_weights(str(folder / "base"), tmp_path / "run", notes.append))
     assert [note.split(" is")[0] for note in notes] == [
-        "prompts are lowercased and stripped of surrounding spaces; diffusers also removes links and some punctuation if "
-        "beautifulsoup4 and ftfy are installed (clean_caption)",
+        "prompts are lowercased and stripped of surrounding spaces; diffusers also removes links and some punctuation "
+        "if beautifulsoup4 and ftfy are installed (clean_caption)",
         "the safety checker",
     ]
     assert (run.shape, run.config.sample.guidance_scale, run.config.sample.num_steps) == ((8, 8, 3), 7.0, 100)
@@ -49,7 +49,7 @@ EDITS = (
     ("larger", "unet/config.json", {"class_embed_type": None}, "class_embed_type is None.*accepted: 'timestep'"),
     ("larger", "unet/config.json", {"sample_size": 30}, "sample_size is"),
     ("base", "unet/config.json", {"encoder_hid_dim": 12}, "encoder_hid_dim is 12"),
-    ("larger", "image_noising_scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "a different noise schedule"),
+    ("larger", "image_noising_scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "a different noise"),
 )
 
 

@@ -61,7 +61,7 @@ def test_what_diffusers_passes_over():
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
         ("DDIMScheduler", {"timestep_spacing": "trailing"}, "if the number of steps does not divide"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
-        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not supported"),
+        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not"),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "the result is x here, in diffusers x / a"),
         ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "abar 2^-24"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not supported"),
@@ -169,7 +169,7 @@ def test_unclip(fields):
 @pytest.mark.parametrize(
     ("part", "field", "value", "said"),
     [
-        ("diffusion", "schedule", "linear", "config.diffusion.schedule is 'linear'; accepted by diffusers' UnCLIPScheduler"),
+        ("diffusion", "schedule", "linear", "config.diffusion.schedule is 'linear'; accepted by diffusers'"),
         ("diffusion", "betas", (0.1, 0.2), "config.diffusion.betas is (0.1, 0.2)"),
         ("diffusion", "schedule_options", {"offset": 0.1}, "config.diffusion.schedule_options is {'offset': 0.1}"),
         (
