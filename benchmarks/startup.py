@@ -3,9 +3,9 @@
     python benchmarks/startup.py
     python benchmarks/startup.py --config cifar10 --batch 16
 
-"Cold" starts with an empty compilation cache and fills it, "warm" uses the filled cache; "resumed" does so too and resumes
-from a checkpoint. The images are synthetic, for configs whose data set would have to be downloaded. The times are those
-at which the command reports that it compiles the step, that it has compiled it, and that the first step is done.
+"Cold" starts with an empty compilation cache and fills it; "warm" uses the filled cache; "resumed" also starts from a
+checkpoint. The images are synthetic, for configs whose data set would have to be downloaded. The times are those at
+which the command reports that it compiles the step, that it has compiled it, and that the first step is done.
 """
 
 import argparse

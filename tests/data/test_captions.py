@@ -60,7 +60,7 @@ def test_the_fingerprint_is_of_the_captions_too(folder):
         ("b.txt", b"", r"caption '.*b\.txt' is empty"),
         ("b.txt", b" \n\n", r"caption '.*b\.txt' is empty"),
         ("b.txt", b"caf\xe9", r"caption '.*b\.txt' is not UTF-8 text: .* at byte 3"),
-        ("metadata.csv", b"file_name,text\na.png,x\n", r"image '.*b\.jpg' has no caption: no row of '.*metadata\.csv'"),
+        ("metadata.csv", b"file_name,text\na.png,x\n", r"image '.*b\.jpg' has no caption: no row in '.*metadata\.csv'"),
         ("metadata.csv", b"file,text\na.png,x\n", r"row 1 of '.*metadata\.csv' has no 'file_name'; it has file, text"),
         ("metadata.csv", b"file_name,text\na.png,  \n", r"the text in row 1 of '.*metadata\.csv' is empty"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"metadata\.csv' is not UTF-8 text"),

@@ -129,7 +129,7 @@ def test_exif_orientation(tmp_path, orientation):
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_large_jpeg_decoded_at_a_part_of_its_size_looks_the_same(tmp_path, orientation, mode):
-    """It looks like the same pixels in a file that is always decoded at full size; 800 pixels are five times as many."""
+    """Like the same pixels in a file that is always decoded at full size; 800 pixels are five times the final size."""
     rng = np.random.default_rng(0)
     scene = Image.fromarray(rng.integers(0, 256, (20, 15, 3), np.uint8)).resize((600, 800), Image.Resampling.NEAREST)
     exif = Image.Exif()

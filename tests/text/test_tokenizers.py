@@ -485,7 +485,7 @@ def test_tokenizer_json(tmp_path, trained):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<other>"}))
     assert "has no token '<other>' to pad with" in refusal(Tokenizer.read, tmp_path)
     assert "was not written by a Tokenizer" in refusal(Tokenizer.from_json, path.read_text(), str(path))
-    assert "is no tokenizer" in refusal(Tokenizer.from_json, "no")
+    assert "is not a tokenizer" in refusal(Tokenizer.from_json, "no")
 
 
 def test_a_tokenizer_that_gives_the_empty_text_no_token(tmp_path, trained):
