@@ -63,7 +63,7 @@ def judged(options, folder):
 
 
 def figures(result):
-    """The numbers of a line of JSON, but for what describes the benchmark and the machine."""
+    """The results in a line of JSON, without the description of the benchmark and the machine."""
     values = result.get("median_ms") or {}
     if values:
         return ", ".join(f"{name} {value:,.1f} ms" for name, value in values.items())

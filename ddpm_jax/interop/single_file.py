@@ -226,7 +226,7 @@ def _refuse_others(where: str, tensors: Collection[str]) -> None:
 
 
 def _sizes(where: str, tensors: Mapping[str, np.ndarray], name: str, *axes: int, prefix: str = "") -> tuple[int, ...]:
-    """The lengths of some axes of a tensor; UserError if it is not there or has fewer."""
+    """The lengths of some axes of a tensor; UserError if the tensor is missing or has too few axes."""
     if name not in tensors or tensors[name].ndim <= max(axes):
         raise UserError(f"{where!r} has no tensor {prefix + name!r}, or one with too few axes")
     return tuple(tensors[name].shape[axis] for axis in axes)

@@ -280,7 +280,7 @@ def _named_tensors(content: Any) -> dict[str, _Tensor]:
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    """The named tensors among the content of a training checkpoint."""
+    """The named tensors in a training checkpoint."""
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     if isinstance(content, dict):

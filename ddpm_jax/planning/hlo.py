@@ -186,7 +186,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _called(computations: Computations, instruction: _Instruction) -> tuple[list[str], int]:
-    """The computations that an instruction may call, of which the most expensive counts, and the number of calls."""
+    """The computations that an instruction may call, and how often; only the most expensive one counts."""
     attributes = instruction.attributes
     if instruction.opcode == "while":
         return re.findall(r"\bbody=%?([\w.\-]+)", attributes), _trips(computations, attributes)

@@ -162,7 +162,7 @@ def hold(
       path: of the lock file, in an existing folder.
       purpose: what the lock is for, shown to others.
       wait: whether to wait until it is free, instead of raising HeldError.
-      processes: number of processes in the job of which this is process 0.
+      processes: number of processes in this job, for which process 0 holds the lock.
       say: called with a message if waiting takes longer.
       every: seconds between two heartbeats.
       silence: seconds without a heartbeat after which others may consider this process gone.

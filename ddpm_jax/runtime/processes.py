@@ -61,7 +61,7 @@ def job(
         process_id = _number("JAX_PROCESS_ID") if process_id is None else process_id
     elif not coordinator:
         if num_processes is not None or process_id is not None:
-            raise UserError("--num_processes and --process_id need --coordinator=host:port too")
+            raise UserError("--num_processes and --process_id also need --coordinator=host:port")
         yield
         return
     if not automatic or None not in (num_processes, process_id):

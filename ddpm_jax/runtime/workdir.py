@@ -111,9 +111,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
-    """UserError if a run with other settings lies in the workdir, naming the fields that differ."""
+    """UserError if the workdir has a run with another config; it names the fields that differ."""
     if (workdir / STAGES).exists():
-        raise UserError(f"--workdir {str(workdir)!r} is a pipeline, whose stages are trained in workdirs of their own")
+        raise UserError(f"--workdir {str(workdir)!r} is a pipeline; its stages are trained in separate workdirs")
     if (workdir / CONFIG).exists():
         changed = config_lib.differences(read_config(workdir), config)
         if changed:

@@ -106,7 +106,7 @@ def test_transparent_colour_without_alpha(tmp_path):
 
 
 UPRIGHT = np.array([[0, 50, 100], [150, 200, 250]])
-STORED = {  # orientation: what a camera wrote for the picture UPRIGHT
+STORED = {  # orientation: the pixels that a camera stored for the picture UPRIGHT
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
     3: UPRIGHT[::-1, ::-1],

@@ -124,7 +124,7 @@ def test_estimate_of_the_noise_in_smooth_pictures(sigma):
 
 
 def test_denoising_draws_from_the_posterior(model):
-    """Of x = x_0 + sigma n: mean m + v / (v + sigma^2) (x - m), variance v sigma^2 / (v + sigma^2)."""
+    """Given x = x_0 + sigma n: mean m + v / (v + sigma^2) (x - m), variance v sigma^2 / (v + sigma^2)."""
     t = 300
     a, s = noise_level(t)
     sigma = s / a

@@ -105,7 +105,7 @@ class TestClipScore:
 class TestPrepare:
     @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 12), (40, 31)])
     def test_is_bicubic(self, height, width):
-        """Keys' kernel of a = -1/2, stretched where pictures shrink; within a level, for Pillow rounds between axes."""
+        """Keys' kernel with a = -1/2, stretched for downscaling; within a level, since Pillow rounds between axes."""
 
         def weights(length, size):
             scale = length / size

@@ -1,4 +1,4 @@
-"""A comparison says what it is of, what it is worth, and what it could not say."""
+"""The results of a comparison: its subject, its uncertainty, and what could not be computed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Images of whatever lies at a path, in portions, and what is refused in words."""
+"""Opening images from all kinds of paths, reading them in portions, and refusals."""
 
 import numpy as np
 import pytest

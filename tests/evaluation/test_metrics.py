@@ -1,4 +1,4 @@
-"""The metrics on sets and Gaussians whose value one knows, and against SciPy and brute force."""
+"""The metrics for sets and Gaussians with known values, and against SciPy and brute force."""
 
 import numpy as np
 import pytest
@@ -175,7 +175,7 @@ class TestFrechetInfinity:
 class TestFloor:
     @pytest.mark.parametrize("count", [300, 1500, 6000])
     def test_is_the_distance_of_real_images(self, count):
-        """Of fewer than half of the reference's images, of more, and of more than all."""
+        """For fewer than half as many images as in the reference, for more, and for more than all."""
         rng = np.random.default_rng(4)
         real = skewed(rng, 2000, 16)
         reference = Moments.of(real)

@@ -95,7 +95,7 @@ class TestShards:
 
     @pytest.fixture
     def judge(self):
-        """Counts the images that it judges, as the attribute `seen` of its function."""
+        """Counts the images that it processes, in the attribute `seen` of its function."""
         seen = []
 
         def of(self, images, mesh, batch_size):
@@ -118,7 +118,7 @@ class TestShards:
             shard_summary(folder, judge, count=91)
 
     def test_goes_on_where_it_was(self, folder, judge, whole):
-        """A damaged file is made again, one of a shard that was made anew too, and nothing else."""
+        """Only a damaged file and that of a rewritten shard are computed again."""
         judge, seen = judge
         told = []
         shard_features(folder, judge, SINGLE, batch_size=16, progress=lambda *args: told.append(args))

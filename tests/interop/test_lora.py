@@ -89,7 +89,7 @@ def kohya_tensors(expected, compvis=False, te="lora_te"):
 
 
 def processor_tensors(expected, named=True):
-    """diffusers' first format, of attention alone."""
+    """diffusers' first format, for attention only."""
     text = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
     result = {}
     for module, update in expected.unet.items():
@@ -222,7 +222,7 @@ def test_refused_metadata(tmp_path, description, said):
 
 
 def test_delta():
-    """Against the product written out, of matrices and filters; several one after the other."""
+    """Against the product written out, for matrices and filters; several LoRAs in sequence."""
     expected, weights = make_lora(), random(UNET)
     changed = merged(weights, expected.unet, 0.7)
     assert changed.keys() == {f"{module}.weight" for module in UNET_MODULES}

@@ -93,7 +93,7 @@ def opened(run):
 
 
 def assert_same_runs(first, second):
-    """But for what their sources are called."""
+    """They are equal except for the names of their sources."""
     found, expected = load(first), load(second)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -206,7 +206,7 @@ MASK[4:12, 2:9] = True
 
 
 def inpainting_unet():
-    """Its first filters weigh the picture's latents more, which are much alike without training."""
+    """Its first filters emphasise the picture's latents, which vary little without training."""
     tensors = small(single_files.unet_shapes(in_channels=9), 0)
     tensors["conv_in.weight"][:, 5:] *= 300
     return tensors
@@ -331,7 +331,7 @@ def test_latents_without_prompts(imported, tmp_path):
 
 
 def test_layout_of_a_run_that_was_trained_further(imported):
-    """Its description does not have the layout; the default one is this file's."""
+    """Its description lacks the layout, so the default one is written."""
     run = load(imported)
     assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
 
@@ -413,7 +413,7 @@ def test_lora_that_is_missing(imported, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapted(imported, tmp_path_factory):
-    """As training leaves it: the network's checkpoint in a folder of its own, and one of the adapters."""
+    """As left by training: a checkpoint of the network in its own folder, and one of the adapters."""
     run, path = load(imported), tmp_path_factory.mktemp("adapted") / "run"
     shutil.copytree(imported, path)
     (path / BASE).mkdir()

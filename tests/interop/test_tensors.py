@@ -111,7 +111,7 @@ def write_pickled(path, value, key=b"Va\n", compress=zipfile.ZIP_STORED):
 
 
 def test_tensor_of_a_storage(tmp_path):
-    """What the refusals below are small changes of."""
+    """The valid file that the refusals below modify slightly."""
     write_pickled(tmp_path / "x.bin", tensor(STORAGE, 1, (3,), (1,)))
     np.testing.assert_array_equal(tensors_lib.read(tmp_path / "x.bin")["a"], [1, 2, 3])
 
@@ -180,7 +180,7 @@ def write_any(path, value):
 
 
 def test_which_weights_are_read(tmp_path):
-    """From the last choice to the first, each beside all before it."""
+    """From the last choice to the first, adding one file at a time."""
     last, first = ("other.bf16.bin", "net.safetensors.index.bf16.json"), ("net.safetensors.index.json", NAMES[0])
     half = ("other.bin.index.fp16.json", "other.fp16.bin", "net.safetensors.index.fp16.json", "net.fp16.safetensors")
     for i, name in enumerate([*last, *half, "other.bin.index.json", "other.bin", *first]):
@@ -289,7 +289,7 @@ def test_refused_legacy_file(tmp_path, content, said):
 
 
 def pickled(*items):
-    """A pickle of the oldest protocol that holds these keys and values, written out."""
+    """A hand-written pickle, in the oldest protocol, with these keys and values."""
     return b"(d" + b"".join(b"V%s\n%bs" % (key.encode(), value) for key, value in items) + b"."
 
 

@@ -83,7 +83,7 @@ def test_there_and_back_is_the_same_to_the_byte(folder, tmp_path):
 
 
 def test_flat_layout_and_former_names(folder, tmp_path):
-    """As the first folders on the hub have it: no sub-folders, and attention's layers under their old names."""
+    """As in the first folders on the hub: no sub-folders, and the old names of attention's layers."""
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "config.json").write_bytes((folder / "unet/config.json").read_bytes())
@@ -212,7 +212,7 @@ def test_neither_folder_nor_hub_name(tmp_path):
 
 
 def test_hub_name_offline(tmp_path, monkeypatch, python):
-    """With the hub's own switch for no network: one sentence at once."""
+    """With the hub's own offline switch, the import fails immediately with one sentence."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     said = python(

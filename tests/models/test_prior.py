@@ -88,7 +88,7 @@ def test_karlo_s_parameters():
 
 
 def test_no_token_sees_those_behind_it():
-    """Each block's output at a place depends on this place and those before it."""
+    """Each block's output at a position depends only on that position and earlier ones."""
     x, cond = inputs(NARROW)
     variables, whole = randomised(NARROW), {**cond, "tokens_mask": np.ones_like(MASK)}
 

@@ -1,4 +1,4 @@
-"""The page of a run: from what lies in a workdir, and in a real browser."""
+"""The page of a run: its contents, and its behaviour in a real browser."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ def write_lines(path, count):
 
 
 def change(path, **fields):
-    """Other values in a JSON file; those of a section replace its own alone."""
+    """Changes values in a JSON file; sections are merged."""
     values = json.loads(path.read_text())
     for name, value in fields.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
@@ -51,7 +51,7 @@ def shade(value, size=8):
 
 @pytest.fixture
 def run(tmp_path):
-    """A workdir with a few of everything; sample pictures of one shade each, 10 a step."""
+    """A workdir with a few of everything; each sample picture has one shade, ten levels per step."""
     folder = tmp_path / "a <run>"
     np.save(tmp_path / "images.npy", np.zeros((5, 8, 8), np.uint8))
     config = default_config()

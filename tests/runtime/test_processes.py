@@ -1,4 +1,4 @@
-"""How a multi-host job begins; how it ends is in test_survival.py."""
+"""Starting a multi-host job; test_survival.py tests how it ends."""
 
 import os
 import re
@@ -89,7 +89,7 @@ class TestJob:
         assert process.returncode == 1
 
     def test_error_of_one_ends_both(self):
-        """One that computes and asks nobody, too."""
+        """Even one that only computes, without communicating."""
         job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
         arguments = [("600",), ("600", "its disk is full")]
         processes = [start(*words, JAX_PROCESS_ID=str(index), **job) for index, words in enumerate(arguments)]

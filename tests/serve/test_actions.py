@@ -1,4 +1,4 @@
-"""What forms ask of a run, on a tiny one: the same pictures as its methods give, and refusals."""
+"""The playground's actions on a tiny run: the same pictures as the run's methods give, and refusals."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def decoded(urls):
 
 
 class Told:
-    """Stands where the queue's task would: keeps what the work tells."""
+    """A stand-in for the queue's task that records what the work reports."""
 
     def __init__(self, action, cancelled=False):
         self.frames, self.positions, self.cancelled = [], [], cancelled
@@ -139,7 +139,7 @@ class TestActions:
         assert not near(pictures[0], pictures[2])
 
     def test_one_program_for_all_prompts(self, captioned):
-        """Said or not: what is compiled for an edit without a prompt serves every one with a prompt."""
+        """The program compiled for an edit without a prompt also serves edits with one."""
         form = QUICK | {"picture": upload(PICTURES[0])}
         Told(captioned.vary(form))
         compiled = []

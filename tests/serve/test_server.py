@@ -1,4 +1,4 @@
-"""The playground as its users meet it: a real server on a tiny run, by HTTP and in a browser."""
+"""The playground from a user's perspective: a real server for a tiny run, by HTTP and in a browser."""
 
 import base64
 import http.client
@@ -41,7 +41,7 @@ class Server:
         return requests.post(f"{self.url}/api/{path}", files=parts, stream=stream, headers=headers, timeout=PATIENCE)
 
     def pictures(self, path, fields=QUICK, **files):
-        """Of an action that is done."""
+        """The last line of a finished action."""
         response = self.post(path, fields, **files)
         assert response.status_code == 200, response.text
         events = [json.loads(line) for line in response.text.splitlines()]
@@ -74,7 +74,7 @@ def png(picture, name="a.png"):
 
 
 def bomb(side):
-    """The beginning of a PNG that would be a picture of this size."""
+    """The beginning of a PNG with this picture size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -89,7 +89,7 @@ def files_of(folder):
 
 class TestServer:
     def test_samples_are_the_runs(self, server, trained):
-        """The images that a seed has everywhere, and the way to them before they are there."""
+        """The same images as elsewhere with this seed, preceded by intermediate images."""
         before = files_of(trained[0])
         pictures, events = server.pictures("sample", QUICK | {"seed": "7", "num_images": "5"})
         expected = ddpm_jax.load(trained[0]).sample(8, 7, num_steps=6, sampler="ddim")
@@ -102,7 +102,7 @@ class TestServer:
         assert files_of(trained[0]) == before
 
     def test_pictures_that_are_brought(self, server):
-        """Are cropped and scaled as everywhere, and kept to the bit where nothing is painted."""
+        """They are cropped and scaled as usual, and unpainted parts are kept bit for bit."""
         wide = np.zeros((40, 80), np.uint8)
         wide[:, 40:] = 255
         picture = decoded(server.post("fit", {}, picture=png(wide)).json()["picture"])
@@ -141,7 +141,7 @@ class TestServer:
         assert (response.status_code, sentence in response.json()["error"]) == (status, True), response.text
 
     def test_a_body_without_end_is_broken_off(self, server):
-        """A request that does not say how long it is cannot bring more, either."""
+        """A request without a content length cannot send more, either."""
         head = b'--x\r\ncontent-disposition: form-data; name="picture"; filename="a.png"\r\n\r\n'
         connection = http.client.HTTPConnection(server.url.partition("//")[2], timeout=PATIENCE)
         sent = 0
@@ -199,7 +199,7 @@ class TestServer:
         assert wrong.status_code == 400
 
     def test_the_queue_is_bounded(self, server):
-        """While one is compiled and one waits, the next is told to come again; who hangs up frees the place."""
+        """While one compiles and one waits, the next must retry later; disconnecting frees the place."""
         first = server.post("sample", {"sampler": "ddpm", "num_steps": "50", "num_images": "1"}, stream=True)
         forms = [{"sampler": "ddim", "num_steps": str(50 - i)} for i in range(12)]
         begun, waiting, refused = [first], [], []

@@ -79,7 +79,7 @@ def test_training_is_deterministic_and_kept_in_json(trained):
 
 
 def test_the_end_token_last():
-    """So that it is found at the largest id, too, as CLIP does it; all else stays."""
+    """So the end is at the largest id, as in CLIP; everything else is unchanged."""
     first, last = (Tokenizer.train(CAPTIONS, 300, 12, end_last=end_last) for end_last in (False, True))
     assert (first.end_id, last.end_id) == (2, last.vocab_size - 1)
     ids, swapped = (tokenizer.encode(CAPTIONS).ids for tokenizer in (first, last))
@@ -376,7 +376,7 @@ def t5_prompts():
 
 
 def t5_differences(tokenizer, theirs, prompts):
-    """How many prompts have other tokens or another mask; those that are cut must be those that are long."""
+    """The number of prompts with different tokens or masks; exactly the long prompts must be cut."""
     expected = theirs(prompts, padding="max_length", max_length=tokenizer.max_length, truncation=True)
     found = tokenizer.encode(prompts)
     assert [bool(text) for text in found.cut] == [
@@ -440,7 +440,7 @@ def test_t5_s_tokens_of_a_model_that_sentencepiece_trained(tmp_path):
 
 
 def t5(folder):
-    """A T5 tokenizer in small: pieces with scores, an end token and no start, and nothing said of padding or length."""
+    """A small T5 tokenizer: pieces with scores, an end but no start token, and no padding or length set."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581red", "\u2581hat", "s", "h", "a", "t"]
     tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

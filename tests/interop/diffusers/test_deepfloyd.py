@@ -1,4 +1,4 @@
-"""The folders of DeepFloyd IF's stages: what they become, and what is refused."""
+"""The folders of DeepFloyd IF's stages: imports and refusals."""
 
 import json
 import shutil

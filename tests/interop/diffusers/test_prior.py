@@ -76,7 +76,7 @@ def test_written_and_read(tmp_path, name):
 
 
 def test_karlo_s():
-    """The fields of its file; the rest are diffusers' defaults."""
+    """The fields in Karlo's file; the others have diffusers' defaults."""
     fields = {"_class_name": "PriorTransformer", "_diffusers_version": "0.15.0.dev0", "additional_embeddings": 4}
     fields |= {"attention_head_dim": 64, "dropout": 0.0, "embedding_dim": 768, "num_attention_heads": 32}
     net, widths = prior.to_module({**fields, "num_embeddings": 77, "num_layers": 20})

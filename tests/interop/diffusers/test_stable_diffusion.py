@@ -1,4 +1,4 @@
-"""Whole pipelines of Stable Diffusion, narrow and of random weights, beside diffusers' own; and broken folders."""
+"""Whole narrow Stable Diffusion pipelines with random weights, against diffusers' own; and broken folders."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def folder(original, tmp_path):
 
 
 def test_an_imported_pipeline_is_a_run(folder, tmp_path):
-    """It samples after the folder is gone, at other sizes too, and each picture depends on its number alone."""
+    """It samples after the folder is gone, at other sizes too, and each picture depends only on its number."""
     run = ddpm_jax.load(workdirs.import_weights(str(folder), tmp_path / "run"))
     shutil.rmtree(folder)
     run = ddpm_jax.load(tmp_path / "run")
@@ -130,7 +130,7 @@ def change_tensors(path, change):
 
 
 def refused(folder, tmp_path):
-    """What is said of the folder, in one sentence; nothing is left behind."""
+    """The message about the folder; nothing is left behind."""
     with pytest.raises(UserError) as caught:
         workdirs.import_weights(str(folder), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -208,7 +208,7 @@ def test_parts_of_other_pipelines(folder, tmp_path, part, whose, there):
 
 
 def test_parts_that_are_named_and_empty(folder, tmp_path):
-    """diffusers writes [null, null] for what a pipeline leaves out."""
+    """diffusers writes [null, null] for parts that a pipeline omits."""
     change_json(folder / "model_index.json", text_encoder_2=[None, None], safety_checker=["stable_diffusion", "Some"])
     told = []
     workdirs.import_weights(str(folder), tmp_path / "run", tell=told.append)

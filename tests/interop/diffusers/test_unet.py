@@ -20,7 +20,7 @@ def read(fields):
 
 
 def written(fields):
-    """What is written back, as its file has it."""
+    """The exported config, as in a JSON file."""
     return json.loads(json.dumps(unet.to_fields(*read(fields))))
 
 
@@ -86,7 +86,7 @@ def test_other_options():
 
 
 def test_resampling_of_one_kind():
-    """UNetRes is a prefix of old; where all levels halve alike, one field says so."""
+    """UNetRes is an old prefix; if all levels use the same resampling, one field gives it."""
     fields = {"down_block_types": ("UNetResDownBlock2D", "AttnDownBlock2D"), "downsample_type": None}
     assert read(DEFAULT | fields)[0].model.downsample == "conv"
     fields = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
