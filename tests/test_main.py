@@ -585,7 +585,7 @@ class TestInterchange:
         ("flags", "message"),
         [
             (("--mode=import",), "--mode=import needs --source"),
-            (("--mode=import", "--source=nothing/here/at.all"), "'nothing/here/at.all' is no folder"),
+            (("--mode=import", "--source=nothing/here/at.all"), "'nothing/here/at.all' is not a folder"),
             (("--mode=import", "--source=nothing.safetensors"), "'nothing.safetensors' is not a file"),
         ],
     )

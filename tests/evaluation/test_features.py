@@ -72,7 +72,7 @@ class TestCustomFeatures:
     @pytest.mark.parametrize(
         ("images", "message"),
         [
-            ([], "there are no images for flat to judge"),
+            ([], "there are no images for flat to evaluate"),
             ([IMAGES[:0]], "there are no images"),
             ([IMAGES / 255], "are float64 of shape (37, 4, 4, 3); accepted: uint8"),
             ([np.full_like(IMAGES, np.nan, np.float32)], "are float32"),

@@ -247,12 +247,12 @@ CONV = "unet.conv_in"
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({f"{STEM}.hada_w1_a": DOWN}, f"'{STEM}.hada_w1_a' in 'x' is of LoHa"),
-        ({"lora_unet_conv_in.lokr_w1": DOWN}, "is of LoKr"),
-        ({**GOOD, "lora_unet_conv_in.dora_scale": DOWN}, "'lora_unet_conv_in.dora_scale' in 'x' is of DoRA"),
-        ({**GOOD, f"{STEM}.lora_magnitude_vector": DOWN}, "is of DoRA"),
-        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN}, "is of an SDXL LoRA"),
-        ({"text_encoder_2.x.lora_A.weight": DOWN}, "is of an SDXL LoRA"),
+        ({f"{STEM}.hada_w1_a": DOWN}, f"'{STEM}.hada_w1_a' in 'x' belongs to LoHa"),
+        ({"lora_unet_conv_in.lokr_w1": DOWN}, "belongs to LoKr"),
+        ({**GOOD, "lora_unet_conv_in.dora_scale": DOWN}, "'lora_unet_conv_in.dora_scale' in 'x' belongs to DoRA"),
+        ({**GOOD, f"{STEM}.lora_magnitude_vector": DOWN}, "belongs to DoRA"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN}, "belongs to an SDXL LoRA"),
+        ({"text_encoder_2.x.lora_A.weight": DOWN}, "belongs to an SDXL LoRA"),
         ({"lora_unet_conv_in.lora_mid.weight": DOWN}, "a LoRA with a core"),
         ({**GOOD, f"{STEM}.lora_B.bias": UP}, f"'{STEM}.lora_B.bias' in 'x' does not belong to a LoRA"),
         ({**GOOD, "unet.conv_in.weight": UP}, "'unet.conv_in.weight' in 'x' does not belong to a LoRA"),

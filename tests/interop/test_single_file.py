@@ -138,7 +138,7 @@ OTHERS = {
     "controlnet_cond_embedding.conv_in.weight": "is a ControlNet",
     "down_blocks.0.resnets.0.conv1.weight": "is a part of a diffusers folder",
     "emb_params": "is a textual inversion",
-    "encoder.conv_in.weight": "is no checkpoint of Stable Diffusion",
+    "encoder.conv_in.weight": "is not a Stable Diffusion checkpoint",
 }
 
 

@@ -190,7 +190,7 @@ def test_tokenizer_of_another_encoder(tokens, tmp_path):
 
 def test_file_of_another_kind(tokens, tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
+    with pytest.raises(UserError, match="is not a Stable Diffusion checkpoint"):
         workdirs.import_weights(str(tmp_path / "x.safetensors"), tmp_path / "run", tokenizer=tokens)
     for name in ("y.safetensors", "y.ckpt"):
         with pytest.raises(UserError, match=f"{name}' is not a file"):
@@ -441,7 +441,7 @@ def test_adapters_are_a_lora_file(adapted, imported, tmp_path):
         np.testing.assert_allclose(with_file[path], value, atol=1e-6)
     moved = sum(not np.array_equal(value, before[path]) for path, value in with_adapters.items())
     assert moved == len(load_file(file)) // 2
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         workdirs.export_adapters(run, adapted, file)
 
 

@@ -117,7 +117,7 @@ def test_plain_safetensors_there_and_back(tmp_path, class_conditional):
         check_dataset(tmp_path / "run", dataset)
     again = workdirs.export_weights(run, tmp_path / "again.safetensors")
     assert_same(load_file(again), load_file(file))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         workdirs.export_weights(run, again)
 
 
@@ -207,7 +207,7 @@ def test_one_writer(folder, tmp_path):
 
 
 def test_neither_folder_nor_hub_name(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         workdirs.import_weights(str(tmp_path / "nothing"), tmp_path / "run")
 
 

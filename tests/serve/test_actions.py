@@ -172,7 +172,7 @@ REFUSED = [
     ("vary", {"picture": "data:0"}, "picture is missing"),
     ("interpolate", FIRST, "second is missing"),
     ("inpaint", {"picture": upload(PICTURES[0])}, "mask is missing"),
-    ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "nothing .* is marked"),
+    ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "no part .* is marked"),
     ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; accepted with samplers other than ddpm and ddim: 1"),
     (
         "inpaint",
@@ -221,7 +221,7 @@ def test_training_images_are_not_fetched(tmp_path):
     run.config.data.data_dir = str(tmp_path)
     facts = Playground(run, "tiny", 8).facts()
     assert facts["training_images"] == 0
-    assert f"learned from are not in '{tmp_path}" in facts["without_training_images"]
+    assert f"training set is not in '{tmp_path}" in facts["without_training_images"]
     assert not [*tmp_path.iterdir()]
 
 

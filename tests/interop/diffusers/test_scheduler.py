@@ -272,7 +272,7 @@ def test_what_diffusers_samples_otherwise_is_said(sample, said):
     [
         ("ddim", {"variance": "learned", "loss": "hybrid"}, "DDIMScheduler does not support a learned variance"),
         ("plms", {"prediction": "x_0"}, "PNDMScheduler does not support prediction of x_0; DDPMScheduler is written"),
-        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not take pure noise at the last timestep"),
+        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not support pure noise at the last timestep"),
     ],
 )
 def test_what_a_scheduler_does_not_take_is_written_as_ddpm(sampler, diffusion, said):
