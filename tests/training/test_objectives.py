@@ -175,5 +175,5 @@ def test_gradient_of_the_factors_follows_from_that_of_the_kernel():
 
 def test_a_network_without_attention():
     model = dataclasses.replace(PLAIN.model, net=UNET.clone(middle_attention=False))
-    with pytest.raises(ValueError, match="networks with attention"):
+    with pytest.raises(ValueError, match="a network with attention"):
         dataclasses.replace(ADAPTED, model=model).init_params(0)
