@@ -162,7 +162,7 @@ class TestServer:
     @pytest.mark.parametrize(
         ("path", "headers", "body", "status", "sentence"),
         [
-            ("sample", {}, b"a=1", 400, "the request is no form"),
+            ("sample", {}, b"a=1", 400, "the request is not a form"),
             (
                 "sample",
                 {"content-type": "multipart/form-data"},
@@ -314,7 +314,7 @@ class TestPage:
         page.check("[value=inpaint]", force=True)
         picture = {"name": "a.png", "mimeType": "image/png", "buffer": png(np.full((30, 20), 80))[1]}
         page.set_input_files(".slot[data-slot=first] input[type=file]", picture)
-        canvas, painted = page.locator("#canvas"), "#canvas[aria-label='The picture, {} in 100 of it painted over']"
+        canvas, painted = page.locator("#canvas"), "#canvas[aria-label='The picture, {} % of it painted over']"
         page.wait_for_selector(painted.format(0))
         page.click("#go")
         assert "Paint over the part" in page.inner_text("#status")
