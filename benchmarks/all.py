@@ -1,11 +1,11 @@
-"""Runs the benchmarks one after another, each a process of its own, and keeps their lines of JSON.
+"""Runs the benchmarks one after another, each in its own process, and collects their lines of JSON.
 
     python benchmarks/all.py --out results.jsonl
     python benchmarks/all.py --quick
 
-Prints what the benchmarks print, and at the end a table in Markdown of every line of JSON. What needs a package that is
-not installed is left out, and said so. A digits run for the benchmarks that judge one is trained first, unless `--run`
-names one. The whole takes hours on two cores, `--quick` (fewer rounds, only the small networks) about half an hour.
+Prints the benchmarks' output, and at the end a Markdown table of all lines of JSON. Benchmarks that need a package that
+is not installed are skipped and listed. A digits run for the benchmarks that need one is trained first, unless `--run`
+names one. Everything takes hours on two cores, `--quick` (fewer rounds, only the small networks) about half an hour.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def judged(options, folder):
 
 
 def figures(result):
-    """The numbers of a line of JSON, but for what describes the benchmark and the machine."""
+    """The results in a line of JSON, without the description of the benchmark and the machine."""
     values = result.get("median_ms") or {}
     if values:
         return ", ".join(f"{name} {value:,.1f} ms" for name, value in values.items())

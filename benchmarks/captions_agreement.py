@@ -1,19 +1,19 @@
-"""How often a picture that was made from a caption is recognised among all captions.
+"""How often the caption that a picture was made from is recognised among all captions.
 
     python benchmarks/captions_agreement.py real.npz samples.npz
 
 Both files hold `image`, uint8 [N, H, H, C], and N strings: `caption` in the real set, `prompt` in the samples, each of
 which is a caption of the real set. A small CLIP (Radford et al. 2021) is trained on the real pictures. For each picture
-it ranks all different captions by their similarity. The table has the share of pictures whose own caption is the first,
-and of those where it is among the first five, for
+it ranks all distinct captions by their similarity. The table has the shares of pictures whose own caption ranks first,
+and among the first five, for
 
 - the samples;
 - the real pictures that the CLIP was trained on;
-- real pictures that it has not seen, one of each caption in a random fifth of those that have several;
+- unseen real pictures: one per caption, for a random fifth of the captions that have several pictures;
 - guessing.
 
-The same CLIP judges them all. Samples that are as good as real pictures and no copies of them reach the share of the
-unseen ones.
+The same CLIP is used for all of them. Samples as good as real pictures, without being copies of them, reach the share
+of the unseen ones.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHIFT = 2  # pixels
 
 
 class SmallCLIP(nn.Module):
-    """Both encoders, with projections of one width and a learned temperature."""
+    """Both encoders, with projections of the same width and a learned temperature."""
 
     image: CLIPImageEncoder
     text: TextEncoder
@@ -53,7 +53,7 @@ class SmallCLIP(nn.Module):
         return unit(self.projection(self.text(ids, mask).pooled))
 
     def __call__(self, pictures, ids, mask):
-        """Logits [B, B] of each picture and each caption."""
+        """The logits [B, B] of all pairs of a picture and a caption."""
         scale = jnp.exp(jnp.minimum(self.logit_scale, np.log(100)))
         return scale * self.pictures(pictures) @ self.captions(ids, mask).T
 
@@ -70,7 +70,7 @@ def shifted(key, pictures):
 
 
 def contrastive_loss(logits, captions):
-    """The symmetric cross-entropy of a batch, in which equal captions are not negatives of one another."""
+    """The symmetric cross-entropy of a batch; equal captions do not count as negatives of one another."""
     same = (captions[:, None] == captions) & ~jnp.eye(len(captions), dtype=bool)
     logits, own = jnp.where(same, -jnp.inf, logits), jnp.arange(len(captions))
     rows, columns = (optax.softmax_cross_entropy_with_integer_labels(x, own).mean() for x in (logits, logits.T))
@@ -78,13 +78,13 @@ def contrastive_loss(logits, captions):
 
 
 def train(net, pictures, captions, ids, mask, *, steps, batch, rate, decay=0.1):
-    """The parameters after so many steps of AdamW.
+    """The parameters after `steps` steps of AdamW.
 
     Args:
       net: a SmallCLIP.
       pictures: uint8 [N, H, H, C].
-      captions: int [N], the row of `ids` that holds a picture's caption.
-      ids, mask: of the different captions.
+      captions: int [N], the row of `ids` with each picture's caption.
+      ids, mask: of the distinct captions.
     """
     optimizer = optax.adamw(
         optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps),
@@ -139,7 +139,7 @@ def main(options):
     names, captions = np.unique(texts, return_inverse=True)
     unknown = sorted(set(prompts.tolist()) - set(names.tolist()))
     if unknown:
-        raise SystemExit(f"prompt {unknown[0]!r} in {options.samples!r} is no caption in {options.real!r}")
+        raise SystemExit(f"prompt {unknown[0]!r} in {options.samples!r} is not a caption in {options.real!r}")
     if samples.shape[1:] != real.shape[1:]:
         raise SystemExit(f"the samples have shape {samples.shape[1:]}, the real pictures {real.shape[1:]}")
     size, channels = real.shape[2:]

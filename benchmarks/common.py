@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers take turns, medians are compared, and the result is a table and a JSON line."""
+"""Shared by the benchmarks: peers take turns, medians are compared, and the result is a table and a JSON line."""
 
 import json
 import multiprocessing as mp
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A candidate is set up once and returns the function to be timed, which waits until its result is there. What else is
-# to be told of it is that function's attribute `facts`.
+# A candidate is set up once and returns the function to time, which waits for its result. Further information goes into
+# that function's attribute `facts`.
 Setup = Callable[[], Callable[[], Any]]
 
 
@@ -33,10 +33,10 @@ def _serve(setup: Setup, pipe: Connection) -> None:
 def alternate(
     candidates: dict[str, Setup], rounds: int, facts: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls, one call each in turn; the candidates' `facts` go where the argument says.
+    """Seconds of the candidates' calls, which take turns; the candidates' `facts` are put into the argument.
 
-    Every candidate lives in a process of its own, idle while the others run, so that neither threads nor memory of one
-    are in the way of another.
+    Every candidate has its own process, idle while the others run, so that candidates do not compete for threads or
+    memory.
     """
     context = mp.get_context("spawn")
     workers = {}
@@ -67,8 +67,8 @@ def _receive(pipe: Connection) -> Any:
 
 
 def planned(compiled: Any, params: Any) -> dict[str, Any]:
-    """How many parameters a network has, and what XLA counts in a compiled program: arithmetic, and the bytes that all
-    fusions read and write."""
+    """The number of parameters of a network, and XLA's counts for a compiled program: arithmetic, and the bytes that
+    all fusions read and write."""
     import jax
 
     cost, count = compiled.cost_analysis(), sum(p.size for p in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""How good the digits are that a run of configs/digits.py makes.
+"""The quality of digits sampled from a run of configs/digits.py.
 
     python main.py --mode=sample --workdir=runs/digits --num_images=256 --output=npz --out=digits.npz
     python benchmarks/digits_quality.py digits.npz

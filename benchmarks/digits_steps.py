@@ -1,10 +1,10 @@
-"""How good digits are by sampler and by number of steps, of a run of configs/digits.py.
+"""The quality of digits by sampler and number of steps, for a run of configs/digits.py.
 
     python benchmarks/digits_steps.py runs/digits --long dpmpp_2m ddpm --plot docs/images/steps.png
 
-The measure is the Frechet distance in the features of the small classifier of the embedded digits, between as many
-samples as there are digits and the digits; its floor is what as many real digits would get. It is comparable within
-this table alone, and no FID. Prints a table in Markdown and one line of JSON.
+The measure is the Frechet distance between the digits and as many samples, in the features of the small digits
+classifier; its floor is the distance that as many real digits would have. It is only comparable within this table, and
+is not FID. Prints a Markdown table and one line of JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def measure(run, steps, long):
     found = {sampler: {} for sampler in SAMPLERS}
     for sampler in SAMPLERS:
         for count in (*steps, run.schedule.num_timesteps) if sampler in long else steps:
-            # Heun calls the network twice a step, so half the steps are as many calls.
+            # Heun calls the network twice per step, so it gets half the steps.
             options = {"sampler": sampler, "num_steps": (count + 1) // 2 if sampler == "heun" else count}
             images = run.sample(len(real), batch_size=256, **options)
             found[sampler][run.calls(**options)] = metrics.frechet_distance(Moments.of(judge(images)), reference)

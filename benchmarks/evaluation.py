@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --memory
 
-The first prints seconds a batch and images per second; both networks include the resizing to 299 pixels. The second
-prints how much memory and time the metrics take beyond features of 50,000 images, made up batch by batch.
+The first prints seconds per batch and images per second; both networks include the resizing to 299 pixels. The second
+prints the additional memory and time that the metrics need for features of 50,000 images, generated batch by batch.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def ours(path, batch, size):
 
 
 def memory(count, dims):
-    """Prints what the metrics add to the memory of the process, and their seconds."""
+    """Prints the metrics' additional memory and their time."""
     import jax.numpy as jnp
     import numpy as np
 

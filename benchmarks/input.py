@@ -1,11 +1,11 @@
-"""The input pipeline: images per second from the disk to the batches of a step, on made-up images.
+"""The input pipeline: images per second from the disk to a step's batches, on synthetic images.
 
     python benchmarks/input.py
 
-A set like CIFAR-10's training images is prepared as tensorflow-datasets files; every image is decoded once and kept, so
-there are two speeds: of the first epoch, and of those after it, on the host and on the device. Larger sets are folders
-of JPEG files of quality 90, smooth pictures with noise, decoded as they are needed: as large as the network wants them,
-or larger. A core's images per second are those of a second of processor time, all threads together.
+A data set like CIFAR-10's training images is prepared as tensorflow-datasets files; every image is decoded once and
+kept, so there are two speeds: for the first epoch, and for later ones, on the host and on the device. Larger data sets
+are folders of JPEG files of quality 90, smooth pictures with noise, decoded when needed: as large as the network needs,
+or larger. Images per second and core are per second of processor time, over all threads.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from ddpm_jax.runtime import parallel
 
 
 def picture(rng, height, width):
-    """uint8 [height, width, 3]: colours that change slowly, and noise; JPEG takes 2 to 3 bits a pixel for it."""
+    """uint8 [height, width, 3]: slowly varying colours with noise; JPEG needs 2 to 3 bits per pixel."""
     slow = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(slow) + rng.normal(0, 8, (height, width, 1)), 0, 255).astype(np.uint8)
 
@@ -40,7 +40,7 @@ def write_jpegs(folder, count, height, width):
 
 
 def prepare_cifar10(folder, count):
-    """A prepared builder like cifar10: PNGs of 32x32 in array_record files."""
+    """A prepared builder like cifar10: 32x32 PNGs in array_record files."""
     import tensorflow_datasets as tfds
 
     from ddpm_jax.data.builders import _png
@@ -48,7 +48,7 @@ def prepare_cifar10(folder, count):
     tfds.disable_progress_bar()
 
     class Pictures(tfds.core.GeneratorBasedBuilder):
-        """Made-up pictures with the features of CIFAR-10."""
+        """Synthetic pictures with the features of CIFAR-10."""
 
         VERSION = tfds.core.Version("1.0.0")
         pkg_dir_path = None
@@ -75,7 +75,7 @@ def prepare_cifar10(folder, count):
 
 
 def measure(batches):
-    """Images a second, and images a second of processor time, from the first batch to the last."""
+    """Images per second, and images per second of processor time, from the first batch to the last."""
     images, wall, cpu = 0, time.perf_counter(), time.process_time()
     for batch in batches:
         images += len(batch["label"])

@@ -1,4 +1,4 @@
-"""The layers that `ddpm_jax.models.layers` writes in another way, against the plain way, forward and backward.
+"""The optimised layers of `ddpm_jax.models.layers` against plain implementations, forward and backward.
 
     python benchmarks/layers.py
 

@@ -1,11 +1,11 @@
-"""How many of the numbers that a run of configs/numbers.py draws are the numbers that were asked for.
+"""How often a run of configs/numbers.py draws the number in the prompt.
 
     python benchmarks/numbers_quality.py runs/numbers
 
 A support-vector machine trained on all 1,797 real digits reads each digit; a picture is right if all of its digits are.
-Numbers that were learned and numbers that were held out are judged apart, 256 samples of each at each guidance. A
-picture is a copy if it lies closer to a training picture than the closest 1 % of 2,000 training pictures lie to their
-nearest neighbour, and a digit of it if it lies so close to a real digit.
+Trained and held-out numbers are evaluated separately, with 256 samples each per guidance scale. A picture is a copy if
+it is closer to a training picture than the closest 1 % of 2,000 training pictures are to their nearest neighbour; the
+same criterion applies to single digits and real digits.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.numbers import in_words, numbers_of
 
 _SAMPLES = 256
-_SOME = 2000  # training pictures whose nearest neighbours say what is close
+_SOME = 2000  # training pictures whose nearest neighbours define the threshold
 
 
 def flat(pictures):

@@ -3,9 +3,9 @@
     python benchmarks/peers.py
 
 Batch 16, float32, each project's own UNet with 128 channels, multipliers 1, 2, 2, 2, two blocks a level and attention
-at 16x16. The networks are not the same (parameters and arithmetic are told), so the step is also given per GFLOP that
-XLA counts in it; ours counts fewer than the same network in plain convolutions, since some are Winograd's. Memory
-traffic is what XLA plans for this machine's processor: every operand and result of every fusion.
+at 16x16. The networks are not the same (their parameters and arithmetic are printed), so the time is also given per
+GFLOP by XLA's count; ours has fewer than the same network with plain convolutions, since some use Winograd's algorithm.
+Memory traffic is XLA's estimate for this machine's processor: all operands and results of all fusions.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def _zeros(*shape):
 
 
 def _sinusoids(t, width):
-    """[B, width]: a time embedding, for a network that is handed one; layers of its own would cost next to nothing."""
+    """[B, width]: a time embedding for a network that takes one; computing it in layers would cost almost nothing."""
     import jax.numpy as jnp
 
     angles = t[:, None] * jnp.exp(-jnp.arange(width // 2) * (jnp.log(10000.0) / (width // 2 - 1)))
@@ -85,7 +85,7 @@ def _sinusoids(t, width):
 
 
 def _train(net, inputs, **options):
-    """The same training around a peer's network: `inputs` makes the arguments of its call of x_t and t."""
+    """The same training step with a peer's network; `inputs` makes its arguments from x_t and t."""
     from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()

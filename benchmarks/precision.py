@@ -1,4 +1,4 @@
-"""How much bfloat16 changes: the digits trained with it and without, and sampled with it and without.
+"""The effect of bfloat16: digits trained and sampled with and without it.
 
     python benchmarks/precision.py
     python benchmarks/precision.py --run runs/digits
@@ -44,7 +44,7 @@ def losses(steps):
 
 
 def distances(path, num_steps):
-    """{dtype: Frechet distance of the samples}, of the weights of one run."""
+    """{dtype: Frechet distance of the samples}, with the weights of one run."""
     from ddpm_jax.data.dataset import training_images
     from ddpm_jax.evaluation import metrics
     from ddpm_jax.evaluation.features import train_digits_classifier

@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py
 
-diffusers writes its folder with random weights, and ours are imported from it. Steps are the first ten of 1000-step
-DDPM, of 50-step DDIM and of 20-step DPM-Solver++. A whole process starts Python, loads the weights, samples a batch in
-20 steps of DPM-Solver++ and ends, ours with its compiled programs kept from the time before.
+diffusers writes its folder with random weights, and ours are imported from it. The timed steps are the first ten of
+1000-step DDPM, 50-step DDIM and 20-step DPM-Solver++. A whole process starts Python, loads the weights, samples a batch
+in 20 steps of DPM-Solver++ and exits; ours uses compiled programs cached by a previous run.
 """
 
 import argparse
@@ -90,7 +90,7 @@ CANDIDATES = {"ddpm_jax": ours, "diffusers": diffusers}
 
 
 def process_seconds(folder, batch, rounds):
-    """Seconds of whole processes, in turn, after one of each that is not counted."""
+    """Seconds of whole processes, which take turns, after an uncounted one of each."""
     seconds = {name: [] for name in CANDIDATES}
     for _ in range(rounds + 1):
         for name, values in seconds.items():

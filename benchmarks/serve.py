@@ -1,13 +1,13 @@
-"""The playground under many users at once: is every request answered, or told how long it waits; does memory stay?
+"""The playground with many simultaneous users: is every request answered or queued, and does memory stay constant?
 
     python benchmarks/serve.py runs/digits
     python benchmarks/serve.py runs/digits --users 20 --seconds 120
 
-Starts the server on loopback. Every user asks for pictures again and again: most for samples, some to vary or to paint
-anew a picture, with a seed, a sampler and a number of steps by chance. One in ten hangs up, while it waits or while it
-is computed; one in twenty-five brings what is no picture. The queue has fewer places than there are users: who is
-refused comes again when the refusal says, after ten seconds at most. A request is lost if it has no answer, or one
-without words; then the exit status is 1.
+Starts the server on loopback. Every user sends requests repeatedly: most for samples, some to vary or inpaint a
+picture, with a random seed, sampler and number of steps. One in ten disconnects while it waits or is computed; one in
+twenty-five uploads something that is not a picture. The queue has fewer places than there are users: a refused user
+retries after the stated time, at most ten seconds. A request is lost if it gets no response, or one without a message;
+then the exit status is 1.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def png(pixels):
 
 
 class User(threading.Thread):
-    """Asks until the end; `outcomes` has (outcome, seconds, seconds until the first word) of every request."""
+    """Sends requests until the end; `outcomes` gets (outcome, seconds, seconds until the first line) of each."""
 
     def __init__(self, number, url, end, size):
         super().__init__()
@@ -59,7 +59,7 @@ class User(threading.Thread):
             time.sleep(max(0.0, min(pause, self.end - time.monotonic())))
 
     def ask(self, began):
-        """What became of a request, in how many seconds its first word came, and how long to pause after it."""
+        """A request's outcome, the seconds until its first line, and the seconds to pause after it."""
         path, files = self.request()
         with requests.post(f"{self.url}/api/{path}", files=files, stream=True, timeout=60) as response:
             first = time.monotonic() - began
@@ -100,7 +100,7 @@ class User(threading.Thread):
 
 
 def resident(process):
-    """MiB that the process holds; 0 where the system does not say."""
+    """MiB of memory that the process uses; 0 if the system does not tell."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -143,7 +143,7 @@ def report(options, outcomes, memory, ended_well):
     print(
         f"first word (place in the queue, or refusal): median {statistics.median(words):.3f} s, max {max(words):.3f} s"
     )
-    # What is compiled takes memory too, and most of it has come in the first half.
+    # Compiled programs take memory too, most of it in the first half.
     begin, half, last = memory[0], memory[len(memory) // 2], memory[-1]
     print(
         f"MiB of memory: {begin:.0f} at the start, {half:.0f} at half, {max(memory):.0f} at most, {last:.0f} at the end"

@@ -1,11 +1,11 @@
-"""Seconds from the command to the first step: real processes of main.py in fresh workdirs.
+"""Seconds from the command to the first training step: real processes of main.py in fresh workdirs.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --config cifar10 --batch 16
 
-"Cold" has an empty compilation cache and makes it; "warm" finds it filled; "resumed" is warm too and goes on from a
-checkpoint. The images are made up, for configs that name a data set that would have to be fetched. The times are
-those at which the command says that it compiles the step, that it has compiled it, and that the first step is done.
+"Cold" starts with an empty compilation cache and fills it; "warm" uses the filled cache; "resumed" also starts from a
+checkpoint. The images are synthetic, for configs whose data set would have to be downloaded. The times are those at
+which the command reports that it compiles the step, that it has compiled it, and that the first step is done.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(config, workdir, cache, flags):
-    """Seconds after which the process began to compile the step, had compiled it, and had made its first step."""
+    """Seconds until the process started compiling the step, had compiled it, and had taken its first step."""
     command = [
         *(sys.executable, "main.py", f"--config=configs/{config}.py", f"--workdir={workdir}"),
         *(f"--compilation_cache={cache}", "--config.log.every_steps=1", "--config.train.num_steps=1000"),

@@ -3,10 +3,10 @@
     pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|digits]
     python benchmarks/train_step.py --batch 128 --dtype bfloat16 --steps 20      # on a GPU
 
-Ours against diffusers' UNet2DModel with as many parameters in PyTorch, eager and by torch.compile, on the same device:
-the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same of 64 channels, or the network of configs/digits.py
-at batch 64. PyTorch computes bfloat16 by autocast, and on a GPU keeps its images channels last, prefers the fastest of
-cuDNN's algorithms and rounds float32 to TF32 as JAX does.
+Ours against diffusers' UNet2DModel of equal size in PyTorch, eager and with torch.compile, on the same device:
+the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same with 64 channels, or the network of
+configs/digits.py at batch 64. PyTorch computes bfloat16 with autocast; on a GPU it uses channels-last images, cuDNN's
+fastest algorithms, and TF32 for float32 as JAX does.
 """
 
 import argparse
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     if not options.only_ours:
         candidates["diffusers, compiled"] = partial(diffusers, **what, compiled=True)
         candidates["diffusers"] = partial(diffusers, **what)
-    # Each is a process of its own, and on a GPU they share its memory.
+    # Each has its own process, and on a GPU they share its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     seconds = {
         name: [value / steps for value in values] for name, values in alternate(candidates, options.rounds).items()

@@ -1,4 +1,4 @@
-"""A real browser for what is looked at in one: headless Chromium or Chrome, where there is one."""
+"""A real browser for tests of web pages: headless Chromium or Chrome, if one is installed."""
 
 import shutil
 
@@ -23,7 +23,7 @@ def chromium():
 
 @pytest.fixture
 def page(chromium):
-    """A fresh page; a test fails if the page logs an error, or asks for anything beyond this machine."""
+    """A fresh page; a test fails if the page logs an error or requests anything from another machine."""
     context = chromium.new_context()
     context.set_default_timeout(1000 * PATIENCE)
     page, wrong = context.new_page(), []

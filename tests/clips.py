@@ -1,4 +1,4 @@
-"""A small CLIP of random weights, with CLIP's tokenizer of single bytes."""
+"""A small CLIP with random weights, and CLIP's tokenizer with single bytes as tokens."""
 
 import json
 
@@ -19,7 +19,7 @@ IMAGE = CLIPImageEncoder(image_size=12, patch_size=4, width=24, num_layers=2, nu
 
 
 def write_tokenizer(folder, max_length=24):
-    """CLIP's vocab.json and merges.txt, in which nothing is merged; the start and end tokens are 512 and 513."""
+    """CLIP's vocab.json and merges.txt without any merges; the start and end tokens are 512 and 513."""
     folder.mkdir(exist_ok=True)
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
@@ -30,7 +30,7 @@ def write_tokenizer(folder, max_length=24):
 
 
 def make_clip(folder):
-    """A CLIP whose tokenizer's files are left in the folder."""
+    """A CLIP; its tokenizer's files are written to the folder."""
     rng = np.random.default_rng(0)
     examples = {"text": jnp.zeros((1, 2), jnp.int32), "image": jnp.zeros((1, 12, 12, 3))}
     params = {}

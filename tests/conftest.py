@@ -41,7 +41,7 @@ sys.meta_path.insert(0, Spy())
 
 @pytest.fixture(scope="session")
 def python():
-    """Runs code in a new interpreter, in which importing TensorFlow prints TENSORFLOW; what it prints."""
+    """Runs code in a new interpreter in which importing TensorFlow prints TENSORFLOW; returns the output."""
 
     def python(code, *arguments):
         command = [sys.executable, "-c", TENSORFLOW_SEEMS_INSTALLED + code, *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""The code blocks of the documentation, and what is in them."""
+"""Parses the documentation's code blocks, links and headings."""
 
 import ast
 import dataclasses
@@ -76,7 +76,7 @@ def _kind(text: str) -> str:
 
 
 def _whole_lines(text: str) -> list[str]:
-    """Those that are no comment, each with the lines that it goes on in."""
+    """The lines that are not comments, each joined with its continuation lines."""
     lines = text.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

@@ -1,8 +1,8 @@
-"""The fixture `measure`, and the page "How exact is it" that its measurements make.
+"""The fixture `measure`, and the page "How exact is it" made from its measurements.
 
     python -m pytest --exactness=docs/exactness.md
 
-runs every test that measures, and nothing else, and writes the page anew from what they measured.
+runs only the tests that measure, and rewrites the page from their measurements.
 """
 
 import importlib.metadata

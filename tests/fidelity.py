@@ -1,4 +1,4 @@
-"""torch-fidelity's modules, and its Inception with random weights: what tests and benchmarks compare with."""
+"""torch-fidelity's modules, and its Inception with random weights, for comparisons in tests and benchmarks."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""Folders of weights, edited so that a reader has to refuse them."""
+"""Edits folders of weights so that reading them must fail."""
 
 import json
 
@@ -9,7 +9,7 @@ from ddpm_jax.runtime.errors import UserError
 
 
 def refusal(call, *args):
-    """The one sentence with which a call is refused."""
+    """The message with which a call is refused."""
     with pytest.raises(UserError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
@@ -23,6 +23,6 @@ def edit_config(folder, **fields):
 
 
 def edit_tensors(folder, edit):
-    """Writes what `edit` makes of the tensors of a transformers folder."""
+    """Applies `edit` to the tensors of a transformers folder."""
     tensors = load_file(folder / "model.safetensors")
     save_file(edit(tensors), folder / "model.safetensors")

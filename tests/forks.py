@@ -1,4 +1,4 @@
-"""Real processes without the time of imports."""
+"""Real processes without the cost of imports."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the golden numbers are numbers of: weights and images drawn from names, and a summary of what comes out."""
+"""The inputs of the golden numbers, weights and images drawn from names, and the summary of the outputs."""
 
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def merged(tensors, changes, weight):
-    """The changed tensors alone, W + weight * alpha / r * up @ down, in W's precision."""
+    """Only the changed tensors, W + weight * alpha / r * up @ down, in W's precision."""
     result = {}
     for module, update in changes.items():
         value = tensors[f"{module}.weight"]

@@ -1,4 +1,4 @@
-"""Formulas that tests of several modules hold the project to, in float64."""
+"""Reference formulas in float64, used by tests of several modules."""
 
 from math import erf
 

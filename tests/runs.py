@@ -63,7 +63,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A folder that all workers of a test session see."""
+    """A folder shared by all workers of a test session."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
     folder.mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(shared):
-    """Where tensorflow-datasets has the digits prepared."""
+    """The folder in which tensorflow-datasets has prepared the digits."""
     folder = shared / "tensorflow_datasets"
     with FileLock(f"{folder}.lock"):
         open_source("digits", height=8, width=8, channels=1, data_dir=str(folder))
@@ -85,7 +85,7 @@ def _arguments(flags, config, data_dir):
 
 @pytest.fixture(scope="session")
 def compiled(shared):
-    """What keeps compiled programs from process to process: they are the same few again and again."""
+    """The compilation cache, since all processes compile the same few programs."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(shared / "compiled")}
     return cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
 
@@ -141,13 +141,13 @@ def _finished_run(name, config, call, shared, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(call, shared, tmp_path_factory):
-    """A finished run's workdir and what it printed; each worker has a copy."""
+    """A finished run's workdir and its output; each worker has a copy."""
     return _finished_run("trained", TINY, call, shared, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def captioned(call, shared, tmp_path_factory):
-    """The same of a run that learned from captions."""
+    """The same for a run trained with captions."""
     return _finished_run("captioned", CAPTIONED, call, shared, tmp_path_factory)
 
 
@@ -155,9 +155,9 @@ _reserved = []
 
 
 def free_port():
-    """A port that nothing else takes before this process ends.
+    """A port that nothing else uses before this process ends.
 
-    It lies below the ports that the kernel hands out, and a locked file keeps it from other test processes.
+    It is below the kernel's ephemeral ports, and a locked file reserves it among test processes.
     """
     folder = Path(tempfile.gettempdir()) / f"ddpm_jax_ports_{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -180,14 +180,14 @@ def free_port():
 
 
 def start_two(start, *flags, devices=2, **options):
-    """Two processes joined over loopback, with so many devices each."""
+    """Two processes joined over loopback, with this many devices each."""
     job = (*flags, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
     options |= {"devices": devices, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     return [start(*job, f"--process_id={index}", **options) for index in range(2)]
 
 
 def in_two_processes(start, *flags, **options):
-    """What each of them printed."""
+    """The output of each process."""
     processes = start_two(start, *flags, **options)
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -201,7 +201,7 @@ def metrics(workdir):
 
 
 def wait_for_step(process, workdir, step):
-    """Until the run has logged a step; fails if it ends first."""
+    """Waits until the run has logged a step; fails if it ends first."""
     deadline = time.monotonic() + PATIENCE
     while True:
         ended = process.poll() is not None  # before the look at what it logged
@@ -226,7 +226,7 @@ def assert_same_checkpoint(a, b, step=STEPS):
 
 
 def results(workdir):
-    """What a run leaves that shall not depend on how often it was stopped: metrics, TensorBoard's, pictures."""
+    """The results that must not depend on interruptions: metrics, TensorBoard's events, pictures."""
     machine = {"time", "steps_per_second", "images_per_second", "input_wait", "peak_memory_gib"}
     lines = [{name: value for name, value in line.items() if name not in machine} for line in metrics(workdir)]
     board = {key: value for key, value in scalars(workdir / "tensorboard").items() if key[1] not in machine}
@@ -234,7 +234,7 @@ def results(workdir):
 
 
 def scalars(folder):
-    """(step, name): value, as TensorBoard reads them: where a start begins, older events from there on do not count."""
+    """{(step, name): value} as TensorBoard reads them: each start overrides older events from its first step on."""
     found = {}
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Narrow Stable Diffusions of random weights: names of diffusers and transformers, shapes, and CompVis' names."""
+"""Narrow Stable Diffusions with random weights: tensors with diffusers', transformers' and CompVis' names."""
 
 import re
 

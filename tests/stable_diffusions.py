@@ -1,4 +1,4 @@
-"""A narrow Stable Diffusion of random weights, as a folder of diffusers."""
+"""A narrow Stable Diffusion with random weights, as a diffusers folder."""
 
 import json
 import tempfile
@@ -51,8 +51,8 @@ SCHEDULER = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 
 def write_narrow(folder, file, in_channels=4):
-    """Writes a narrow Stable Diffusion of random weights, without PyTorch: as a folder of diffusers, for pictures of
-    64x64, and as a single file; of 9 in_channels, one that is given a masked picture."""
+    """Writes a narrow Stable Diffusion with random weights, without PyTorch: as a diffusers folder, for 64x64 pictures,
+    and as a single file; with 9 in_channels, an inpainting network."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         parts = (
@@ -73,13 +73,13 @@ def write_narrow(folder, file, in_channels=4):
 
 
 def save(folder, scheduler="PNDMScheduler", fields=SCHEDULER, seed=0, text_encoder=None, **unet):
-    """Writes the pipeline by diffusers, which is returned. Needs PyTorch, diffusers and transformers.
+    """Writes the pipeline with diffusers and returns it. Needs PyTorch, diffusers and transformers.
 
     Args:
       folder: to write.
       scheduler, fields: its class and its config.
       seed: of the weights.
-      text_encoder, unet: other fields of these configs than `TEXT_ENCODER` and `UNET`.
+      text_encoder, unet: changes to the configs `TEXT_ENCODER` and `UNET`.
     """
     import diffusers
     import torch

@@ -414,7 +414,7 @@ class TestPrepare:
         status, output = call("--mode=prepare", *folder)
         assert status == 1
         assert re.match(
-            r"error: 1 of 1 images in .* cannot be read, the first 'a.png': it is no picture of a known format, or "
+            r"error: 1 of 1 images in .* cannot be read, the first 'a.png': it is not a picture of a known format, or "
             "damaged; remove",
             output.splitlines()[-1],
         )
@@ -586,7 +586,7 @@ class TestInterchange:
         ("flags", "message"),
         [
             (("--mode=import",), "--mode=import needs --source"),
-            (("--mode=import", "--source=nothing/here/at.all"), "'nothing/here/at.all' is no folder"),
+            (("--mode=import", "--source=nothing/here/at.all"), "'nothing/here/at.all' is not a folder"),
             (("--mode=import", "--source=nothing.safetensors"), "'nothing.safetensors' is not a file"),
         ],
     )
@@ -657,6 +657,6 @@ class TestBadInput:
         assert "'13.png'" in output
         status, output = call(f"--workdir={tmp_path / 'run'}", *flags, "--config.data.skip_broken")
         assert status == 0, output
-        assert "Going on without 1 of 20 images" in output
+        assert "Skipping 1 of 20 images" in output
         assert "19 images" in output
         assert json.loads((tmp_path / "run" / "dataset.json").read_text())["skipped"] == ["13.png"]

@@ -155,7 +155,7 @@ class TestCascade:
             assert not (tmp_path / "new").exists()
         with pytest.raises(UserError, match="which is the --workdir of the pipeline itself"):
             pipeline.compose([cascade / "cascade", sr], cascade / "cascade")
-        with pytest.raises(UserError, match="is a pipeline, whose stages are trained in workdirs of their own"):
+        with pytest.raises(UserError, match="is a pipeline; its stages are trained in separate workdirs"):
             ddpm_jax.train(tiny(cascade), cascade / "cascade")
 
     def test_a_stage_that_is_missing_or_was_trained_on(self, cascade, tmp_path):

@@ -108,7 +108,7 @@ class TestKills:
         print(f"{kills} kills, {half_written} of them left a half-written checkpoint")
         assert "Traceback" not in outputs
         assert half_written
-        assert outputs.count("was half-written when the run was cut off; it is removed") == half_written
+        assert outputs.count("was half-written when the run was interrupted; removing it") == half_written
         assert not list(killed.glob("checkpoints/*-tmp*"))
         assert_nothing_lost(killed, whole, num_steps)
 
@@ -137,8 +137,8 @@ class TestDisk:
         assert status == 1
         sentence = output.splitlines()[-1]
         found = re.fullmatch(
-            r"error: a checkpoint could not be written to \S+ \(No space left on device\); that of step (\d+) is "
-            "whole, and when this is mended the same command goes on from there",
+            r"error: a checkpoint could not be written to \S+ \(No space left on device\); the checkpoint of step "
+            r"(\d+) is intact; once the problem is fixed, the same command resumes",
             sentence,
         )
         assert found, output
@@ -147,7 +147,7 @@ class TestDisk:
         status, output = call(f"--workdir={workdir}")
         assert status == 0, output
         assert f"going on from the checkpoint of step {found[1]}" in output
-        assert "was half-written when the run was cut off; it is removed" in output
+        assert "was half-written when the run was interrupted; removing it" in output
         assert_same_checkpoint(workdir, trained[0])
         assert results(workdir)[:2] == results(trained[0])[:2]
 
@@ -243,9 +243,9 @@ class TestTwoStarts:
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         assert re.fullmatch(
-            rf"error: --workdir '{tmp_path}' is no longer this process's: taken over by process 77 on host elsewhere "
-            r"\(training since .* UTC\); nothing more is written, and the other process goes on from the last "
-            "checkpoint",
+            rf"error: --workdir '{tmp_path}' no longer belongs to this process: taken over by process 77 on host "
+            r"elsewhere \(training since .* UTC\); nothing more is written, and the other process resumes from the "
+            "last checkpoint",
             output.splitlines()[-1],
         ), output
         assert json.loads(lock.read_text()) == other
@@ -284,7 +284,7 @@ class TestTwoProcesses:
         np.testing.assert_allclose(*losses, rtol=1e-5)
         assert (stopped / "samples" / "final.png").exists()
 
-    @pytest.mark.parametrize(("index", "why"), [(1, "no sign of life for 20 s"), (0, "Connection refused")])
+    @pytest.mark.parametrize(("index", "why"), [(1, "no heartbeat for 20 s"), (0, "Connection refused")])
     def test_one_dies(self, start, tmp_path, index, why):
         flags = (*ENDLESS, "--config.checkpoint.every_steps=6", "--silence_timeout=20")
         statuses, outputs = self.until_step(start, tmp_path, 14, index, signal.SIGKILL, *flags)

@@ -168,7 +168,7 @@ def test_an_int_is_a_float():
             "guidance_scale is 2.0; other than 1 it needs a network with a null class",
         ),
         ({"sample__levels": "even"}, "levels is 'even'; accepted: linspace, karras, logsnr"),
-        ({"sample__fractional": True}, "fractional timesteps need levels between timesteps"),
+        ({"sample__fractional": True}, "fractional timesteps need levels"),
         ({"sample__spacing_offset": -1}, "config.sample.spacing_offset is -1; at least 0"),
         ({"model__dropout": 1.0}, "config.model.dropout is 1.0; accepted: 0 to below 1"),
         ({"model__dropout": -0.1}, "config.model.dropout is -0.1"),

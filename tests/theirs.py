@@ -1,10 +1,10 @@
-"""What the comparisons with PyTorch and diffusers share; neither is imported before it is used."""
+"""Shared by the comparisons with PyTorch and diffusers; neither is imported before it is used."""
 
 import numpy as np
 
 
 def their_network(config, kind="UNet2DModel"):
-    """A network of diffusers with every parameter random, those too that start at zero or one."""
+    """A diffusers network with all parameters random, including those that start at zero or one."""
     import diffusers
     import torch
 
@@ -30,5 +30,5 @@ def to_numpy(x):
 
 
 def relative(found, expected):
-    """The norm of the difference over that of what was expected."""
+    """The norm of the difference relative to that of the expected value."""
     return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)

@@ -17,7 +17,7 @@ CAPTIONS = ("a red apple", "two green pears", "a plum")
 
 
 def small(**changes):
-    """A config whose network is traced in a blink, with fields set as {"section__field": value}, whatever the type."""
+    """A config whose network is traced quickly, with fields set as {"section__field": value}, whatever their type."""
     config = config_lib.default_config()
     config.data.update(height=8, width=8)
     config.model.update(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
@@ -52,7 +52,7 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, captions=(),
         dataset |= {"tokenizer": tokenizer.to_json(), "shown_captions": list(captions)}
     model = config_lib.make_model(config, dataset)
     init = jax.jit(lambda: model.init_params(0), compiler_options=parallel.run_once_options())
-    # Its last layer starts at zero: without this the network would say nothing.
+    # Its last layer starts at zero: without this the output would be zero.
     params = jax.tree.map(lambda p: p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape), init())
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     params = jax.device_put(params, parallel.replicated(mesh))
@@ -60,10 +60,10 @@ def make_run(devices=8, class_conditional=False, label_dropout=0.0, captions=(),
 
 
 def of_classes(number):
-    """The description of a data set of so many classes."""
+    """The description of a data set with this many classes."""
     return {"class_names": [str(i) for i in range(number)]}
 
 
 def near(a, b):
-    """To one grey level."""
+    """Equal to within one grey level."""
     return a.shape == b.shape and np.max(np.abs(a.astype(int) - b)) <= 1

@@ -1,4 +1,4 @@
-"""Narrow pipelines of DeepFloyd IF and Karlo with random weights, as folders of diffusers."""
+"""Narrow DeepFloyd IF and Karlo pipelines with random weights, as diffusers folders."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ IF_SCHEDULER = {
 
 
 def randomize(*networks):
-    """Other weights than those that diffusers starts from, of which many are 0."""
+    """Replaces diffusers' initial weights, many of which are 0."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -87,14 +87,14 @@ def save_if(folder, enlarges=False, **scheduler):
 
 
 class Raw(Pixels):
-    """Pictures as they are diffused, in floating point."""
+    """Pictures as floating-point values, as they are diffused."""
 
     def decode(self, x_0):
         return parallel.to_host(x_0)
 
 
 def drawn(run, count, given=None, purpose="image", **options):
-    """What `run.sample` makes before it is rounded to 8 bits; of a prior, its embeddings."""
+    """The result of `run.sample` before rounding to 8 bits; for a prior, its embeddings."""
     model = run.model
     if isinstance(model.decoder, Pixels):
         model = dataclasses.replace(model, decoder=Raw(run.shape))

@@ -1,11 +1,11 @@
-"""XLA's flags of the tests, whose time goes into compiling programs that run once or twice."""
+"""XLA flags for the tests, which spend their time compiling programs that run once or twice."""
 
 from importlib.metadata import version
 
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
-    # The older way to compile fusions, in less than half of the time; 0.12 has it no more. And a program in one piece,
-    # in a fifth less, for the pieces would be compiled side by side on cores that have other tests to run.
+    # The older way to compile fusions takes less than half the time; it is gone in 0.12. Compiling a program in one
+    # piece takes a fifth less, since the pieces would be compiled in parallel on cores that run other tests.
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 

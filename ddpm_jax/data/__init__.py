@@ -1,1 +1,1 @@
-"""Where images come from (`sources`) and which of them make up a step (`pipeline`)."""
+"""Sources of images (`sources`), and the batches of training steps (`pipeline`)."""

@@ -1,4 +1,4 @@
-"""Two tensorflow-datasets builders that work without TensorFlow: they hand over finished PNGs."""
+"""Two tensorflow-datasets builders that work without TensorFlow: they yield images already encoded as PNG."""
 
 import io
 import tarfile
@@ -30,7 +30,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         "1.0.0": "The images of sklearn.datasets.load_digits, grey levels 0..16 spread over 0..255."
     }
 
-    # tensorflow-datasets looks for a folder of metadata beside the builder unless told what there is.
+    # Without these, tensorflow-datasets looks for a folder of metadata beside the builder.
     pkg_dir_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -58,8 +58,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 with tfds.core.registered.skip_registration():
 
     class Cifar10(cifar.Cifar10):
-        """tensorflow-datasets' CIFAR-10, with its name, version, order and checksum, so that either can read what the
-        other prepared; only the archive is unpacked, and the images are encoded, without TensorFlow."""
+        """tensorflow-datasets' CIFAR-10, with its name, version, order and checksum, so that either builder can read
+        what the other prepared. It only unpacks the archive and encodes the images without TensorFlow."""
 
         name = "cifar10"
         pkg_dir_path = Path(cifar.__file__).parent

@@ -1,9 +1,9 @@
-"""The captions of a folder of pictures, as people keep them.
+"""The captions of a folder of pictures, in the usual layouts.
 
-Two layouts are read. Tables, as the Hugging Face Hub's "imagefolder" has them: `metadata.csv` or `metadata.jsonl`
-anywhere under the folder, with `file_name`, relative to the table's own folder, and `text`; a picture may have several
-rows, or in JSON a list of texts. Or a `.txt` beside each picture, `cat.txt` for `cat.png`, every line of which is a
-caption.
+Two layouts are supported. The first is tables, as in the Hugging Face Hub's "imagefolder": `metadata.csv` or
+`metadata.jsonl` anywhere under the folder, with the fields `file_name`, relative to the table's own folder, and `text`.
+A picture may have several rows, or in JSON a list of texts. The second is a `.txt` file beside each picture, `cat.txt`
+for `cat.png`, with one caption per line.
 """
 
 import csv
@@ -23,10 +23,10 @@ def read_captions(root: Path, paths: Sequence[str]) -> list[tuple[str, ...]]:
 
     Args:
       root: the folder.
-      paths: of the pictures, relative to it.
+      paths: of the pictures, relative to root.
 
     Raises:
-      UserError: a picture without a caption, an empty caption, or a file that cannot be read, by its path.
+      UserError: a picture without a caption, an empty caption, or an unreadable file; it names the path.
     """
     tables = sorted(path for path in root.rglob("metadata.*") if path.name in TABLES)
     found: dict[str, list[str]] = {}
@@ -39,7 +39,7 @@ def read_captions(root: Path, paths: Sequence[str]) -> list[tuple[str, ...]]:
         if path not in found and not tables:
             found[path] = _lines((root / path).with_suffix(".txt"), root / path)
         if path not in found:
-            raise UserError(f"image {str(root / path)!r} has no caption: no row of {_names(tables)} has this file_name")
+            raise UserError(f"image {str(root / path)!r} has no caption: no row in {_names(tables)} has this file_name")
         captions.append(tuple(found[path]))
     return captions
 
@@ -53,8 +53,8 @@ def _lines(path: Path, picture: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise UserError(
-            f"image {str(picture)!r} has no caption: accepted are a {path.name!r} beside it, or one table of captions "
-            f"for the folder, {' or '.join(TABLES)} with file_name and text"
+            f"image {str(picture)!r} has no caption; accepted: a {path.name!r} beside it, or a table of captions for "
+            f"the folder, {' or '.join(TABLES)} with file_name and text"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"caption {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
@@ -70,7 +70,7 @@ def _checked(texts: Sequence[Any], where: str) -> list[str]:
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str, list[Any]]]:
-    """(where it stands, file name, its texts) of every row of a table."""
+    """Yields (where the row is, its file name, its texts) for every row of a table."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if table.suffix == ".csv" else _objects(file, table)
@@ -97,5 +97,5 @@ def _objects(lines: Iterable[str], table: Path) -> Iterator[Mapping[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"line {number} of {str(table)!r} is not valid JSON: {error}") from None
             if not isinstance(value, dict):
-                raise UserError(f"line {number} of {str(table)!r} holds no JSON object")
+                raise UserError(f"line {number} of {str(table)!r} is not a JSON object")
             yield value

@@ -1,4 +1,4 @@
-"""The images of a run: opened as its config says, and found again by what it left of them."""
+"""A run's data set: opened from its config, and reopened later from the description in its workdir."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ddpm_jax.runtime.progress import ProgressBar
 
 
 def source_arguments(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `open_source` that the config fixes, but for its kind."""
+    """The keyword arguments of `open_source` that the config determines, except for the kind."""
     data = config.data
     names = ("name", "split", "path", "height", "width", "channels", "num_digits", "held_out", "caption")
     return {
@@ -24,11 +24,11 @@ def source_arguments(config: ConfigDict) -> dict[str, Any]:
 
 
 def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Source:
-    """The source that the config names; a folder's images are all decoded once to find broken ones.
+    """Opens the config's source. For a folder, all images are decoded once to find broken ones.
 
     Args:
       config: of the run.
-      known: the description that an earlier start of the run left; its folder is not checked again.
+      known: the description from an earlier start of the run; its folder is not checked again.
 
     Raises:
       UserError: a broken image, unless config.data.skip_broken.
@@ -45,9 +45,9 @@ def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Sou
             if not data.skip_broken:
                 raise UserError(
                     f"{len(broken)} of {len(source)} images in {data.path!r} cannot be read, the first {first!r}: "
-                    f"{error}; remove them, or go on without them with --config.data.skip_broken"
+                    f"{error}; remove them, or skip them with --config.data.skip_broken"
                 )
-            logging.warning("Going on without %d of %d images that cannot be read:", len(broken), len(source))
+            logging.warning("Skipping %d of %d images that cannot be read:", len(broken), len(source))
             for name, error in broken.items():
                 logging.warning("  %s: %s", name, error)
             source = open_source(data.source, skipped=sorted(broken), **arguments)
@@ -55,18 +55,18 @@ def open_dataset(config: ConfigDict, known: dict[str, Any] | None = None) -> Sou
 
 
 def training_images(config: ConfigDict, description: dict[str, Any]) -> Source:
-    """The images that a run learned from.
+    """Reopens a run's training set.
 
     Args:
       config: of the run.
-      description: of the images, as the run left it.
+      description: the run's description of its training set.
 
     Raises:
-      UserError: they are not there, or not the same.
+      UserError: the training set is missing or has changed.
     """
     if "imported" in description:
-        raise UserError("this run was imported, so the images that it learned from are not known")
+        raise UserError("this run was imported, so its training set is not known")
     source = open_dataset(config, description)
     if source.describe()["fingerprint"] != description["fingerprint"]:
-        raise UserError("the images that this run learned from have changed: their names, sizes or contents differ")
+        raise UserError("this run's training set has changed: the names, sizes or contents of its images differ")
     return source

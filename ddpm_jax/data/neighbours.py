@@ -1,4 +1,4 @@
-"""The images of a source that are nearest to given ones, to see whether a network has learned its data by heart."""
+"""Nearest neighbours in a source, to see whether a network has memorised its training set."""
 
 from collections.abc import Callable
 
@@ -18,19 +18,19 @@ def nearest(
     *,
     mirrored: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest images by root mean square distance, block by block.
+    """The nearest images by root mean square distance, computed block by block.
 
     Args:
       pictures: uint8 [N, H, W, C].
-      source: of images of that shape.
-      count: how many for each picture.
-      progress: told (images compared, images there are).
-      mirrored: whether an image's mirror image counts as the image.
+      source: images of the same shape.
+      count: number of neighbours for each picture.
+      progress: called with (images compared, all images).
+      mirrored: whether to compare with the images' mirror images as well.
 
     Returns:
-      Their numbers int64 [N, count], the nearest first, and the distances float64 [N, count] in grey levels, 0 to 255.
+      Their indices, int64 [N, count], nearest first, and the distances, float64 [N, count] in grey levels, 0 to 255.
     """
-    # Half-integers below 128 are exact in bfloat16 and TF32, which accelerators round the factors of a product to.
+    # Accelerators round the factors of a product to bfloat16 or TF32, where half-integers below 128 are exact.
     wanted = pictures.reshape(len(pictures), -1).astype(np.float32) - 127.5
     wanted_square = np.square(wanted).sum(1, dtype=np.float64)
     numbers, squares = np.zeros((len(pictures), 0), np.int64), np.zeros((len(pictures), 0))

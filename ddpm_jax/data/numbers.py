@@ -1,4 +1,4 @@
-"""The embedded captioned data set: handwritten digits side by side, captioned by the number that they make."""
+"""The built-in captioned data set: handwritten digits side by side, captioned with the number in words."""
 
 import functools
 import hashlib
@@ -35,19 +35,19 @@ def in_words(number: int) -> str:
 
 
 def numbers_of(num_digits: int) -> range:
-    """The numbers of so many digits."""
+    """The numbers with this many digits."""
     return range(10 ** (num_digits - 1) if num_digits > 1 else 0, 10**num_digits)
 
 
 class NumbersSource:
     """Pictures of numbers, made of scikit-learn's digits side by side, with the numbers' English names as captions.
 
-    An example's number follows from its index, its handwriting from a generator that the index seeds, so that the set
-    is the same everywhere.
+    An example's number follows from its index, and its handwriting from a generator seeded with the index, so the data
+    set is the same everywhere.
 
     Args:
       num_digits: of each number.
-      held_out: numbers that are left out of the set, to see what a network makes of their captions.
+      held_out: numbers left out of the data set, to test how a network generalises to their captions.
       fit: the size of the images; a number is 8 pixels high and 8 wide for each digit.
     """
 
@@ -62,7 +62,7 @@ class NumbersSource:
             raise UserError(f"data.held_out has {wrong[0]}; accepted: {there[0]} to {there[-1]}")
         self.numbers = sorted(set(there) - set(held_out))
         if not self.numbers:
-            raise UserError("data.held_out leaves no number to learn from")
+            raise UserError("data.held_out leaves no number to train on")
         self.num_digits, self.held_out = num_digits, sorted(set(held_out))
         self.fit, self.shape = fit, fit.shape
         self._pictures, labels = digits.load()

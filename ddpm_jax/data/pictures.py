@@ -1,4 +1,4 @@
-"""Pictures from their files, brought to the size that a network takes."""
+"""Reads pictures from files and resizes them to the size that a network takes."""
 
 import dataclasses
 import io
@@ -12,18 +12,18 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# A JPEG is decoded no smaller than so many times the size wanted: below that, what its decoder averages would show.
+# A JPEG is decoded to at least this many times the final size: below that, its decoder's averaging would be visible.
 _DRAFT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The size every image is brought to: scaled to cover it, then cropped at the centre.
+    """The size of all images: they are scaled to cover it, then cropped at the centre.
 
     Attributes:
       height, width: in pixels.
       channels: 1 (grey) or 3 (RGB).
-      background: what transparent parts become.
+      background: the colour of transparent parts.
     """
 
     height: int
@@ -36,14 +36,14 @@ class Fit:
         return (self.height, self.width, self.channels)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """uint8 [H, W, C] of a PIL image."""
+        """Converts a PIL image to uint8 [H, W, C]."""
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
         mode = "L" if self.channels == 1 else "RGB"
-        image = image if image.mode == mode else image.convert(mode)  # which would copy it
+        image = image if image.mode == mode else image.convert(mode)  # a needless convert would copy it
         if image.size != (self.width, self.height):
             scale = max(self.width / image.width, self.height / image.height)
             width = max(self.width, round(image.width * scale))
@@ -56,20 +56,20 @@ class Fit:
 
 @contextmanager
 def opened(file: str | Path | BinaryIO, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Pillow's image of a file, not decoded yet.
+    """Opens a file as a Pillow image that is not decoded yet.
 
     Args:
-      file: its path, or itself.
-      formats: Pillow's names of those that are accepted; None: all.
+      file: a path or a file object.
+      formats: Pillow's names of the accepted formats; None: all.
 
     Raises:
-      ValueError: a file that is no picture; Pillow's own sentence would show a Python object.
+      ValueError: a file that is not a picture; Pillow's own message would show a Python object.
       OSError: it cannot be read.
     """
     try:
         image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
-        known = f"none of {', '.join(formats)}" if formats else "no picture of a known format"
+        known = f"not one of {', '.join(formats)}" if formats else "not a picture of a known format"
         raise ValueError(f"it is {known}, or damaged") from None
     with image:
         yield image
@@ -81,17 +81,17 @@ def open_picture(
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> np.ndarray:
-    """uint8 [H, W, C] of a picture's file, turned as its EXIF data say.
+    """Reads a picture file as uint8 [H, W, C], rotated according to its EXIF data.
 
     Args:
-      file: its path, its bytes, or itself.
-      fit: the size it is brought to.
-      formats: Pillow's names of those that are accepted; None: all.
-      max_pixels: None: Pillow's limit.
+      file: a path, bytes or a file object.
+      fit: the size to resize it to.
+      formats: Pillow's names of the accepted formats; None: all.
+      max_pixels: the most pixels accepted; None: Pillow's limit.
 
     Raises:
-      ValueError: no picture, or more pixels than that, said before any is decoded.
-      Exception: whatever Pillow raises if it is broken.
+      ValueError: not a picture, or more pixels than accepted, which is checked before decoding.
+      Exception: whatever Pillow raises for a broken file.
     """
     if isinstance(file, str | Path):
         data = Path(file).read_bytes()
@@ -115,9 +115,10 @@ def open_picture(
 
 
 def _plain_jpeg(data: bytes, fit: Fit, limit: float) -> np.ndarray | None:
-    """A JPEG in RGB or grey by libjpeg-turbo itself: Pillow's very bits, sooner.
+    """Decodes an RGB or grey JPEG with libjpeg-turbo directly: the same bits as Pillow's, but faster.
 
-    None for what Pillow shall see to: other formats and colours, pictures that may be turned, large or damaged ones.
+    Returns None for what is left to Pillow: other formats and colours, pictures that may be rotated, and large or
+    damaged ones.
     """
     head = data[: 1 << 16]
     if not head.startswith(b"\xff\xd8") or b"Exif" in head or b"Orientation" in head:
@@ -126,7 +127,7 @@ def _plain_jpeg(data: bytes, fit: Fit, limit: float) -> np.ndarray | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in ("YCbCr", "Gray") or height * width > limit:
             return None
-        # One much larger than wanted, on either side, is decoded at a half, a quarter or an eighth of its size.
+        # A picture whose sides are much larger than needed is decoded at a half, a quarter or an eighth of its size.
         most = min(height, width) // (_DRAFT * max(fit.shape[:2]))
         part = next((part for part in (8, 4, 2) if part <= most), 1)
         pixels = simplejpeg.decode_jpeg(

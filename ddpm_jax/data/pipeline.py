@@ -1,8 +1,8 @@
-"""Which images make up which step, and how they reach the devices.
+"""Assigns images to training steps and loads their batches.
 
-The images of step k are a pure function of (seed, k): the epochs' shuffled orders follow one another without a gap, and
-step k takes positions k B to (k + 1) B of that line. So every image comes once an epoch, the global batch is the same
-for any number of processes and devices, and resuming needs the step's number alone.
+The images of step k are a pure function of (seed, k): the epochs' shuffled orders are concatenated, and step k takes
+positions k B to (k + 1) B of that sequence. So every image occurs once per epoch, the global batch is the same for any
+number of processes and devices, and resuming needs only the step number.
 """
 
 import functools
@@ -26,8 +26,8 @@ T = TypeVar("T")
 def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order of the images in an epoch, int64 [num_images].
 
-    Sorted by the raw output of a counter-based generator, whose stream NumPy keeps the same across versions (it does
-    not promise that of `Generator.permutation`).
+    They are sorted by the raw output of a counter-based generator, whose stream NumPy keeps stable across versions
+    (which it does not promise for `Generator.permutation`).
     """
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_images)
     return np.argsort(keys, kind="stable")
@@ -45,12 +45,12 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> np.
 
 
 def batch_draws(seed: int, step: int, batch_size: int) -> np.ndarray:
-    """A random number for each row of step `step`, uint64 [batch_size]; NumPy keeps this stream the same, too."""
+    """A random number for each row of step `step`, uint64 [batch_size]; NumPy keeps this stream stable as well."""
     return np.random.Philox(np.random.SeedSequence([seed, step, 1])).random_raw(batch_size)
 
 
 def stacked(examples: Iterable[Example], count: int) -> Batch:
-    """So many examples as one batch: arrays [count, ...] by the names of their entries."""
+    """Stacks `count` examples to a batch: arrays [count, ...] by the names of their entries."""
     batch: Batch = {}
     for row, example in enumerate(examples):
         batch = batch or _room(example, count)
@@ -60,7 +60,7 @@ def stacked(examples: Iterable[Example], count: int) -> Batch:
 
 
 def _room(example: Example, count: int) -> Batch:
-    """Arrays for so many examples like this one; whole numbers are int32."""
+    """Empty arrays for `count` examples like this one; integers become int32."""
     values = {name: np.asarray(value) for name, value in example.items()}
     return {
         name: np.empty((count, *value.shape), np.int32 if value.dtype == np.int64 else value.dtype)
@@ -69,9 +69,9 @@ def _room(example: Example, count: int) -> Batch:
 
 
 class _Kept:
-    """The examples of a source in memory, each decoded when it is asked for the first time.
+    """Caches the examples of a source in memory; each is decoded when it is first used.
 
-    So training starts at once, whatever the size of the set, and a process decodes what it trains on and no more.
+    So training starts immediately, whatever the size of the data set, and a process decodes only what it trains on.
     """
 
     def __init__(self, source: Source):
@@ -79,7 +79,7 @@ class _Kept:
         self._examples: Batch = {}
 
     def batches(self, many: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """The examples of these indices, a batch for each array of them."""
+        """Yields one batch for each array of indices."""
         with ThreadPoolExecutor() as pool:
             for indices in many:
                 missing = np.unique(indices[~self._is_there[indices]]).tolist()
@@ -93,7 +93,7 @@ class _Kept:
 
 
 class _StepBatches:
-    """The batches of consecutive steps as a random-access source for grain; this process's rows only."""
+    """The batches of consecutive steps as a random-access source for grain, with this process's rows only."""
 
     def __init__(
         self, source: Source, seed: int, batch_size: int, rows: slice | np.ndarray, first_step: int, last_step: int
@@ -127,21 +127,21 @@ def host_batches(
       source: the images.
       seed: of the shuffling.
       batch_size: of the global batch.
-      first_step, last_step: the steps wanted.
-      rows: of each batch, those that this process wants; see `ddpm_jax.runtime.parallel.local_rows`.
-      cache_bytes: of sets that take at most this much when decoded, every image is decoded once, when it is needed
-        for the first time, and kept; images of larger ones are decoded by grain whenever they are needed.
-      num_workers: processes that decode a larger set; 0: threads of this process.
+      first_step, last_step: the range of steps.
+      rows: this process's rows of each batch; see `ddpm_jax.runtime.parallel.local_rows`.
+      cache_bytes: if the decoded data set fits into this many bytes, every image is decoded once, when it is first
+        needed, and kept; otherwise grain decodes images whenever they are needed.
+      num_workers: number of processes that decode a larger data set; 0: threads of this process.
 
     Yields:
       The examples' entries as arrays [rows, ...]: {"image": uint8 [rows, H, W, C], "label": int32 [rows], ...}, and
-      their places in the source, {"index": int64 [rows]}.
+      their indices in the source, {"index": int64 [rows]}.
     """
     if len(source) * int(np.prod(source.shape)) <= cache_bytes:
         steps = range(first_step, last_step)
         yield from _Kept(source).batches(batch_indices(seed, step, batch_size, len(source))[rows] for step in steps)
         return
-    import grain  # which takes a third of a second
+    import grain  # takes a third of a second
 
     batches = _StepBatches(source, seed, batch_size, rows, first_step, last_step)
     dataset = grain.MapDataset.source(batches)
@@ -151,15 +151,15 @@ def host_batches(
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         iterable = dataset.to_iter_dataset(threads).mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     else:
-        threads = min(os.cpu_count() or 1, 8)  # more than there are cores only wait for one another
+        threads = min(os.cpu_count() or 1, 8)  # more threads than cores would only wait for one another
         iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8))
     yield from iterable
 
 
 def several(batches: Iterator[Batch], first_step: int, count: int) -> Iterator[Batch]:
-    """The batches of `count` steps at a time, stacked along a new first axis.
+    """Stacks the batches of `count` steps at a time along a new first axis.
 
-    A group ends where the step's number is a multiple of count, so the first and the last may be shorter.
+    A group ends at each step that is a multiple of count, so the first and the last group may be shorter.
     """
     group: list[Batch] = []
     for step, batch in enumerate(batches, first_step + 1):
@@ -172,7 +172,7 @@ def several(batches: Iterator[Batch], first_step: int, count: int) -> Iterator[B
 
 
 def prefetch(iterator: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, computed up to `depth` ahead in a thread; its errors are raised where their item would be."""
+    """The same items, computed up to `depth` ahead in a thread; an error is raised in place of its item."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, iterator, end) for _ in range(depth))

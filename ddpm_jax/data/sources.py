@@ -1,8 +1,8 @@
-"""What images there are: a data set of tensorflow-datasets, the embedded digits, a folder, or an array on disk.
+"""Sources of images: tensorflow-datasets, the built-in digits and numbers, a folder, or an array on disk.
 
-A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the size that the config asks for.
-It is cheap to open and decodes an image only when that is asked for, from any thread or worker process. Captions, where
-they are wanted, are the source's `captions`, by image.
+A source is a sequence of examples {"image": uint8 [H, W, C], "label": int}, all of the config's size. It is cheap to
+open and decodes an image only on access, from any thread or worker process. If captions are requested, the source's
+`captions` has them by image.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ddpm_jax.runtime.errors import UserError, nearest
 
 SOURCES = ("digits", "numbers", "tfds", "folder", "array")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-IMAGE_KEYS = ("image", "images", "x", "arr_0")  # what the images of a .npz are called
+IMAGE_KEYS = ("image", "images", "x", "arr_0")  # accepted names of a .npz's images
 _LABEL_KEYS = ("label", "labels", "y", "arr_1")
 _CAPTION_KEYS = ("caption", "captions", "text")
 
@@ -35,12 +35,12 @@ Example = dict[str, Any]
 
 
 class Source(Protocol):
-    """A sequence of examples and what a workdir records about it.
+    """A sequence of examples, with the description that a workdir records.
 
     Attributes:
       shape: (H, W, C) of every image.
-      class_names: one a label; empty if the images have no classes.
-      captions: of each image one or more; empty if none are wanted.
+      class_names: one per label; empty if the images have no classes.
+      captions: one or more for each image; empty if none were requested.
     """
 
     shape: tuple[int, int, int]
@@ -54,7 +54,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def describe(self) -> dict[str, Any]:
-        """A JSON-able description with a fingerprint of the examples (of a folder: of its files' names and sizes)."""
+        """A JSON-serialisable description with a fingerprint of the examples (of a folder: of file names and sizes)."""
         ...
 
 
@@ -70,8 +70,8 @@ def _description(source: Source, kind: str, fingerprint: str, **details: Any) ->
 
 
 class ArraySource:
-    """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and, if it has classes, `label`, or
-    `caption`, strings [N] or [N, K], of which empty ones are none."""
+    """Images of a .npy file, or of a .npz with `image` (or `images`, `x`, `arr_0`) and optionally `label` or
+    `caption`, strings [N] or [N, K]; empty strings are ignored."""
 
     def __init__(self, path: str, fit: Fit, labels: bool, captions: bool = False):
         self.path, self.fit, self.shape = path, fit, fit.shape
@@ -91,19 +91,19 @@ class ArraySource:
 
     def _read(self, path: Path, labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
         if not path.is_file():
-            raise UserError(f"data.path {str(path)!r} is not a file; an .npz or .npy of uint8 images is expected")
+            raise UserError(f"data.path {str(path)!r} is not a file; accepted: an .npz or .npy of uint8 images")
         try:
             loaded = np.load(path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 if labels:
-                    raise UserError(f"data.path {str(path)!r} is one array without labels; use an .npz with 'label'")
+                    raise UserError(f"data.path {str(path)!r} is an array without labels; use an .npz with 'label'")
                 return loaded, None
             with loaded:
                 key = next((k for k in IMAGE_KEYS if k in loaded), None)
                 if key is None:
                     raise UserError(
                         f"data.path {str(path)!r} has the arrays {sorted(loaded)}; "
-                        f"the images must be called one of {', '.join(IMAGE_KEYS)}"
+                        f"accepted names for the images: {', '.join(IMAGE_KEYS)}"
                     )
                 images = loaded[key]
                 if not labels:
@@ -112,7 +112,7 @@ class ArraySource:
                 label = None if label_key is None else loaded[label_key]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(
-                f"data.path {str(path)!r} cannot be read as .npz or .npy: it is damaged or something else"
+                f"data.path {str(path)!r} cannot be read as .npz or .npy: it is damaged or of another format"
             ) from None
         if not images.size:
             return images, None  # refused by the caller
@@ -143,7 +143,7 @@ class ArraySource:
 
 
 def _array_captions(path: Path, count: int) -> list[tuple[str, ...]]:
-    """The captions of a .npz that can be read."""
+    """The captions of a readable .npz."""
     with np.load(path, allow_pickle=False) as loaded:
         key = next((k for k in _CAPTION_KEYS if k in getattr(loaded, "files", ())), None)
         values = None if key is None else loaded[key]
@@ -160,16 +160,16 @@ def _array_captions(path: Path, count: int) -> list[tuple[str, ...]]:
 
 
 class FolderSource:
-    """Every png, jpg, webp or bmp file under a folder, in the order of their paths.
+    """All png, jpg, webp and bmp files under a folder, sorted by path.
 
-    With `labels` the class of an image is the folder directly under the root that it lies in; with `captions` each has
-    those of `read_captions`.
+    With `labels` the class of an image is its top-level sub-folder; with `captions` its captions are those of
+    `read_captions`.
     """
 
     def __init__(self, path: str, fit: Fit, labels: bool, skipped: Sequence[str] = (), captions: bool = False):
         self.root, self.fit, self.shape = Path(path), fit, fit.shape
         if not path:
-            raise UserError("data.path is empty; the folder with the images is needed: --config.data.path=...")
+            raise UserError("data.path is empty; give the folder with the images: --config.data.path=...")
         if not self.root.is_dir():
             raise UserError(f"data.path {path!r} is not a folder")
         found = (p for p in self.root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
@@ -182,7 +182,7 @@ class FolderSource:
         if labels:
             loose = next((p for p in self.paths if "/" not in p), None)
             if loose:
-                raise UserError(f"image {loose!r} lies in no sub-folder of {path!r}; with classes each one must")
+                raise UserError(f"image {loose!r} is not in a sub-folder of {path!r}, which would name its class")
             folders = [p.split("/", 1)[0] for p in self.paths]
             self.class_names = tuple(sorted(set(folders)))
             self.labels = [self.class_names.index(folder) for folder in folders]
@@ -205,12 +205,12 @@ class FolderSource:
         )
 
     def find_broken(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, str]:
-        """Decodes every image once; path and error of each that cannot be."""
+        """Decodes every image once; returns the path and error of each that fails."""
 
         def check(index: int) -> str | None:
             try:
                 self[index]
-            except Exception as error:  # Pillow's decoders raise many kinds
+            except Exception as error:  # Pillow's decoders raise many kinds of errors
                 return str(error) or type(error).__name__
             return None
 
@@ -243,7 +243,7 @@ class TfdsSource:
             )
         self.class_names: tuple[str, ...] = tuple(info.features["label"].names) if labels else ()
         self._labels, self._caption = labels, caption
-        # The images stay encoded until one is asked for; tensorflow-datasets' own decoder would ask for OpenCV.
+        # Images stay encoded until they are accessed; tensorflow-datasets' own decoder would need OpenCV.
         self._data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         if not len(self._data):
             raise UserError(f"split {split!r} of data set {info.name!r} is empty")
@@ -258,7 +258,7 @@ class TfdsSource:
 
     @functools.cached_property
     def captions(self) -> list[tuple[str, ...]]:
-        """Read from all examples once, whose images stay encoded."""
+        """Read once from all examples, without decoding their images."""
         return [self._captions(index) for index in range(len(self))] if self._caption else []
 
     def _captions(self, index: int) -> tuple[str, ...]:
@@ -267,12 +267,12 @@ class TfdsSource:
         texts = [text.strip() for text in texts if text.strip()]
         if not texts:
             raise UserError(
-                f"example {index} of {self.full_name!r} has an empty {self._caption!r}; each needs a caption"
+                f"example {index} of {self.full_name!r} has an empty {self._caption!r}; every image needs a caption"
             )
         return tuple(texts)
 
     def describe(self) -> dict[str, Any]:
-        # tensorflow-datasets writes the same bytes for the same version, so name and split are the examples' identity.
+        # tensorflow-datasets writes the same bytes for the same version, so name and split identify the examples.
         identity = json.dumps([self.full_name, self.split, len(self), list(self.shape), *filter(None, [self._caption])])
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         return _description(self, "tfds", fingerprint, name=self.full_name, split=self.split)
@@ -283,7 +283,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> Any:
-    """A builder whose array_record files lie on disk, prepared first if they do not."""
+    """A builder whose array_record files are on disk; prepares them first if necessary."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -293,7 +293,7 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without tensorflow-datasets' warning that a data set is not prepared yet."""
+    """Suppresses tensorflow-datasets' warning that a data set is not prepared yet."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -303,15 +303,15 @@ def _quiet() -> Iterator[None]:
 
 
 def prepared_name(kind: str, name: str) -> str | None:
-    """What tensorflow-datasets calls a source of this kind and name; None for those that it does not prepare."""
+    """tensorflow-datasets' name of a source of this kind and name; None if it does not prepare such sources."""
     return {"digits": "digits", "tfds": name}.get(kind)
 
 
 def tfds_folder(name: str, data_dir: str | None = None) -> tuple[Path, bool]:
-    """Where the files of a data set of tensorflow-datasets are or would be, and whether they are there.
+    """Where the files of a tensorflow-datasets data set are or would be, and whether they exist.
 
     Raises:
-      UserError: there is no such data set.
+      UserError: no such data set.
     """
     with _quiet():
         builder = _builder(name, data_dir)
@@ -342,8 +342,8 @@ def _find_or_prepare(name: str, data_dir: str | None) -> Any:
         builder.download_and_prepare()
     except ImportError as error:
         raise UserError(
-            f"data set {name!r} is prepared with a package that is not installed ({_one_line(error)}); "
-            "pip install 'ddpm-jax[tensorflow]' brings TensorFlow, which only this first step needs"
+            f"preparing data set {name!r} needs a package that is not installed ({_one_line(error)}); "
+            "pip install 'ddpm-jax[tensorflow]' installs TensorFlow, which only this step needs"
         ) from None
     except (AssertionError, OSError, tfds.download.DownloadError) as error:
         raise UserError(f"data set {name!r} could not be prepared: {_one_line(error)}") from None
@@ -361,13 +361,13 @@ def _suggestion(name: str) -> str:
 
 
 def check_network(name: str, data_dir: str | None = None) -> None:
-    """UserError, within seconds, if a data set that is not prepared cannot be fetched from here."""
+    """UserError, within seconds, if a data set is not prepared and cannot be downloaded from here."""
     with _quiet():
         _check_network(_builder(name, data_dir))
 
 
 def _check_network(builder: Any) -> None:
-    """Fails within seconds where a download would be retried for minutes."""
+    """Fails within seconds, whereas a download would be retried for minutes."""
     import requests
 
     for url in list(builder.url_infos or {})[:1]:
@@ -377,8 +377,8 @@ def _check_network(builder: Any) -> None:
             host = url.split("/")[2]
             raise UserError(
                 f"data set {builder.info.name!r} is not prepared in {builder.data_dir} and {host} cannot be reached; "
-                "prepare it where there is a network, by --mode=prepare, and copy that folder, or name its place by "
-                "--config.data.data_dir"
+                "prepare it on a machine with a network, with --mode=prepare, and copy that folder, or give its path "
+                "with --config.data.data_dir"
             ) from None
 
 
@@ -402,20 +402,20 @@ def open_source(
     """Opens a source of images.
 
     Args:
-      kind: "digits" or "numbers" (embedded), "tfds" (by `name`), "folder" or "array" (by `path`).
+      kind: "digits" or "numbers" (built-in), "tfds" (by `name`), "folder" or "array" (by `path`).
       name: of a tensorflow-datasets data set: "cifar10", "celeb_a_hq/256", "lsun/church_outdoor".
-      split: of that data set, its slicing notation included: "train[:1000]".
+      split: of that data set, including slicing notation: "train[:1000]".
       path: of the folder, or of the .npz or .npy file.
       data_dir: where tensorflow-datasets keeps its files; None: its default.
-      height, width, channels: of the images it gives.
-      labels: whether the images' classes are wanted.
-      captions: whether their captions are wanted.
-      caption: the feature of a tensorflow-datasets data set that has them.
-      num_digits, held_out: of "numbers"; see `NumbersSource`.
-      skipped: of a folder, the files to leave out.
+      height, width, channels: of the returned images.
+      labels: whether to return the images' classes.
+      captions: whether to return the images' captions.
+      caption: the name of the caption feature in a tensorflow-datasets data set.
+      num_digits, held_out: for "numbers"; see `NumbersSource`.
+      skipped: for a folder, the files to leave out.
 
     Raises:
-      UserError: what is missing or unreadable, by name.
+      UserError: something is missing or unreadable; it is named.
     """
     if channels not in (1, 3):
         raise UserError(f"data.channels is {channels}; accepted: 1 (grey) or 3 (RGB)")
@@ -426,11 +426,11 @@ def open_source(
         return ArraySource(path, fit, labels, captions)
     if kind == "numbers":
         if labels:
-            raise UserError("data.source 'numbers' has captions, no classes; model.class_conditional must be False")
+            raise UserError("data.source 'numbers' has captions but no classes; model.class_conditional must be False")
         return NumbersSource(num_digits, held_out, fit)
     if captions and not (kind == "tfds" and caption):
         what = "data.caption must name the text feature" if kind == "tfds" else "accepted: numbers, tfds, folder, array"
-        raise UserError(f"data.source is {kind!r}, and captions are wanted; {what}")
+        raise UserError(f"data.source is {kind!r}, but the run needs captions; {what}")
     prepared = prepared_name(kind, name)
     if prepared:
         builder = _prepared_builder(prepared, data_dir)

@@ -58,24 +58,24 @@ def discretized_gaussian_log_likelihood(x: Images, mean: Array, log_scale: Array
 
     Args:
       x: values k / 127.5 - 1 for k in 0..255.
-      mean, log_scale: of the Gaussian; log_scale is the log of its standard deviation.
+      mean, log_scale: the Gaussian's mean and the logarithm of its standard deviation.
 
     Returns:
-      Elementwise log-probabilities; the 256 bins, of width 2 / 255 and the outer two open, sum to one.
+      Elementwise log-probabilities. The 256 bins are 2 / 255 wide, the outer two open; their probabilities sum to one.
     """
     inverse = jnp.exp(-log_scale)
     centred = x - mean
     upper = jnp.where(x > 0.999, jnp.inf, (centred + 1.0 / 255.0) * inverse)
     lower = jnp.where(x < -0.999, -jnp.inf, (centred - 1.0 / 255.0) * inverse)
-    # The normal distribution is symmetric; reflected into its lower tail, the difference of the two values of its
-    # distribution function keeps its precision.
+    # In the upper tail the difference of two CDF values loses its precision. The normal distribution is symmetric, so
+    # these bins are reflected into the lower tail.
     reflect = centred > 0
     lower, upper = jnp.where(reflect, -upper, lower), jnp.where(reflect, -lower, upper)
-    # Infinities would make the gradient of the branch not taken NaN.
+    # Infinities would make the gradient of the untaken branch NaN.
     upper_open, lower_open = jnp.isposinf(upper), jnp.isneginf(lower)
     log_upper = jnp.where(upper_open, 0.0, log_ndtr(jnp.where(upper_open, 0.0, upper)))
     log_lower = log_ndtr(jnp.where(lower_open, -1.0, lower))
-    # A bin so narrow or so far out that float32 sees no difference still has the smallest probability it can hold.
+    # A bin too narrow or too far out for float32 to see a difference still gets a tiny probability.
     ratio = jnp.where(lower_open, 0.0, jnp.exp(jnp.minimum(log_lower - log_upper, -1e-7)))
     return log_upper + jnp.log1p(-ratio)
 
@@ -99,7 +99,7 @@ def vb_term_bpd(
     variance: str = "fixed_large",
     clip: bool = False,
 ) -> PerExample:
-    """The bound's term of each example's t, [B] in bits/dim: L_0 where t = 0, else KL(q || p_theta).
+    """The bound's term at each example's t, [B] in bits/dim: L_0 where t = 0, else KL(q || p_theta).
 
     Args:
       schedule: T timesteps.
@@ -116,11 +116,11 @@ def vb_term_bpd(
     return jnp.where(t == 0, decoder, kl) / math.log(2.0)
 
 
-# The bound of given images: every term, or a few drawn.
+# The bound of given images: all terms, or a random few.
 
 
 def _term(schedule, model_fn, x_0, t, noise, **options):
-    """(the bound's term of each example's t, the x_0 predicted there), by one network call."""
+    """The bound's term at each example's t and the x_0 predicted there, with one network call."""
     x_t = q_sample(schedule, x_0, t, noise)
     output = model_fn(x_t, t)
     bound = vb_term_bpd(schedule, output, x_0, x_t, t, **options)
@@ -151,20 +151,20 @@ def bound_terms(
     clip: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Array]:
-    """The bound's terms at the given timesteps, by one network call each, jit-compiled.
+    """The bound's terms at the given timesteps, with one network call each, jit-compiled.
 
     Args:
       schedule: T timesteps.
       model_fn: (x_t, t) -> output; see `p_sample`.
-      key: one typed key, or [B] of them, one an image. The noise at t is drawn from fold_in(key, t).
+      key: one typed key, or [B] of them, one per image. The noise at t is drawn from fold_in(key, t).
       x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
       timesteps: int [n]; None: all T.
       prediction, variance, clip: as in `p_mean_variance`.
-      progress: told (calls done, calls), between segments of the scan.
+      progress: called with (calls done, all calls) between segments of the scan.
 
     Returns:
-      "terms" [n, B] in bits/dim, L_0 where t = 0; and of the x_0 predicted there the squared error, as it is,
-      "x_0_mse" [n, B], and clipped to [-1, 1], "clipped_x_0_mse" [n, B].
+      "terms" [n, B] in bits/dim, L_0 where t = 0; and the squared error of the x_0 predicted there, "x_0_mse" [n, B]
+      as it is and "clipped_x_0_mse" [n, B] after clipping to [-1, 1].
 
     Raises:
       ValueError: an unknown option.
@@ -188,9 +188,9 @@ def bound_terms(
 
 
 def segments(rows: int, most: int = 25) -> list[tuple[int, np.ndarray]]:
-    """Cuts a scan of so many rows into segments of one length, so that one program serves all: (first, its rows).
+    """Cuts a scan into segments of equal length, so that one program serves all: pairs (first row, indices of rows).
 
-    Where the rows do not divide evenly, the last segment repeats the last row.
+    If the rows do not divide evenly, the last segment repeats the last row.
     """
     count = -(-rows // most)
     size = -(-rows // count)
@@ -208,13 +208,13 @@ def variational_bound(
     clip: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Array]:
-    """The bound on -log p(x_0), by one network call a timestep, jit-compiled.
+    """The bound on -log p(x_0), with one network call per timestep, jit-compiled.
 
     Args:
       schedule, model_fn, key, x_0, prediction, variance, clip, progress: as in `bound_terms`.
 
     Returns:
-      What `bound_terms` gives of all T timesteps, L_0 first, and in bits/dim "prior" L_T [B] and "total" [B].
+      What `bound_terms` returns for all T timesteps, L_0 first, and "prior" (L_T) and "total", [B] in bits/dim.
     """
     found = bound_terms(
         schedule, model_fn, key, x_0, prediction=prediction, variance=variance, clip=clip, progress=progress
@@ -224,31 +224,31 @@ def variational_bound(
 
 
 def term_proposal(weights: ArrayLike, uniform: float = 0.1) -> np.ndarray:
-    """float64 [T], the probabilities that `sampled_bound` draws the KL terms' t with.
+    """The probabilities with which `sampled_bound` draws the timesteps of its KL terms, float64 [T].
 
     Args:
       weights: [T], how large the terms are: the variance is least for sqrt(E[L_t^2]). A curve of the bound's terms or
-        `LossHistory.probabilities` will do; entry 0, L_0, is left aside.
-      uniform: the share of the uniform distribution over 1..T-1, which bounds the weights of what is drawn.
+        `LossHistory.probabilities` will do; entry 0, L_0, is ignored.
+      uniform: the share of the uniform distribution over 1..T-1, which bounds the importance weights.
 
     Raises:
-      ValueError: weights that are not finite or negative, or a share outside of (0, 1].
+      ValueError: weights that are negative or not finite, or a share outside (0, 1].
     """
     weights = np.array(weights, np.float64)
     if weights.ndim != 1 or not np.all(np.isfinite(weights) & (weights >= 0)):
-        raise ValueError(f"the weights of the bound's terms must be finite, at least 0 and [T], not {weights.shape}")
+        raise ValueError(f"the weights must be finite numbers of at least 0, of shape [T], not {weights.shape}")
     if not 0 < uniform <= 1:
-        raise ValueError(f"uniform is {uniform}; accepted: above 0 to 1")
+        raise ValueError(f"uniform is {uniform}; accepted: above 0, at most 1")
     weights[:1] = 0.0
     flat = np.append(0.0, np.ones(len(weights) - 1)) / max(len(weights) - 1, 1)
     return uniform * flat + (1.0 - uniform) * (weights / weights.sum() if weights.any() else flat)
 
 
 def pilot_timesteps(schedule: Schedule, num_calls: int = 32) -> np.ndarray:
-    """int [n], n at most num_calls, of 1..T-1: half of them evenly in t, half in log t; what a pilot calls."""
+    """The timesteps of a pilot run, int [n] in 1..T-1, n at most num_calls: half evenly spaced in t, half in log t."""
     last, half = schedule.num_timesteps - 1, max(num_calls // 2, 2)
     if last < 1:
-        raise ValueError("the bound of a single timestep is L_T and L_0, with no term to draw")
+        raise ValueError("the bound of a single timestep is L_T + L_0; there are no KL terms to draw")
     return np.unique(np.round(np.concatenate([np.geomspace(1, last, half), np.linspace(1, last, half)])).astype(int))
 
 
@@ -259,8 +259,8 @@ def pilot_proposal(schedule: Schedule, terms: ArrayLike, num_calls: int = 32, un
 
     Args:
       schedule: T timesteps.
-      terms: [n, B], of `bound_terms` at `pilot_timesteps(schedule, num_calls)`.
-      num_calls: as given there.
+      terms: [n, B], from `bound_terms` at `pilot_timesteps(schedule, num_calls)`.
+      num_calls: the same number.
       uniform: see `term_proposal`.
 
     Returns:
@@ -284,35 +284,35 @@ def sampled_bound(
     variance: str = "fixed_large",
     clip: bool = False,
 ) -> dict[str, Array]:
-    """An unbiased estimate of the bound on -log p(x_0) by num_terms + 1 network calls, jit-compiled.
+    """An unbiased estimate of the bound on -log p(x_0) with num_terms + 1 network calls, jit-compiled.
 
-    L_T and L_0 are computed as in `variational_bound`. For the sum of the T - 1 KL terms, t is drawn by importance:
-    the proposal's distribution function is cut into num_terms / 2 strata of equal probability, and each image draws
-    two t of each, so that their difference tells the variance. New weights or another proposal compile nothing anew.
+    L_T and L_0 are computed as in `variational_bound`. For the sum of the T - 1 KL terms, t is drawn by importance
+    sampling: the proposal's CDF is cut into num_terms / 2 strata of equal probability, and each image draws two t from
+    each stratum, whose difference estimates the variance. New weights or another proposal do not recompile.
 
     Args:
       schedule, model_fn, key, x_0, prediction, variance, clip: as in `bound_terms`.
-      proposal: [T], the probabilities of t, above 0 but for entry 0; see `term_proposal` and `pilot_proposal`.
+      proposal: [T], the probabilities of t, above 0 except for entry 0; see `term_proposal` and `pilot_proposal`.
       num_terms: KL terms drawn for each image, an even number.
 
     Returns:
-      In bits/dim, [B]: "total", "prior" L_T, "decoder" L_0, "kl", the estimate of the sum of the rest, and
-      "kl_variance", an unbiased estimate of the variance that the draws of t and of the noise there give "kl".
+      [B] each, in bits/dim: "total"; "prior", L_T; "decoder", L_0; "kl", the estimated sum of the other terms; and
+      "kl_variance", an unbiased estimate of the variance of "kl" over the draws of t and of the noise.
 
     Raises:
-      ValueError: an unknown option, an odd number of terms, or a proposal that leaves out a t.
+      ValueError: an unknown option, an odd number of terms, or a proposal that never draws some t.
     """
     check_option("prediction", prediction, PREDICTIONS)
     check_option("variance", variance, VARIANCES)
     if num_terms < 2 or num_terms % 2:
-        raise ValueError(f"num_terms is {num_terms}; accepted: even numbers of 2 or more")
+        raise ValueError(f"num_terms is {num_terms}; accepted: even numbers from 2")
     p = np.asarray(proposal, np.float64)
     T = schedule.num_timesteps
     if T < 2:
-        raise ValueError("the bound of a single timestep is L_T and L_0, with no term to draw")
+        raise ValueError("the bound of a single timestep is L_T + L_0; there are no KL terms to draw")
     if p.shape != (T,) or not np.all(p[1:] > 0) or not np.isfinite(p.sum()):
         raise ValueError(f"the proposal has shape {p.shape}; accepted: ({T},), above 0 from entry 1 on")
-    # What float32 draws with is the difference of the rounded sums: their own probabilities keep it unbiased.
+    # Drawing uses differences of sums rounded to float32; weighting by exactly these keeps the estimate unbiased.
     cumulative = np.cumsum(p[1:] / p[1:].sum()).astype(np.float32)
     return _sampled_bound(
         schedule,
@@ -332,7 +332,7 @@ def _sampled_bound(schedule, model_fn, key, x_0, cumulative, num_terms, **option
     size, strata = x_0.shape[0], num_terms // 2
     cumulative = cumulative.at[-1].set(1.0)
     p = jnp.diff(cumulative, prepend=0.0)
-    # Another stream than the noise, which is drawn at the numbers of the calls.
+    # A different stream from the noise, which is drawn by call number.
     t_key = fold_in(key, 2**31)
     u = jax.vmap(lambda k: jax.random.uniform(k, (strata, 2)))(t_key if key.ndim else jax.random.split(t_key, size))
     u = ((jnp.arange(strata)[:, None] + u) / strata).reshape(size, num_terms).T

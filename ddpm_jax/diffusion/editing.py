@@ -1,6 +1,6 @@
-"""What a diffusion model does with pictures that exist: mix, vary, denoise and repair them.
+"""Editing existing pictures with a diffusion model: mixing, varying, denoising and inpainting.
 
-Each function is a few lines around `sample` and hands its further options on to it. Pictures are [B, H, W, C] in
+Each function is a few lines around `sample` and passes its further options on to it. Pictures are [B, H, W, C] in
 [-1, 1]; a key is one typed key or [B] of them.
 """
 
@@ -25,16 +25,16 @@ def _check_t(schedule: Schedule, t: int) -> None:
 
 
 def diffuse(schedule: Schedule, key: Keys, x_0: Images, t: int) -> Images:
-    """x_t ~ q(x_t | x_0), the same t for all."""
+    """x_t ~ q(x_t | x_0), with the same t for all."""
     _check_t(schedule, t)
-    # Of another stream than sampling's noise with the same key.
+    # A different stream from sampling's noise with the same key.
     return q_sample(schedule, x_0, jnp.full(x_0.shape[:1], t), normal(fold_in(key, 2**31), x_0.shape))
 
 
 def vary(schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, t: int, **options: Any) -> Images:
-    """Other pictures like these: diffused to t and denoised again. The larger t, the less is kept.
+    """Variations of pictures: diffused to t and denoised again. The larger t, the less is kept.
 
-    With `timesteps` among the options of `sample`, these are taken, and t is the first of them.
+    If the options of `sample` include `timesteps`, those are used and t is the first of them.
     """
     start: dict[str, Any] = {"t_start": t} if options.get("timesteps") is None else {}
     return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), **start, **options)
@@ -50,15 +50,15 @@ def interpolate(
     t: int,
     **options: Any,
 ) -> Images:
-    """Between two pictures: both diffused to t, mixed, and denoised (DDPM, section 4.3).
+    """Mixtures of two pictures: both are diffused to t, mixed, and denoised (DDPM, section 4.3).
 
     Args:
-      schedule, model_fn: of the network.
-      key: one typed key. All mixtures share its noise, so that they differ by their weight alone.
+      schedule, model_fn: as in `sample`.
+      key: one typed key. All mixtures share its noise, so they differ only in their weight.
       x_0, other: [H, W, C].
-      weights: [N] of `other`, lambda in the paper; 0 gives a variation of x_0.
-      t: how far both are diffused.
-      options: of `sample`.
+      weights: [N], the share of `other`, lambda in the paper; 0 gives a variation of x_0.
+      t: the timestep to which both are diffused.
+      options: passed to `sample`.
 
     Returns:
       [N, H, W, C].
@@ -102,16 +102,16 @@ def encode(
 ) -> Images:
     """The noise x_T that deterministic DDIM turns into these pictures (Song et al. 2021, section 5.4).
 
-    `sample(..., sampler="ddim", x_t=that, clip=False)` with the same steps gives them back, but for the error of the
-    steps, which falls with their number.
+    `sample(..., sampler="ddim", x_t=that, clip=False)` with the same steps recovers them, up to a discretisation error
+    that falls with the number of steps.
 
     Args:
-      schedule, model_fn: of the network.
+      schedule, model_fn: as in `sample`.
       x_0: [B, H, W, C].
-      num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, levels, fractional: see `plan`; of the way back
-        too.
+      num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, levels, fractional: see `plan`; use the same ones
+        for sampling back.
       prediction, variance: what the network's output means.
-      progress: told (network calls done, calls in all).
+      progress: called with (network calls done, all calls).
     """
     x_0 = jnp.asarray(x_0)
     steps = plan(
@@ -138,7 +138,7 @@ def encode(
 
 
 def nearest_timestep(schedule: Schedule, sigma: float) -> int:
-    """The t whose noise, measured beside an image of its full contrast, has the standard deviation sigma: s / a."""
+    """The t at which the noise, relative to the image's full contrast, has standard deviation sigma = s / a."""
     log_sigma = -0.5 * np.asarray(schedule.log_snr, np.float64)
     return int(np.argmin(np.abs(log_sigma - np.log(sigma)))) if sigma > 0 else 0
 
@@ -146,8 +146,8 @@ def nearest_timestep(schedule: Schedule, sigma: float) -> int:
 def estimate_sigma(x: ArrayLike) -> float:
     """Standard deviation of the white noise in pictures [B, H, W, C], in their units.
 
-    From the median of the finest diagonal wavelet coefficients (Donoho & Johnstone 1994), which smooth pictures leave
-    to the noise. Fine detail counts as noise: on pictures of a few pixels it is a rough guess.
+    It is estimated from the median of the finest diagonal wavelet coefficients (Donoho & Johnstone 1994), which in
+    smooth pictures are mostly noise. Fine detail counts as noise: for tiny pictures this is a rough guess.
     """
     x = np.asarray(x, np.float64)
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
@@ -156,9 +156,9 @@ def estimate_sigma(x: ArrayLike) -> float:
 
 
 def denoise(schedule: Schedule, model_fn: ModelFn, key: Keys, x: Images, t: int, **options: Any) -> Images:
-    """Clean pictures from pictures with white noise of standard deviation s / a at t, see `nearest_timestep`.
+    """Removes white noise of standard deviation s / a at t from pictures; see `nearest_timestep`.
 
-    x is scaled to what the diffusion has at t. Draws one of the possible clean pictures.
+    x is scaled to match x_t. The result is one draw from the possible clean pictures.
     """
     _check_t(schedule, t)
     x_t = schedule.sqrt_alphas_cumprod[t] * x
@@ -177,19 +177,18 @@ def inpaint(
     known_noise: Images | None = None,
     **options: Any,
 ) -> Images:
-    """Paints anew where the mask is true, fitting the rest, which stays as it is.
+    """Repaints the pixels where the mask is true to fit the others, which stay as they are.
 
     Args:
-      schedule, model_fn: of the network.
+      schedule, model_fn: as in `sample`.
       key: one typed key, or [B] of them.
-      x_0: [B, H, W, C]; what it holds under the mask does not count.
-      mask: bool, to broadcast to x_0.
-      jump, times: RePaint's resampling (Lugmayr et al. 2022): every `jump` steps are run `times` times, so that both
-        parts come to fit. times = 1 only puts the known pixels in place before every step, which is quicker and fits
-        less well.
-      known_noise: [B, H, W, C], the noise that sampling starts from and that the known part has at every step, as in
-        diffusers' inpainting with networks that know nothing of masks; None: drawn anew at each step, as in RePaint.
-      options: of `sample`.
+      x_0: [B, H, W, C]; its pixels under the mask are ignored.
+      mask: bool, broadcastable to x_0.
+      jump, times: RePaint's resampling (Lugmayr et al. 2022): every `jump` steps are run `times` times, so that the two
+        parts match. times = 1 only restores the known pixels before every step, which is faster but matches less well.
+      known_noise: [B, H, W, C], the noise that sampling starts from and that is added to the known part at every step,
+        as in diffusers' inpainting with networks that take no mask; None: new noise at each step, as in RePaint.
+      options: passed to `sample`.
     """
     known = (x_0, jnp.logical_not(mask))
     resampling = (jump, times) if times > 1 else None
@@ -200,15 +199,15 @@ def inpaint(
 def coarse_to_fine(
     schedule: Schedule, model_fn: ModelFn, key: Keys, shape: tuple[int, ...], t: int, **options: Any
 ) -> Images:
-    """Images that share their x_t and part from there: a large t leaves the coarse features in common, a small one all
-    but the details (DDPM, section 4.3 and figure 7).
+    """Images that share one x_t: with a large t they share coarse features, with a small t all but the details (DDPM,
+    section 4.3 and figure 7).
 
     Args:
-      schedule, model_fn: of the network.
+      schedule, model_fn: as in `sample`.
       key: one typed key.
       shape: (B, H, W, C).
       t: the timestep of the shared x_t.
-      options: of `sample`; num_steps is of the way from T - 1 to 0.
+      options: passed to `sample`; num_steps counts the steps from T - 1 to 0.
     """
     _check_t(schedule, t)
     last, num_steps = schedule.num_timesteps - 1, options.pop("num_steps", None)
@@ -217,7 +216,7 @@ def coarse_to_fine(
     def steps(first: int, end: int) -> int | None:
         return None if num_steps is None else max(1, round(num_steps * (first - end) / (last + 1)))
 
-    # The shared part too has B rows, all the same, so that a network with one condition an image takes it.
+    # The shared part also has B rows, all the same, for networks that take one condition per image.
     keys = jnp.repeat(together[None], shape[0], axis=0)
     if t < last:
         shared = sample(schedule, model_fn, keys, shape, t_end=t, num_steps=steps(last, t), **options)

@@ -1,4 +1,4 @@
-"""The probability-flow ODE and the likelihood that it gives images.
+"""The probability-flow ODE and the likelihood of images under it.
 
 The diffusion's marginals are also those of an ODE (Song et al. 2021, eq. 13). With x_t = a x_0 + s eps and
 tau = log(s / a), minus half the log-SNR, it reads
@@ -9,14 +9,14 @@ which is linear in x and in the network's output, with factors between -1 and 1 
 which is zero for data that are standard normal themselves. Along it the log-density falls by the field's divergence
 (Chen et al. 2018, eq. 8; Song et al. 2021, eq. 39).
 
-Between the network's timesteps tau is interpolated linearly in t, and the network is called with the fractional t: any
-such field gives an exact density as the steps grow, be the network good there or not, whereas steps from one timestep
-to the next could not be refined. At t = 0, where the ODE ends, x has the noise of one step. The 8-bit image itself then
-has
+Between the network's timesteps tau is interpolated linearly in t, and the network is called with the fractional t. Any
+such field gives an exact density as the number of steps grows, however good the network is at fractional t, whereas
+steps from one timestep to the next could not be refined. At t = 0, where the ODE ends, x has the noise of one step. For
+the 8-bit image itself,
 
     -log P(x_0) <= E_q(x_{t=0} | x_0) [log q(x_{t=0} | x_0) - log p_ODE(x_{t=0}) - log P(x_0 | x_{t=0})]
 
-with the discretised Gaussian of L_0 as P(x_0 | x_{t=0}): q takes the place of a dequantisation, and no bin is left out.
+with the discretised Gaussian of L_0 as P(x_0 | x_{t=0}): q replaces a dequantisation, and all bins are covered.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ from ddpm_jax.diffusion.schedules import Schedule, extract
 from ddpm_jax.diffusion.shapes import Images, Keys
 from ddpm_jax.diffusion.tables import log_alphas_cumprod
 
-# Explicit Runge-Kutta methods in which each stage takes up the slope of the one before: where the stages lie in a step,
-# their weights in its result, and how far each leads to the next.
+# Explicit Runge-Kutta methods in which each stage uses only the slope of the previous one: the stages' positions within
+# a step, their weights in its result, and how far each one moves towards the next.
 METHODS = {
     "heun": ((0.0, 1.0), (1 / 2, 1 / 2), (1.0,)),
     "rk4": ((0.0, 1 / 2, 1 / 2, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (1 / 2, 1 / 2, 1.0)),
@@ -58,15 +58,15 @@ DIVERGENCES = ("hutchinson", "exact")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlowTable:
-    """One row a network call, in order; each field is an array [R].
+    """One row per network call, in order; each field is an array [R].
 
     Attributes:
       t: float32, the timestep that the network is called with.
       of_x, of_output: the field is of_x * x + of_output * output.
-      weight: of the slope in the step's result.
-      onward: how far along the slope the next call of the step is.
+      weight: the slope's weight in the step's result.
+      onward: how far along the slope the step's next call is.
       last: bool, whether the step ends with this call.
-      index: int32, the row's number, for what is drawn there.
+      index: int32, the row's number, which seeds its random draws.
     """
 
     t: np.ndarray
@@ -81,12 +81,12 @@ class FlowTable:
 def flow_table(schedule: Schedule, num_steps: int, method: str = "rk4", prediction: str = "eps") -> FlowTable:
     """The steps from t = 0 to T - 1, evenly spaced in log-SNR.
 
-    Where the last timestep is pure noise, at a log-SNR of minus infinity, they end at the last that is not.
+    If the last timestep is pure noise, at a log-SNR of minus infinity, they end at the last one that is not.
 
     Args:
       schedule: T timesteps; its arrays must be concrete.
-      num_steps: how many; each calls the network twice with "heun" and four times with "rk4".
-      method: "heun", of second order, or "rk4", the classical one, of fourth.
+      num_steps: number of steps; each calls the network twice with "heun" and four times with "rk4".
+      method: "heun", of second order, or "rk4", the classical fourth-order method.
       prediction: what the network's output means.
 
     Raises:
@@ -99,7 +99,7 @@ def flow_table(schedule: Schedule, num_steps: int, method: str = "rk4", predicti
     log_abar = log_alphas_cumprod(schedule)
     log_abar = log_abar[np.isfinite(log_abar)]
     if len(log_abar) < 2:
-        raise ValueError("the probability flow needs two timesteps or more that are not pure noise")
+        raise ValueError("the probability flow needs at least two timesteps that are not pure noise")
     tau = 0.5 * (np.log(-np.expm1(log_abar)) - log_abar)
     places, weights, onward = (np.array(values) for values in METHODS[method])
     step = (tau[-1] - tau[0]) / num_steps
@@ -134,17 +134,17 @@ def flow_log_density(
 
     Args:
       schedule: T timesteps; its arrays must be concrete, since the steps are planned outside of jit.
-      model_fn: (x_t, t) -> output, t float32 [B]; see `p_sample`. Needs a derivative in reverse mode only.
-      key: one typed key, or [B] of them, one an image.
+      model_fn: (x_t, t) -> output, t float32 [B]; see `p_sample`. Only its reverse-mode derivative is needed.
+      key: one typed key, or [B] of them, one per image.
       x: [B, H, W, C].
       num_steps, method: see `flow_table`.
-      divergence: "hutchinson", v . J v for signs v drawn anew at every call, which is unbiased and costs one gradient a
-        call; or "exact", by a gradient a dimension.
-      prediction, variance: what the network's output means; a learned variance is left aside.
-      progress: told (network calls done, calls), between segments of the scan.
+      divergence: "hutchinson", v . J v for new random signs v at every call, which is unbiased and costs one gradient
+        per call; or "exact", with one gradient per dimension.
+      prediction, variance: what the network's output means; a learned variance is ignored.
+      progress: called with (network calls done, all calls) between segments of the scan.
 
     Returns:
-      "log_density" [B] in nats, and "x" [B, H, W, C], where the flow ends.
+      "log_density" [B] in nats, and "x" [B, H, W, C], the end point of the flow.
 
     Raises:
       ValueError: an unknown option, or what `flow_table` refuses.
@@ -168,8 +168,8 @@ def flow_log_density(
 
 
 def _calls_at_once() -> int:
-    """Network calls in one scan. On CPUs each is a program of its own: within a loop, XLA leaves a convolution's
-    gradient in a form that its fast routines do not take, and a call lasts three times as long."""
+    """Network calls in one scan. On CPUs it is one: inside a loop, XLA leaves a convolution's gradient in a form that
+    its fast routines do not support, and a call takes three times as long."""
     return 1 if jax.default_backend() == "cpu" else 25
 
 
@@ -181,7 +181,7 @@ def _standard_normal(x: Images) -> Array:
 
 @partial(jax.jit, static_argnames=("divergence", "learned"))
 def _integrate(model_fn, table, key, state, divergence, learned):
-    """The rows' steps: the new state, and the integral of the divergence [B]."""
+    """Takes the rows' steps: returns the new state and the integral of the divergence [B]."""
 
     def row(state, row):
         start, x, result = state
@@ -207,14 +207,14 @@ def _integrate(model_fn, table, key, state, divergence, learned):
 
 
 def _signs(key: Keys, shape: tuple[int, ...]) -> Array:
-    """+1 and -1, from one key or from one key an example."""
+    """Random +1 and -1, from one key or from one key per example."""
     if key.ndim == 0:
         return jax.random.rademacher(key, shape, jnp.float32)
     return jax.vmap(lambda k: jax.random.rademacher(k, shape[1:], jnp.float32))(key)
 
 
 def _trace(pull_back: Callable[[Array], Any], x: Images) -> Array:
-    """The trace of each example's Jacobian, [B], a row of it at a time."""
+    """The trace of each example's Jacobian, [B], computed row by row."""
     size = math.prod(x.shape[1:])
 
     def entry(i):
@@ -239,18 +239,18 @@ def flow_bound(
     clip: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Array]:
-    """The bound on -log P(x_0) of 8-bit images by the probability flow (see the head of this module).
+    """The probability flow's bound on -log P(x_0) of 8-bit images; see the top of this module.
 
-    log q is taken at the x that was drawn, not as its mean: the tighter the bound, the less the difference varies.
+    log q is taken at the x drawn rather than in expectation: the tighter the bound, the less log q - log p_ODE varies.
 
     Args:
-      key: one typed key, or [B] of them. x at t = 0 has the noise of fold_in(key, 0), as in `bound_terms`.
+      key: one typed key, or [B] of them. The noise of x at t = 0 is drawn from fold_in(key, 0), as in `bound_terms`.
       x_0: [B, H, W, C], 8-bit values scaled to [-1, 1].
       schedule, model_fn, num_steps, method, divergence, prediction, progress: as in `flow_log_density`.
       variance, clip: of the decoder, as in `p_mean_variance`.
 
     Returns:
-      In bits/dim, [B]: "total"; "decoder", -log P(x_0 | x_{t=0}), which is L_0; and "flow", the rest:
+      [B] each, in bits/dim: "total"; "decoder", -log P(x_0 | x_{t=0}), which is L_0; and "flow", the rest:
       log q(x_{t=0} | x_0) - log p_ODE(x_{t=0}).
 
     Raises:
@@ -279,7 +279,7 @@ def flow_bound(
 
 @partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
 def _dequantize(schedule, model_fn, key, x_0, **options):
-    """(x ~ q(x_{t=0} | x_0), log q of it in nats, L_0 in bits/dim)."""
+    """x ~ q(x_{t=0} | x_0), its log q in nats, and L_0 in bits/dim."""
     t = jnp.zeros(x_0.shape[:1], jnp.int32)
     noise = normal(fold_in(key, 0), x_0.shape)
     x = q_sample(schedule, x_0, t, noise)

@@ -1,6 +1,6 @@
 """The forward process q and the reverse process p_theta as pure functions of arrays.
 
-The network's output can mean three things, all the same statement about x_t = a x_0 + s eps, with a = sqrt(abar_t) and
+The network's output can mean three equivalent things, given x_t = a x_0 + s eps with a = sqrt(abar_t) and
 s = sqrt(1 - abar_t):
 
     eps    the noise                                        (DDPM)
@@ -30,15 +30,15 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 @dataclasses.dataclass(frozen=True)
 class Parameterization:
-    """What a network's output means, and where the x_0 that it predicts may lie; see `p_mean_variance`.
+    """What a network's output means, and how the predicted x_0 is clipped; see `p_mean_variance`.
 
     Attributes:
       prediction: "eps", "x_0" or "v".
       variance: "fixed_small", "fixed_large" or "learned".
       clip: whether the predicted x_0 is clipped to [-clip_range, clip_range].
-      dynamic_threshold: a quantile for dynamic thresholding instead; None: off.
+      dynamic_threshold: the quantile for dynamic thresholding instead; None: off.
       clip_range: 1 for images.
-      threshold_limit: the largest threshold of dynamic thresholding; None: any.
+      threshold_limit: the largest threshold of dynamic thresholding; None: no limit.
     """
 
     prediction: str = "eps"
@@ -50,15 +50,15 @@ class Parameterization:
 
     @property
     def unclipped(self) -> "Parameterization":
-        """The same without clipping, as likelihoods are taken."""
+        """The same without clipping, for likelihoods."""
         return dataclasses.replace(self, clip=False, dynamic_threshold=None)
 
     def check(self) -> None:
-        """ValueError for an unknown prediction or variance, a quantile that is none, or an empty range."""
+        """ValueError for an unknown prediction or variance, an invalid quantile, or an empty range."""
         check_option("prediction", self.prediction, PREDICTIONS)
         check_option("variance", self.variance, VARIANCES)
         if self.dynamic_threshold is not None and not 0 < self.dynamic_threshold <= 1:
-            raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; accepted: above 0 to 1, or None")
+            raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; accepted: above 0, at most 1, or None")
         if not self.clip_range > 0:
             raise ValueError(f"clip_range is {self.clip_range}; accepted: above 0")
         if self.threshold_limit is not None and not self.threshold_limit >= 1:
@@ -68,7 +68,7 @@ class Parameterization:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """p_theta(x_{t-1} | x_t): mean, variance and log_variance as [B, H, W, C] (variances may broadcast), and the x_0
+    """p_theta(x_{t-1} | x_t): mean, variance and log_variance [B, H, W, C] (the variances may broadcast), and the x_0
     that the mean was computed from."""
 
     mean: Images
@@ -83,9 +83,9 @@ def check_option(name: str, value: str, accepted: tuple[str, ...]) -> None:
 
 
 def normal(key: Keys, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Standard normal noise of `shape`, from one key or from one key an example ([B] keys).
+    """Standard normal noise of `shape`, from one key or from one key per example ([B] keys).
 
-    With one key an example, an image's noise does not depend on which other images share its batch.
+    With one key per example, an image's noise does not depend on which other images share its batch.
     """
     if key.ndim == 0:
         return jax.random.normal(key, shape, dtype)
@@ -93,7 +93,7 @@ def normal(key: Keys, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
 
 
 def fold_in(key: Keys, number: Array | int) -> Array:
-    """`jax.random.fold_in` of one key, or of each of [B]."""
+    """`jax.random.fold_in` for one key, or for each of [B] keys."""
     fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
     return jax.vmap(fold)(key) if key.ndim else fold(key)
 
@@ -150,7 +150,7 @@ def to_x_0(prediction: str, output: Images, x_t: Images, a: Factors, s: Factors)
 
 
 def from_x_0(prediction: str, x_0: Images, x_t: Images, a: Factors, s: Factors) -> Images:
-    """The inverse of `to_x_0`: the eps, x_0 or v that x_0 and x_t stand for."""
+    """The inverse of `to_x_0`: the eps, x_0 or v that x_0 and x_t imply."""
     check_option("prediction", prediction, PREDICTIONS)
     if prediction == "eps":
         return (x_t - a * x_0) / s
@@ -162,7 +162,7 @@ def from_x_0(prediction: str, x_0: Images, x_t: Images, a: Factors, s: Factors) 
 def convert_prediction(
     schedule: Schedule, output: Images, x_t: Images, t: Timesteps, source: str, target: str
 ) -> Images:
-    """Turns a network output meaning `source` ("eps", "x_0" or "v") into what it says of `target`."""
+    """Converts a network output that means `source` ("eps", "x_0" or "v") to `target`."""
     check_option("target", target, PREDICTIONS)
     if source == target:
         return output
@@ -178,15 +178,15 @@ def clip_x_0(
     clip_range: float = 1.0,
     threshold_limit: float | None = None,
 ) -> Images:
-    """Keeps a predicted x_0 where images are, or whatever is diffused.
+    """Restricts a predicted x_0 to the range of the data.
 
     Args:
       x_0: [B, H, W, C].
-      clip: to [-clip_range, clip_range].
+      clip: whether to clip to [-clip_range, clip_range].
       dynamic_threshold: None, or the quantile q of Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3):
         each image is clipped to [-s, s] and divided by s = max(1, q-quantile of its absolute values).
-      clip_range: of the clip; 1 for images.
-      threshold_limit: the largest s, as in DeepFloyd IF; None: any.
+      clip_range: the bound for clipping; 1 for images.
+      threshold_limit: the largest s, as in DeepFloyd IF; None: no limit.
     """
     if dynamic_threshold is not None:
         axes = tuple(range(1, x_0.ndim))
@@ -198,7 +198,7 @@ def clip_x_0(
 
 
 def split_output(model_output: Outputs, variance: str) -> tuple[Images, Images | None]:
-    """(prediction, interpolation) of a network with learned variance, whose channels hold both; else (output, None)."""
+    """Splits the channels of a network with learned variance into (prediction, interpolation); else (output, None)."""
     check_option("variance", variance, VARIANCES)
     if variance != "learned":
         return model_output, None
@@ -209,8 +209,8 @@ def split_output(model_output: Outputs, variance: str) -> tuple[Images, Images |
 
 
 def interpolate_log_variance(interpolation: Images, smallest: Factors, largest: Factors) -> Images:
-    """exp of it lies between the two bounds, geometrically: interpolation -1 gives the smallest, 1 the largest
-    (Improved DDPM, eq. 15)."""
+    """The log-variance between two bounds (Improved DDPM, eq. 15): interpolation -1 gives the smallest, 1 the largest,
+    and the variance in between is interpolated geometrically."""
     fraction = (interpolation + 1.0) / 2.0
     return fraction * largest + (1.0 - fraction) * smallest
 
@@ -241,9 +241,9 @@ def p_mean_variance(
       prediction: what the output means: "eps", "x_0" or "v".
       variance: "fixed_small" (the posterior's), "fixed_large" (beta_t) or "learned" (between the two).
       clip: clip the predicted x_0 to [-clip_range, clip_range].
-      dynamic_threshold: a quantile for dynamic thresholding instead; see `clip_x_0`.
-      clip_range: of the clip; 1 for images.
-      threshold_limit: the largest threshold; None: any.
+      dynamic_threshold: the quantile for dynamic thresholding instead; see `clip_x_0`.
+      clip_range: the bound for clipping; 1 for images.
+      threshold_limit: the largest threshold; None: no limit.
 
     Returns:
       A `Gaussian`: mean and x_0 [B, H, W, C]; variance and log_variance [B, 1, 1, 1], or [B, H, W, C] if learned.
@@ -267,8 +267,8 @@ def p_mean_variance(
 def as_argument(model_fn: Callable[..., Array]) -> jax.tree_util.Partial:
     """The model function as a pytree that jit-compiled functions take as an argument.
 
-    A `jax.tree_util.Partial(net.apply, variables)` passes as it is, its weights staying arguments of the compiled
-    program; any other callable is wrapped and becomes part of the program, compiled anew for each new object.
+    A `jax.tree_util.Partial(net.apply, variables)` is returned as it is: its weights stay arguments of the compiled
+    program. Any other callable is wrapped and becomes part of the program, which is recompiled for each new object.
     """
     return model_fn if isinstance(model_fn, jax.tree_util.Partial) else jax.tree_util.Partial(model_fn)
 
@@ -293,7 +293,7 @@ def p_sample(
 
     Args:
       schedule: T timesteps.
-      model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
+      model_fn: (x_t, t) -> output. With `jax.tree_util.Partial(net.apply, variables)`, new weights do not recompile.
       key: one typed key, or [B] of them.
       x_t: [B, H, W, C].
       t: int32 [B].

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: towards what a condition adds (Ho & Salimans 2022)."""
+"""Classifier-free guidance (Ho & Salimans 2022)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ NO_LIMIT = (0, 2**31 - 1)
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How far sampling goes towards what a condition adds; see `guided`. An empty interval has no limits."""
+    """The strength of classifier-free guidance; see `guided`. An empty interval means all timesteps."""
 
     scale: float = 1.0
     rescale: float = 0.0
@@ -23,11 +23,11 @@ class Guidance:
 
     @property
     def is_on(self) -> bool:
-        """Whether the network must be called without the condition, too."""
+        """Whether the network must also be called without the condition."""
         return self.scale != 1.0
 
     def check(self) -> None:
-        """ValueError for values that are out of range, or do nothing."""
+        """ValueError for values that are out of range or have no effect."""
         if not 0.0 <= self.rescale <= 1.0:
             raise ValueError(f"guidance_rescale is {self.rescale}; accepted: 0 to 1")
         if len(self.interval) not in (0, 2) or list(self.interval) != sorted(self.interval):
@@ -47,30 +47,29 @@ def guided(
     rescale: ArrayLike = 0.0,
     interval: Sequence[ArrayLike] = NO_LIMIT,
 ) -> jax.tree_util.Partial:
-    """The model function  null + scale (cond - null), by one network call on the doubled batch.
+    """The model function  null + scale (cond - null), with one network call on the doubled batch.
 
-    All values are arguments of the compiled program: another scale compiles nothing anew.
+    All values are arguments of the compiled program: another scale does not recompile.
 
     Args:
-      model_fn: (x_t, t, cond) -> output; a `jax.tree_util.Partial` keeps its weights arguments as well.
+      model_fn: (x_t, t, cond) -> output; the weights of a `jax.tree_util.Partial` stay arguments as well.
       cond, null_cond: pytrees of [B, ...], with and without the condition.
-      scale: a number, or [B], one an image. 1 is the condition alone, 0 none of it.
-      rescale: share of the output whose standard deviation is brought back to the conditional one's (Lin et al. 2023,
-        section 3.4), against the too bright pictures of a large scale.
-      interval: (lowest, highest) t that is guided; outside of it the condition alone counts (Kynkaanniemi et al. 2024).
+      scale: a number, or [B], one per image. 1 is the conditional output alone, 0 the unconditional one.
+      rescale: 0 to 1, how far the output's standard deviation is rescaled to the conditional output's (Lin et al. 2023,
+        section 3.4), which prevents overexposed pictures at a large scale.
+      interval: (lowest, highest) guided t; outside it the conditional output is used (Kynkaanniemi et al. 2024).
 
     Returns:
-      (x_t, t) -> output, whose further channels, a learned variance, are the conditional ones'.
+      (x_t, t) -> output; the channels of a learned variance are those of the conditional output.
     """
     numbers = tuple(jnp.asarray(value, jnp.float32) for value in (scale, rescale, *interval))
     return jax.tree_util.Partial(_guided, as_argument(model_fn), cond, null_cond, *numbers)
 
 
 def between(model_fn: Callable[[Array, Array, Any], Array], x: Array, t: Array, cond: tuple[Any, Any, Array]) -> Array:
-    """The model function between two conditions: (1 - w) of one output and w of the other, by one network call on the
-    doubled batch.
+    """The model function between two conditions: (1 - w) first + w second, with one network call on the doubled batch.
 
-    For a given x and t, eps, x_0 and v are affine functions of the score. So the mixture corresponds, at each t, to the
+    For a given x and t, eps, x_0 and v are affine functions of the score. So at each t the mixture corresponds to the
     score of a density proportional to p(x | first) ** (1 - w) p(x | second) ** w.
 
     Args:

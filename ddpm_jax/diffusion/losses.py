@@ -24,9 +24,9 @@ WEIGHTINGS = ("none", "min_snr", "p2", "truncated_snr")
 
 
 def loss_weight(schedule: Schedule, t: Timesteps, prediction: str, weighting: str) -> PerExample:
-    """[B] weights of the squared error of the given prediction.
+    """The weights [B] of the squared error of the given prediction.
 
-    "none": 1. The others are defined on the error of x_0 and converted, with snr = abar_t / (1 - abar_t):
+    "none": 1. The others are defined for the error of x_0 and converted, with snr = abar_t / (1 - abar_t):
 
         min_snr          min(snr, 5)                   (Hang et al. 2023, gamma = 5)
         p2               snr / (1 + snr)               (Choi et al. 2022, k = gamma = 1)
@@ -71,15 +71,15 @@ def training_loss(
     Args:
       schedule: T timesteps.
       model_fn: (x_t, t) -> output.
-      key: typed key for t and the noise; None where both are given.
+      key: typed key for t and the noise; may be None if both are given.
       x_0: [B, H, W, C] in [-1, 1].
       t: int32 [B]; None: drawn uniformly.
       noise: like x_0; None: drawn.
-      prediction: what the network is trained to give: "eps", "x_0" or "v".
-      variance: as in `p_mean_variance`; "learned" wants twice the output channels.
-      loss: "simple", the weighted mean squared error of the prediction; "vlb", the bound's term of t times T, in
-        bits/dim; "hybrid", the simple loss plus vlb_weight times T times the bound's term, which here trains the
-        variance alone.
+      prediction: what the network is trained to predict: "eps", "x_0" or "v".
+      variance: as in `p_mean_variance`; "learned" needs twice the output channels.
+      loss: "simple", the weighted mean squared error of the prediction; "vlb", T times the bound's term at t, in
+        bits/dim; "hybrid", the simple loss plus vlb_weight times T times the bound's term, whose gradient here only
+        trains the variance.
       weighting: see `loss_weight`; for the squared error only.
       vlb_weight: the hybrid loss's lambda.
 
@@ -97,7 +97,7 @@ def training_loss(
         raise ValueError("loss 'simple' does not train a learned variance; use 'hybrid' or 'vlb'")
     if t is None or noise is None:
         if key is None:
-            raise ValueError("training_loss needs a key to draw t and noise; None is for where both are given")
+            raise ValueError("training_loss needs a key to draw t or noise; key may be None only if both are given")
         t_key, noise_key = jax.random.split(key)
         t = sample_timesteps(t_key, x_0.shape[0], schedule.num_timesteps)[0] if t is None else t
         noise = normal(noise_key, x_0.shape, x_0.dtype) if noise is None else noise
@@ -110,7 +110,7 @@ def training_loss(
     output, interpolation = split_output(model_output, variance)
     target = noise if prediction == "eps" else convert_prediction(schedule, x_0, x_t, t, "x_0", prediction)
     if output.shape != target.shape:
-        raise ValueError(f"the network gives {output.shape} for images of shape {target.shape}")
+        raise ValueError(f"the network's output has shape {output.shape}, but the images have shape {target.shape}")
     value = loss_weight(schedule, t, prediction, weighting) * mean_flat((output - target) ** 2)
     if interpolation is not None:
         frozen = jnp.concatenate([jax.lax.stop_gradient(output), interpolation], axis=-1)

@@ -1,4 +1,4 @@
-"""Sampling: one `lax.scan` over a table of coefficients; `tables.py` says what a method is."""
+"""Sampling: one `lax.scan` over a table of coefficients; `tables.py` defines the methods."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -41,9 +41,9 @@ Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, Array], None]
 
 SNAPSHOTS = ("x", "x_0")
-_PORTION = 10  # network calls of one call of the compiled program
-_WATCHED = 2  # the same where somebody watches
-_STARTS_AT_FIRST = "stop_at_first ends at timestep 0, and sampling starts there; accepted: a later start"
+_PORTION = 10  # network calls per call of the compiled program
+_WATCHED = 2  # the same with a `watch` callback
+_STARTS_AT_FIRST = "stop_at_first ends at timestep 0, where sampling starts; accepted: a start above timestep 0"
 
 
 def plan(
@@ -66,10 +66,10 @@ def plan(
       schedule: T timesteps.
       num_steps, spacing, spacing_offset, skip_lowest: see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image, as with diffusers'
-        set_alpha_to_one=False. A call at timestep 0 itself would leave x as it is and is left out.
-      levels, fractional: noise levels between timesteps too, from the first's to the last's, and whether the network is
-        called at fractional timesteps there; see `Levels.between`. None: those of the timesteps.
-      timesteps: the user's own, descending, in the place of num_steps and spacing.
+        set_alpha_to_one=False. A call at timestep 0 itself would not change x and is left out.
+      levels, fractional: a spacing for noise levels that may lie between timesteps, and whether the network is called
+        at fractional timesteps there; see `Levels.between`. None: the noise levels of the timesteps.
+      timesteps: custom timesteps, descending, instead of num_steps and spacing.
       t_start: the first timestep; None: T - 1.
       t_end: the timestep to stop at, whose x is the result; None: the clean image.
 
@@ -77,11 +77,11 @@ def plan(
       ValueError: timesteps that do not exist, do not descend, or contradict t_start; fractional without levels.
     """
     if fractional and levels is None:
-        raise ValueError(f"fractional timesteps need levels between timesteps; accepted: {', '.join(LEVELS)}")
+        raise ValueError(f"fractional timesteps need levels; accepted: {', '.join(LEVELS)}")
     between = None if levels is None else partial(Levels.between, schedule, how=levels, fractional=fractional)
     if timesteps is not None:
         if num_steps is not None or t_start is not None:
-            raise ValueError("timesteps take the place of num_steps and t_start; give either")
+            raise ValueError("timesteps replace num_steps and t_start; give one or the other")
         if levels is not None:
             raise ValueError(f"timesteps have noise levels of their own, but levels is {levels!r}; leave one out")
         return _ending(schedule, timesteps, t_end, stop_at_first)
@@ -89,7 +89,7 @@ def plan(
         options: dict[str, Any] = {"offset": spacing_offset, "skip_lowest": skip_lowest}
         chosen = spaced_timesteps(schedule, num_steps, spacing, t_start, **options)
         if t_start is not None:
-            chosen[0] = t_start  # x_t has that noise, whatever the spacing starts from
+            chosen[0] = t_start  # the noise level of x_t, wherever the spacing starts
         if between is None:
             return _ending(schedule, chosen, None, stop_at_first)
         if stop_at_first and chosen[0] == 0:
@@ -97,10 +97,10 @@ def plan(
         return between(chosen, 0 if stop_at_first else None)
     t_start = schedule.num_timesteps - 1 if t_start is None else t_start
     if not 0 <= t_end < t_start:
-        raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the timestep to start from")
+        raise ValueError(f"t_end is {t_end}; accepted: 0 to {t_start - 1}, below the starting timestep")
     steps = t_start - t_end if num_steps is None else num_steps
     if not 1 <= steps <= t_start - t_end:
-        raise ValueError(f"num_steps is {steps}; accepted: 1 to {t_start - t_end}, the timesteps there are")
+        raise ValueError(f"num_steps is {steps}; accepted: 1 to {t_start - t_end}, the number of timesteps")
     # Between two ends, "leading" and "trailing" are the same.
     spacing = "linspace" if spacing in ("leading", "trailing") else spacing
     chosen = spaced_timesteps(schedule, steps + 1, spacing, t_start, t_end)
@@ -121,7 +121,7 @@ def _ending(
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Which steps a sampling run takes.
+    """The steps of a sampling run.
 
     Attributes:
       sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse, levels,
@@ -143,7 +143,7 @@ class Steps:
     scaled_start: bool = False
 
     def levels_of(self, schedule: Schedule, t_start: int | None = None, t_end: int | None = None) -> Levels:
-        """The noise levels to sample at; the arguments and ValueErrors are those of `plan`."""
+        """The noise levels to sample at; arguments and ValueErrors as in `plan`."""
         check_option("sampler", self.sampler, tuple(SAMPLERS))
         return plan(
             schedule,
@@ -169,17 +169,17 @@ class Steps:
         t_end: int | None = None,
         resampling: tuple[int, int] | None = None,
     ) -> SamplerTable:
-        """The steps as a table, a row a network call.
+        """The steps as a table with one row per network call.
 
         Args:
           schedule: T timesteps.
           variance: of p_theta, for "ddpm".
           prediction: of the network, for "plms".
           t_start, t_end: see `plan`.
-          resampling: see `with_resampling`; None: none.
+          resampling: see `with_resampling`; None: no resampling.
 
         Raises:
-          ValueError: an unknown option, or options that do not go together.
+          ValueError: an unknown option, or options that contradict each other.
         """
         if self.x_0_mse is not None and np.shape(self.x_0_mse) != (schedule.num_timesteps,):
             raise ValueError(f"x_0_mse has shape {np.shape(self.x_0_mse)}; accepted: one value for each of T timesteps")
@@ -202,7 +202,7 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Observer:
-    """Who watches a sampling run, and what.
+    """How a sampling run is observed: callbacks and snapshots.
 
     Attributes:
       progress, watch, num_snapshots, snapshots_of: as in `sample`.
@@ -214,7 +214,7 @@ class Observer:
     snapshots_of: str = "x"
 
     def check(self, calls: int) -> None:
-        """ValueError for snapshots that a run of so many network calls does not have."""
+        """ValueError for more snapshots than a run with this many network calls has."""
         check_option("snapshots_of", self.snapshots_of, SNAPSHOTS)
         most = calls + (self.snapshots_of == "x")
         if self.num_snapshots and not 2 <= self.num_snapshots <= most:
@@ -257,60 +257,62 @@ def sample(
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Any:
-    """Images from noise, or from an image that carries noise, by one jit-compiled `lax.scan`.
+    """Samples images from noise or from noisy images, with one jit-compiled `lax.scan`.
 
     The noise of example i depends on its own key alone, not on the size of the batch. Another sampler, eta, order,
-    spacing, number of steps, fixed variance or schedule compiles nothing anew.
+    spacing, number of steps, fixed variance or schedule does not recompile.
 
     Args:
       schedule: T timesteps; its arrays must be concrete, since the steps are planned outside of jit.
-      model_fn: (x_t, t) -> output. As `jax.tree_util.Partial(net.apply, variables)`, new weights recompile nothing.
-      key: one typed key, or [B] of them, one an image.
+      model_fn: (x_t, t) -> output. With `jax.tree_util.Partial(net.apply, variables)`, new weights do not recompile.
+      key: one typed key, or [B] of them, one per image.
       shape: (B, H, W, C).
       sampler: "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc" or "plms"; see `ddpm_jax.diffusion.tables`.
-      num_steps: timesteps to call the network at ("heun" calls twice, "plms" once more in all); None: every one.
-      spacing: how they are spread: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
+      num_steps: number of sampling steps ("heun" calls the network twice per step, "plms" once more in all); None: all
+        timesteps.
+      spacing: how the timesteps are spaced: "linspace", "leading", "trailing", "quadratic", "logsnr" or "karras"; None:
         "linspace" for ddpm and ddim, "leading" for plms, "logsnr" for the others.
-      spacing_offset, skip_lowest: which timesteps exactly; see `spaced_timesteps`.
+      spacing_offset, skip_lowest: adjust the timesteps; see `spaced_timesteps`.
       stop_at_first: end at the noise level of timestep 0 instead of the clean image; see `plan`.
-      timesteps: the user's own, descending, in their place.
-      eta: of "ddim", 0 (the default) to 1.
-      order: of "unipc", 1, 2 (the default) or 3.
-      x_0_mse: of "ddpm", [T], the mean squared error of the predicted x_0 at each timestep, for Analytic-DPM's variance
-        in place of `variance`; `ddpm_jax.evaluation.likelihood.evaluate_bound` measures it as `bound.mse.mean`.
-      levels, fractional: exact noise levels between timesteps, "linspace", "karras" or "logsnr", and whether the
-        network is called at fractional timesteps there; see `Levels.between`. None: the noise levels of the timesteps.
-      scaled_start: noise to start from has the standard deviation s of the first level, as it has in diffusers' Euler
-        and Heun schedulers, instead of 1.
+      timesteps: custom timesteps, descending, instead of num_steps and spacing.
+      eta: for "ddim": 0 (the default) to 1.
+      order: for "unipc": 1, 2 (the default) or 3.
+      x_0_mse: for "ddpm": [T], the mean squared error of the predicted x_0 at each timestep, to use Analytic-DPM's
+        variance instead of `variance`; `ddpm_jax.evaluation.likelihood.evaluate_bound` measures it as `bound.mse.mean`.
+      levels, fractional: a spacing for noise levels that may lie between timesteps, "linspace", "karras" or "logsnr",
+        and whether the network is called at fractional timesteps there; see `Levels.between`. None: the noise levels of
+        the timesteps.
+      scaled_start: start from noise with the standard deviation s of the first level instead of 1, as diffusers' Euler
+        and Heun schedulers do.
       x_t: [B, H, W, C] to start from; None: noise.
       t_start: the timestep of x_t; None: T - 1.
       t_end: the timestep to stop at; None: the clean image.
-      known: (image, mask), both to broadcast to `shape`: where the mask is true, the image's own noisy values take the
-        place of x before every call, and its clean ones at the end.
-      known_noise: [B, H, W, C], the noise of the known image at every noise level. Sampling starts from this noise
-        where there is no x_t, and known values are put in place from the second call on. None: drawn anew before every
-        call, the first too.
+      known: (image, mask), both broadcastable to `shape`: where the mask is true, x is replaced by the noised image
+        before every call, and by the clean image at the end.
+      known_noise: [B, H, W, C], the noise of the known image at every noise level. Without x_t, sampling starts from
+        this noise, and known values are put in place from the second call on. None: new noise before every call,
+        including the first.
       resampling: (jump, times) of RePaint's resampling; see `with_resampling`.
-      prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit: as in `p_mean_variance`; a method
-        other than "ddpm" has its own variance, and a learned one is left aside.
-      num_snapshots: how many images on the way to return as well.
-      snapshots_of: "x", or "x_0" for what the network took it for.
-      progress: told (calls done, calls) every ten calls or so.
-      watch: told (calls done, calls, [B, H, W, C] of what `snapshots_of` names) every other call; what it raises ends
-        the sampling.
+      prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit: as in `p_mean_variance`; methods other
+        than "ddpm" have their own variance and ignore a learned one.
+      num_snapshots: number of intermediate images to return as well.
+      snapshots_of: "x", or "x_0" for the network's prediction of it.
+      progress: called with (calls done, all calls) about every ten calls.
+      watch: called with (calls done, all calls, [B, H, W, C] as chosen by `snapshots_of`) every other call; an
+        exception that it raises ends the sampling.
 
     Returns:
-      x_0 [B, H, W, C], clipped if `clip` ("plms" may end a little outside), or x at t_end or timestep 0;
-      with num_snapshots also [num_snapshots, B, H, W, C], evenly spaced over the calls; of "x", the first is the start.
-      The last is what the last call gave, before known pixels are put in their places.
+      x_0 [B, H, W, C], clipped if `clip` ("plms" may end slightly outside), or x at t_end or timestep 0;
+      with num_snapshots also [num_snapshots, B, H, W, C], evenly spaced over the calls; for "x" the first is the start.
+      The last is the last call's result, before known pixels are put in place.
 
     Raises:
-      ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network of eps at a
-        timestep of pure noise.
+      ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network that predicts eps
+        at a timestep of pure noise.
     """
     shape = tuple(shape)
     if x_t is not None and x_t.shape != shape:
-        raise ValueError(f"x_t has shape {x_t.shape}; shape says {shape}")
+        raise ValueError(f"x_t has shape {x_t.shape}, but shape is {shape}")
     if x_t is None and t_start not in (None, schedule.num_timesteps - 1):
         raise ValueError(f"t_start is {t_start}, but there is no x_t of that timestep to start from")
     steps = Steps(
@@ -330,11 +332,11 @@ def sample(
     )
     table = steps.table(schedule, variance, prediction, t_start=t_start, t_end=t_end, resampling=resampling)
     if known is not None and t_end is not None:
-        raise ValueError("known pixels need sampling to the clean image; leave t_end out")
+        raise ValueError("known pixels require sampling down to the clean image; leave out t_end")
     if known is None and known_noise is not None:
-        raise ValueError("known_noise is the noise of known pixels; give known, too")
+        raise ValueError("known_noise is the noise of known pixels; give known as well")
     if known_noise is not None and known_noise.shape != shape:
-        raise ValueError(f"known_noise has shape {known_noise.shape}; shape says {shape}")
+        raise ValueError(f"known_noise has shape {known_noise.shape}, but shape is {shape}")
     return run_table(
         table,
         model_fn,
@@ -362,18 +364,17 @@ def run_table(
     known_noise: Images | None = None,
     start_scale: float = 1.0,
 ) -> Any:
-    """Runs any table; the arguments, and what is returned, are those of `sample`, and start_scale is the standard
-    deviation of the noise to start from.
+    """Runs any table; arguments and results as in `sample`. start_scale is the standard deviation of the initial noise.
 
-    The rows go through the compiled scan in portions of one length, the last one filled up with rows that are skipped:
-    so one program serves every number of steps, and the host learns how far it is without a callback inside of it.
+    The rows go through the compiled scan in portions of equal length, the last one padded with rows that are skipped.
+    So one program serves any number of steps, and the host knows the progress without a callback inside the program.
     Within an outer jit the whole table is one portion.
     """
     observer = observer or Observer()
     output.check()
     observer.check(len(table.t))
     if output.prediction == "eps" and np.any(table.a == 0):
-        raise ValueError("prediction 'eps' says nothing about x_0 at a timestep of pure noise; accepted there: x_0, v")
+        raise ValueError("prediction 'eps' does not determine x_0 at a timestep of pure noise; accepted there: x_0, v")
     if key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
     model_fn, calls = as_argument(model_fn), len(table.t)
@@ -391,7 +392,7 @@ def run_table(
         if observer.watch and image is not None:
             observer.watch(int(done), calls, image)
 
-    # Fixed variances are numbers in the table, and one compiled program serves them all.
+    # Fixed variances are numbers in the table, so one compiled program serves them all.
     scanned = output if output.variance == "learned" else dataclasses.replace(output, variance="fixed_large")
     if x_t is None and known_noise is not None:
         x_t = np.float32(start_scale) * known_noise
@@ -409,10 +410,10 @@ def run_table(
             sharding=sharding,
         )
         if (observer.progress or observer.watch) and not traced:
-            # Of the portion before, so that the device has the next one while this waits.
+            # From the previous portion, so that the device computes the next one while the host waits here.
             if before is not None:
                 tell(*before)
-            # A copy, since the next portion takes the memory of what is carried.
+            # A copy, since the next portion reuses the memory of the carry.
             seen = carry[0] if observer.snapshots_of == "x" else carry[2]
             before = done, jnp.copy(seen) if observer.watch else None
     if before is not None:
@@ -426,8 +427,8 @@ def run_table(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What the scan runs over: the table as float32, and for every row its number from 1, the snapshot it may be, and
-    whether it is one."""
+    """The scan's input: the table as float32, and for every row its number from 1, its slot among the snapshots, and
+    whether it is a real row."""
 
     table: SamplerTable
     number: np.ndarray
@@ -439,7 +440,7 @@ class _Rows:
         table = jax.tree.map(lambda c: c if c.dtype == np.int32 else np.asarray(c, np.float32), table)
         calls = len(table.t)
         number = np.arange(1, calls + 1, dtype=np.int32)
-        # Each slot is overwritten until its time has passed, so that not every image need be kept.
+        # Each slot is overwritten until its own row, so that not every image needs to be kept.
         if observer.snapshots_of == "x":
             slot = -(-number * (observer.num_snapshots - 1) // calls)
         else:
@@ -448,7 +449,7 @@ class _Rows:
 
 
 def _filled(rows: _Rows, length: int) -> _Rows:
-    """The rows with others at the end that are none."""
+    """The rows, padded to `length` with rows that are skipped."""
 
     def fill(column: np.ndarray) -> np.ndarray:
         return np.pad(column, [(0, length - len(column))] + [(0, 0)] * (column.ndim - 1))
@@ -463,9 +464,9 @@ def _noise(keys: Array, shape: tuple[int, ...], *purpose: int | Array) -> Array:
 
 
 def _beside(model_fn: Any, keys: Array) -> tuple[Array, NamedSharding | None]:
-    """The keys on the mesh that the network's weights lie on, and how what is carried lies there; None: on no mesh.
+    """The keys on the mesh of the network's weights, and the sharding of the scan's carry there; None: no mesh.
 
-    The first portion must find all as the others do, or it would be a program of its own.
+    The first portion must see the same shardings as the others, or it would be compiled separately.
     """
     placed = [leaf.sharding for leaf in jax.tree.leaves((keys, model_fn)) if isinstance(leaf, Array)]
     named = [sharding for sharding in placed if isinstance(sharding, NamedSharding)]
@@ -478,7 +479,7 @@ def _beside(model_fn: Any, keys: Array) -> tuple[Array, NamedSharding | None]:
 
 
 def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
-    """What is carried, each image where its key is."""
+    """The carry, with each image on the device of its key."""
     if sharding is None:
         return carry
     *images, snapshots = carry
@@ -491,7 +492,7 @@ def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _start(keys, x_t, scale, shape, num_snapshots, sharding):
-    """x, the kept image, the prediction of x_0, what calls before remembered, and the snapshots."""
+    """The initial carry: x, the kept image, the prediction of x_0, what earlier calls remembered, and the snapshots."""
     x = scale * _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
     kept, x_0, *past = (jnp.zeros_like(x) for _ in range(5))
@@ -514,7 +515,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
             if noise is None:
                 noise = _noise(keys, shape, number, 1)
             else:
-                mask = mask & (number > 1)  # the start has this noise
+                mask = mask & (number > 1)  # the start already has this noise
             x = jnp.where(mask, row.a * image + row.s * noise, x)
         t = jnp.full(shape[:1], row.t)
         predicted, interpolation = split_output(model_fn(x, t), output.variance)
@@ -526,7 +527,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
         images = (x, kept, x_0, *past)
         remembered = row.remembered[0] * x + row.remembered[1] * x_0
         x, kept = (sum(f * image for f, image in zip(factors, images, strict=True)) for factors in (row.next, row.kept))
-        # Numbers are from 1, since 0 drew the start.
+        # Numbers begin at 1, since 0 drew the start.
         x += jnp.sqrt(row.noise_scale * jnp.exp(log_variance) + row.noise_variance) * _noise(keys, shape, number)
         if snapshots is not None:
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)

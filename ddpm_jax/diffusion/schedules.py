@@ -35,7 +35,7 @@ class Schedule:
       posterior_log_variance_clipped: its logarithm, entry 0 replaced by entry 1.
       posterior_mean_coef1, posterior_mean_coef2: factors of x_0 and of x_t in the posterior's mean (eq. 7).
       log_betas: log(beta_t).
-      fixed_large_log_variance: log(beta_t), entry 0 the posterior's entry 1.
+      fixed_large_log_variance: log(beta_t), with the posterior's entry 1 as entry 0.
     """
 
     betas: Array
@@ -115,7 +115,7 @@ SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "cosine": _cosine,
     "sigmoid": _sigmoid,
 }
-BETAS_OF = {  # what each of these takes of `make_betas`' arguments
+BETAS_OF = {  # which of `make_betas`' arguments each of these schedules takes
     **dict.fromkeys(("linear", "quadratic", "warmup10", "warmup50"), ("beta_start", "beta_end")),
     "constant": ("beta_end",),
 }
@@ -124,13 +124,13 @@ BETAS_OF = {  # what each of these takes of `make_betas`' arguments
 def make_betas(
     name: str, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, **options: Any
 ) -> np.ndarray:
-    """The float64 [T] betas of a named schedule.
+    """The betas of a named schedule, float64 [T].
 
     Args:
       name: "linear", "quadratic", "constant", "jsd", "warmup10" or "warmup50" (the original's), "cosine" (options
         offset, max_beta) or "sigmoid" (options start, end, tau, max_beta).
       num_timesteps: T.
-      beta_start, beta_end: first and last beta, where the schedule has them ("constant" has the last alone).
+      beta_start, beta_end: first and last beta, for the schedules that take them ("constant" only takes the last).
 
     Raises:
       ValueError: an unknown name, an option that the schedule does not take, or T below 1.
@@ -138,7 +138,7 @@ def make_betas(
     if name not in SCHEDULES:
         raise ValueError(f"schedule is {name!r}; accepted: {', '.join(SCHEDULES)}, or an array of betas")
     if num_timesteps < 1:
-        raise ValueError(f"num_timesteps is {num_timesteps}; at least 1 is needed")
+        raise ValueError(f"num_timesteps is {num_timesteps}; accepted: 1 or more")
     given = {"beta_start": beta_start, "beta_end": beta_end}
     options = {**{argument: given[argument] for argument in BETAS_OF.get(name, ())}, **options}
     unknown = sorted(options.keys() - inspect.signature(SCHEDULES[name]).parameters)
@@ -148,7 +148,7 @@ def make_betas(
 
 
 def check_betas(betas: ArrayLike) -> np.ndarray:
-    """The betas as float64 [T]; ValueError names the first that is not finite or not in (0, 1]."""
+    """The betas as float64 [T]; a ValueError names the first that is not finite or not in (0, 1]."""
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise ValueError(f"betas must be an array [T] with T >= 1, not of shape {betas.shape}")
@@ -161,11 +161,12 @@ def check_betas(betas: ArrayLike) -> np.ndarray:
 def rescale_to_zero_terminal_snr(betas: ArrayLike) -> np.ndarray:
     """Betas whose last timestep is pure noise: sqrt(abar) shifted to 0 there, and stretched (Lin et al. 2023, alg. 1).
 
-    Without it x_T still holds a little of the image's mean, which no sampling from noise has. For networks of x_0 or v.
+    Without it x_T still contains a little of the image's mean, which sampling from noise lacks. It needs a network that
+    predicts x_0 or v.
     """
     root = np.exp(0.5 * np.cumsum(np.log1p(-check_betas(betas))))
     if len(root) < 2 or root[0] == root[-1]:
-        raise ValueError("a zero terminal SNR needs two timesteps or more")
+        raise ValueError("a zero terminal SNR needs at least two timesteps")
     abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1.0 - abar / np.append(1.0, abar[:-1])
 
@@ -180,7 +181,7 @@ def make_schedule(
     """Computes a schedule in float64 and stores it as float32.
 
     Args:
-      schedule: a name for `make_betas`, or the user's own betas [T].
+      schedule: a name for `make_betas`, or custom betas [T].
       num_timesteps, beta_start, beta_end, options: for named schedules, see `make_betas`.
 
     Returns:
@@ -203,7 +204,7 @@ def make_schedule(
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
     one_minus_prev = np.append(0.0, one_minus[:-1])
     posterior_variance = betas * one_minus_prev / one_minus
-    # Entry 0 is zero; the original takes entry 1's value in the logarithm.
+    # Entry 0 is zero; for the logarithm the original uses the value of entry 1.
     second = posterior_variance[1] if betas.size > 1 else betas[0]
     arrays = {
         "betas": betas,
@@ -223,6 +224,6 @@ def make_schedule(
 
 
 def extract(array: Array, t: Array, ndim: int) -> Array:
-    """array[t] as [B, 1, ..., 1] of `ndim` dimensions, to multiply images with; a scalar t gives a scalar."""
+    """array[t] as [B, 1, ..., 1] with `ndim` dimensions, to multiply images by; a scalar t gives a scalar."""
     values = jnp.asarray(array)[t]
     return values.reshape(values.shape + (1,) * (ndim - values.ndim)) if values.ndim else values

@@ -1,20 +1,19 @@
-"""Samplers as tables: every method is a handful of factors a network call, computed beforehand in float64 NumPy.
+"""Samplers as tables: each method is a handful of factors per network call, computed beforehand in float64 NumPy.
 
 All the methods here are linear in the same few images. Writing x_t = a x_0 + s eps, D for the network's prediction of
-x_0 at the present x, and D1, D2, D3 for what was remembered one, two and three calls before, one row of a table says
+x_0 at the current x, and D1, D2, D3 for what was remembered one, two and three calls before, one row of a table means
 
     next x      <-  the row's factors  .  (x, kept, D, D1, D2, D3)  +  noise
     kept        <-  other factors      .  the same
     remembered  <-  other factors      .  (x, D)
 
-where "kept" is one image that a method may carry along: the point that Heun's step departs from, or UniPC's corrected
-point. Most methods remember D itself; PLMS remembers eps = (x - a D) / s. So `ddpm_jax.sample` has one loop for all of
-them, and another method, eta, order or choice of timesteps is another table and compiles nothing anew as long as the
-number of rows is the same.
+where "kept" is one image that a method may carry along: the starting point of Heun's step, or UniPC's corrected point.
+Most methods remember D itself; PLMS remembers eps = (x - a D) / s. So `ddpm_jax.sample` has one loop for all of them,
+and another method, eta, order or choice of timesteps is just another table, which does not recompile.
 
-A builder takes the `Levels` that sampling passes through and gives its rows beside the paper's equation. There lambda =
-log(a / s), half the log-SNR, h is its difference, and "next" means the level that a row leads to; the clean image has
-a = 1, s = 0.
+A builder takes the `Levels` that sampling passes through and returns the rows, following the paper's equation. There
+lambda = log(a / s), half the log-SNR, h is its difference, and "next" means the level that a row leads to; the clean
+image has a = 1, s = 0.
 """
 
 import dataclasses
@@ -41,16 +40,16 @@ X, KEPT, D, D1, D2, D3 = range(6)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerTable:
-    """One row a network call, in order; each field is an array [R], or [R, 6] with the columns X, KEPT, D, ... D3.
+    """One row per network call, in order; each field is an array [R], or [R, 6] with the columns X, KEPT, D, ... D3.
 
     Attributes:
-      t: the timestep that the network is called with: int32, or floating where some lie between two.
-      a, s: x_t = a x_0 + s eps, to turn the network's output into x_0.
+      t: the timestep that the network is called with: int32, or floating-point if some are fractional.
+      a, s: x_t = a x_0 + s eps, to convert the network's output to x_0.
       next: the factors of the next x.
       kept: the factors of the image to keep.
-      remembered: [R, 2], the factors (of x, of D) of what later rows know as D1, D2 and D3.
+      remembered: [R, 2], the factors (of x, of D) of what later rows use as D1, D2 and D3.
       log_variance_min, log_variance_max: bounds between which a learned variance interpolates; equal if it is fixed.
-      noise_scale, noise_variance: the noise's variance is noise_scale * exp(that logarithm) + noise_variance.
+      noise_scale, noise_variance: the noise's variance is noise_scale * exp(log_variance) + noise_variance.
     """
 
     t: np.ndarray
@@ -65,11 +64,11 @@ class SamplerTable:
     noise_variance: np.ndarray
 
 
-# The timesteps to call the network at.
+# Timesteps and noise levels.
 
 
 def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
-    """float64 [T] from the betas: 1 - abar_t has lost its precision in a float32 abar_t."""
+    """log abar_t, float64 [T], from the betas: from a float32 abar_t, 1 - abar_t would be imprecise."""
     with np.errstate(divide="ignore"):
         return np.cumsum(np.log1p(-np.asarray(schedule.betas, np.float64)))
 
@@ -84,22 +83,22 @@ def spaced_timesteps(
     offset: int = 0,
     skip_lowest: bool = False,
 ) -> np.ndarray:
-    """`num_steps` of the timesteps first..last, descending: the order of sampling.
+    """`num_steps` of the timesteps first..last, descending, the order of sampling.
 
     Args:
       schedule: T timesteps.
-      num_steps: how many; None: every one.
+      num_steps: number of timesteps; None: all.
       spacing: "linspace", evenly from last to first;
-        "leading", multiples of the rounded-down distance, from first up;
-        "trailing", the rounded distance, from last down;
+        "leading", multiples of the distance rounded down, from first up;
+        "trailing", multiples of the rounded distance, from last down;
         "quadratic", evenly in sqrt(t) (DDIM, appendix D.2);
-        "logsnr", evenly in log-SNR, or "karras", evenly in (s / a)^(1/7) (Karras et al. 2022, eq. 5): the timesteps
-        nearest to those levels, none twice.
+        "logsnr", evenly in log-SNR, or "karras", evenly in (s / a)^(1/7) (Karras et al. 2022, eq. 5): the distinct
+        timesteps nearest to those levels.
       last: the timestep to start from; None: T - 1.
-      first: the lowest.
-      offset: added to the timesteps of "leading", as far as they stay at most `last` (Stable Diffusion's steps_offset).
-      skip_lowest: take num_steps + 1 timesteps, where there are so many, and leave out the lowest, as the solvers of
-        diffusers do.
+      first: the lowest timestep.
+      offset: added to the timesteps of "leading", which are limited to `last` (Stable Diffusion's steps_offset).
+      skip_lowest: take num_steps + 1 timesteps, if there are that many, and leave out the lowest, as diffusers' solvers
+        do.
 
     Raises:
       ValueError: an unknown spacing, more steps than timesteps, or a `last` outside 0..T-1.
@@ -108,11 +107,11 @@ def spaced_timesteps(
     T = schedule.num_timesteps
     last = T - 1 if last is None else last
     if not 0 <= last < T:
-        raise ValueError(f"the timestep to start from is {last}; accepted: 0 to {T - 1}")
+        raise ValueError(f"the starting timestep is {last}; accepted: 0 to {T - 1}")
     there = last - first + 1
     num_steps = there if num_steps is None else num_steps
     if not 1 <= num_steps <= there:
-        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {there}, the timesteps there are")
+        raise ValueError(f"num_steps is {num_steps}; accepted: 1 to {there}, the number of timesteps")
     if skip_lowest and num_steps < there:
         return spaced_timesteps(schedule, num_steps + 1, spacing, last, first, offset=offset)[:-1]
     if num_steps == 1:
@@ -136,7 +135,7 @@ def spaced_timesteps(
             levels = 7 * np.log(np.linspace(np.exp(low / 7), np.exp(high / 7), num_steps))
         wanted = np.interp(levels, log_sigma, np.arange(len(finite)))
         wanted[-1] = last
-    # Rounded, and moved apart where two meet: first upwards, then down from the last.
+    # Rounded, and moved apart where two coincide: first upwards, then down from the last.
     steps = np.arange(num_steps)
     ascending = np.maximum.accumulate(np.maximum(np.round(wanted), first) - steps) + steps
     ascending = np.minimum(ascending, last - steps[::-1])
@@ -145,10 +144,10 @@ def spaced_timesteps(
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """The S + 1 noise levels that sampling passes through, in float64: those of its timesteps, and where it ends.
+    """The S + 1 noise levels that sampling passes through, in float64: those of its timesteps and the one it ends at.
 
     Attributes:
-      t: [S + 1], the timesteps, int32, or float64 where some lie between two; -1 at the end stands for the clean image.
+      t: [S + 1], the timesteps, int32, or float64 if some are fractional; -1 at the end stands for the clean image.
       log_abar: [S + 1], log abar there; 0 at the clean image.
     """
 
@@ -157,7 +156,7 @@ class Levels:
 
     @classmethod
     def of(cls, schedule: Schedule, timesteps: Sequence[int] | np.ndarray, end: int | None = None) -> "Levels":
-        """Those of a descending sequence of timesteps, ending at the clean image or at the timestep `end`.
+        """The levels of descending timesteps, ending at the clean image or at the timestep `end`.
 
         Raises:
           ValueError: timesteps that do not descend, or that lie outside the schedule's.
@@ -177,20 +176,21 @@ class Levels:
     def between(
         cls, schedule: Schedule, timesteps: np.ndarray, end: int | None, how: str, fractional: bool = True
     ) -> "Levels":
-        """As many noise levels as there are timesteps, from the first's to the last's, between timesteps too.
+        """Evenly spaced noise levels, which may lie between timesteps: as many as there are timesteps, from the first
+        timestep's to the last one's.
 
-        Pure noise counts as abar = 2^-24, since a level between needs a finite s / a.
+        Pure noise counts as abar = 2^-24, since interpolation needs a finite s / a.
 
         Args:
           schedule: T timesteps.
-          timesteps: descending; only the first, the last and how many they are matters.
+          timesteps: descending; only the first, the last and their number matter.
           end: the timestep to end at, which may be the last of them; None: the clean image.
-          how: "linspace", evenly in t, s / a interpolated between the two timesteps beside it;
-            "karras", evenly in (s / a)^(1/7), or "logsnr", evenly in log-SNR, t interpolated in log(s / a).
+          how: "linspace", evenly in t, with s / a interpolated between the neighbouring timesteps;
+            "karras", evenly in (s / a)^(1/7), or "logsnr", evenly in log-SNR, with t interpolated in log(s / a).
           fractional: whether the network is called at these t, or at the nearest timesteps.
 
         Raises:
-          ValueError: another `how`.
+          ValueError: an unknown `how`.
         """
         check_option("levels", how, LEVELS)
         all_log_abar = np.maximum(log_alphas_cumprod(schedule), -24 * math.log(2))
@@ -233,22 +233,22 @@ class Levels:
 
 
 def factors(rows: int, columns: Mapping[int, Any]) -> np.ndarray:
-    """float64 [rows, 6], the factors of (x, kept, D, D1, D2, D3), from the columns that are not zero.
+    """The factors of (x, kept, D, D1, D2, D3), float64 [rows, 6], from the columns that are not zero.
 
     Args:
-      rows: how many.
-      columns: {X, KEPT, D, D1, D2 or D3: [rows] or a number for all}.
+      rows: number of rows.
+      columns: {X, KEPT, D, D1, D2 or D3: [rows], or one number for all}.
     """
     return np.stack([np.broadcast_to(columns.get(i, 0.0), rows) for i in range(6)], axis=-1).astype(np.float64)
 
 
 def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTable:
-    """A table of one call of the network at each level, from the first.
+    """A table with one network call at each level, from the first.
 
     Args:
       levels: to sample at.
-      next: [S, 6] of `factors`: of the next x.
-      rest: further columns of `SamplerTable`. What is not given is zero, but D is remembered.
+      next: [S, 6], the `factors` of the next x.
+      rest: further columns of `SamplerTable`. The others are zero, except that D is remembered.
     """
     rows = len(next)
     zeros = dict.fromkeys(("log_variance_min", "log_variance_max", "noise_scale", "noise_variance"), np.zeros(rows))
@@ -260,23 +260,23 @@ def table_of(levels: Levels, next: np.ndarray, **rest: np.ndarray) -> SamplerTab
 
 
 def ddpm(levels: Levels, variance: str = "fixed_large", x_0_mse: ArrayLike | None = None) -> SamplerTable:
-    """Ancestral sampling (DDPM, algorithm 2) over any sub-sequence (Improved DDPM, section 4).
+    """Ancestral sampling (DDPM, algorithm 2) over any subsequence of timesteps (Improved DDPM, section 4).
 
     Between neighbours the process is a diffusion with beta = 1 - abar_t / abar_next, so the equations of the posterior
-    hold with that beta. The step to the clean image is D and adds no noise.
+    hold with that beta. The step to the clean image yields D and adds no noise.
 
-    With x_0_mse [T], the mean squared error of the predicted x_0 at each timestep, the variance is the best that is the
-    same for all pixels (Analytic-DPM, Bao et al. 2022, eq. 7): the posterior's, and what x_0 may differ from D.
+    With x_0_mse [T], the mean squared error of the predicted x_0 at each timestep, the variance is the optimal one that
+    is the same for all pixels (Analytic-DPM, Bao et al. 2022, eq. 7): the posterior's plus that of the error of D.
     """
     check_option("variance", variance, VARIANCES)
     log_now, log_next = levels.log_abar[:-1], levels.log_abar[1:]
     one_minus_now, one_minus_next = -np.expm1(log_now), -np.expm1(log_next)
-    with np.errstate(invalid="ignore"):  # abar_t = 0 at both: the step between them keeps nothing
+    with np.errstate(invalid="ignore"):  # abar_t = 0 at both: the step between them keeps nothing of x
         log_ratio = np.where(np.isneginf(log_now), -np.inf, log_now - log_next)
     beta = -np.expm1(log_ratio)
     small, noise_scale = beta * one_minus_next / one_minus_now, np.ones(len(beta))
     if levels.to_clean:
-        # The last step's own variance is 0; like the schedule's arrays, its logarithm repeats its neighbour's.
+        # The last step's variance is 0; as in the schedule's arrays, its logarithm repeats its neighbour's.
         small[-1], noise_scale[-1] = small[-2] if len(small) > 1 else beta[-1], 0.0
     log_small, log_large = np.log(small), np.log(beta)
     columns = {
@@ -298,12 +298,12 @@ def ddpm(levels: Levels, variance: str = "fixed_large", x_0_mse: ArrayLike | Non
 def ddim(levels: Levels, eta: float = 0.0) -> SamplerTable:
     """DDIM (Song et al. 2021, eqs. 12 and 16): eta 0 is deterministic, eta 1 has the posterior's variance.
 
-    eps is what x and the clipped x_0 say together; diffusers calls that use_clipped_model_output.
+    eps is computed from x and the clipped x_0, which diffusers calls use_clipped_model_output.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; accepted: 0 to 1")
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
-    share = -np.expm1(-np.diff(levels.log_abar)) if eta else np.zeros(len(s))  # upwards it means nothing
+    share = -np.expm1(-np.diff(levels.log_abar)) if eta else np.zeros(len(s))  # meaningless if levels ascend
     variance = (eta * s_next / s) ** 2 * share
     eps = np.sqrt(np.maximum(s_next**2 - variance, 0.0))
     return table_of(levels, factors(len(a), {D: a_next - eps * a / s, X: eps / s}), noise_variance=variance)
@@ -312,7 +312,7 @@ def ddim(levels: Levels, eta: float = 0.0) -> SamplerTable:
 def _share_of_difference(levels: Levels) -> np.ndarray:
     """h / (2 h_before): how much of D - D1 a second-order step adds to D.
 
-    0 in the first step, which has no D1, and in the one to the clean image, which is D.
+    It is 0 in the first step, which has no D1, and in the step to the clean image, which yields D.
     """
     h = np.diff(levels.lambdas)
     numerator = np.where(np.isposinf(levels.lambdas[1:]), 0.0, h)
@@ -320,7 +320,7 @@ def _share_of_difference(levels: Levels) -> np.ndarray:
 
 
 def dpmpp_2m(levels: Levels) -> SamplerTable:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): deterministic, second order, one call a step."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): deterministic, second order, one call per step."""
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
     gain = a_next - a * s_next / s  # a_next (1 - exp(-h))
     share = _share_of_difference(levels)
@@ -328,7 +328,7 @@ def dpmpp_2m(levels: Levels) -> SamplerTable:
 
 
 def dpmpp_2m_sde(levels: Levels) -> SamplerTable:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix): stochastic, one call a step."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix): stochastic, one call per step."""
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
     decay = a * s_next / (s * a_next)  # exp(-h)
     gain = a_next * (1 - decay**2)
@@ -340,9 +340,9 @@ def dpmpp_2m_sde(levels: Levels) -> SamplerTable:
 def heun(levels: Levels) -> SamplerTable:
     """EDM's deterministic second-order sampler (Karras et al. 2022, algorithm 1) on the variance-preserving process.
 
-    In x / a this is the variance-exploding process of sigma = s / a, whose derivative is (x / a - D) / sigma. A step is
-    two calls: Euler's at the present level, then, from Euler's point at the next, the mean of both derivatives. To the
-    clean image, and from pure noise, Euler's is the whole step. S timesteps are 2 S - 1 calls.
+    In x / a this is the variance-exploding process with sigma = s / a, whose derivative is (x / a - D) / sigma. A step
+    takes two calls: an Euler step from the current level, then, at the point it reached, a step with the mean of both
+    derivatives. The step to the clean image, and one from pure noise, is Euler's alone. S timesteps take 2 S - 1 calls.
     """
     a, s, a_next, s_next = levels.a[:-1], levels.s[:-1], levels.a[1:], levels.s[1:]
     ratio = a * s_next / (s * a_next)  # sigma_next / sigma
@@ -364,10 +364,10 @@ def heun(levels: Levels) -> SamplerTable:
 
 
 def unipc(levels: Levels, order: int = 2) -> SamplerTable:
-    """UniPC (Zhao et al. 2023, algorithms 5 to 8, for x_0) with B(h) = e^h - 1, of order 1, 2 or 3, one call a step.
+    """UniPC (Zhao et al. 2023, algorithms 5 to 8, for x_0) with B(h) = e^h - 1, of order 1, 2 or 3, one call per step.
 
-    Each call first corrects the point that it was made at, with what it found there, and predicts the next point from
-    the corrected one, which is kept for the next correction.
+    Each call's output first corrects the point where it was made, then predicts the next point from the corrected one,
+    which is kept for the next correction.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order is {order}; accepted: 1, 2, 3")
@@ -383,14 +383,14 @@ def unipc(levels: Levels, order: int = 2) -> SamplerTable:
 def _unipc_step(
     levels: Levels, i: int, start: np.ndarray, past: tuple[int, ...], found: int | None = None
 ) -> np.ndarray:
-    """The factors of the point at level i + 1: predicted, or corrected with what was `found` there.
+    """The factors of the point at level i + 1: predicted, or corrected with the prediction `found` there.
 
     Args:
       levels: of sampling.
       i: the level to step from.
       start: [6], the factors of the point there.
       past: the columns of the predictions of x_0 at the levels i, i - 1, ...
-      found: the column of the one at level i + 1.
+      found: the column of the prediction at level i + 1.
     """
     a, s, lambdas = levels.a, levels.s, levels.lambdas
     h = lambdas[i + 1] - lambdas[i]
@@ -416,8 +416,8 @@ def _unipc_step(
     return point
 
 
-# The shares of the past eps in Adams and Bashforth's methods, from the newest; and the columns of those before it, by
-# the row of PLMS.
+# Weights of the past eps in the Adams-Bashforth methods, newest first; and the columns of the earlier eps, by PLMS's
+# row.
 _ADAMS_BASHFORTH = {
     2: np.array([3, -1]) / 2,
     3: np.array([23, -16, 5]) / 12,
@@ -429,12 +429,11 @@ _PAST = {2: (D2,), 3: (D1, D3), 4: (D1, D2, KEPT)}
 def plms(levels: Levels, prediction: str = "eps") -> SamplerTable:
     """Pseudo linear multistep (PNDM, Liu et al. 2022, eqs. 9 and 12) with Stable Diffusion's start; deterministic.
 
-    A step is DDIM's with a combination of the last four eps in the place of eps. Before there are four, it combines
-    fewer, and the first step is made twice: Euler's, then from the same start with the mean of the eps at both ends.
-    S timesteps are S + 1 calls; a single one is one. From pure noise, where eps says nothing about x_0, the first step
-    stays Euler's.
+    A step is DDIM's with a combination of the last four eps in place of eps. The first steps combine fewer, and the
+    very first is taken twice: Euler's, then from the same start with the mean of the eps at both ends. S timesteps take
+    S + 1 calls, a single one takes one. From pure noise, where eps does not determine x_0, the first step is Euler's.
 
-    Of a network that predicts v, what is combined is v, as in diffusers' PNDMScheduler, and becomes eps afterwards.
+    If the network predicts v, the method combines v instead, as in diffusers' PNDMScheduler, and then converts to eps.
     """
     of_v = prediction == "v"
     a, s, S = levels.a, levels.s, len(levels.t) - 1
@@ -445,7 +444,7 @@ def plms(levels: Levels, prediction: str = "eps") -> SamplerTable:
     found = remembered @ unit[[X, D]]
     next, kept = np.zeros_like(found), np.zeros_like(found)
     next[0] = ddim(levels).next[0]
-    # What row 1 remembers is combined nowhere, but it would push row 0's out before row 4, for which that is kept.
+    # What row 1 remembers is never used, but pushes out row 0's before row 4 needs it, so row 3 keeps row 0's.
     kept[0], kept[3:4] = unit[X], unit[D3]
     for row, i in enumerate(level[1:], start=1):
         if row == 1:
@@ -462,7 +461,7 @@ def plms(levels: Levels, prediction: str = "eps") -> SamplerTable:
     return table_of(calls, next, kept=kept, remembered=remembered)
 
 
-# Where the timesteps lie if nobody says: second-order steps want them even in log-SNR, and PLMS even in t.
+# The default spacings: second-order steps need timesteps even in log-SNR, PLMS even in t.
 DEFAULT_SPACING = {"ddpm": "linspace", "ddim": "linspace", "plms": "leading"} | dict.fromkeys(
     ("dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc"), "logsnr"
 )
@@ -492,11 +491,11 @@ def make_table(
     Args:
       sampler: one of `SAMPLERS`.
       levels: that it passes through.
-      variance: of "ddpm"; the other methods bring their own.
-      eta: of "ddim"; None: 0.
-      order: of "unipc"; None: 2.
-      x_0_mse: of "ddpm", [T], for Analytic-DPM's variance in place of `variance`; None: that.
-      prediction: what the network predicts, for "plms".
+      variance: for "ddpm"; the other methods have their own.
+      eta: for "ddim"; None: 0.
+      order: for "unipc"; None: 2.
+      x_0_mse: for "ddpm": [T], to use Analytic-DPM's variance instead of `variance`; None: use `variance`.
+      prediction: for "plms", what the network predicts.
 
     Raises:
       ValueError: an unknown sampler, or an option that it does not take.
@@ -514,15 +513,15 @@ def make_table(
     return SAMPLERS[sampler](levels, **options)
 
 
-# Tables made of others.
+# Tables derived from others.
 
 
 def ddim_inverse(levels: Levels) -> SamplerTable:
-    """DDIM's steps backwards, from the image as the last called level's x to the noise of the first (Song et al. 2021,
-    section 5.4): S timesteps are S - 1 calls."""
+    """DDIM's steps in reverse, from the image at the lowest called level to the noise of the first (Song et al. 2021,
+    section 5.4). S timesteps take S - 1 calls."""
     called = slice(None, -1) if levels.to_clean else slice(None)
     if len(levels.t[called]) < 2:
-        raise ValueError("encoding needs 2 timesteps or more")
+        raise ValueError("encoding needs at least 2 timesteps")
     upwards = Levels(levels.t[called][::-1], levels.log_abar[called][::-1])
     return ddim(upwards)
 
@@ -532,13 +531,13 @@ def with_resampling(table: SamplerTable, levels: Levels, jump: int, times: int) 
     of `jump` levels added again in between.
 
     Raises:
-      ValueError: a table whose rows use more than x and D, or counts below 1.
+      ValueError: a table whose rows use other images than x and D, or counts below 1.
     """
     if jump < 1 or times < 1:
         raise ValueError(f"jump and times are {jump} and {times}; accepted: 1 or more")
     rows = len(table.t)
     if rows != len(levels.t) - 1 or np.any(table.next[:, [KEPT, D1, D2, D3]]):
-        raise ValueError("resampling needs a sampler without memory: ddpm or ddim")
+        raise ValueError("resampling needs a sampler that remembers nothing of earlier calls; accepted: ddpm, ddim")
     order: list[int] = []
     share: list[float] = []  # abar_noisier / abar after a row whose result is noised again
     for first in range(0, rows, jump):

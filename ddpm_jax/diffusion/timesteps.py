@@ -1,4 +1,4 @@
-"""How the timesteps of a batch are drawn, and the history of losses that they may be drawn by."""
+"""Drawing the timesteps of a batch, and the history of losses for importance sampling."""
 
 import dataclasses
 
@@ -14,11 +14,11 @@ TIMESTEP_SAMPLERS = ("uniform", "stratified", "importance")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossHistory:
-    """The last losses of every timestep, for drawing t by importance (Improved DDPM, eq. 18).
+    """The latest losses of every timestep, for importance sampling of t (Improved DDPM, eq. 18).
 
     Attributes:
-      losses: float32 [T, 10], a ring buffer a timestep.
-      counts: int32 [T], how many losses each timestep has seen.
+      losses: float32 [T, 10], one ring buffer per timestep.
+      counts: int32 [T], the number of losses seen at each timestep.
     """
 
     losses: Array
@@ -29,7 +29,7 @@ class LossHistory:
         return LossHistory(jnp.zeros((num_timesteps, length)), jnp.zeros(num_timesteps, jnp.int32))
 
     def update(self, t: Timesteps, losses: PerExample) -> "LossHistory":
-        """With a batch's losses [B] at t [B]; of more than 10 at one timestep the last 10 stay."""
+        """Adds a batch's losses [B] at t [B]; each timestep keeps its last 10."""
         length = self.losses.shape[1]
         same = t[:, None] == t[None, :]
         earlier = jnp.sum(jnp.tril(same, -1), axis=1)
@@ -58,8 +58,8 @@ def sample_timesteps(
     Args:
       key: typed key.
       batch_size, num_timesteps: B and T.
-      method: "uniform", independently (the paper); "stratified", one random offset and even spacing over 0..T-1,
-        each t uniform by itself (Kingma et al. 2021, appendix I); "importance", by `history`.
+      method: "uniform", independent draws (the paper); "stratified", one random offset and even spacing over 0..T-1, so
+        that each t alone is uniform (Kingma et al. 2021, appendix I); "importance", in proportion to `history`.
       history: the losses seen so far, for "importance".
 
     Returns:

@@ -1,1 +1,1 @@
-"""How good samples are: features, metrics, references, likelihood."""
+"""Evaluating samples and models: features, metrics, references, likelihood."""

@@ -1,4 +1,4 @@
-"""Samples judged against real images: all metrics, and what a reader must know beside the numbers."""
+"""Compares samples with real images: all metrics, and the notes a reader needs to interpret them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,9 +14,9 @@ from ddpm_jax.evaluation.results import FLOOR, INTERVAL
 from ddpm_jax.evaluation.summaries import Summary, summarize
 from ddpm_jax.runtime.errors import UserError
 
-_ENOUGH = 50_000  # images that FID is reported with
+_ENOUGH = 50_000  # number of images in reported FIDs
 _KID_SUBSET, _SPLITS = 1000, 10
-_FEWEST = 10  # images of each kind for all but the distance itself
+_FEWEST = 10  # images of each kind that all metrics but the distance itself need
 
 Images = Summary | ImageSet | Iterable[np.ndarray]
 
@@ -30,23 +30,23 @@ def compare(
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every metric of generated images against real ones.
+    """Computes all metrics of generated images against real ones.
 
     Args:
-      features: what judges.
+      features: the feature network.
       real, fake: summaries (`summarize`, `open_summary`); or images, uint8 [N, H, W, C] in any portions.
-      mesh, batch_size: where features of images are computed, and how many at a time.
+      mesh, batch_size: the devices for computing features of images, and the number of images at a time.
       seed: of random subsets, splits and resamplings.
 
     Returns:
-      By name: what was judged by what ("features", "images", "reference", "generated", "num_real", "num_generated");
-      the metrics; beside the Frechet distance its 95 % bootstrap interval for other generated images of the same model,
-      its floor, which is what as many real images would get (`metrics.frechet_floor`), and its extrapolation to
-      endlessly many generated images; "not computed", what the sets do not allow; and "note", sentences to be read
-      with the numbers.
+      By name: what was compared ("features", "images", "reference", "generated", "num_real", "num_generated"); the
+      metrics; for the Frechet distance also its 95 % bootstrap interval over other generated images of the same model,
+      its floor, which is the distance that as many real images would have (`metrics.frechet_floor`), and its
+      extrapolation to infinitely many generated images; "not computed", the metrics that the sets do not allow; and
+      "note", sentences on how to interpret the numbers.
 
     Raises:
-      UserError: fewer than 2 images, or sets of other features.
+      UserError: fewer than 2 images, or summaries with other features.
     """
     theirs = _summary(features, real, mesh, batch_size)
     ours = _summary(features, fake, mesh, batch_size)
@@ -77,15 +77,15 @@ def _summary(features: Features, images: Images, mesh: Mesh, batch_size: int) ->
 def _check(features: Features, real: Summary, fake: Summary) -> None:
     for summary in (real, fake):
         if summary.features not in ("", features.name):
-            raise UserError(f"{describe(summary.source)} was judged by {summary.features!r}, not by {features.name!r}")
+            raise UserError(f"{describe(summary.source)} has features of {summary.features!r}, not {features.name!r}")
         if summary.count is not None and summary.count < 2:
-            raise UserError(f"an evaluation needs 2 images or more of each kind, not {summary.count}")
+            raise UserError(f"an evaluation needs at least 2 images of each kind, not {summary.count}")
     for name in real.moments.keys() & fake.moments.keys():
         dims = [len(summary.moments[name].mean) for summary in (real, fake)]
         if dims[0] != dims[1]:
             raise UserError(
-                f"the reference {describe(real.source)} is of {dims[0]} dimensions, and {features.name} gives "
-                f"{dims[1]} ({name})"
+                f"the reference {describe(real.source)} has {dims[0]} dimensions, but {features.name} has {dims[1]} "
+                f"({name})"
             )
 
 
@@ -128,7 +128,7 @@ def _floor(real: Summary, fake: Summary, seed: int) -> float | None:
 
 
 def _others(features: Features, real: Summary, fake: Summary, seed: int) -> dict[str, Any]:
-    """All that needs the features of single images."""
+    """The metrics that need the features of single images."""
     result: dict[str, Any] = {}
     rows, reference = fake.rows.get("pool"), real.rows.get("pool")
     if rows is not None and reference is not None and min(len(rows), len(reference)) >= _FEWEST:
@@ -159,21 +159,21 @@ def _notes(features: Features, real: Summary, fake: Summary, result: Mapping[str
         bias = result.get(f"{name}, bias")
         much = "" if bias is None else f", here by about {bias:.2g}"
         notes.append(
-            f"{name} is of {count:,} generated images, and of fewer than {_ENOUGH:,} it is too high{much}; "
-            "it can only be compared with one of as many."
+            f"{name} is for {count:,} generated images; with fewer than {_ENOUGH:,} it is too high{much}, and only "
+            "comparable with values for as many."
         )
     dims = len(fake.moments["pool"].mean)
     if min((n for n in (count, real.count) if n is not None), default=dims + 1) <= dims:
         notes.append(f"There are no more images than the features' {dims:,} dimensions, so {name} is mostly bias.")
     if "pool" not in real.rows:
-        notes.append("The reference holds moments alone, so that what needs the real images themselves is left out.")
+        notes.append("The reference contains only moments, so metrics that need the real images are left out.")
     if not real.features or "moments" in real.source:
-        notes.append("The reference's file does not say which network, or which resizing of images, it was made with.")
+        notes.append("The reference file does not say which network or which resizing of images it was made with.")
     return notes
 
 
 def describe(source: Mapping[str, Any]) -> str:
-    """A summary's source in a few words; what has no source is called that."""
+    """A summary's source in a few words; without a source, "images"."""
     if not source:
         return "images"
     kind = source.get("source", "images")

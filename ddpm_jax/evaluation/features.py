@@ -1,4 +1,4 @@
-"""Networks whose features images are judged by: FID's Inception, a classifier of the embedded digits, any other."""
+"""Feature networks for evaluation: FID's Inception, a classifier of the built-in digits, or any other network."""
 
 import dataclasses
 import functools
@@ -31,19 +31,19 @@ from ddpm_jax.runtime.progress import ProgressBar
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 _CONVERTED = "pt_inception-2015-12-05.safetensors"
-# As torch.hub has it: the name ends in the first digits of the file's SHA-256.
+# As with torch.hub, the name ends in the first digits of the file's SHA-256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[a-z]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A network that turns images into features. `custom_features` makes one of any function.
+    """A network that turns images into features. `custom_features` wraps any function as one.
 
     Attributes:
-      name: what results say they were judged by.
-      frechet: what the Frechet distance of these features is called; "FID" is Inception's alone.
-      shape: (H, W, C) that images must have; None: any size of three channels.
-      apply: (uint8 [B, H, W, C]) -> {"pool": float32 [B, D]} and, where there are such, "logits" [B, K] for the
+      name: of the network, in results.
+      frechet: the name of the Frechet distance between these features; only Inception's is called "FID".
+      shape: (H, W, C) that images must have; None: any size with three channels.
+      apply: (uint8 [B, H, W, C]) -> {"pool": float32 [B, D]} and, if the network has them, "logits" [B, K] for the
         Inception Score and "spatial" [B, E] for sFID. The weights of a `jax.tree_util.Partial` are kept on the devices.
     """
 
@@ -54,26 +54,25 @@ class Features:
 
     @functools.cached_property
     def digest(self) -> str:
-        """12 hex digits that are others for another network: of the name and, of a `Partial`, the weights."""
+        """12 hex digits that identify the network: a hash of its name and, for a `Partial`, its weights."""
         digest = hashlib.sha256(json.dumps([self.name, self.frechet, self.shape]).encode())
         for leaf in jax.tree.leaves(self.apply if isinstance(self.apply, Partial) else ()):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()[:12]
 
     def batches(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Features of images that come in any portions, in batches of one size divided over the mesh.
+        """Computes features of images, in batches of equal size sharded over the mesh.
 
         Args:
-          images: uint8 [N, H, W, C] each.
-          mesh: of `parallel.make_mesh`, all processes giving the same images; or this process's alone.
-          batch_size: images at a time, rounded up to a multiple of the devices.
+          images: portions of any size, uint8 [N, H, W, C] each.
+          mesh: from `parallel.make_mesh`, if all processes pass the same images; or this process's own.
+          batch_size: images at a time, rounded up to a multiple of the number of devices.
 
         Yields:
-          What `apply` gives, float32 [n, ...], of all images in their order.
+          The results of `apply`, float32 [n, ...], for all images in order.
 
         Raises:
-          UserError: no images; such as are not 8-bit or not of a size that the network takes; features that are not
-            finite.
+          UserError: no images; images that are not 8-bit or of the wrong size; features that are not finite.
         """
         apply = self.apply if isinstance(self.apply, Partial) else Partial(self.apply)
         done = 0
@@ -81,42 +80,43 @@ class Features:
             yield self._finite(output, done)
             done += len(output["pool"])
         if not done:
-            raise UserError(f"there are no images for {self.name} to judge")
+            raise UserError(f"there are no images for {self.name} to evaluate")
 
     def of(self, images: Iterable[np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
-        """All of `batches` together, float32 [N, ...]."""
+        """All of `batches` concatenated, float32 [N, ...]."""
         done = list(self.batches(images, mesh, batch_size))
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if images.dtype != np.uint8 or images.ndim != 4:
             raise UserError(
-                f"the images to judge are {images.dtype} of shape {images.shape}; accepted: uint8 [N, H, W, C], "
-                "from 0 to 255 as they are saved"
+                f"the images to evaluate are {images.dtype} of shape {images.shape}; accepted: uint8 [N, H, W, C], "
+                "from 0 to 255 as in image files"
             )
         if self.shape is None and images.shape[-1] == 1:
             return images.repeat(3, axis=-1)
         if images.shape[1:] != self.shape and (self.shape or images.shape[-1] != 3):
-            raise UserError(f"{self.name} judges images of {self.shape or '3 channels'}, not of {images.shape[1:]}")
+            raise UserError(f"{self.name} takes images of {self.shape or '3 channels'}, not of {images.shape[1:]}")
         return images
 
     def _finite(self, output: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
         for name, value in output.items():
             finite = np.isfinite(value).reshape(len(value), -1).all(1)
             if not finite.all():
-                raise UserError(f"{self.name} gives image {first + int(np.argmin(finite))} {name} that is not finite")
+                image = first + int(np.argmin(finite))
+                raise UserError(f"{self.name} gives values of {name} that are not finite for image {image}")
         return output
 
 
 def custom_features(
     name: str, apply: Callable[[jax.Array], jax.Array | Output], shape: tuple[int, int, int] | None = None
 ) -> Features:
-    """Features of any network, whose Frechet distance is called after it.
+    """Features of any network; their Frechet distance is named after it.
 
     Args:
       name: of the network, in results.
-      apply: (uint8 [B, H, W, C]) -> features [B, D], or a dict of them as in `Features`; it is jit-compiled.
-      shape: (H, W, C) that images must have; None: any size of three channels.
+      apply: (uint8 [B, H, W, C]) -> features [B, D], or a dict as in `Features`; it is jit-compiled.
+      shape: (H, W, C) that images must have; None: any size with three channels.
     """
     function = apply if isinstance(apply, Partial) else Partial(apply)
     return Features(name, _frechet_of(name), shape, Partial(_named, function))
@@ -135,22 +135,22 @@ def _frechet_of(name: str) -> str:
 
 
 def load_inception(path: str | Path | None = None) -> Features:
-    """FID's Inception, the same network whatever file its weights come in.
+    """Loads FID's Inception; the network is the same whatever file its weights come from.
 
     Args:
-      path: the PyTorch port's file, or a .safetensors of its tensors. None: the one in `files.user_cache()`,
-        fetched from INCEPTION_URL the first time, and kept there as .safetensors.
+      path: the PyTorch port's file, or a .safetensors with its tensors. None: the one in `files.user_cache()`,
+        downloaded from INCEPTION_URL the first time and kept there as .safetensors.
 
     Raises:
-      UserError: no such file, and what to fetch and where to put it; a file that is cut off, is not the one that the
-        hash in its name says, or does not hold these weights.
+      UserError: no such file, with what to download and where to put it; or a file that is truncated, does not match
+        the hash in its name, or does not contain these weights.
     """
     if path is None:
         path, tensors, digest = _cached_inception()
     else:
         path = Path(path).expanduser()
         if not path.is_file():
-            raise UserError(f"{str(path)!r} is not there; fetch {INCEPTION_URL} and put it there")
+            raise UserError(f"{str(path)!r} does not exist; download {INCEPTION_URL} and put it there")
         tensors, digest = _read_checked(path)
     return _inception(path, tensors, digest)
 
@@ -162,7 +162,7 @@ def _inception(path: Path, tensors: tensors_lib.Tensors, digest: str) -> Feature
 
 
 def _read_checked(path: Path) -> tuple[tensors_lib.Tensors, str]:
-    """Tensors of a file and the SHA-256 of the file that was published: of a converted one, what it was made of."""
+    """A file's tensors and the SHA-256 of the published file, which for a converted file is the original's."""
     digest = _check_hash(path, path.name)
     tensors = tensors_lib.read(path)
     if path.suffix == ".safetensors":
@@ -177,19 +177,19 @@ def _cached_inception() -> tuple[Path, tensors_lib.Tensors, str]:
         try:
             return (converted, *_read_checked(converted))
         except UserError as error:
-            logging.warning("%s; it is made again", error)
+            logging.warning("%s; it is replaced", error)
     if not original.is_file():
         _fetch(INCEPTION_URL, original)
     tensors, digest = _read_checked(original)
     try:
         tensors_lib.write(converted, tensors, {"sha256": digest, "source": INCEPTION_URL})
-    except UserError as error:  # a cache that cannot be written must not be in the way
+    except UserError as error:  # an unwritable cache must not stop the evaluation
         logging.warning("%s", error)
     return original, tensors, digest
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Downloads a file, whole or not at all."""
+    """Downloads a file atomically."""
     import requests
 
     try:
@@ -203,25 +203,25 @@ def _fetch(url: str, path: Path) -> None:
             _check_hash(temporary, path.name)
     except (requests.RequestException, OSError) as error:
         raise UserError(
-            f"{str(path)!r} is not there and {url} cannot be fetched ({first_line(error)[:200]}); fetch it on a "
-            "machine with network and put it there"
+            f"{str(path)!r} does not exist and {url} cannot be downloaded ({first_line(error)[:200]}); download it on "
+            "a machine with a network and put it there"
         ) from None
 
 
 def _check_hash(path: Path, name: str) -> str:
-    """SHA-256 of a file, which must begin as its name says, if that says so."""
+    """The SHA-256 of a file, which must begin with the digits in its name, if there are any."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     named = _HASH_IN_NAME.search(name)
     if named and not digest.startswith(named[1]):
         raise UserError(
-            f"{name!r} is damaged or something else: its SHA-256 begins with {digest[:8]}, not with the {named[1]} of "
+            f"{name!r} is damaged or a different file: its SHA-256 begins with {digest[:8]}, not with {named[1]} as in "
             "its name"
         )
     return digest
 
 
-# The embedded digits' classifier.
+# The built-in digits' classifier.
 
 
 class _Classifier(nn.Module):
@@ -235,10 +235,10 @@ class _Classifier(nn.Module):
 
 @functools.cache
 def train_digits_classifier(count: int = 1, steps: int = 400) -> Features:
-    """A classifier of the embedded digits, 8x8 grey, trained here in seconds; always the same on the same machine.
+    """Trains a classifier of the built-in digits, 8x8 grey, in seconds; always the same on the same machine.
 
-    It lets an evaluation run from end to end with nothing to download. Its distances are its own, and comparable among
-    themselves alone. Of `count` digits side by side the features are those of each in turn, and there are no logits.
+    It lets an evaluation run from end to end without any download. Its distances are only comparable with one another.
+    For `count` digits side by side the features are those of each digit in turn, and there are no logits.
     """
     images, labels = digits.load()
     net, optimizer = _Classifier(), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -277,7 +277,7 @@ def _of_each_digit(net: nn.Module, variables: Any, images: jax.Array) -> Output:
 
 
 def open_features(name: str | None, shape: tuple[int, int, int] | None = None) -> Features:
-    """What judges: "digits", "inception", or the file of Inception's weights; None: as images of this shape ask.
+    """Opens features by name: "digits", "inception", or a file with Inception's weights; None: chosen by image shape.
 
     Raises:
       UserError: none of these.

@@ -1,4 +1,4 @@
-"""Sets of images to be judged, read in portions as often as needed: a source's, a folder's, shards', an array's."""
+"""Sets of images to evaluate, from a source, a folder, shards or an array; they can be read repeatedly, in portions."""
 
 import dataclasses
 import zipfile
@@ -28,9 +28,9 @@ class ImageSet(Iterable[np.ndarray]):
     """Images in portions, uint8 [n, H, W, C] each.
 
     Attributes:
-      source: what images they are, as JSON values.
-      count: how many.
-      read: begins to read them.
+      source: where the images come from, as JSON values.
+      count: number of images.
+      read: starts reading them.
     """
 
     source: dict[str, Any]
@@ -54,7 +54,7 @@ def of_source(source: Source) -> ImageSet:
 
 
 def places(source: Source, count: int) -> np.ndarray:
-    """`count` numbers of examples evenly spread over a source, or all that it has."""
+    """The indices of `count` examples evenly spread over a source, or of all if it has fewer."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
 
 
@@ -69,20 +69,20 @@ def _image(source: Source, index: int) -> np.ndarray:
         return source[index]["image"]
     try:
         return source[index]["image"]
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{str(source.root / source.paths[index])!r} cannot be judged: {first_line(error)}") from None
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
+        raise UserError(f"{str(source.root / source.paths[index])!r} cannot be read: {first_line(error)}") from None
 
 
 def open_images(path: str | Path, shape: Shape | None = None) -> ImageSet:
-    """Images of a folder of shards or of pictures, or of a .npz or .npy file.
+    """Opens the images of a folder of shards or pictures, or of a .npz or .npy file.
 
     Args:
       path: of the folder or file.
-      shape: (H, W, C) that they are brought to, as training images are; None: they keep their size, which must be the
-        same for all, and pictures become RGB.
+      shape: (H, W, C) to resize them to, like training images; None: they keep their size, which must be the same for
+        all, and pictures become RGB.
 
     Raises:
-      UserError: nothing there, no images in it, or, once they are read, one that is broken or of another size.
+      UserError: nothing there, no images in it, or, when they are read, one that is broken or of another size.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -104,7 +104,7 @@ class _SameSize(Fit):
     def __call__(self, image: Image.Image) -> np.ndarray:
         if image.size != (self.width, self.height):
             raise ValueError(
-                f"it has {image.width}x{image.height} pixels and the folder's first picture {self.width}x{self.height}"
+                f"it has {image.width}x{image.height} pixels, but the folder's first picture {self.width}x{self.height}"
             )
         return super().__call__(image)
 
@@ -116,8 +116,8 @@ def _pictures(path: Path, shape: Shape | None) -> FolderSource:
     try:
         with opened(path / first) as image:
             width, height = ImageOps.exif_transpose(image).size
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{str(path / first)!r} cannot be judged: {first_line(error)}") from None
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
+        raise UserError(f"{str(path / first)!r} cannot be read: {first_line(error)}") from None
     return FolderSource(str(path), _SameSize(height, width, 3), labels=False)
 
 
@@ -129,24 +129,24 @@ def _shards(folder: Path) -> ImageSet:
 
 
 def read_array(path: str | Path) -> Iterator[np.ndarray]:
-    """Portions of the images in a .npz or .npy file, of which no more is in memory at a time.
+    """Reads the images of a .npz or .npy file in portions, with one portion in memory at a time.
 
-    The array of a .npz is called one of `ddpm_jax.data.sources.IMAGE_KEYS`.
+    The array in a .npz must have one of the names in `ddpm_jax.data.sources.IMAGE_KEYS`.
 
     Raises:
-      UserError: a file that is not there, is cut off, or holds something other than uint8 [N, H, W] or [N, H, W, C].
+      UserError: a file that is missing or truncated, or contains something other than uint8 [N, H, W] or [N, H, W, C].
     """
     with _Array(Path(path)) as array:
         yield from array
 
 
 class _Array:
-    """A .npz's or .npy's array of images, opened to be read from front to back."""
+    """The array of images in a .npz or .npy file, opened for sequential reading."""
 
     def __init__(self, path: Path):
         self._path = path
         if not path.is_file():
-            raise UserError(f"{str(path)!r} is neither a folder nor a file; .npz or .npy files of images are accepted")
+            raise UserError(f"{str(path)!r} does not exist; accepted: a folder, or a .npz or .npy file of images")
 
     def __enter__(self) -> "_Array":
         try:
@@ -160,7 +160,7 @@ class _Array:
         if dtype != np.uint8 or fortran or len(shape) not in (3, 4) or 0 in shape:
             raise UserError(
                 f"{str(self._path)!r} holds {dtype} {shape}; accepted: uint8 [N, H, W] or [N, H, W, C], from 0 to 255 "
-                "as images are saved, N at least 1"
+                "as in image files, N at least 1"
             )
         self.shape = (*shape, 1) if len(shape) == 3 else shape
         return self
@@ -170,7 +170,7 @@ class _Array:
         if name is None:
             names = [entry.removesuffix(".npy") for entry in archive.namelist()]
             raise UserError(
-                f"{str(self._path)!r} has the arrays {names}; images are called one of {', '.join(IMAGE_KEYS)}"
+                f"{str(self._path)!r} has the arrays {names}; accepted names for images: {', '.join(IMAGE_KEYS)}"
             )
         return archive.open(f"{name}.npy")
 

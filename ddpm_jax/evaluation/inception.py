@@ -1,11 +1,11 @@
-"""The Inception v3 that FID is defined by: the graph of 2015-12-05, as its PyTorch port has it.
+"""The Inception v3 that defines FID: the graph of 2015-12-05, as in its PyTorch port.
 
-It differs from the usual Inception v3 in its pooling: averages leave out the padding, the last block takes a maximum.
-Images are brought to 299x299 bilinearly without anti-aliasing, as TensorFlow 1 did.
+It differs from the usual Inception v3 in its pooling: averages exclude the padding, and the last block uses a maximum.
+Images are resized to 299x299 bilinearly without anti-aliasing, as TensorFlow 1 did.
 
-The same sums are laid out for speed: batch norms, whose statistics are fixed, are folded into the convolutions when the
-weights are read; the 1x1 convolutions that share an input are one matrix product; pooling is sums and maxima of shifted
-maps. `benchmarks/evaluation.py` says what that gives.
+The computation is arranged for speed: batch norms, whose statistics are fixed, are folded into the convolutions when
+the weights are read; the 1x1 convolutions that share an input are one matrix product; pooling is done by sums and
+maxima of shifted maps. `benchmarks/evaluation.py` measures the effect.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ from ddpm_jax.interop import tensors as tensors_lib
 
 SIZE = 299
 NUM_FEATURES, NUM_LOGITS = 2048, 1008
-_SPATIAL_CHANNELS = 7  # of sFID (Nash et al. 2021): the first of one layer's, on 17x17 pixels
+_SPATIAL_CHANNELS = 7  # for sFID (Nash et al. 2021): the first channels of one layer, on 17x17 pixels
 _SPATIAL_LAYER = ("Mixed_6d", "branch1x1")
 _EPSILON = 1e-3  # of the batch norms
-_EXACT = jax.lax.Precision.HIGHEST  # float32 products, also where the hardware's default is coarser
+_EXACT = jax.lax.Precision.HIGHEST  # float32 products, even if the hardware's default is less precise
 
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
-    """float32 [B, size, size, C] of [B, H, W, C]: bilinear, the output's pixel i taken at i * H / size of the input,
-    without half-pixel centres or anti-aliasing (TensorFlow 1's resize_bilinear)."""
+    """Resizes [B, H, W, C] to float32 [B, size, size, C] bilinearly: output pixel i is sampled at i * H / size, without
+    half-pixel centres or anti-aliasing (TensorFlow 1's resize_bilinear)."""
 
     def weights(length: int) -> np.ndarray:
         position = np.arange(size, dtype=np.float32) * np.float32(length / size)
@@ -77,13 +77,13 @@ def _conv(
 def _heads(
     x: jax.Array, features: Mapping[str, int], pool: Callable[[jax.Array], jax.Array] | None = None
 ) -> list[jax.Array]:
-    """1x1 convolutions of one input and ReLU: one matrix product, cut into its parts.
+    """Several 1x1 convolutions of one input, with ReLU: one matrix product, split into its parts.
 
     Args:
       x: [B, H, W, C].
-      features: how many, by name.
-      pool: done to the last one before its ReLU. An average comes to the same there as before its convolution, and has
-        fewer channels to pool.
+      features: number of features, by name.
+      pool: applied to the last one before its ReLU. There an average gives the same result as before the convolution,
+        with fewer channels to pool.
     """
     kernels, biases = zip(*(_Weights(n, name=name)(x.shape[-1]) for name, n in features.items()), strict=True)
     product = jnp.matmul(x, jnp.concatenate(kernels, axis=-1)[0, 0], precision=_EXACT) + jnp.concatenate(biases)
@@ -94,7 +94,7 @@ def _heads(
 
 
 def _shifts(x: jax.Array, axis: int, stride: int = 1) -> list[jax.Array]:
-    """The three values under a window of 3 at each of its places."""
+    """The three values under a window of size 3, at each of its positions."""
     last = x.shape[axis] - 3
     return [jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)]
 
@@ -109,7 +109,7 @@ def _maximum(x: jax.Array, stride: int = 2) -> jax.Array:
 
 
 def _average(x: jax.Array) -> jax.Array:
-    """Of 3x3 pixels at stride 1, of as many as there are at the border."""
+    """The average over 3x3 pixels with stride 1, excluding padding at the border."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     for axis in (1, 2):
         x = sum(_shifts(x, axis)[1:], _shifts(x, axis)[0])
@@ -196,7 +196,7 @@ class _E(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The network, from 8-bit images of any size to all that metrics use."""
+    """The network, from 8-bit images of any size to everything that the metrics use."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
@@ -206,8 +206,8 @@ class InceptionV3(nn.Module):
           images: uint8 [B, H, W, 3], or float from 0 to 255.
 
         Returns:
-          "pool" [B, 2048], the last average pooling; "logits" [B, 1008], without the bias, as the Inception Score takes
-          them; "spatial" [B, 2023], of sFID: the first channels of one convolution, without its batch norm.
+          "pool" [B, 2048], the last average pooling; "logits" [B, 1008], without the bias, as the Inception Score uses
+          them; "spatial" [B, 2023], for sFID: the first channels of one convolution, without its batch norm.
         """
         x = (resize(images) - 128.0) / 128.0
         x = _conv(x, "Conv2d_1a_3x3", 32, stride=2)
@@ -233,10 +233,10 @@ class InceptionV3(nn.Module):
 
 
 def params_of(path: str | Path, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The parameters from the tensors of the PyTorch port's file, batch norms folded into the convolutions in float64.
+    """Converts the tensors of the PyTorch port's file to parameters, folding batch norms into convolutions in float64.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape.
+      UserError: a tensor that is missing, unexpected, or of another shape.
     """
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     shapes = flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])

@@ -1,9 +1,9 @@
 """The likelihood of a set of images in bits/dim: the variational bound, its estimate from a few terms, and the bound of
 the probability flow.
 
-Each goes over the images in batches divided over a mesh. Image i's noise is a function of (seed, purpose, i), so that
-neither the batch size nor the number of devices changes a number beyond rounding, and parts of a set, computed apart
-with their numbers, add up: `part + part`.
+Each processes the images in batches sharded over a mesh. Image i's noise is a function of (seed, purpose, i), so the
+batch size and the number of devices change results only by rounding, and results for parts of a data set, computed
+separately, can be added: `part + part`.
 """
 
 import dataclasses
@@ -33,19 +33,19 @@ from ddpm_jax.sampling.generate import image_keys
 Progress = Callable[[int, int], None]
 Images = np.ndarray | Iterable[np.ndarray]
 
-_PILOT = 16  # images that a proposal is learnt from
+_PILOT = 16  # images from which a proposal is estimated
 _UNCLIPPED = Parameterization(clip=False)  # the original does not clip here
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a likelihood is taken of.
+    """Images, with their conditions, whose likelihood is computed.
 
     Attributes:
-      images: uint8 [N, H, W, C], or an iterable of such portions, each of any N.
+      images: uint8 [N, H, W, C], or an iterable of such portions, each with any N.
       cond: of all images, arrays [N, ...] as the network takes them; None: no condition.
-      first: the number of the first image.
-      num_images: how many there are; only for the progress over an iterable.
+      first: the index of the first image.
+      num_images: their number, which progress over an iterable needs.
     """
 
     images: Images
@@ -55,12 +55,12 @@ class Examples:
 
     @classmethod
     def spread(cls, source: Source, count: int, condition: Condition) -> "Examples":
-        """So many examples evenly spread over a source, or all that it has, with their condition."""
+        """`count` examples evenly spread over a source, or all if it has fewer, with their conditions."""
         batch = condition.read(image_sets.spread(source, count), source)
         return cls(batch["image"], condition.of_batch(batch), num_images=len(batch["image"]))
 
     def start(self, count: int) -> tuple["Examples", "Examples"]:
-        """(the first `count` of them, all of them still to be read)."""
+        """The first `count` of them, and all of them, still unread."""
         images, rest = self.images, self.images
         if not isinstance(images, np.ndarray):
             portions, taken = iter(images), []
@@ -69,7 +69,7 @@ class Examples:
                 if sum(map(len, taken)) >= count:
                     break
             if not taken:
-                raise UserError("a likelihood needs 1 image or more")
+                raise UserError("a likelihood needs at least 1 image")
             images, rest = np.concatenate(taken), chain(taken, portions)
         few = Examples(images[:count], jax.tree.map(lambda x: x[:count], self.cond), self.first)
         return few, dataclasses.replace(self, images=rest)
@@ -77,12 +77,12 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Mean and spread of a number, or of an array of numbers, that each image has.
+    """Mean and spread over images of a number, or of an array of numbers.
 
     Attributes:
-      count: images.
+      count: number of images.
       mean: float64, over the images.
-      scatter: float64 like mean, the sum of squared distances from the mean.
+      scatter: float64 like mean, the sum of squared deviations from the mean.
     """
 
     count: int
@@ -91,13 +91,13 @@ class Statistics:
 
     @classmethod
     def of(cls, values: ArrayLike) -> "Statistics":
-        """Of values [N, ...], one an image."""
+        """The statistics of values [N, ...], one per image."""
         values = np.asarray(values, np.float64)
         mean = values.mean(0)
         return cls(len(values), mean, np.sum((values - mean) ** 2, axis=0))
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Those of both sets together (Chan, Golub & LeVeque 1979)."""
+        """The statistics of both sets together (Chan, Golub & LeVeque 1979)."""
         count = self.count + other.count
         difference = other.mean - self.mean
         mean = self.mean + difference * (other.count / count)
@@ -107,14 +107,14 @@ class Statistics:
 
     @property
     def standard_error(self) -> np.ndarray:
-        """Of the mean; NaN for one image, which tells nothing of it."""
+        """The standard error of the mean; NaN for a single image."""
         if self.count < 2:
             return np.full_like(self.mean, np.nan)
         return np.sqrt(self.scatter / (self.count - 1) / self.count)
 
     @property
     def rms(self) -> np.ndarray:
-        """The root of the mean square."""
+        """The root mean square."""
         return np.sqrt(self.mean**2 + self.scatter / self.count)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Statistics:
 
 
 class _Sums:
-    """A dataclass all of whose fields can be added: the results of two sets of images make that of both."""
+    """A dataclass whose fields can be added: the sum of two sets' results is the result of both together."""
 
     def __add__(self, other: Any) -> Any:
         if type(self) is not type(other):
@@ -140,7 +140,7 @@ class Bound(_Sums):
     Attributes:
       total: the bound.
       prior: L_T.
-      kl: L_{T-1} + ... + L_1. With the prior it is the rate of a lossy code, and L_0 its distortion (section 4.3).
+      kl: L_{T-1} + ... + L_1. The prior plus kl is the rate of a lossy code, and L_0 its distortion (section 4.3).
       terms: [T], L_0 and each KL term, by t.
       mse: [T], the squared error of the x_0 predicted at each t, clipped to [-1, 1].
     """
@@ -162,7 +162,7 @@ class Bound(_Sums):
 
     @property
     def rate(self) -> np.ndarray:
-        """[T] bits/dim spent before x_t is known: L_T and the KL terms above t (DDPM, section 4.3 and figure 5)."""
+        """[T], bits/dim needed to transmit x_t: L_T and the KL terms above t (DDPM, section 4.3 and figure 5)."""
         above = np.append(np.cumsum(self.terms.mean[:0:-1])[::-1], 0.0)
         return self.prior.mean + above
 
@@ -172,11 +172,11 @@ class Bound(_Sums):
         return 127.5 * np.sqrt(self.mse.mean)
 
     def proposal(self, uniform: float = 0.1) -> np.ndarray:
-        """[T], the best probabilities of t for `estimate_bound` of such images."""
+        """[T], the optimal probabilities of t for `estimate_bound` on similar images."""
         return bound.term_proposal(self.terms.rms, uniform)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """All fields as JSON values."""
         parts = ("total", "prior", "kl", "decoder", "terms")
         return {
             "num_images": self.num_images,
@@ -191,10 +191,10 @@ class BoundEstimate(_Sums):
     """An unbiased estimate of the variational bound, in bits/dim, over the images.
 
     Attributes:
-      total: the bound. Its standard error is that of the images and of the terms drawn together.
-      prior, decoder: L_T and L_0, of which nothing is left out.
+      total: the bound. Its standard error covers both the choice of images and the terms drawn.
+      prior, decoder: L_T and L_0, computed in full.
       kl: the sum of the other terms.
-      kl_variance: of each image's kl, what the draws of t and of the noise there add to its variance.
+      kl_variance: the part of the variance of each image's kl that is due to drawing t and the noise.
     """
 
     total: Statistics
@@ -209,11 +209,11 @@ class BoundEstimate(_Sums):
 
     @property
     def draw_error(self) -> float:
-        """The standard error of drawing alone: how far the total is from that of all terms of the same images."""
+        """The standard error due to drawing alone, relative to the total over all terms for the same images."""
         return float(np.sqrt(self.kl_variance.mean / self.num_images))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """All fields as JSON values."""
         parts = ("total", "prior", "kl", "decoder")
         return {
             "num_images": self.num_images,
@@ -259,21 +259,21 @@ def evaluate_bound(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Bound:
-    """The variational bound, every term of it: T network calls an image.
+    """The variational bound with all terms: T network calls per image.
 
     Args:
       schedule: T timesteps.
-      model_fn: (x_t, t) -> output, or (x_t, t, cond=...) -> output where the examples have a condition; see
+      model_fn: (x_t, t) -> output, or (x_t, t, cond=...) -> output if the examples have a condition; see
         `ddpm_jax.sampling.generate.Model.model_fn`.
       examples: the images.
-      mesh: the devices to divide each batch over.
+      mesh: the devices to shard each batch over.
       output: what the network's output means; the original does not clip here.
       seed: of the noise.
-      batch_size: images at a time, rounded up to a multiple of the devices.
-      progress: told (network calls done, calls in all), about every 25 calls.
+      batch_size: images at a time, rounded up to a multiple of the number of devices.
+      progress: called with (network calls done, all calls), about every 25 calls.
 
     Raises:
-      UserError: no images, images that are not uint8 [N, H, W, C], another number of conditions than of images, a bound
+      UserError: no images, images that are not uint8 [N, H, W, C], different numbers of conditions and images, a bound
         that is not finite, or an unknown option.
     """
     measured = partial(bound.variational_bound, schedule, **_of_bound(output))
@@ -303,17 +303,17 @@ def estimate_bound(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> BoundEstimate:
-    """An unbiased estimate of the variational bound: num_terms + 1 network calls an image; see `bound.sampled_bound`.
+    """An unbiased estimate of the variational bound: num_terms + 1 network calls per image; see `bound.sampled_bound`.
 
     Args:
       num_terms: KL terms drawn for each image, an even number.
-      proposal: [T], the probabilities of t, from `Bound.proposal` or `bound.term_proposal`; None: learnt from the
-        first 16 images by at most 32 calls.
-      progress: told (network calls done, calls in all) after every batch.
+      proposal: [T], the probabilities of t, from `Bound.proposal` or `bound.term_proposal`; None: estimated from the
+        first 16 images with at most 32 calls.
+      progress: called with (network calls done, all calls) after every batch.
       schedule, model_fn, examples, mesh, output, seed, batch_size: as in `evaluate_bound`.
 
     Raises:
-      UserError: what `evaluate_bound` refuses, an odd number of terms, or a proposal that does not fit.
+      UserError: as for `evaluate_bound`; an odd number of terms, or a proposal that does not fit.
     """
     options = _of_bound(output)
     if proposal is None:
@@ -358,13 +358,13 @@ def evaluate_flow(
     """The bound by the probability-flow ODE; see `ddpm_jax.diffusion.flow`.
 
     Args:
-      num_steps, method, divergence: see `flow_log_density`. The bound is exact for the flow as the steps grow; half of
-        them tell how far it is from that.
-      output: as in `evaluate_bound`; its clip is of the decoder alone, since the flow is not clipped.
+      num_steps, method, divergence: see `flow_log_density`. The bound becomes exact for the flow as the number of steps
+        grows; a run with half as many shows how close it is.
+      output: as in `evaluate_bound`; clipping applies to the decoder only, since the flow is not clipped.
       schedule, model_fn, examples, mesh, seed, batch_size, progress: as in `evaluate_bound`.
 
     Raises:
-      UserError: what `evaluate_bound` and `flow_log_density` refuse.
+      UserError: as for `evaluate_bound` and `flow_log_density`.
     """
     measured = partial(
         flow.flow_bound, schedule, num_steps=num_steps, method=method, divergence=divergence, **_of_bound(output)
@@ -377,19 +377,19 @@ def evaluate_flow(
 
 
 def _of_bound(output: Parameterization) -> dict[str, Any]:
-    """The keyword arguments of the bounds; they have no dynamic threshold, and clip to [-1, 1], where 8-bit
-    images are."""
+    """The keyword arguments of the bounds; these have no dynamic threshold and clip to [-1, 1], the range of 8-bit
+    images."""
     return {"prediction": output.prediction, "variance": output.variance, "clip": output.clip}
 
 
 def _first(parts: Iterator[Any]) -> Any:
-    """The first of them."""
+    """The first part."""
     try:
         result = next(parts, None)
     except ValueError as error:
         raise UserError(str(error)) from None
     if result is None:
-        raise UserError("a likelihood needs 1 image or more")
+        raise UserError("a likelihood needs at least 1 image")
     return result
 
 
@@ -410,7 +410,7 @@ def _over_batches(
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """function(model_fn, keys, x_0, progress=...) of every batch; its arrays [..., B] come back as [B, ...]."""
+    """Yields function(model_fn, keys, x_0, progress=...) of every batch, its arrays [..., B] transposed to [B, ...]."""
     images, num_images = examples.images, examples.num_images
     if isinstance(images, np.ndarray):
         images, num_images = [images], len(images)
@@ -427,7 +427,7 @@ def _over_batches(
         model = model_fn
         if conditions is not None:
             if done + len(pictures) > conditions:
-                raise UserError(f"there are {conditions} conditions, fewer than images")
+                raise UserError(f"there are {conditions} conditions but more images; accepted: one per image")
             of_batch = jax.tree.map(lambda x: place(np.asarray(x)[done + chosen]), examples.cond)  # noqa: B023
             model = _with_cond(model_fn, of_batch)
         found = function(
@@ -442,7 +442,7 @@ def _over_batches(
         done += len(pictures)
         yield values
     if conditions is not None and conditions > done:
-        raise UserError(f"there are {conditions} conditions, more than the {done} images")
+        raise UserError(f"there are {conditions} conditions for {done} images; accepted: one per image")
 
 
 def _checked(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -451,7 +451,7 @@ def _checked(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         portion = np.asarray(portion)
         shape = portion.shape[1:] if shape is None else shape
         if portion.dtype != np.uint8 or portion.ndim != 4 or portion.shape[1:] != shape:
-            wanted = "uint8 of shape (N, H, W, C), all of one size"
+            wanted = "uint8 of shape (N, H, W, C), all of the same size"
             raise UserError(f"the images are {portion.dtype} of shape {portion.shape}; accepted: {wanted}")
         yield portion
 
@@ -462,8 +462,8 @@ def _check_finite(name: str, values: np.ndarray, first: int) -> None:
         image, *t = wrong[0]
         where = f" at t = {t[0]}" if t else ""
         raise UserError(
-            f"the likelihood of image {first + image} is not finite ({name!r}{where}): the network's output is not, or "
-            "its prediction is another than it was trained for"
+            f"the likelihood of image {first + image} is not finite ({name!r}{where}): the network's output is not "
+            "finite, or its prediction type is not the one it was trained for"
         )
 
 

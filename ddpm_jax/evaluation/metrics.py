@@ -1,8 +1,8 @@
-"""What images are judged by, from their features: the metrics of the field as functions of arrays.
+"""Metrics of image quality as functions of feature arrays.
 
-Features are [N, D], one row an image, of any network. Everything is float64 but distances between many rows, which are
-computed block by block on the devices in float32. No function holds a copy of all features in another precision, or
-all pairs of rows. Real and generated images are told apart by the arguments' names where it matters.
+Features are [N, D], one row per image, of any network. Everything is float64 except distances between many rows, which
+are computed block by block on the devices in float32. No function stores a copy of all features in another precision,
+or all pairs of rows. Where it matters, the arguments' names distinguish real from generated images.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 _BLOCK = 2048  # rows at a time
-_FITTED = 5  # numbers of images that an extrapolation is fitted to
+_FITTED = 5  # different numbers of images to which an extrapolation is fitted
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of features, to be added up over batches, shards and processes.
+    """Mean and covariance of features, which can be accumulated over batches, shards and processes.
 
     Attributes:
-      count: how many rows.
+      count: number of rows.
       mean: float64 [D].
-      scatter: float64 [D, D], the sum of outer products of the rows' distances from the mean.
+      scatter: float64 [D, D], the sum of outer products of the rows' deviations from the mean.
     """
 
     count: int
@@ -38,7 +38,7 @@ class Moments:
 
     @classmethod
     def over(cls, batches: Iterable[np.ndarray]) -> "Moments":
-        """Those of all rows of the batches, [N, D] each, which are read once."""
+        """The moments of all rows in the batches, [N, D] each, which are read once."""
         total = Accumulator()
         for batch in batches:
             total.add(batch)
@@ -51,23 +51,23 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Unbiased, divided by count - 1."""
+        """The unbiased covariance, with divisor count - 1."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs 2 rows or more, not {self.count}")
+            raise ValueError(f"a covariance needs at least 2 rows, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
 class Accumulator:
-    """Adds rows up to their `Moments`, holding a block of them and a few [D, D] arrays at most."""
+    """Accumulates rows to `Moments`, storing at most a block of rows and a few [D, D] arrays."""
 
     def __init__(self) -> None:
         self._waiting: list[np.ndarray] = []
         self._count = 0
-        # Sums about the first block's mean lose nothing to cancellation, however far from 0 the features lie.
+        # Sums about the first block's mean suffer no cancellation, however far from 0 the features are.
         self._shift = self._sum = self._products = np.zeros(0)
 
     def add(self, rows: np.ndarray) -> None:
-        """Rows [N, D], N from 0."""
+        """Adds rows [N, D]; N may be 0."""
         rows = np.asarray(rows)
         for part in _blocks(len(rows)):
             self._waiting.append(rows[part])
@@ -86,7 +86,7 @@ class Accumulator:
         self._products += block.T @ block
 
     def moments(self) -> Moments:
-        """Of the rows so far; more may be added."""
+        """The moments of the rows so far; more may be added."""
         if self._waiting:
             self._flush()
         mean = self._sum / max(self._count, 1)
@@ -94,7 +94,7 @@ class Accumulator:
 
 
 def covariance_root(moments: Moments) -> np.ndarray:
-    """R, float64 [D, rank], with R R^T the covariance."""
+    """R, float64 [D, rank], such that R R^T is the covariance."""
     values, vectors = np.linalg.eigh(moments.covariance)
     kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -103,12 +103,12 @@ def covariance_root(moments: Moments) -> np.ndarray:
 def frechet_distance(first: Moments, second: Moments, *, root: np.ndarray | None = None) -> float:
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), of the Gaussians with these moments (Heusel et al. 2017, eq. 6).
 
-    The trace of the root comes from the eigenvalues of R2^T C1 R2 with R2 R2^T = C2, which are real and not negative,
-    so that singular covariances, of fewer images than features, need no special case.
+    The trace of the root is computed from the eigenvalues of R2^T C1 R2 with R2 R2^T = C2, which are real and not
+    negative, so singular covariances, from fewer images than features, need no special case.
 
     Args:
-      first, second: of the same features.
-      root: `covariance_root(second)`, where many are compared with one.
+      first, second: moments of the same features.
+      root: `covariance_root(second)`, to reuse it when comparing many with one.
     """
     root = covariance_root(second) if root is None else root
     product = root.T @ first.covariance @ root
@@ -121,18 +121,18 @@ def frechet_distance(first: Moments, second: Moments, *, root: np.ndarray | None
 def frechet_influence(
     features: np.ndarray, moments: Moments, reference: Moments, *, root: np.ndarray | None = None
 ) -> np.ndarray:
-    """[N], how the Frechet distance changes with the weight of each row: the derivative of the distance to a reference
-    at the rows' moments, in the direction of the row; its mean is 0.
+    """The influence of each row on the Frechet distance, [N]: the derivative of the distance to a reference at the
+    rows' moments, in the direction of the row; its mean is 0.
 
-    With d = x - m1 it is 2 (m1 - m2).d + d^T (1 - T) d less its mean, T = R2 (R2^T C1 R2)^(-1/2) R2^T, because the
-    derivative of Tr (C1 C2)^(1/2) by C1 is T / 2. To first order the distance of other draws of images differs from
-    this one as the mean of resampled influences differs from 0 (the infinitesimal jackknife, Efron 1982). A plain
-    bootstrap is dearer, and worse: repeated rows raise the distance by about its bias once more.
+    With d = x - m1 it is 2 (m1 - m2).d + d^T (1 - T) d minus its mean, T = R2 (R2^T C1 R2)^(-1/2) R2^T, because the
+    derivative of Tr (C1 C2)^(1/2) with respect to C1 is T / 2. To first order, the distance for another draw of images
+    differs from this one by the mean of resampled influences (the infinitesimal jackknife, Efron 1982). A plain
+    bootstrap is more expensive and worse: repeated rows raise the distance by about its bias once more.
 
     Args:
       features: [N, D].
       moments: `Moments.of(features)`.
-      reference, root: as `second` in `frechet_distance`.
+      reference, root: as `second` and `root` in `frechet_distance`.
     """
     root = covariance_root(reference) if root is None else root
     values, vectors = np.linalg.eigh(root.T @ moments.covariance @ root)
@@ -149,8 +149,8 @@ def frechet_influence(
 def bootstrap_interval(
     value: float, influence: np.ndarray, *, level: float = 0.95, resamplings: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """A bootstrap interval of a statistic of N rows from its value and the rows' influences, [N]: the statistic's
-    linear approximation, resampled."""
+    """A bootstrap interval of a statistic of N rows from its value and the rows' influences [N], by resampling the
+    statistic's linear approximation."""
     rng, count = np.random.default_rng(seed), len(influence)
     means = [influence[rng.integers(0, count, count)].mean() for _ in range(resamplings)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -158,7 +158,7 @@ def bootstrap_interval(
 
 
 class Extrapolation(NamedTuple):
-    """A Frechet distance without end to the number of generated images, and what that of N is too high by."""
+    """The Frechet distance for infinitely many generated images, and the bias of the distance for N images."""
 
     infinity: float
     bias: float
@@ -167,10 +167,10 @@ class Extrapolation(NamedTuple):
 def frechet_infinity(
     features: np.ndarray, reference: Moments, *, root: np.ndarray | None = None, seed: int = 0
 ) -> Extrapolation:
-    """The Frechet distance extrapolated to endlessly many generated images (FID-infinity, Chong & Forsyth 2020).
+    """The Frechet distance extrapolated to infinitely many generated images (FID-infinity, Chong & Forsyth 2020).
 
-    A line over 1 / N fitted to the distances of N, N / 2, ... N / 5 images, each the mean over disjoint random parts.
-    The bias that comes from the reference's own number of images stays. The law holds once N is some times D.
+    A line in 1 / N is fitted to the distances for N, N / 2, ... N / 5 images, each the mean over disjoint random parts.
+    The bias due to the reference's number of images remains. The law holds once N is several times D.
 
     Args:
       features: [N, D], N at least 10.
@@ -180,7 +180,7 @@ def frechet_infinity(
     root = covariance_root(reference) if root is None else root
     count = len(features)
     if count < 2 * _FITTED:
-        raise ValueError(f"an extrapolation needs {2 * _FITTED} rows or more, not {count}")
+        raise ValueError(f"an extrapolation needs at least {2 * _FITTED} rows, not {count}")
     order = np.random.default_rng(seed).permutation(count)
     distances = [
         np.mean([_distance_of_part(features, part, reference, root) for part in np.array_split(order, parts)])
@@ -196,9 +196,9 @@ def _distance_of_part(features: np.ndarray, part: np.ndarray, reference: Moments
 
 
 def split_distance(features: np.ndarray, count: int, *, seed: int = 0) -> float:
-    """The Frechet distance between `count` random rows, 2 to N - 2 of them, and the others."""
+    """The Frechet distance between `count` random rows, from 2 to N - 2, and the others."""
     if not 2 <= count <= len(features) - 2:
-        raise ValueError(f"count is {count}; accepted: 2 to {len(features) - 2}, two less than the rows")
+        raise ValueError(f"count is {count}; accepted: 2 to {len(features) - 2}, two less than the number of rows")
     parts = np.split(np.random.default_rng(seed).permutation(len(features)), [count])
     return frechet_distance(*(Moments.over(features[part[rows]] for rows in _blocks(len(part))) for part in parts))
 
@@ -206,18 +206,18 @@ def split_distance(features: np.ndarray, count: int, *, seed: int = 0) -> float:
 def scaled_floor(distance: float, parts: tuple[int, int], count: int, num_real: int) -> float:
     """The Frechet distance that `count` generated images would have to `num_real` real ones if they were real too.
 
-    Of a distance between parts of the real images: that of n images to m of the same distribution is about in
-    proportion to 1 / n + 1 / m.
+    It is scaled from a distance between parts of the real images: between n and m images of the same distribution, the
+    distance is about proportional to 1 / n + 1 / m.
     """
     return distance * (1 / count + 1 / num_real) / (1 / parts[0] + 1 / parts[1])
 
 
 def frechet_floor(real: np.ndarray, count: int, *, seed: int = 0) -> float:
-    """`scaled_floor` of `count` of the real images, or half of them if there are no more, to the others.
+    """`scaled_floor` from splitting the real images: `count` of them, at most half, against the others.
 
     Args:
       real: [N, D], N at least 4.
-      count: of the generated images.
+      count: number of generated images.
       seed: of the split.
     """
     taken = max(min(count, len(real) // 2), 2)
@@ -278,7 +278,7 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
-# Manifolds: balls around each image, as wide as to its k-th nearest neighbour.
+# Manifolds: unions of balls around each image that reach its k-th nearest neighbour.
 
 
 @jax.jit
@@ -298,7 +298,7 @@ def _smallest(values: jax.Array, k: int) -> jax.Array:
 
 
 def _centre(*sets: np.ndarray) -> np.ndarray:
-    """About which float32 costs the differences of rows the least precision."""
+    """A centre to subtract so that differences of rows lose little precision in float32."""
     means = [
         np.mean([features[rows].mean(0, dtype=np.float64) for rows in _blocks(len(features))], 0) for features in sets
     ]
@@ -313,7 +313,7 @@ def _squared_radii(features: np.ndarray, centre: np.ndarray, *ks: int) -> np.nda
     """[len(ks), N], the squared distance of each row to its k-th nearest other row."""
     for k in ks:
         if not 1 <= k < len(features):
-            raise ValueError(f"k is {k}; accepted: 1 to {len(features) - 1}, one less than the images")
+            raise ValueError(f"k is {k}; accepted: 1 to {len(features) - 1}, one less than the number of images")
     nearest = np.full((len(features), max(ks)), np.inf, np.float32)
 
     def merge(rows: slice, distances: jax.Array) -> None:
@@ -324,7 +324,7 @@ def _squared_radii(features: np.ndarray, centre: np.ndarray, *ks: int) -> np.nda
         own = _squared_distances(x, x)
         merge(rows, jnp.where(jnp.eye(len(own), dtype=bool), jnp.inf, own))
         for columns in _blocks(len(features)):
-            if columns.start > rows.start:  # the other half of all pairs is the same
+            if columns.start > rows.start:  # the other half of the pairs, by symmetry
                 distances = _squared_distances(x, _about(centre, features, columns))
                 merge(rows, distances)
                 merge(columns, distances.T)
@@ -332,7 +332,7 @@ def _squared_radii(features: np.ndarray, centre: np.ndarray, *ks: int) -> np.nda
 
 
 class Manifolds(NamedTuple):
-    """How two sets of images cover one another."""
+    """How well two sets of images cover each other."""
 
     precision: float
     recall: float
@@ -343,13 +343,14 @@ class Manifolds(NamedTuple):
 def manifolds(real: np.ndarray, fake: np.ndarray, *, k: int = 3, density_k: int = 5) -> Manifolds:
     """Improved precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020, eqs. 3, 4).
 
-    Precision is the share of generated images within the real ones' manifold, recall the other way round; density in
-    how many real balls a generated image lies, over k; coverage the share of real balls with a generated image in them.
+    Precision is the share of generated images within the real manifold, and recall the reverse. Density is the mean
+    number of real balls that contain a generated image, divided by k; coverage is the share of real balls that contain
+    a generated image.
 
     Args:
-      real, fake: [N, D] of any N each.
-      k: of precision and recall.
-      density_k: of density and coverage.
+      real, fake: [N, D], each with any N.
+      k: for precision and recall.
+      density_k: for density and coverage.
 
     Raises:
       ValueError: a k that is not below both numbers of images.
@@ -372,12 +373,12 @@ def manifolds(real: np.ndarray, fake: np.ndarray, *, k: int = 3, density_k: int 
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """The first two of `manifolds`."""
+    """Precision and recall alone; see `manifolds`."""
     found = manifolds(real, fake, k=k, density_k=k)
     return found.precision, found.recall
 
 
 def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """The last two of `manifolds`."""
+    """Density and coverage alone; see `manifolds`."""
     found = manifolds(real, fake, k=k, density_k=k)
     return found.density, found.coverage

@@ -13,12 +13,12 @@ _BLUE, _ORANGE, _GREY = "#2a6f97", "#d1600b", "#555555"
 
 
 def save_terms(path: str | os.PathLike, bound: Bound, title: str = "") -> Path:
-    """Draws each term of the bound over t, with two standard errors around it, and the sum of it and those above."""
+    """Plots each term of the bound over t, with a band of two standard errors, and the sum of the terms from T to t."""
     figure, (axes,) = _figure((7, 4.2), 1)
     terms, error = bound.terms.mean, np.nan_to_num(bound.terms.standard_error)
     steps = np.arange(len(terms)) + 1
-    # Half of the bound may lie in the first few t. The axes are logarithmic: a term of 0 leaves a gap, and a band that
-    # reaches 0 ends a decade below.
+    # Half of the bound may be in the first few t, so the axes are logarithmic: a term of 0 leaves a gap, and a band
+    # that reaches 0 is cut off a decade below the term.
     positive = np.where(terms > 0, terms, np.nan)
     low = np.fmax(positive - 2 * error, positive / 10)
     axes.fill_between(steps[1:], low[1:], (positive + 2 * error)[1:], color=_BLUE, alpha=0.2, linewidth=0)
@@ -38,7 +38,7 @@ def save_terms(path: str | os.PathLike, bound: Bound, title: str = "") -> Path:
 
 
 def save_rate_distortion(path: str | os.PathLike, bound: Bound, title: str = "") -> Path:
-    """Draws distortion and rate over the reverse steps, and the one over the other (DDPM, figure 5)."""
+    """Plots distortion and rate over the reverse steps, and distortion over rate (DDPM, figure 5)."""
     figure, (left, middle, right) = _figure((11, 3.6), 3)
     rate, distortion = bound.rate, bound.distortion
     steps = len(rate) - 1 - np.arange(len(rate))
@@ -64,8 +64,8 @@ def save_rate_distortion(path: str | os.PathLike, bound: Bound, title: str = "")
 
 
 def _figure(size: tuple[float, float], columns: int) -> tuple[Any, list[Any]]:
-    """A figure of its own, which touches no state of pyplot, and its axes."""
-    from matplotlib.figure import Figure  # only those who plot wait for it
+    """A figure and its axes, independent of pyplot's state."""
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=size, layout="constrained")
     row: list[Any] = list(figure.subplots(1, columns, squeeze=False)[0])

@@ -1,8 +1,8 @@
-"""What samples are compared with: made from any images, or read from the files that the field passes around.
+"""Reference statistics to compare samples with: made from any images, or read from published files.
 
-Files are .npz. pytorch-fid's hold `mu` [D] and `sigma` [D, D]; guided-diffusion's hold images, `arr_0` uint8
-[N, H, W, 3], and may hold `mu`, `sigma`, `mu_s`, `sigma_s` of more images than those, the last two for sFID. Those
-written here hold the moments under the same names, so that both read them, and beside them `count`, `features`,
+Files are .npz. pytorch-fid's contain `mu` [D] and `sigma` [D, D]; guided-diffusion's contain images, `arr_0` uint8
+[N, H, W, 3], and optionally `mu`, `sigma`, `mu_s`, `sigma_s` of a larger set of images, the last two for sFID. Files
+written here contain the moments under the same names, so both projects can read them, and also `count`, `features`,
 `source` (JSON) and `halves`, the Frechet distance between two halves of the images.
 """
 
@@ -25,11 +25,11 @@ from ddpm_jax.runtime.files import atomic_path
 from ddpm_jax.sampling import shards
 
 _NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-_UNKNOWN_COUNT = 2  # of moments read from a file that does not say; a covariance does not depend on it
+_UNKNOWN_COUNT = 2  # if a file does not give the count; the covariance does not depend on it
 
 
 def write_reference(path: str | Path, summary: Summary) -> None:
-    """Writes the moments of a summary, and what they are of, as .npz.
+    """Writes the moments of a summary, and their origin, as .npz.
 
     Raises:
       UserError: it cannot be written.
@@ -59,10 +59,10 @@ def halves_of(summary: Summary) -> float | None:
 
 
 def read_reference(path: str | Path) -> Summary:
-    """The moments in a .npz, without the images that may lie beside them.
+    """Reads the moments in a .npz, ignoring any images in it.
 
     Raises:
-      UserError: a file that is not there or broken, or holds no moments.
+      UserError: a file that is missing or broken, or has no moments.
     """
     path = Path(path).expanduser()
     try:
@@ -99,20 +99,20 @@ def open_summary(
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """The summary of whatever lies at a path: a reference file, shards, a folder of pictures, or an array of images.
+    """Opens the summary of a reference file, a folder of shards or pictures, or an array of images.
 
-    No model is needed: two folders are compared by `compare` of their summaries. Features of shards are kept beside
-    them, see `share_features`. Of a file with images and moments, Frechet distances take the moments, everything else
-    the images, as guided-diffusion's evaluation does.
+    No model is needed: `compare` works on the summaries of two folders. Features of shards are kept beside them, see
+    `share_features`. For a file with images and moments, Frechet distances use the moments and everything else the
+    images, as in guided-diffusion's evaluation.
 
     Args:
       path: of the folder or file.
       features, mesh, batch_size, keep: as in `summarize`.
       shape: as in `open_images`; None: that of the features, if they have one.
-      progress: told (images done, images in all), or shards of a folder of such.
+      progress: called with (images done, all images), or with numbers of shards for a folder of shards.
 
     Raises:
-      UserError: nothing there, or something that cannot be judged.
+      UserError: nothing there, or something that cannot be evaluated.
     """
     path = Path(path).expanduser()
     if path.is_dir() and shards.files(path):

@@ -1,4 +1,4 @@
-"""Results as people read them: evaluation.json, which keeps all, and their tables."""
+"""Evaluation results: evaluation.json, which keeps all of them, and tables for reading."""
 
 import datetime
 import json
@@ -14,16 +14,16 @@ INTERVAL, FLOOR = ", 95 % interval", ", floor"  # after a metric's name
 
 
 def record(folder: Path, result: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Adds a result to evaluation.json, which keeps all, and writes the table of all to evaluation.md.
+    """Adds a result to evaluation.json, and writes the table of all results to evaluation.md.
 
     Args:
-      folder: where they lie.
-      result: metrics, and what they are of.
+      folder: of these files.
+      result: metrics and what they were computed from.
       settings: how the samples were made.
     """
     path = folder / RESULTS
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with hold(folder / f".{RESULTS}.lock", "recording", wait=True):  # two at once would each keep its own
+    with hold(folder / f".{RESULTS}.lock", "recording", wait=True):  # else two at once would lose one result
         history = read_json(path, [])
         history.append({"time": time, **result, **settings, "metrics": metric_names(result)})
         write_text(path, json.dumps(history, indent=2) + "\n")
@@ -31,7 +31,7 @@ def record(folder: Path, result: Mapping[str, Any], settings: Mapping[str, Any])
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """A result as text: a line a metric, its interval or deviation behind it and then its floor; notes at the end."""
+    """A result as text: one line per metric with its interval or deviation and its floor; notes at the end."""
     rows = []
     for name in result:
         if _is_beside(name) or name.endswith(FLOOR) or name in _REMARKS:
@@ -48,23 +48,23 @@ _REMARKS = ("note", "not computed", "metrics")
 
 
 def metric_names(result: Mapping[str, Any]) -> list[str]:
-    """The numbers of a result that are no count, no interval and no remark."""
+    """The metrics in a result: its numbers except counts and intervals."""
     return [name for name, value in result.items() if isinstance(value, float) and not _is_beside(name)]
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a number stands in brackets behind another."""
+    """Whether a number is shown in brackets after another."""
     return name.endswith((INTERVAL, ", standard error")) or ", deviation of " in name
 
 
 def with_spread(entry: Mapping[str, Any], name: str) -> str:
-    """A number of a result as text, what stands beside it in brackets."""
+    """A number of a result as text, with its interval, error or deviation in brackets."""
     spread = [more for more in entry if _is_beside(more) and more.startswith(f"{name}, ")]
     return " ".join([_cell(entry.get(name, "")), *(f"({_cell(entry[more])})" for more in spread)])
 
 
 def _table(history: list[dict[str, Any]]) -> str:
-    """One line an evaluation: a metric's interval or deviation behind its value, its floor in the next column."""
+    """One line per evaluation: a metric's value with its interval or deviation, then its floor in the next column."""
     names = dict.fromkeys(name for entry in history for name in entry)
     columns = [name for name in names if not _is_beside(name) and name not in _REMARKS]
     text = ["# Evaluations", "", f"| {' | '.join(columns)} |", f"|{'-|' * len(columns)}"]

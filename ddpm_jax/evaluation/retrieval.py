@@ -1,4 +1,4 @@
-"""How well a CLIP finds the captions of pictures among others."""
+"""Caption retrieval: how often a CLIP ranks a picture's own caption first."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,13 +16,12 @@ from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """Pictures whose captions are to be found.
+    """A retrieval task: pictures whose captions are to be found.
 
     Attributes:
       pictures: uint8 [N, H, W, C].
-      captions: of each picture its own.
-      among: for each answer that is wanted, its name and the captions to choose from, which all differ and have the
-        pictures' own among them.
+      captions: each picture's own caption.
+      among: for each result, by name, the captions to choose from, which are distinct and include the pictures' own.
     """
 
     pictures: np.ndarray
@@ -31,13 +30,13 @@ class Question:
 
 
 def questions(source: Source, count: int) -> list[Question]:
-    """What a CLIP that learned from a source is asked.
+    """The retrieval tasks for a CLIP that was trained on a source.
 
     Args:
-      source: with captions. Pictures are spread over it and have their first captions, which are those to choose from.
-        If it is one of numbers, the choice is all numbers of so many digits, and those that it holds out are asked for
-        too: among one another, and among all.
-      count: pictures of each question.
+      source: with captions. Pictures are spread evenly over it, and their first captions are the choices. If it is a
+        source of numbers, the choices are all numbers with as many digits, and there are also tasks for the held-out
+        numbers: among one another, and among all.
+      count: number of pictures in each task.
     """
     batch, captions = image_sets.spread(source, count), _captions(source, count)
     if not isinstance(source, NumbersSource) or not source.held_out:
@@ -70,7 +69,7 @@ def answers(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """The share of pictures whose own caption is ranked first, by the names of the questions' answers.
+    """The share of pictures whose own caption is ranked first, by the names in the tasks' `among`.
 
     Args:
       clip: of `ddpm_jax.load_clip`.

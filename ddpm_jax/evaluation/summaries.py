@@ -1,4 +1,4 @@
-"""What is kept of a set of images to judge it by, put together batch by batch and shard by shard."""
+"""Summaries of sets of images for evaluation, computed batch by batch and shard by shard."""
 
 import dataclasses
 import hashlib
@@ -28,14 +28,14 @@ Progress = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A set of images as metrics see it.
+    """The features of a set of images, from which metrics are computed.
 
     Attributes:
-      features: the name of the network; "" if a file does not say.
+      features: the name of the network; "" if a file does not give it.
       moments: of "pool" and, if the network has it, "spatial".
-      rows: float32 [N, ...], "pool" and, if the network has it, "logits"; empty: moments alone.
-      count: how many images; None if a file does not say.
-      source: what images they are, as JSON values.
+      rows: float32 [N, ...], "pool" and, if the network has it, "logits"; empty: only moments.
+      count: number of images; None if a file does not give it.
+      source: where the images come from, as JSON values.
       halves: the Frechet distance between two halves of the images, if it is known and `rows` is empty.
     """
 
@@ -57,18 +57,18 @@ def summarize(
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """The summary of images, which are read once and held a batch at a time.
+    """Summarises images, which are read once, with one batch in memory at a time.
 
     Args:
-      features: what judges.
+      features: the feature network.
       images: uint8 [N, H, W, C] in any portions.
-      mesh, batch_size: where features are computed, and how many images at a time; see `Features.batches`.
-      keep: the features of each image too, which all but Frechet distances need.
-      source: what images they are.
-      progress: told how many are done.
+      mesh, batch_size: the devices, and the number of images at a time; see `Features.batches`.
+      keep: whether to keep the features of each image, which all metrics but Frechet distances need.
+      source: where the images come from.
+      progress: called with the number of images done.
 
     Raises:
-      UserError: as `Features.batches`.
+      UserError: as for `Features.batches`.
     """
     return _summary(features.name, features.batches(images, mesh, batch_size), keep, source, progress)
 
@@ -98,7 +98,7 @@ def _summary(
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """np.concatenate(parts), which lets go of each part as it is copied."""
+    """np.concatenate(parts), but frees each part after copying it."""
     whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     first, parts[:] = len(whole), parts
     while parts:
@@ -116,7 +116,7 @@ def _cache_path(shard: Path, features: Features) -> Path:
 
 
 def _read_cached(path: Path, shard: str) -> dict[str, np.ndarray] | None:
-    """Features kept of a shard with this hash; None if there are none, or they are damaged or of another one."""
+    """The stored features of the shard with this hash; None if they are missing, damaged or of another shard."""
     try:
         with np.load(path) as file:
             if str(file["shard"]) == shard:
@@ -124,7 +124,7 @@ def _read_cached(path: Path, shard: str) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logging.warning("%s cannot be read (%s) and is made again", path, type(error).__name__)
+        logging.warning("%s cannot be read (%s) and is computed again", path, type(error).__name__)
     return None
 
 
@@ -142,18 +142,18 @@ def shard_features(
     part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Computes the features of a folder's shards that are not kept yet, each shard's whole or not at all, so that work
-    that was stopped goes on where it was.
+    """Computes and stores the features of a folder's shards that have none yet, each file atomically, so that
+    interrupted work can be resumed.
 
     Args:
-      folder: of the shards; features go to a folder in it that is named after the network.
-      features, batch_size: what judges, and how many images at a time.
-      mesh: this process's own, where several share the work.
-      part: (i, n), only every n-th shard from the i-th on; several machines or processes share the work so.
-      progress: told (shards done, shards in all) of this part.
+      folder: of the shards; features go to a sub-folder named after the network.
+      features, batch_size: the feature network, and the number of images at a time.
+      mesh: this process's own, if several processes share the work.
+      part: (i, n): only every n-th shard from the i-th on, so that several machines or processes can share the work.
+      progress: called with (shards done, all shards) of this part.
 
     Raises:
-      UserError: no shards there, one that cannot be read, or a part that is none.
+      UserError: no shards there, one that cannot be read, or an invalid part.
     """
     shards.check_part(part)
     index, parts = part
@@ -176,8 +176,8 @@ def local_mesh() -> Mesh:
 
 
 def share_features(folder: str | Path, features: Features, mesh: Mesh, **options: Any) -> None:
-    """`shard_features` of all shards, shared among the processes of this job, which see the same folder; all must call
-    it, and it returns when all are done."""
+    """Runs `shard_features` for all shards, shared among the processes of this job, which see the same folder. All
+    processes must call it, and it returns when all are done."""
     if jax.process_count() == 1:
         shard_features(folder, features, mesh, **options)
         return
@@ -193,11 +193,11 @@ def _shards_of(folder: str | Path) -> list[Path]:
 
 
 def shard_summary(folder: str | Path, features: Features, *, count: int | None = None, keep: bool = True) -> Summary:
-    """The summary of a folder's shards from the features that `shard_features` has kept, shard by shard.
+    """Summarises a folder's shards from the features stored by `shard_features`, shard by shard.
 
     Args:
       folder, features: as in `shard_features`.
-      count: only of the first images, by their numbers; None: of all.
+      count: only the first images, by index; None: all.
       keep: as in `summarize`.
 
     Raises:
@@ -211,11 +211,11 @@ def shard_summary(folder: str | Path, features: Features, *, count: int | None =
                 return
             found = _read_cached(_cache_path(shard, features), _shard_hash(shard))
             if found is None:
-                raise UserError(f"{str(shard)!r} has no features of {features.name} yet; a part is not done")
+                raise UserError(f"{str(shard)!r} has no features of {features.name} yet: not all parts are done")
             yield {name: values[:left] for name, values in found.items()}
             left = None if left is None else max(left - len(found["pool"]), 0)
         if left:
-            raise UserError(f"{str(folder)!r} holds {count - left} images of the {count} to judge")  # type: ignore[operator]
+            raise UserError(f"{str(folder)!r} has {count - left} images, fewer than {count}")  # type: ignore[operator]
 
     source = {"source": "shards", "path": str(folder)}
     return _summary(features.name, batches(), keep, source)

@@ -1,1 +1,1 @@
-"""Weights from and to other projects: folders of diffusers and transformers, and plain safetensors of our own tree."""
+"""Weights from and for other projects: diffusers and transformers folders, and safetensors with our own names."""

@@ -1,8 +1,8 @@
-"""LoRA: changes of low rank to a Stable Diffusion's weights (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: low-rank changes to a Stable Diffusion's weights (Hu et al. 2021, arXiv:2106.09685).
 
-A module's weights W become W + weight * alpha / r * up @ down, with down [r, C] and up [D, r]. Files of diffusers are
-read, of today (PEFT's names) and of its first releases, and kohya's, which name the network's modules as diffusers or
-CompVis do, with underscores for dots. Changes of another form are refused: LoHa, LoKr, DoRA, and LoRAs of SDXL.
+A module's weights W become W + weight * alpha / r * up @ down, with down [r, C] and up [D, r]. Supported are diffusers'
+files, current ones (with PEFT's names) and those of its first releases, and kohya's, which use diffusers' or CompVis'
+module names with underscores for dots. Other formats are refused: LoHa, LoKr, DoRA, and LoRAs for SDXL.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _ENDINGS = {
     ".alpha": "alpha",
 }
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
-# diffusers' first names end in "to_q_lora.down.weight", and stand for these modules of either part.
+# The first diffusers files use names such as "to_q_lora.down.weight"; these are the modules that they mean, by part.
 _PROCESSOR = re.compile(r"(?:\.processor)?\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _PROJECTIONS = {
     "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
@@ -72,23 +72,23 @@ class Update(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
-    """Changes by the names of modules, diffusers' of the network and transformers' of the text encoder."""
+    """Changes by module name, with diffusers' names for the network and transformers' for the text encoder."""
 
     unet: Mapping[str, Update]
     text_encoder: Mapping[str, Update]
 
 
 def read(path: str | Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Lora:
-    """The changes that a .safetensors, .bin or .pt file holds.
+    """Reads the changes in a .safetensors, .bin or .pt file.
 
     Args:
       path: of the file.
-      shapes: of the weights that are to be changed: under "unet" and "text_encoder", the shape of every tensor by
-        diffusers' and transformers' names. The network's modules are found by them, and the changes checked.
+      shapes: of the weights to change: under "unet" and "text_encoder", the shape of every tensor by diffusers' and
+        transformers' names. They are used to find the modules and to check the changes.
 
     Raises:
-      UserError: a file that is missing or broken, a tensor that is none of a LoRA's, a module that the part does not
-        have, or a tensor that does not fit it; by the tensor's name.
+      UserError: a file that is missing or broken, a tensor that does not belong to a LoRA, a module that the part does
+        not have, or a tensor that does not fit it; the tensor is named.
     """
     where, tensors = str(path), tensors_lib.read(path)
     finders = {part: _Modules(part, shapes[part]) for part in PARTS}
@@ -97,7 +97,7 @@ def read(path: str | Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
         part, module, role = _parsed(where, name, finders)
         roles = found[part].setdefault(module, {})
         if role in roles:
-            raise UserError(f"tensors {roles[role]!r} and {name!r} in {where!r} are for one module, {module!r}")
+            raise UserError(f"tensors {roles[role]!r} and {name!r} in {where!r} are for the same module, {module!r}")
         roles[role] = name
     metadata = _metadata(Path(path))
     changes: dict[str, dict[str, Update]] = {part: {} for part in PARTS}
@@ -113,7 +113,7 @@ def read(path: str | Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
 
 
 def write(path: str | Path, lora: Lora) -> None:
-    """Writes a .safetensors file that `load_lora_weights` of diffusers' pipelines takes; UserError if it cannot be."""
+    """Writes a .safetensors file for `load_lora_weights` of diffusers' pipelines; UserError if it cannot be written."""
     tensors: tensors_lib.Tensors = {}
     metadata: dict[str, Any] = {}
     for part in PARTS:
@@ -126,9 +126,9 @@ def write(path: str | Path, lora: Lora) -> None:
 
 
 def _peft_config(changes: Mapping[str, Update]) -> dict[str, Any]:
-    """The fields of PEFT's config: the most frequent rank and alpha, and the modules with others.
+    """The fields of PEFT's config: the most frequent rank and alpha, and the modules with other values.
 
-    The modules' names are without "text_model.", which not all releases of transformers have; PEFT compares endings.
+    Module names omit "text_model.", which not all releases of transformers have; PEFT matches by suffix.
     """
     if not changes:
         return {}
@@ -145,7 +145,7 @@ def _peft_config(changes: Mapping[str, Update]) -> dict[str, Any]:
 
 
 class _Modules:
-    """Finds a part's modules by the names that LoRA files have for them."""
+    """Finds a part's modules by their names in LoRA files."""
 
     def __init__(self, part: str, shapes: Mapping[str, tuple[int, ...]]):
         """Args: part: "unet" or "text_encoder"; shapes: of its tensors."""
@@ -159,21 +159,21 @@ class _Modules:
         self._layers = len({name.split(".")[3] for name in names if name.startswith("down_blocks.0.resnets.")})
 
     def _bare(self, name: str) -> str:
-        """Without the beginning that not all releases of transformers have."""
+        """The name without the prefix that not all releases of transformers have."""
         return name.removeprefix("text_model.") if self._part == "text_encoder" else name
 
     def by_dots(self, name: str) -> str | None:
         return self._dotted.get(self._bare(name))
 
     def by_underscores(self, name: str) -> str | None:
-        """Of a name with underscores for dots, of diffusers', transformers' or CompVis' modules."""
+        """Finds a module by a name with underscores for dots, in diffusers', transformers' or CompVis' style."""
         if self._part == "text_encoder":
             return self._flat.get(name.removeprefix("text_model_"))
         return self._flat.get(name) or self._flat.get(_from_compvis(name, self._layers))
 
 
 def _from_compvis(name: str, layers: int) -> str:
-    """diffusers' name of a module of CompVis', both with underscores; "" where there is none."""
+    """diffusers' name of a CompVis module, both with underscores; "" if there is none."""
     match = re.fullmatch(r"(?:(input|output)_blocks_(\d{1,4})|middle_block)_(\d{1,4})_(\w+)", name)
     if match:
         block = f"{match[1]}_blocks.{match[2]}" if match[1] else "middle_block"
@@ -190,7 +190,7 @@ def _parsed(where: str, name: str, finders: Mapping[str, _Modules]) -> tuple[str
     """(part, module, "down", "up" or "alpha") of a tensor of the file."""
     for mark, what in _OTHER_FORMS.items():
         if mark in name:
-            raise UserError(f"tensor {name!r} in {where!r} is of {what}; accepted: {_ACCEPTED}")
+            raise UserError(f"tensor {name!r} in {where!r} belongs to {what}; accepted: {_ACCEPTED}")
     if match := _PROCESSOR.search(name):
         part, module = _split(name[: match.start()])
         module, role = f"{module}.{_PROJECTIONS[part][match[1]]}", match[2]
@@ -198,7 +198,7 @@ def _parsed(where: str, name: str, finders: Mapping[str, _Modules]) -> tuple[str
     else:
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
         if ending is None:
-            raise UserError(f"tensor {name!r} in {where!r} is none of a LoRA's; accepted: {_ACCEPTED}")
+            raise UserError(f"tensor {name!r} in {where!r} does not belong to a LoRA; accepted: {_ACCEPTED}")
         stem, role = name.removesuffix(ending), _ENDINGS[ending]
         prefix = next((prefix for prefix in _KOHYA if name.startswith(prefix)), None)
         if prefix is None:
@@ -213,7 +213,7 @@ def _parsed(where: str, name: str, finders: Mapping[str, _Modules]) -> tuple[str
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(part, module) of a name with dots; diffusers' first files are for the network and do not say it."""
+    """(part, module) of a name with dots; diffusers' first files, which name no part, are for the network."""
     part, _, module = name.partition(".")
     return (part, module) if part in PARTS else ("unet", name)
 
@@ -221,14 +221,14 @@ def _split(name: str) -> tuple[str, str]:
 def _checked(
     where: str, tensors: Mapping[str, np.ndarray], names: Mapping[str, str], shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """A module's factors, if they are there and fit the weights' shape, and its alpha, if that is there."""
+    """A module's factors, checked against the weights' shape, and its alpha, if it has one."""
     for role, counterpart in (("down", "up"), ("up", "down")):
         if role not in names:
             name = names.get(counterpart, names.get("alpha"))
             raise UserError(f"tensor {name!r} in {where!r} has no counterpart, the {role!r} of its module")
     down, up = (_numbers(where, names[role], tensors[names[role]]) for role in ("down", "up"))
     rank = len(down)
-    # Linear layers and convolutions of 1 x 1 are the same thing, and files have one for the other.
+    # Linear layers and 1 x 1 convolutions are equivalent, and files may have one for the other.
     fits = down.ndim in (2, 4) and rank > 0 and _filter(down.shape) == (rank, *_filter(shape)[1:])
     if not fits:
         raise _unfit(where, names["down"], down, f"(r, {', '.join(map(str, shape[1:]))})")
@@ -257,7 +257,7 @@ def _unfit(where: str, name: str, value: np.ndarray, accepted: str) -> UserError
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a file of diffusers says of its adapters, such as "unet.lora_alpha"; empty if it says nothing."""
+    """The description of the adapters in a diffusers file, such as "unet.lora_alpha"; empty if there is none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "numpy") as file:
@@ -267,12 +267,12 @@ def _metadata(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise UserError(f"{_METADATA} in {str(path)!r} is no JSON object")
+        raise UserError(f"{_METADATA} in {str(path)!r} is not a JSON object")
     return metadata
 
 
 def _described_alpha(where: str, metadata: Mapping[str, Any], part: str, module: str, rank: int) -> float:
-    """alpha by the file's description of its adapter, as PEFT reads it; the rank if there is none."""
+    """alpha from the file's description of its adapter, as PEFT reads it; the rank if there is none."""
     alpha, patterns = metadata.get(f"{part}.lora_alpha", rank), metadata.get(f"{part}.alpha_pattern") or {}
     if metadata.get(f"{part}.use_dora"):
         raise UserError(f"{part}.use_dora is true in {where!r}; accepted: {_ACCEPTED}")
@@ -287,5 +287,5 @@ def _described_alpha(where: str, metadata: Mapping[str, Any], part: str, module:
             break
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"{part}.lora_alpha or alpha_pattern has {alpha!r} in {where!r}; accepted: a number")
-    # "Rank-stabilised" LoRA divides by the root of r.
+    # "Rank-stabilised" LoRA divides by the square root of r.
     return float(alpha) * (math.sqrt(rank) if metadata.get(f"{part}.use_rslora") else 1.0)

@@ -1,6 +1,6 @@
-"""A run's parameters as one .safetensors file for anyone: our own names, such as "down_0_0_res.conv_0.kernel".
+"""A run's parameters as one .safetensors file with our own names, such as "down_0_0_res.conv_0.kernel".
 
-The file's metadata hold the config, the data set's description and the step, so that it makes a workdir again.
+The file's metadata contain the config, the data set's description and the step, from which a workdir can be restored.
 """
 
 import json
@@ -23,23 +23,23 @@ _FORMAT = "ddpm_jax"
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether a .safetensors file says that `write` made it."""
+    """Whether a .safetensors file was made by `write`, according to its metadata."""
     try:
         with safe_open(path, "numpy") as file:
             return (file.metadata() or {}).get("format") == _FORMAT
-    except (SafetensorError, OSError):  # which whoever reads it says
+    except (SafetensorError, OSError):  # reported when the file is read
         return False
 
 
 def write(
     path: str | Path, config: ConfigDict, dataset: Mapping[str, Any], step: int, params: Mapping[str, Any]
 ) -> Path:
-    """Writes the file; UserError if it is there already."""
+    """Writes the file; UserError if it already exists."""
     path = Path(os.path.expanduser(path))
     if os.path.exists(path):
-        raise UserError(f"{str(path)!r} is there already; choose another name")
+        raise UserError(f"{str(path)!r} already exists; choose another name")
     config = config.copy_and_resolve_references()
-    config.lora.rank = 0  # adapters are a part of the weights by now
+    config.lora.rank = 0  # adapters are already merged into the weights
     metadata = {
         "format": _FORMAT,
         "config": config_lib.to_json(config),
@@ -52,10 +52,10 @@ def write(
 
 
 def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, Any]]:
-    """Config, description of the data set, step and parameters of a file that `write` made.
+    """Reads config, description of the data set, step and parameters from a file made by `write`.
 
     Raises:
-      UserError: another file, or a tensor that its config's network does not have.
+      UserError: any other file, or a tensor that its config's network does not have.
     """
     tensors = tensors_lib.read(path)
     try:
@@ -64,7 +64,7 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
         config, dataset = config_lib.from_json(metadata["config"]), json.loads(metadata["dataset"])
         step = int(metadata["step"])
         if not 0 <= step < 2**31 or not dataset.keys() >= {"class_names", "fingerprint", "num_images", "shape"}:
-            raise ValueError("a step, or a whole description of the data set")
+            raise ValueError("a valid step or a complete description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
     validate(config, dataset=dataset)

@@ -1,13 +1,13 @@
-"""Stable Diffusion in a single file, as CompVis and Stability AI publish it, by the names of diffusers' folders.
+"""Reads single-file Stable Diffusion checkpoints, as published by CompVis and Stability AI, with diffusers' names.
 
-Such a file holds the network ("model.diffusion_model."), the autoencoder ("first_stage_model.") and the text encoder
-("cond_stage_model."): CLIP's in 1.x, OpenCLIP's in 2.x. It holds neither a config nor a tokenizer. The sizes are read
-off the tensors' shapes and everything else is the same in all files of a version; of the tokenizer, a caller has to
-bring CLIP's vocabulary.
+Such a file contains the network ("model.diffusion_model."), the autoencoder ("first_stage_model.") and the text encoder
+("cond_stage_model."): CLIP's in 1.x, OpenCLIP's in 2.x. It contains neither a config nor a tokenizer. The sizes are
+inferred from the tensors' shapes, and everything else is the same in all files of a version. For the tokenizer, the
+caller must provide CLIP's vocabulary.
 
-Passed over are the averaged weights ("model_ema."; diffusers, too, takes the others), the noise schedule's buffers, the
-autoencoder's losses, and what Stable Diffusion 2 has of OpenCLIP's text encoder but does not use: the last of the 24
-layers and the projection.
+Ignored are the averaged weights ("model_ema."; diffusers uses the others as well), the noise schedule's buffers, the
+autoencoder's losses, and the unused parts of OpenCLIP's text encoder in 2.x: the last of its 24 layers and the
+projection.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-PREDICTIONS = dict(zip(("eps", "v"), PREDICTION_TYPES, strict=True))  # by their names here
-PAD_TOKENS = {"1.x": "<|endoftext|>", "2.x": "!"}  # of each version's prompts
+PREDICTIONS = dict(zip(("eps", "v"), PREDICTION_TYPES, strict=True))  # this project's names first
+PAD_TOKENS = {"1.x": "<|endoftext|>", "2.x": "!"}  # for each version's prompts
 
 _UNET, _AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -32,7 +32,7 @@ _IGNORED = re.compile(
     r"|(.*_)?(alphas|betas|alphas_cumprod|alphas_cumprod_prev)|posterior_(variance|log_variance_clipped|mean_coef[12])"
     r"|lvlb_weights|logvar|scale_factor|denoiser\.sigmas"
 )
-# What other files have somewhere in a name, and what they are.
+# Fragments of tensor names that identify other kinds of files.
 _OTHERS = {
     "conditioner.embedders.": "Stable Diffusion XL",
     "joint_blocks.": "Stable Diffusion 3",
@@ -40,10 +40,10 @@ _OTHERS = {
     "control_model.": "a ControlNet",
     "controlnet_cond_embedding.": "a ControlNet",
     "input_hint_block.": "a ControlNet",
-    "lora_": "a LoRA, which changes a network and is none",
-    ".lora.": "a LoRA, which changes a network and is none",
-    "hada_": "a LoHa, which changes a network and is none",
-    "lokr_": "a LoKr, which changes a network and is none",
+    "lora_": "a LoRA, which changes a network but is not one",
+    ".lora.": "a LoRA, which changes a network but is not one",
+    "hada_": "a LoHa, which changes a network but is not one",
+    "lokr_": "a LoKr, which changes a network but is not one",
     "motion_modules.": "AnimateDiff",
     "depth_model.": "Stable Diffusion 2 with depth",
     "string_to_param": "a textual inversion",
@@ -51,7 +51,7 @@ _OTHERS = {
     "down_blocks.": "a part of a diffusers folder, to be opened as that folder",
 }
 
-# CompVis' names of modules of the network, and diffusers'.
+# CompVis' names of the network's modules, and diffusers'.
 RES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -82,7 +82,7 @@ _OPEN_CLIP_PARTS = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-_OPEN_CLIP_LAYERS = 23  # of ViT-H's 24, those that Stable Diffusion 2 uses
+_OPEN_CLIP_LAYERS = 23  # those of ViT-H's 24 that Stable Diffusion 2 uses
 _OPEN_CLIP_UNUSED = ("text_projection", "logit_scale", "attn_mask")
 _TEXT_HEAD = 64  # channels of a head in the text encoders of both versions
 _HEADS, _HEAD = 8, 64  # of the network: heads in 1.x, channels of a head in 2.x
@@ -90,14 +90,14 @@ _HEADS, _HEAD = 8, 64  # of the network: heads in 1.x, channels of a head in 2.x
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SingleFile:
-    """What a single file holds.
+    """The contents of a single file.
 
     Attributes:
       path: of the file.
       version: "1.x" or "2.x".
       in_channels: of the network: 4, or 9 with a mask and the masked picture's latents (inpainting).
       unet, autoencoder: tensors by diffusers' names, in the precision of the file.
-      text_encoder: tensors by transformers' names of a `CLIPTextModel`; of 2.x, converted from OpenCLIP's.
+      text_encoder: tensors by transformers' names for a `CLIPTextModel`; for 2.x, converted from OpenCLIP's.
     """
 
     path: str
@@ -108,24 +108,24 @@ class SingleFile:
     text_encoder: tensors_lib.Tensors
 
     def fields(self, prediction_type: str | None = None) -> dict[str, dict[str, Any]]:
-        """The fields that the config files of a diffusers folder would have, by the names of its parts.
+        """The config fields of an equivalent diffusers folder, by part.
 
         Args:
-          prediction_type: "epsilon" or "v_prediction"; None: "epsilon" for 1.x. Files of 2.x do not say it: the models
-            for 512 pixels and the inpainting model predict epsilon, those for 768 pixels v.
+          prediction_type: "epsilon" or "v_prediction"; None: "epsilon" for 1.x. Files of 2.x do not specify it: the
+            models for 512 pixels and the inpainting model predict epsilon, those for 768 pixels v.
 
         Returns:
-          Of "unet", "vae", "text_encoder" and "scheduler".
+          The fields of "unet", "vae", "text_encoder" and "scheduler".
 
         Raises:
-          UserError: another prediction_type, or none for 2.x; sizes that no file of Stable Diffusion has.
+          UserError: another prediction_type, or none for 2.x; sizes that no Stable Diffusion file has.
         """
         if prediction_type is None and self.version == "1.x":
             prediction_type = "epsilon"
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(
                 f"prediction_type is {prediction_type!r} for {self.path!r}, a file of Stable Diffusion {self.version}, "
-                f"which does not say it; accepted: {', '.join(map(repr, PREDICTION_TYPES))}"
+                f"which does not specify it; accepted: {', '.join(map(repr, PREDICTION_TYPES))}"
             )
         side = 96 if self.version == "2.x" and prediction_type == "v_prediction" else 64
         autoencoder = _autoencoder_fields(self.path, self.autoencoder)
@@ -139,11 +139,11 @@ class SingleFile:
 
 
 def read(path: str | Path) -> SingleFile:
-    """The parts of a .safetensors or .ckpt file of Stable Diffusion 1.x or 2.x.
+    """Reads the parts of a .safetensors or .ckpt file of Stable Diffusion 1.x or 2.x.
 
     Raises:
-      UserError: a file that is missing or broken, of another model, or that lacks a part; a tensor that a Stable
-        Diffusion does not have.
+      UserError: a file that is missing, broken, of another model, or incomplete; or a tensor that Stable Diffusion does
+        not have.
     """
     where, tensors = str(path), tensors_lib.read_checkpoint(path)
     _refuse_others(where, tensors)
@@ -174,11 +174,11 @@ def read(path: str | Path) -> SingleFile:
 
 
 def unet_module(name: str, layers: int) -> str | None:
-    """diffusers' name of a module of CompVis' network, such as "input_blocks.1.0.in_layers.2"; None for no name of one.
+    """diffusers' name of a module of CompVis' network, such as "input_blocks.1.0.in_layers.2"; None for other names.
 
     Args:
       name: of the module, or of a part of it.
-      layers: residual blocks of a level on the way down.
+      layers: residual blocks per level in the encoder.
     """
     if name in OUTER:
         return OUTER[name]
@@ -211,29 +211,29 @@ def _unknown(where: str, name: str) -> UserError:
 
 
 def _refuse_others(where: str, tensors: Collection[str]) -> None:
-    """UserError for files of other models, known by one of their names."""
+    """UserError for files of other models, recognised by a tensor's name."""
     if any(name.startswith(_UNET + "input_blocks.") for name in tensors):
         others = {part: _OTHERS[part] for part in ("conditioner.embedders.", "control_model.", "depth_model.")}
     else:
         others = _OTHERS
     for part, what in others.items():
         if any(part in name for name in tensors):
-            raise UserError(f"{where!r} is {what}; accepted: a checkpoint of Stable Diffusion 1.x or 2.x")
+            raise UserError(f"{where!r} is {what}; accepted: a Stable Diffusion 1.x or 2.x checkpoint")
     if not any(name.startswith(_UNET) for name in tensors):
         raise UserError(
-            f"{where!r} is no checkpoint of Stable Diffusion: it has no tensor whose name begins with {_UNET!r}"
+            f"{where!r} is not a Stable Diffusion checkpoint: it has no tensor whose name begins with {_UNET!r}"
         )
 
 
 def _sizes(where: str, tensors: Mapping[str, np.ndarray], name: str, *axes: int, prefix: str = "") -> tuple[int, ...]:
-    """The lengths of some axes of a tensor; UserError if it is not there or has fewer."""
+    """The lengths of some axes of a tensor; UserError if the tensor is missing or has too few axes."""
     if name not in tensors or tensors[name].ndim <= max(axes):
-        raise UserError(f"{where!r} has no tensor {prefix + name!r}, or one of too few axes")
+        raise UserError(f"{where!r} has no tensor {prefix + name!r}, or one with too few axes")
     return tuple(tensors[name].shape[axis] for axis in axes)
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many blocks are counted by the names that begin with the pattern and its one number."""
+    """One more than the largest number that the pattern matches at the start of a name."""
     found = (re.match(pattern, name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
@@ -260,7 +260,7 @@ def _autoencoder(where: str, tensors: Mapping[str, np.ndarray]) -> tensors_lib.T
 def _renamed(
     where: str, tensors: Mapping[str, np.ndarray], prefix: str, rename: Callable[[str], str | None]
 ) -> tensors_lib.Tensors:
-    """The tensors by diffusers' names of their modules; UserError for a module that has none."""
+    """Renames the tensors to diffusers' module names; UserError for an unknown module."""
     renamed = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -299,7 +299,7 @@ def _shortcut(part: str) -> str:
 
 
 def _clip(tensors: Mapping[str, np.ndarray]) -> tensors_lib.Tensors:
-    """transformers' own names, to which some files lack the beginning."""
+    """transformers' own names, whose prefix is missing in some files."""
     return {
         "text_model." + name.removeprefix("text_model."): value
         for name, value in tensors.items()
@@ -410,7 +410,7 @@ def _text_fields(where: str, tensors: Mapping[str, np.ndarray], version: str) ->
         "model_type": "clip_text_model",
         "attention_dropout": 0.0,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # the end is the largest id, as in Stable Diffusion's own configs
+        "eos_token_id": 2,  # means that the end has the largest id, as in Stable Diffusion's own configs
         "hidden_act": "quick_gelu" if version == "1.x" else "gelu",
         "hidden_size": width,
         "intermediate_size": _sizes(where, tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 0)[0],
@@ -425,7 +425,7 @@ def _text_fields(where: str, tensors: Mapping[str, np.ndarray], version: str) ->
 
 
 def _scheduler_fields(version: str) -> dict[str, Any]:
-    """Of the scheduler beside the version's weights in diffusers' own folders."""
+    """The fields of the scheduler in diffusers' own folders for this version."""
     return {
         "_class_name": "PNDMScheduler" if version == "1.x" else "DDIMScheduler",
         "beta_end": 0.012,

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, and PyTorch's older pickled files read without running what is in them."""
+"""Reads files of named tensors: safetensors, and PyTorch's pickled files without executing code in them."""
 
 import dataclasses
 import io
@@ -33,32 +33,31 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# Whose objects lie beside the weights in a training checkpoint: callbacks, settings, optimizers, random states.
+# Modules whose objects occur besides weights in training checkpoints: callbacks, settings, optimisers, random states.
 _SKIPPED_MODULES = ("_codecs", "collections", "lightning", "numpy", "omegaconf", "pytorch_lightning", "torch", "typing")
 _SKIPPED_BUILTINS = ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "slice")
-# How files of PyTorch before 1.6 begin.
+# The start of files from PyTorch before 1.6.
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read(path: str | Path) -> Tensors:
-    """The tensors of a .safetensors file, or of a .bin, .pt or .pth file of PyTorch.
+    """Reads the tensors of a .safetensors file, or of a .bin, .pt or .pth file of PyTorch.
 
     Raises:
-      UserError: the file is not there, cut off, of another format, or holds Python objects other than tensors.
+      UserError: the file is missing, truncated, of another format, or contains Python objects other than tensors.
     """
     return _read(path, _named_tensors, skipping=False)
 
 
 def read_checkpoint(path: str | Path) -> Tensors:
-    """The tensors of a training checkpoint of PyTorch (.ckpt, .pt, .bin) or of a .safetensors file.
+    """Reads the tensors of a PyTorch training checkpoint (.ckpt, .pt, .bin) or of a .safetensors file.
 
-    They are those of the checkpoint's "state_dict", or of the file itself where it has none. Everything else in it is
-    passed over: numbers, texts, optimizer states, and objects of PyTorch, PyTorch Lightning, NumPy and OmegaConf. For
-    these the file names classes; an object without behaviour takes the place of each, so that none of them is imported
-    or run.
+    They are those of the checkpoint's "state_dict", or of the file itself if it has none. Everything else is ignored:
+    numbers, texts, optimiser states, and objects of PyTorch, PyTorch Lightning, NumPy and OmegaConf. An inert
+    placeholder replaces the classes of such objects, so none of them is imported or run.
 
     Raises:
-      UserError: as `read`; a file that names code of any other module.
+      UserError: as for `read`; or a file that refers to code of any other module.
     """
     return _read(path, _state_dict, skipping=True)
 
@@ -72,23 +71,23 @@ def _read(path: str | Path, select: Callable[[Any], dict[str, "_Tensor"]], skipp
             return load_file(path)
         content = _read_zip(path, skipping) if zipfile.is_zipfile(path) else _read_legacy(path, skipping)
         return {name: tensor.array() for name, tensor in select(content).items()}
-    except Exception as error:  # a broken file raises nearly any kind
+    except Exception as error:  # a broken file may raise any error
         raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
 
 
 def read_weights(folder: str | Path, names: Sequence[str]) -> tuple[Path, Tensors]:
-    """The weights of a folder, whole or in shards that an index names.
+    """Reads the weights of a folder, from one file or from shards listed in an index.
 
     Args:
       folder: to look in.
-      names: of the file, the first one that is there counts; where none is, their half-precision variants are looked
-        for, such as model.fp16.safetensors.
+      names: of the file; the first existing one is read. If there is none, half-precision variants are tried, such as
+        model.fp16.safetensors.
 
     Returns:
       The file or the index, and all tensors.
 
     Raises:
-      UserError: none of them is there, or one cannot be read.
+      UserError: none of them exists, or one cannot be read.
     """
     folder = Path(folder)
     for file, _ in _candidates(names):
@@ -96,17 +95,17 @@ def read_weights(folder: str | Path, names: Sequence[str]) -> tuple[Path, Tensor
         if path.is_file():
             return path, _read_shards(path) if path.suffix == ".json" else read(path)
     raise UserError(
-        f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, whole or in shards, or their fp16 or bf16 "
+        f"{str(folder)!r} has no weights; accepted: {' or '.join(names)}, in one file or shards, or their fp16 or bf16 "
         "variant"
     )
 
 
 def weight_files(files: Collection[str], names: Sequence[str]) -> list[str]:
-    """Those files of a folder that `read_weights` reads: one, an index and its shards, or none.
+    """The files of a folder that `read_weights` reads: one file, an index and its shards, or none.
 
     Args:
-      files: the names of all.
-      names: as of `read_weights`.
+      files: the names of all files.
+      names: as in `read_weights`.
     """
     for file, shard in _candidates(names):
         if file in files:
@@ -116,7 +115,7 @@ def weight_files(files: Collection[str], names: Sequence[str]) -> list[str]:
 
 
 def _candidates(names: Sequence[str]) -> Iterator[tuple[str, re.Pattern]]:
-    """The files that may hold weights, or be the index of some, in the order of preference; how shards are called."""
+    """Yields candidates for the weights file or its index, in order of preference, with the pattern of shard names."""
     for variant in ("", ".fp16", ".bf16"):
         for name in names:
             stem, _, suffix = name.rpartition(".")
@@ -130,23 +129,23 @@ def _candidates(names: Sequence[str]) -> Iterator[tuple[str, re.Pattern]]:
 def _read_shards(index: Path) -> Tensors:
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{str(index)!r} has no weight_map from names of tensors to files")
+        raise UserError(f"{str(index)!r} has no weight_map from tensor names to files")
     tensors: Tensors = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
-            raise UserError(f"{str(index)!r} names {file!r}; accepted: files of its own folder")
+            raise UserError(f"{str(index)!r} names {file!r}; accepted: files in the same folder")
         tensors |= read(index.parent / file)
     return tensors
 
 
 def to_float32(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """The tensors with those of half precision in float32, which changes no value."""
+    """Converts half-precision tensors to float32, which changes no value."""
     halves = (np.float16, jnp.bfloat16)
     return {name: value.astype(np.float32) if value.dtype in halves else value for name, value in tensors.items()}
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a .safetensors file, whole or not at all; UserError if it cannot be written."""
+    """Writes a .safetensors file atomically; UserError if it cannot be written."""
     contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     try:
         with atomic_path(path) as temporary:
@@ -158,7 +157,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
 def check(
     path: str | Path, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], dtype: Any = np.float32
 ) -> None:
-    """UserError unless the tensors are exactly the wanted ones, by name, shape and dtype; one is named."""
+    """UserError, naming a tensor, unless the tensors have exactly the wanted names, shapes and dtypes."""
     for name, shape in wanted.items():
         if name not in tensors:
             raise UserError(f"{str(path)!r} has no tensor {name!r}, which the network of its config needs")
@@ -173,14 +172,14 @@ def check(
 
 
 class _StorageType:
-    """Stands for torch.FloatStorage and its like."""
+    """Stands for torch.FloatStorage and similar classes."""
 
     def __init__(self, dtype: Any):
         self.dtype = np.dtype(dtype)
 
 
 class _Skipped:
-    """Stands for any class or function of another project, and for its objects: takes everything, keeps nothing."""
+    """A placeholder for other projects' classes, functions and objects: accepts everything, keeps nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Skipped":
         return super().__new__(cls)
@@ -201,7 +200,7 @@ class _Skipped:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows how tensors are put together from raw data, and nothing else; `skipping` puts a `_Skipped` for some."""
+    """Only knows how to build tensors from raw data; `skipping` replaces some other objects by a `_Skipped`."""
 
     def __init__(
         self, file: IO[bytes], find_storage: Callable[[Any], "_Storage"] | None = None, *, skipping: bool = False
@@ -218,21 +217,21 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
-        builtin = module in ("builtins", "__builtin__")  # the latter in Python 2's words
+        builtin = module in ("builtins", "__builtin__")  # the latter is Python 2's name
         known = name in _SKIPPED_BUILTINS if builtin else module.split(".")[0] in _SKIPPED_MODULES
         if self._skipping and known and not name.endswith("Storage"):
             return _Skipped
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor, and it is not run")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not a tensor and is not run")
 
     def persistent_load(self, pid: Any) -> "_Storage":
         if self._find_storage is None:
-            raise pickle.UnpicklingError("it names data where there is none")
+            raise pickle.UnpicklingError("it refers to data that does not exist")
         return self._find_storage(pid)
 
 
 @dataclasses.dataclass
 class _Storage:
-    """What a tensor may be cut from: data of the file, which may lie behind what names it, and not another tensor."""
+    """Raw data in the file that tensors are views of; it may follow its first mention in the file."""
 
     dtype: np.dtype
     count: int
@@ -240,13 +239,13 @@ class _Storage:
 
     def fill(self, data: bytes) -> None:
         if not 0 <= self.count * self.dtype.itemsize <= len(data):
-            raise ValueError("a tensor's data are cut off")
+            raise ValueError("a tensor's data are truncated")
         self.data = np.frombuffer(data, self.dtype, self.count)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor to be cut from a storage when its data are there."""
+    """A tensor, to be made from a storage once its data are read."""
 
     storage: _Storage
     offset: int
@@ -256,7 +255,7 @@ class _Tensor:
     def array(self) -> np.ndarray:
         data = self.storage.data
         if data is None:
-            raise ValueError("a tensor's data are not there")
+            raise ValueError("a tensor's data are missing")
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         too_far = 0 not in self.size and last >= len(data)
         if min((self.offset, *self.size, *self.stride)) < 0 or too_far or math.prod(self.size) > len(data):
@@ -267,32 +266,32 @@ class _Tensor:
 
 def _rebuild_tensor(source: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> _Tensor:
     if not isinstance(source, _Storage):
-        raise ValueError("a tensor is made of something other than data")
+        raise ValueError("a tensor does not refer to raw data")
     return _Tensor(source, offset, tuple(size), tuple(stride))
 
 
 def _named_tensors(content: Any) -> dict[str, _Tensor]:
-    """The whole content of a file, which must be named tensors."""
+    """A file's content, which must consist of named tensors."""
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in content.items()
     ):
-        raise ValueError("it holds something other than named tensors")
+        raise ValueError("it contains something other than named tensors")
     return content
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    """The named tensors among the content of a training checkpoint."""
+    """The named tensors in a training checkpoint."""
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     if isinstance(content, dict):
         content = {name: value for name, value in content.items() if isinstance(value, _Tensor)}
     if not content:
-        raise ValueError("it holds no named tensors")
+        raise ValueError("it contains no named tensors")
     return _named_tensors(content)
 
 
 def _read_zip(path: Path, skipping: bool) -> Any:
-    """PyTorch 1.6 and later: an archive with one pickle and one file of data a storage."""
+    """PyTorch 1.6 and later: an archive with one pickle and one data file per storage."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, which PyTorch's files are not")
@@ -311,14 +310,14 @@ def _read_zip(path: Path, skipping: bool) -> Any:
 
 
 def _read_legacy(path: Path, skipping: bool) -> Any:
-    """PyTorch before 1.6: pickles one behind the other, then the data of the storages that they name."""
+    """PyTorch before 1.6: consecutive pickles, then the data of the storages that they refer to."""
     with path.open("rb") as file:
         try:
             known = _Unpickler(file).load() == _MAGIC and _Unpickler(file).load() == _VERSION
-        except Exception:  # anything else than pickles
+        except Exception:  # anything other than pickles
             known = False
         if not known:
-            raise ValueError("it is no file of PyTorch's, or it is cut off")
+            raise ValueError("it is not a PyTorch file, or it is truncated")
         if not _Unpickler(file).load()["little_endian"]:
             raise ValueError("its numbers are big-endian")
         storages: dict[Any, _Storage] = {}
@@ -327,7 +326,7 @@ def _read_legacy(path: Path, skipping: bool) -> Any:
         def find(pid: Any) -> _Storage:
             name, kind, key, _, count, view = pid
             if name != "storage":
-                raise pickle.UnpicklingError(f"it holds a {name}, which is no tensor, and it is not run")
+                raise pickle.UnpicklingError(f"it contains a {name}, which is not a tensor and is not run")
             whole = storages.setdefault(key, _Storage(kind.dtype, count))
             if view is None:
                 return whole
@@ -340,7 +339,7 @@ def _read_legacy(path: Path, skipping: bool) -> Any:
             storage = storages[key]
             count = int.from_bytes(file.read(8), "little", signed=True)
             if count != storage.count:
-                raise ValueError("a tensor's data are of another length than it says, or cut off")
+                raise ValueError("a tensor's data do not have the stated length, or are truncated")
             storage.fill(file.read(count * storage.dtype.itemsize))
         for part, whole, offset in views:
             if whole.data is None or not 0 <= offset <= offset + part.count <= whole.count:

@@ -1,4 +1,4 @@
-"""Workdirs made of other projects' weights, and weights for other projects made of workdirs."""
+"""Imports other projects' weights as workdirs, and exports workdirs' weights for other projects."""
 
 import dataclasses
 import hashlib
@@ -48,25 +48,25 @@ def import_weights(
     tokenizer: str | Path | None = None,
     prediction: str | None = None,
 ) -> Path:
-    """Makes a workdir, to sample from, to evaluate and to start training from with --init_from.
+    """Creates a workdir for sampling, for evaluation, and as a start for training with --init_from.
 
     Args:
-      source: a diffusers folder or its name on the Hugging Face hub, a .safetensors file of `export_weights`, or a
+      source: a diffusers folder or its name on the Hugging Face hub, a .safetensors file from `export_weights`, or a
         Stable Diffusion 1.x or 2.x in a .safetensors or .ckpt file.
-      path: the workdir; must not be there, or be empty.
-      tell: given each sentence about what the run samples otherwise than the source's program.
-      tokenizer: for a Stable Diffusion in a file: a folder with CLIP's vocab.json and merges.txt; None: those on the
-        hub.
-      prediction: the same: "eps" or "v", which files of 2.x do not say; None: "eps" for 1.x.
+      path: the workdir; must not exist, or be empty.
+      tell: called with each note on how the run samples differently from the source's program.
+      tokenizer: for a Stable Diffusion in a file: a folder with CLIP's vocab.json and merges.txt; None: from the hub.
+      prediction: for a Stable Diffusion in a file: "eps" or "v", which files of 2.x do not specify; None: "eps" for
+        1.x.
 
     Returns:
-      The workdir, whole; nothing is left of one that could not be made.
+      The workdir; if the import fails, nothing is left behind.
 
     Raises:
-      UserError: a source that is missing, broken or asks for something that is not supported, or a workdir in use.
+      UserError: a source that is missing, broken or needs something that is not supported, or a workdir in use.
     """
     if jax.process_count() > 1:
-        raise UserError("weights are imported by one process, not by a job of several")
+        raise UserError("a job has several processes; accepted for importing weights: a single process")
     runs = _read(source, tokenizer, prediction)
     for note in dict.fromkeys(note for run in runs.values() for note in run.notes):
         tell(note)
@@ -89,7 +89,7 @@ def _write(folder: Path, found: "_Found", source: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What a source holds of a run; `write_parts` writes the frozen parts into its folder."""
+    """A run found in a source; `write_parts` writes its frozen parts into a folder."""
 
     config: ConfigDict
     dataset: dict[str, Any]
@@ -100,13 +100,13 @@ class _Found:
 
     @property
     def makes(self) -> Sequence[int]:
-        """The shape of what the run draws: of its pictures, or of a prior's embeddings."""
+        """The shape of the run's samples: pictures, or a prior's embeddings."""
         shape: list[int] = self.dataset["shape"]
         return [1, 1, len(self.config.prior.mean)] if self.config.prior.clip else shape
 
 
 def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> Mapping[str, _Found]:
-    """The run that a source holds, in the folder "", or the stages of a pipeline by their folders.
+    """Reads a source: a run, with the folder "", or the stages of a pipeline by folder.
 
     The arguments are those of `import_weights`.
     """
@@ -114,7 +114,7 @@ def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> 
         return {"": _of_pipeline(source, _read_single_file(source, tokenizer, prediction))}
     for flag, value in (("tokenizer", tokenizer), ("prediction", prediction)):
         if value is not None:
-            raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file; {source!r} is none")
+            raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file, not for {source!r}")
     if source.endswith(".safetensors"):
         config, dataset, step, params = plain.read(os.path.expanduser(source))
         return {"": _Found(config, dataset, params, step)}
@@ -152,7 +152,7 @@ def _of_stage(source: str, stage: stages.Stage) -> _Found:
 
 
 def _write_stage_parts(stage: stages.Stage, folder: Path) -> None:
-    """The frozen parts of a stage, to where `workdir.read_dataset` finds them."""
+    """Writes a stage's frozen parts to where `workdir.read_dataset` finds them."""
     if stage.texts:
         transformers.write(folder / workdir.TEXT_ENCODER, *stage.texts[1:])
     if stage.clip:
@@ -166,12 +166,12 @@ def _is_single_file(source: str) -> bool:
 
 
 def _read_single_file(source: str, tokenizer: str | Path | None, prediction: str | None) -> stable_diffusion.Pipeline:
-    """A Stable Diffusion in a file; the arguments are those of `import_weights`."""
+    """Reads a Stable Diffusion in a file; the arguments are those of `import_weights`."""
     file = single_file.read(os.path.expanduser(source))
     if file.version == "2.x" and prediction is None:
         raise UserError(
-            f"{source!r} is a Stable Diffusion 2.x, whose files do not say what the network predicts; give "
-            "--prediction=eps for a model of 512 pixels, --prediction=v for one of 768"
+            f"{source!r} is a Stable Diffusion 2.x, whose files do not specify what the network predicts; use "
+            "--prediction=eps for a model for 512 pixels, --prediction=v for one for 768"
         )
     fields = file.fields(None if prediction is None else single_file.PREDICTIONS[prediction])
     folder = _locate_tokenizer(source) if tokenizer is None else Path(tokenizer).expanduser()
@@ -191,19 +191,19 @@ def _locate_tokenizer(source: str) -> Path:
         return diffusers_folder.locate(_TOKENIZER, lambda files: [file for file in files if file in _TOKENIZER_FILES])
     except UserError as error:
         raise UserError(
-            f"{source!r} has no tokenizer, and {error}; give --tokenizer: a folder with CLIP's vocab.json and "
+            f"{source!r} has no tokenizer, and {error}; use --tokenizer with a folder that has CLIP's vocab.json and "
             "merges.txt"
         ) from None
 
 
 def _write_parts(pipeline: stable_diffusion.Pipeline, folder: Path) -> None:
-    """The frozen parts of a pipeline, to the places in a workdir where `workdir.read_dataset` finds them."""
+    """Writes a pipeline's frozen parts to where `workdir.read_dataset` finds them."""
     transformers.write(folder / workdir.TEXT_ENCODER, *pipeline.text_encoder)
     autoencoder_lib.write(folder / workdir.AUTOENCODER, *pipeline.autoencoder)
 
 
 def _description(source: str, config: ConfigDict, params: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """What stands for the images that these weights learned from, which are not known here."""
+    """A placeholder for the description of the training set, which is unknown."""
     digest = hashlib.sha256()
     for name, value in sorted(flatten_dict(params, sep=".").items()):
         digest.update(name.encode() + value.tobytes())
@@ -219,29 +219,29 @@ def _description(source: str, config: ConfigDict, params: Mapping[str, Any], num
 
 
 def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
-    """Writes a run's weights: a folder for diffusers, or where `out` ends in .safetensors a file of our own names.
+    """Writes a run's weights: a diffusers folder or, if `out` ends in .safetensors, a file with our own names.
 
     Args:
-      run: of `ddpm_jax.load`; one that takes prompts must be a Stable Diffusion.
-      out: must not be there, or as a folder be empty.
-      tell: given each sentence about what diffusers samples otherwise than the run.
+      run: from `ddpm_jax.load`; if it takes prompts, it must be a Stable Diffusion.
+      out: must not exist, or be an empty folder.
+      tell: called with each note on how diffusers samples differently from the run.
 
     Raises:
-      UserError: `out` is there already, or the run has something that diffusers does not have.
+      UserError: `out` already exists, or the run uses something that diffusers does not support.
     """
     if jax.process_count() > 1:
-        raise UserError("weights are exported by one process, not by a job of several")
+        raise UserError("a job has several processes; accepted for exporting weights: a single process")
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         if changed := [file.name for file in run.loras if file.with_text]:
             raise UserError(
-                f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not hold; "
-                "accepted: --out of a folder"
+                f"{changed[0]!r} changes the text encoder, which a .safetensors file of the network does not contain; "
+                "accepted: a folder as --out"
             )
         if run.config.lora.text_encoder:
             raise UserError(
                 "this run adapted its text encoder (lora.text_encoder), which a .safetensors file of the network does "
-                "not hold; accepted: --out of a folder, or --adapters"
+                "not contain; accepted: a folder as --out, or --adapters"
             )
         return plain.write(out, run.config, run.dataset, run.step, params)
     if run.condition.reads.keys() - {"label"}:
@@ -249,7 +249,7 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
     elif not isinstance(run.model.decoder, Pixels):
         raise UserError(
             "this run diffuses an autoencoder's latents without prompts, for which diffusers has no pipeline; "
-            "accepted: --out of a .safetensors file"
+            "accepted: a .safetensors file as --out"
         )
     else:
         notes = diffusers_folder.write(out, run.config, run.net, params)
@@ -259,15 +259,15 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
 
 
 def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
-    """Writes the adapters that a run trained as a LoRA file, for `load_lora_weights` of diffusers' pipelines.
+    """Writes a run's trained adapters as a LoRA file for `load_lora_weights` of diffusers' pipelines.
 
     Args:
-      run: of `ddpm_jax.load`, with a lora.rank above 0.
+      run: from `ddpm_jax.load`, with a lora.rank above 0.
       path: its workdir.
-      out: a .safetensors file that is not there.
+      out: a .safetensors file that does not exist yet.
 
     Raises:
-      UserError: `out` is there already or called otherwise, or the run has no adapters of a Stable Diffusion.
+      UserError: `out` already exists or has another suffix, or the run has no adapters for a Stable Diffusion.
     """
     out = Path(out).expanduser()
     if not run.config.lora.rank:
@@ -275,11 +275,11 @@ def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
     if why := stable_diffusion.why_not(run.model):
         raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
     if run.loras:
-        raise UserError("the file has the run's own adapters alone; accepted: --adapters without --lora")
+        raise UserError("the file contains only the run's own adapters; accepted: --adapters without --lora")
     if out.suffix != ".safetensors":
-        raise UserError(f"--out is {str(out)!r}; it must end in .safetensors")
+        raise UserError(f"--out is {str(out)!r}; accepted: a name ending in .safetensors")
     if out.exists():
-        raise UserError(f"{str(out)!r} is there already; choose another name")
+        raise UserError(f"{str(out)!r} already exists; choose another name")
     trained = jax.device_get(load_adapters(run, path))
     texts, net, _ = stable_diffusion.parts_of(run.model)
     encoder = texts.encoder if run.config.lora.text_encoder else None
@@ -289,16 +289,16 @@ def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
 
 
 def export_autoencoder(path: str | Path, out: str | Path) -> Path:
-    """Writes the autoencoder that a run trained as a folder of diffusers' `AutoencoderKL`.
+    """Writes a run's trained autoencoder as a folder of diffusers' `AutoencoderKL`.
 
-    The scaling factor of its latents is the config's, or else measured on the images that it learned from.
+    The scaling factor of its latents is the config's, or else measured on its training set.
 
     Args:
       path: a workdir with train.objective "autoencoder".
-      out: must not be there, or be empty.
+      out: must not exist, or be empty.
 
     Raises:
-      UserError: no autoencoder there, `out` is there already, or the images that it learned from are not.
+      UserError: no autoencoder there, `out` already exists, or the training set is missing.
     """
     config, dataset = workdir.read_config(path), workdir.read_dataset(path)
     net, params, _ = autoencoders.load_autoencoder(path)
@@ -310,14 +310,14 @@ def export_autoencoder(path: str | Path, out: str | Path) -> Path:
 
 
 def export_clip(path: str | Path, out: str | Path) -> Path:
-    """Writes the CLIP that a run trained as a folder of transformers' `CLIPModel`.
+    """Writes a run's trained CLIP as a folder of transformers' `CLIPModel`.
 
     Args:
       path: a workdir with train.objective "clip".
-      out: must not be there, or be empty.
+      out: must not exist, or be empty.
 
     Raises:
-      UserError: no CLIP there, one that transformers does not have, or `out` is there already.
+      UserError: no CLIP there, one that transformers does not support, or `out` already exists.
     """
     clip = clips.load_clip(path)
     if why := transformers.why_not(clip):

@@ -1,1 +1,1 @@
-"""The networks: the UNet, its blocks, the layers that make it fast, and the encoders of text."""
+"""The networks: the UNet, its blocks, the layers that make it fast, and the text encoders."""

@@ -1,15 +1,15 @@
-"""Attention that holds no whole matrix of logits where that would be large."""
+"""Attention that avoids storing the whole matrix of logits if it is large."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Bytes of an example's float32 logits, of all heads, that are held at a time. On a CPU of two cores, Stable Diffusion's
-# largest attention at 512x512 took a third of the time that it takes with the whole matrix; chunks twice as large were
-# slower, chunks half as large were not faster.
+# The most bytes of one example's float32 logits, over all heads, that are stored at a time. On a CPU with two cores,
+# Stable Diffusion's largest attention at 512x512 took a third of the time that it takes with the whole matrix; chunks
+# twice as large were slower, chunks half as large were not faster.
 LARGEST_LOGITS = 16 * 2**20
 
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of what is not attended to
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of masked keys
 
 
 def attend(
@@ -23,17 +23,17 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width of a head)) v, for each head.
 
-    Where an example's logits need more than LARGEST_LOGITS bytes, they are computed for some of the queries at a time,
-    and once more for the gradient, so that neither holds the whole matrix. How many at a time depends on the shape of
-    one example alone: the number of images in a batch does not change an image. Logits and softmax are in float32.
+    If an example's logits need more than LARGEST_LOGITS bytes, they are computed for a chunk of the queries at a time,
+    and again for the gradient, so that neither pass stores the whole matrix. The chunk size depends only on the shape
+    of one example, so the number of images in a batch does not change an image. Logits and softmax are in float32.
 
     Args:
       query: [B, L, heads, width].
       key, value: [B, M, heads, width].
-      mask: bool [B, M], the keys that are attended to, at least one an example; None: all.
-      causal: a query attends to the keys of its own place and before.
+      mask: bool [B, M], the keys to attend to, at least one per example; None: all.
+      causal: a query attends only to keys at its own position and before.
       bias: [heads, L, M], added to the logits of every example.
-      scale: above 0, what q k^T is multiplied by instead of 1 / sqrt(width of a head).
+      scale: above 0, the factor of q k^T instead of 1 / sqrt(width of a head).
 
     Returns:
       [B, L, heads, width] in value's dtype.
@@ -59,8 +59,8 @@ def _in_chunks(
 ) -> jax.Array:
     """The same with the logits of at most `size` queries at a time.
 
-    The batch is not divided, so that it may be sharded. Heads come before queries, and the division by the sum of the
-    weights after the product with the values: XLA's CPU backend takes less time for that than for `jax.nn`'s form.
+    The batch is not split, so that it can be sharded. Heads come before queries, and the division by the sum of the
+    weights comes after the product with the values, which is faster on XLA's CPU backend than `jax.nn`'s form.
     """
     batch, length, heads, width = query.shape
     count = -(-length // size)
@@ -78,7 +78,7 @@ def _in_chunks(
         places, query, bias = chunk
         logits = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
         if bias is not None:
-            logits += bias / scale  # which multiplies it below
+            logits += bias / scale  # since scale multiplies it below
         if mask is not None:
             logits = jnp.where(mask[:, None, None, :], logits, _MASKED)
         if causal:

@@ -13,30 +13,30 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class Autoencoder(nn.Module):
-    """Pictures to the distribution of their latents, and latents to pictures.
+    """Encodes pictures as the distribution of their latents, and decodes latents to pictures.
 
         net = Autoencoder()
         variables = net.init(jax.random.key(0), pictures)
         mean, log_variance = net.apply(variables, pictures, method="encode")         # [B, H / 8, W / 8, 4] each
         pictures = net.apply(variables, mean, method="decode")                       # [B, H, W, 3]
 
-    The latents of a picture are normal, independent of one another. The defaults are Stable Diffusion's network, of
+    The latents of a picture are independent normal variables. The defaults are Stable Diffusion's network, with
     83,653,863 parameters, whose pictures are scaled to [-1, 1].
 
-    The encoder has `num_res_blocks` residual blocks a level, each level but the last ending in a halving of the size,
-    then a middle block; the decoder mirrors it with one residual block more a level.
+    The encoder has `num_res_blocks` residual blocks per level and a middle block; each level but the last ends by
+    halving the size. The decoder mirrors it with one more residual block per level.
 
     Attributes:
-      channels: of the pictures.
-      latent_channels: of the latents.
+      channels: channels of the pictures.
+      latent_channels: channels of the latents.
       widths: channels of each level, from the full size down.
-      num_res_blocks: residual blocks a level in the encoder.
+      num_res_blocks: residual blocks per level in the encoder.
       num_groups: groups of every GroupNorm.
-      norm_epsilon: of every GroupNorm.
-      middle_attention: attention, of one head, in both middle blocks.
-      use_quant_conv: a dense layer over the channels of mean and log-variance ends the encoder.
-      use_post_quant_conv: a dense layer over the latents' channels begins the decoder.
-      dtype: what convolutions and matrix products compute in; parameters and results are float32.
+      norm_epsilon: epsilon of every GroupNorm.
+      middle_attention: whether both middle blocks have attention, with one head.
+      use_quant_conv: whether the encoder ends in a dense layer over the channels of mean and log-variance.
+      use_post_quant_conv: whether the decoder begins with a dense layer over the latents' channels.
+      dtype: compute dtype of convolutions and matrix products; parameters and results are float32.
     """
 
     channels: int = 3
@@ -76,7 +76,7 @@ class Autoencoder(nn.Module):
           is clipped to [-30, 20].
 
         Raises:
-          ValueError: sizes or channels that do not fit, in words.
+          ValueError: sizes or channels that do not fit.
         """
         _check("pictures", pictures, self.channels)
         factor, (height, width) = self.downscaling, pictures.shape[1:3]
@@ -101,7 +101,7 @@ class Autoencoder(nn.Module):
           float32 [B, h * downscaling, w * downscaling, channels].
 
         Raises:
-          ValueError: channels that do not fit, in words.
+          ValueError: channels that do not fit.
         """
         _check("latents", latents, self.latent_channels)
         latents = latents.astype(self.dtype)
@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
 
     @property
     def downscaling(self) -> int:
-        """A picture's side over that of its latents."""
+        """The ratio of a picture's side to that of its latents."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -122,7 +122,7 @@ def _check(name: str, x: jax.Array, channels: int) -> None:
 
 
 class _Half(nn.Module):
-    """What the encoder and the decoder share: their options, and the parts that both have."""
+    """Options and parts shared by the encoder and the decoder."""
 
     out_channels: int
     widths: tuple[int, ...]

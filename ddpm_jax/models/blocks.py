@@ -4,8 +4,8 @@ Conventions are the original's (Ho et al. 2020): NHWC, swish, GroupNorm before e
 a uniform distribution of variance 2 / (fan_in + fan_out), and the last layer of every residual branch starting at
 (almost) zero so that the network starts as the identity along its skip connections.
 
-Parameters are float32. `dtype` is what convolutions and matrix products compute in; the statistics of norms, softmax
-and the time embedding stay in float32.
+Parameters are float32. `dtype` is the compute dtype of convolutions and matrix products; the statistics of norms,
+softmax and the time embedding stay in float32.
 """
 
 import math
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
-    """The original's variance scaling: fan_avg, uniform; a scale of 0 means 1e-10, not quite nothing."""
+    """The original's variance scaling: fan_avg, uniform; a scale of 0 is replaced by 1e-10."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
@@ -48,14 +48,14 @@ def timestep_embedding(
     """Sinusoids of the timestep (Vaswani et al. 2017).
 
     The defaults are the original's layout: sines first, and frequencies that end at 1 / max_period. Stable Diffusion
-    has a frequency_shift of 0 and the cosines first.
+    uses a frequency_shift of 0 and cosines first.
 
     Args:
       t: [B], integer or float.
-      dim: width of the embedding; an odd one ends in a zero.
-      max_period: of the slowest sinusoid, over 2 pi, where frequency_shift is 1.
+      dim: width of the embedding; if it is odd, the last entry is zero.
+      max_period: period of the slowest sinusoid, divided by 2 pi, if frequency_shift is 1.
       frequency_shift: 0 to 1.
-      cosines_first: cosines, then sines.
+      cosines_first: whether the cosines come before the sines.
 
     Returns:
       float32 [B, dim] with frequencies max_period ** (-i / (dim // 2 - frequency_shift)).
@@ -69,7 +69,7 @@ def timestep_embedding(
 
 
 class Dense(nn.Module):
-    """A matrix product over the last axis; on images, a 1 x 1 convolution."""
+    """A linear layer over the last axis; on images, a 1 x 1 convolution."""
 
     features: int
     init_scale: float = 1.0
@@ -84,7 +84,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 3 x 3 convolution of stride 1 that keeps the size."""
+    """A 3 x 3 convolution with stride 1 that keeps the size."""
 
     features: int
     init_scale: float = 1.0
@@ -99,7 +99,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with a learned scale and bias, optionally modulated by the example.
+    """Group normalisation with a learned scale and bias, optionally modulated per example.
 
     With `scale_shift` [B, 2 C] the result is norm(x) * (1 + scale) + shift (Dhariwal & Nichol 2021, AdaGN).
     """
@@ -113,7 +113,7 @@ class GroupNorm(nn.Module):
         if channels % self.num_groups:
             raise ValueError(
                 f"{channels} channels cannot be normalised in {self.num_groups} groups: "
-                "num_groups must divide the channels of every level and of every level's skip connections"
+                "num_groups must divide the channels of every level and of its skip connections"
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -126,10 +126,10 @@ class GroupNorm(nn.Module):
 class ResBlock(nn.Module):
     """norm, activation, conv; add the time embedding; norm, activation, dropout, conv; plus the input.
 
-    Input [B, H, W, C], the embedding [B, E], already through the activation (None: nothing is added), and what a skip
-    connection brings, [B, H, W, D], to be joined to the input's channels; output [B, H, W, features]. With `resample`
+    Takes the input [B, H, W, C], the embedding [B, E] after its activation (None: nothing is added), and the skip
+    connection [B, H, W, D], which is concatenated to the input's channels; returns [B, H, W, features]. With `resample`
     "down" (the mean of 2 x 2 pixels) or "up" (nearest neighbours) both branches change the size before the first
-    convolution (BigGAN's). The sum of both branches is divided by `residual_scale`.
+    convolution (as in BigGAN). The sum of both branches is divided by `residual_scale`.
     """
 
     features: int
@@ -172,14 +172,14 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """norm, multi-head attention among the pixels (or p x p patches), added to the input [B, H, W, C].
 
-    There are `num_heads` heads, or with `head_channels` as many of that width as fit into C. Logits are scaled by a
-    head's width ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in
-    ViT), which divides the cost of the attention matrix by p ** 4. With `num_groups` 0 there is no norm.
+    There are `num_heads` heads, or with `head_channels` as many heads of that width as fit into C. Logits are scaled by
+    a head's width ** -0.5. With `patch_size` p > 1 a token is a patch's p * p * C features (as in ViT), which divides
+    the cost of the attention matrix by p ** 4. With `num_groups` 0 there is no norm.
 
-    Where `context` [B, L, D] is given, as in text-conditional models, the tokens also attend to it, or to those of it
-    that `mask` [B, L] names: with `cross_attention` "separate" in an attention of its own that follows, with "joint" in
-    the same softmax, over the context's keys and the tokens' own (GLIDE: Nichol et al. 2021, arXiv:2112.10741), with
-    "alone" instead of to one another. With `context_groups` above 0, the last two have a group norm of the context.
+    If `context` [B, L, D] is given, as in text-conditional models, the tokens also attend to it, or to the part of it
+    selected by `mask` [B, L]: with `cross_attention` "separate" in a second attention that follows; with "joint" in the
+    same softmax, over the context's keys and the tokens' own (GLIDE: Nichol et al. 2021, arXiv:2112.10741); with
+    "alone" instead of to one another. With `context_groups` above 0, the last two apply a group norm to the context.
     """
 
     num_heads: int = 1
@@ -227,9 +227,9 @@ class AttentionBlock(nn.Module):
         return x.reshape(shape)
 
     def _attend_with(self, tokens: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Attention to the context, and unless it is "alone", in the same softmax to the tokens themselves."""
+        """Attention to the context and, unless cross_attention is "alone", in the same softmax to the tokens."""
         if self.context_groups:
-            # Over the tokens, too, padding included, as DeepFloyd IF does.
+            # The statistics are over the tokens as well, padding included, as in DeepFloyd IF.
             norm = GroupNorm(self.context_groups, 1e-5, name="context_norm")
             context = norm(context[:, None])[:, 0]
         if self.cross_attention == "alone":
@@ -241,7 +241,7 @@ class AttentionBlock(nn.Module):
     def _attend(
         self, tokens: jax.Array, sources: dict[str, jax.Array], mask: jax.Array | None = None, prefix: str = ""
     ) -> jax.Array:
-        """Attention from the tokens to all sources, whose keys are the prefixes of their projections' names."""
+        """Attention from the tokens to all sources, a dict from the prefix of the projections' names."""
         width = tokens.shape[-1] // self.patch_size**2
         num_heads = width // self.head_channels if self.head_channels else self.num_heads
         heads = (num_heads, self.head_channels or width // num_heads)
@@ -263,8 +263,8 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width: a strided 3 x 3 convolution (the original's), or pooling over 2 x 2.
 
-    The convolution pads as TensorFlow's SAME does, at the right and bottom only; with `symmetric`, by one pixel on
-    every side, as PyTorch's does.
+    The convolution pads at the right and bottom only, as TensorFlow's SAME does; with `symmetric`, by one pixel on
+    every side, as PyTorch does.
     """
 
     method: str = "conv"
@@ -285,7 +285,7 @@ class Upsample(nn.Module):
     """Doubles height and width: nearest neighbours, then a 3 x 3 convolution (the original's), or a transposed 4 x 4
     convolution of stride 2 (the article's).
 
-    With nearest neighbours, `size` may be one less along a side, where the halving that this undoes rounded up.
+    With nearest neighbours, `size` may be one less along a side, if the corresponding halving rounded up.
     """
 
     method: str = "nearest"

@@ -1,4 +1,4 @@
-"""A network with the encoder of text that is trained along with it."""
+"""A network together with the text encoder that is trained with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ import jax
 
 
 class Captioned(nn.Module):
-    """A network whose condition is a text: an encoder turns its tokens into what the network attends to.
+    """A network conditioned on a text: an encoder turns the text's tokens into the states that the network attends to.
 
     Attributes:
-      net: called (x, t, cond, train=...), such as a `UNet`.
-      encoder: called (ids, mask), such as a `TextEncoder` or a `CLIPTextEncoder`.
-      mask_padding: whether the network attends to the tokens of a text alone, not to its padding.
-      pooled: whether it is given the state of the whole text, too.
-      encode_padding: whether the encoder sees padding as tokens like any others.
+      net: called with (x, t, cond, train=...), such as a `UNet`.
+      encoder: called with (ids, mask), such as a `TextEncoder` or a `CLIPTextEncoder`.
+      mask_padding: whether the network attends only to the tokens of a text, not to its padding.
+      pooled: whether the network also takes the state of the whole text.
+      encode_padding: whether the encoder treats padding like other tokens.
     """
 
     net: nn.Module
@@ -28,14 +28,14 @@ class Captioned(nn.Module):
         """The network's output.
 
         Args:
-          x, t, train: of the network.
-          cond: "ids" int32 [B, L] and "ids_mask" bool [B, L] of texts, or what `encode` made of them.
+          x, t, train: passed to the network.
+          cond: "ids" int32 [B, L] and "ids_mask" bool [B, L] of texts, or the result of `encode`.
         """
         return self.net(x, t, self.encode(cond) if "ids" in cond else cond, train=train)
 
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """The texts as the network's own condition, so that sampling runs the encoder once: "tokens", and "tokens_mask"
-        and "vector" where it is given them, beside the other entries of the condition."""
+        """Converts the texts to the network's own condition, so that sampling runs the encoder once: "tokens" and, if
+        the network takes them, "tokens_mask" and "vector", besides the other entries of the condition."""
         states = self.encoder(cond["ids"], None if self.encode_padding else cond["ids_mask"])
         encoded = {name: value for name, value in cond.items() if name not in ("ids", "ids_mask")}
         encoded["tokens"] = states.tokens

@@ -1,8 +1,7 @@
-"""CLIP's encoders of text and of images, which are used frozen, and a small one of text that learns along with the
-network.
+"""CLIP's text and image encoders, which are used frozen, and a small text encoder that is trained with the network.
 
-Those of text turn token ids int32 [B, L] into `TextStates`: a state for each token, to attend to, and one vector for
-the whole. That of images turns pixels [B, H, W, C] into `ImageStates`, the same for the patches of an image.
+Text encoders turn token ids int32 [B, L] into `TextStates`: a state for each token, to attend to, and one vector for
+the whole text. The image encoder turns pixels [B, H, W, C] into `ImageStates`, the same for the patches of an image.
 """
 
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from ddpm_jax.models.transformer import TextStates, Transformer, layer_norm, mea
 
 
 class ImageStates(NamedTuple):
-    """What an encoder makes of an image.
+    """An encoder's output for images.
 
     Attributes:
       patches: float32 [B, N, D], a state for each patch, row by row, before the last layer norm.
@@ -33,16 +32,16 @@ class CLIPTextEncoder(nn.Module):
     """CLIP's text encoder (Radford et al. 2021, arXiv:2103.00020), a causal Transformer.
 
     The defaults are those of ViT-L/14, which Stable Diffusion 1.x uses: 123,060,480 parameters. `tokens` are the states
-    behind the final layer norm; `pooled` is the one at the end token, the only one that has seen the whole text.
+    after the final layer norm; `pooled` is the one at the end token, which alone has seen the whole text.
 
     Attributes:
       vocab_size: number of tokens.
       max_length: the most tokens a text may have, as many as there are position embeddings.
       width: width of the states.
       num_layers, num_heads, mlp_width, activation, epsilon: of the Transformer.
-      end_token: id of the end token; at its first place lies the pooled state. None: at the largest id of the text.
-      projection: width of the projection, which has no bias; None: there is none.
-      dtype: what matrix products compute in; parameters and output are float32.
+      end_token: id of the end token; the pooled state is at its first position. None: at the largest id of the text.
+      projection: width of the projection, which has no bias; None: no projection.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     vocab_size: int = 49_408
@@ -68,8 +67,8 @@ class CLIPTextEncoder(nn.Module):
 
         Args:
           ids: int32 [B, L] with L up to max_length, each row with its end token.
-          mask: bool [B, L], the tokens that are not padding; None: all tokens, as in Stable Diffusion. No token sees
-            those behind it, so that a mask changes the states of padding alone.
+          mask: bool [B, L], the tokens that are not padding; None: all tokens, as in Stable Diffusion. Tokens do not
+            attend to later ones, so a mask only changes the states of padding.
 
         Returns:
           The states, with `projected` if there is a projection.
@@ -97,18 +96,18 @@ class CLIPTextEncoder(nn.Module):
 class CLIPImageEncoder(nn.Module):
     """CLIP's image encoder (Radford et al. 2021, arXiv:2103.00020), a Vision Transformer.
 
-    The image is cut into patches that do not overlap (a convolution without bias whose stride is its size). A learned
-    class token goes before them, and its state behind the last layer norm is `pooled`. The defaults are those of
-    ViT-L/14: 303,179,776 parameters without the projection.
+    The image is cut into non-overlapping patches (a convolution without bias whose stride is its size). A learned class
+    token precedes them, and its state after the last layer norm is `pooled`. The defaults are those of ViT-L/14:
+    303,179,776 parameters without the projection.
 
     Attributes:
       image_size: height and width of an image in pixels, one number if they are equal.
-      patch_size: height and width of a patch; divides both.
-      channels: of an image.
+      patch_size: height and width of a patch; must divide both.
+      channels: channels of an image.
       width: width of the states.
       num_layers, num_heads, mlp_width, activation, epsilon: of the Transformer.
-      projection: width of the projection, which has no bias; None: there is none.
-      dtype: what matrix products compute in; parameters and output are float32.
+      projection: width of the projection, which has no bias; None: no projection.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -134,7 +133,7 @@ class CLIPImageEncoder(nn.Module):
         """Encodes images.
 
         Args:
-          images: float [B, *shape], normalised as the weights were trained with.
+          images: float [B, *shape], normalised as in the training of the weights.
 
         Returns:
           The states, with `projected` if there is a projection.
@@ -171,16 +170,16 @@ class CLIPImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A small encoder that is trained along with the network: each token sees all others, and `pooled` is their mean.
+    """A small encoder that is trained with the network: each token attends to all others, and `pooled` is their mean.
 
-    Padding is masked, so that a text has the same states whatever length it is padded to.
+    Padding is masked, so a text has the same states whatever length it is padded to.
 
     Attributes:
       vocab_size: number of tokens.
       max_length: the most tokens a text may have.
       width: width of the states; the MLPs are four times as wide.
-      num_layers, num_heads: of the Transformer; with 0 layers, a state is the embedding of a token and of its place.
-      dtype: what matrix products compute in; parameters and output are float32.
+      num_layers, num_heads: of the Transformer; with 0 layers, a state is the embedding of a token and its position.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     vocab_size: int
@@ -196,7 +195,7 @@ class TextEncoder(nn.Module):
 
         Args:
           ids: int32 [B, L] with L up to max_length.
-          mask: bool [B, L], the tokens that are not padding; at least one a text.
+          mask: bool [B, L], the tokens that are not padding; at least one per text.
 
         Raises:
           ValueError: more tokens than max_length, or a width that num_heads does not divide.
@@ -208,13 +207,13 @@ class TextEncoder(nn.Module):
 
 
 def _project(width: int | None, pooled: jax.Array) -> jax.Array | None:
-    """The pooled state in the space that texts and images share; called inside a module, like `_embed`."""
+    """The pooled state projected to the space that texts and images share; called inside a module, like `_embed`."""
     return None if width is None else nn.Dense(width, use_bias=False, name="projection")(pooled)
 
 
 def _embed(vocab_size: int, max_length: int, width: int, ids: jax.Array) -> jax.Array:
-    """The sum of learned embeddings of each token and of its position; called inside a module, whose parameters they
-    become."""
+    """The sum of learned embeddings of each token and its position; called inside a module, which owns the
+    parameters."""
     length = ids.shape[-1]
     if length > max_length:
         raise ValueError(f"a text of {length} tokens is longer than max_length, {max_length}")

@@ -1,4 +1,4 @@
-"""How DALL-E 2's decoder is given an image embedding, along with a text."""
+"""The condition of DALL-E 2's decoder: an image embedding, along with a text."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,14 @@ from ddpm_jax.models.transformer import layer_norm
 class EmbeddingCondition(nn.Module):
     """An image embedding and a text as the condition of the decoder's UNet (Ramesh et al. 2022, section 2.1).
 
-    The image embedding becomes a few tokens that go before the text's, and is added to the timestep embedding, as the
-    text's embedding is. Where it is dropped, a learned embedding takes its place.
+    The image embedding becomes a few tokens that precede the text's; it is also added to the timestep embedding, as the
+    text's embedding is. Where it is dropped, a learned embedding replaces it.
 
     Attributes:
-      width: of the tokens that the UNet attends to.
-      time_width: of the UNet's time embedding, four times its base width.
-      num_tokens: how many tokens the image embedding becomes.
-      dtype: what matrix products compute in; parameters and output are float32.
+      width: width of the tokens that the UNet attends to.
+      time_width: width of the UNet's time embedding, four times its base width.
+      num_tokens: number of tokens that the image embedding becomes.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     width: int
@@ -35,14 +35,14 @@ class EmbeddingCondition(nn.Module):
         """The condition of the UNet.
 
         Args:
-          embedding: [B, D], of images, with the mean and the variance that CLIP's have.
-          cond: of the text, where there is one: "tokens" [B, L, C], the states of its tokens, "vector" [B, E], its
-            embedding, and perhaps "tokens_mask" bool [B, L].
-          dropped: bool [B], the examples whose image embedding is left out; None: none.
+          embedding: [B, D], image embeddings with the mean and variance of CLIP's.
+          cond: the text's entries, if there is a text: "tokens" [B, L, C], the states of its tokens, "vector" [B, E],
+            its embedding, and optionally "tokens_mask" bool [B, L].
+          dropped: bool [B], the examples whose image embedding is dropped; None: none.
 
         Returns:
           "tokens" [B, num_tokens + L, width], "vector" [B, time_width], to be added to the time embedding as it is, and
-          "tokens_mask" where there was one.
+          "tokens_mask" if cond has one.
         """
         dense = {"dtype": self.dtype}
         null = self.param("null", nn.initializers.normal(0.02), embedding.shape[-1:])
@@ -64,11 +64,11 @@ class EmbeddingCondition(nn.Module):
 
 
 class Embedded(nn.Module):
-    """A network that is given an image embedding.
+    """A network conditioned on an image embedding.
 
     Attributes:
-      net: called (x, t, cond, train=...), a `UNet` with vector_embedding "none".
-      condition: what makes its `cond`.
+      net: called with (x, t, cond, train=...), a `UNet` with vector_embedding "none".
+      condition: makes the network's `cond`.
     """
 
     net: nn.Module

@@ -1,4 +1,4 @@
-"""Sampling whose last step has a network of its own."""
+"""A separate network for the last sampling step."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 class OwnLastStep(nn.Module):
-    """Two networks of the same kind, one of them for the lowest timestep alone, as Karlo's super-resolution has them.
+    """Two networks of the same kind, one of them for timestep 0 only, as in Karlo's super-resolution.
 
     Attributes:
-      net: called (x, t, cond, train=...), such as a `UNet`.
-      last: the same, in its place at timestep 0.
+      net: called with (x, t, cond, train=...), such as a `UNet`.
+      last: a network of the same kind, used at timestep 0.
     """
 
     net: nn.Module
@@ -24,12 +24,12 @@ class OwnLastStep(nn.Module):
         """The output of one of the networks.
 
         Args:
-          x, cond: of the networks.
+          x, cond: passed to the network.
           t: [B], the same for all, as in sampling.
-          train: is refused, since in training every example has a timestep of its own.
+          train: must be False, since in training every example has its own timestep.
         """
         if train:
-            raise ValueError("the last step has a network of its own (upscale.own_last_step), and this is not trained")
+            raise ValueError("a network with upscale.own_last_step cannot be trained, only sampled from")
         if self.is_initializing():
             self.last(x, t, cond)
             return self.net(x, t, cond)

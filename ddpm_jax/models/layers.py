@@ -1,7 +1,7 @@
-"""The operations where a UNet's time goes: convolution, matrix product, upsampling convolution, group norm.
+"""The operations that dominate a UNet's run time: convolution, matrix product, upsampling convolution, group norm.
 
-Pure functions on NHWC arrays, formulated so that XLA compiles them well on every backend; `blocks.py` gives them
-parameters. None changes the mathematics of its layer: the tests hold each to `jax.lax` or Flax.
+They are pure functions on NHWC arrays, written so that XLA compiles them well on every backend; `blocks.py` gives them
+parameters. None changes the mathematics of its layer: the tests compare each with `jax.lax` or Flax.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from ddpm_jax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-KEPT = "kept"  # name, for `jax.checkpoint`, of what is small or takes long to compute again
+KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
 _LARGE_KERNEL = 2**19  # elements
 
@@ -24,10 +24,10 @@ _identity = jax.jit(lambda x: x)
 
 
 def _materialize(x: jax.Array) -> jax.Array:
-    """x itself, but computed once and written to memory.
+    """Returns x, but computed once and written to memory.
 
     XLA's CPU backend repeats a chain of cheap operations in each of its consumers, and the gradient that arrives at a
-    layer is a long chain with many. It does not look through a call that may not be inlined.
+    layer is a long chain with many consumers. XLA does not look through a call that must not be inlined.
     """
     with set_xla_metadata(inlineable="false"):
         return _identity(x)
@@ -44,11 +44,11 @@ def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """Convolution of stride 1 whose gradient is fast on CPUs too.
+    """Convolution with stride 1 whose gradient is fast on CPUs too.
 
-    On CPUs large 3 x 3 convolutions and both of their gradients take Winograd's way (`winograd.py`), together 1.2 to
-    2.4 times faster than XLA's own (`benchmarks/layers.py`). Like each function with a custom gradient, this one has
-    reverse-mode derivatives only.
+    On CPUs large 3 x 3 convolutions and both of their gradients use Winograd's algorithm (`winograd.py`), together 1.2
+    to 2.4 times faster than XLA's own (`benchmarks/layers.py`). Like all functions with a custom gradient, this one
+    supports reverse-mode differentiation only.
 
     Args:
       x: [B, H, W, C].
@@ -114,9 +114,10 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 
 def upsampling_kernel(kernel: jax.Array) -> jax.Array:
-    """The [4, 4, C, D] kernel of the transposed convolution that equals nearest upsampling, then `kernel` [3, 3, C, D].
+    """The transposed convolution's kernel [4, 4, C, D] that equals nearest upsampling, then `kernel` [3, 3, C, D].
 
-    Both repeat each pixel over a 2 x 2 square: the convolution of the 3 x 3 kernel with a 2 x 2 square of ones.
+    Nearest upsampling repeats each pixel over a 2 x 2 square, so the result is the 3 x 3 kernel convolved with a 2 x 2
+    square of ones.
     """
     return sum(  # type: ignore[return-value]
         jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)
@@ -126,13 +127,13 @@ def upsampling_kernel(kernel: jax.Array) -> jax.Array:
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Doubles height and width: a convolution with a 4 x 4 kernel over x with zeros between its pixels.
 
-    Every output pixel sees only 2 x 2 of the kernel's taps, which ones depends on whether its row and column are even.
+    Every output pixel uses only 2 x 2 of the kernel's taps; which ones depends on whether its row and column are even.
     So the four kinds of pixels are four 2 x 2 convolutions of x itself: no arithmetic on zeros, and for nearest
     upsampling 16 multiplications where convolving the enlarged image takes 36.
 
     Args:
       x: [B, H, W, C].
-      kernel: [4, 4, C, D]; tap (i, j) joins x[h, w] to the output pixel (2 h + 2 - i, 2 w + 2 - j).
+      kernel: [4, 4, C, D]; tap (i, j) connects x[h, w] to the output pixel (2 h + 2 - i, 2 w + 2 - j).
 
     Returns:
       [B, 2 H, 2 W, D].
@@ -147,12 +148,12 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int, epsilon: float = 1e-6) -> jax.Array:
     """Group normalisation (Wu & He 2018), then `scale` and `bias`.
 
-    Sums over the pixels come first, over the channels of a group after, so that the large array is read once for the
+    It sums over the pixels first and over the channels of a group second, so that the large array is read once for the
     statistics and once for a single multiply-add per element. Statistics and multiply-add are in float32.
 
     Args:
       x: [B, H, W, C], C divisible by num_groups.
-      scale, bias: [C], or [B, C] where they depend on the example.
+      scale, bias: [C], or [B, C] if they depend on the example.
       num_groups: groups of neighbouring channels that share a mean and a variance.
       epsilon: added to the variance.
 
@@ -175,11 +176,11 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
 
 
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-    """Zeroes each element with probability `rate`, to 16 bits, and divides the others by 1 - rate.
+    """Zeroes each element with probability `rate`, rounded to 16 bits, and divides the others by 1 - rate.
 
-    Two elements share one 32-bit random number, which halves what the random numbers cost: those of the picture's upper
-    half take its lower 16 bits, and those of the other half the upper ones. (Neighbouring channels would have arrays of
-    pairs on the way, which a TPU fills up to whole tiles of 128.)
+    Two elements share one 32-bit random number, which halves the cost: elements in the picture's upper half use the
+    lower 16 bits, those in the lower half the upper 16. (Sharing among neighbouring channels would create arrays of
+    pairs, which a TPU pads to whole tiles of 128.)
     """
     height = x.shape[1]
     bits = jax.random.bits(key, (x.shape[0], (height + 1) // 2, *x.shape[2:]), jnp.uint32)

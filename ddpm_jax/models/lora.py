@@ -1,8 +1,8 @@
 """Low-rank adaptation (LoRA: Hu et al. 2021, arXiv:2106.09685): small factors that change the kernels of a network.
 
-An adapted kernel is W + scale * down @ up, with down [C, r] and up [r, D]. Networks know nothing of it: they are given
-the merged kernels. Adapters are a tree like the network's parameters, with {"down", "up"} in the place of each adapted
-kernel, so that averages, optimisers, checkpoints and shardings treat them as any parameters.
+An adapted kernel is W + scale * down @ up, with down [C, r] and up [r, D]. The networks are unaware of it: they receive
+the merged kernels. Adapters are a tree like the network's parameters, with {"down", "up"} in place of each adapted
+kernel, so averages, optimisers, checkpoints and shardings treat them like any parameters.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# The projections of attention, of which diffusers' training scripts adapt the same.
+# Attention's projections, the ones that diffusers' training scripts adapt.
 _PROJECTIONS = ("query", "key", "value", "out")
 
 
 def init(params: Any, rank: int, key: jax.Array) -> dict[str, Any]:
-    """Adapters of all projections of attention that change nothing yet: `up` is zero, `down` normal with a standard
+    """Initial adapters of all attention projections, which change nothing: `up` is zero, `down` normal with a standard
     deviation of 1 / rank.
 
     Args:
@@ -35,7 +35,7 @@ def init(params: Any, rank: int, key: jax.Array) -> dict[str, Any]:
             down = jax.random.normal(jax.random.fold_in(key, number), (inputs, rank)) / rank
             adapters |= {(*path[:-1], "down"): down, (*path[:-1], "up"): jnp.zeros((rank, outputs))}
     if not adapters:
-        raise ValueError("lora.rank is for networks with attention, and this one has none")
+        raise ValueError("lora.rank needs a network with attention, and this one has none")
     return unflatten_dict(adapters)
 
 
@@ -44,12 +44,12 @@ def _is_adapted(path: tuple[str, ...]) -> bool:
 
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float | jax.Array = 1.0) -> dict[str, Any]:
-    """The parameters with the adapters of some kernels added to them, in the parameters' dtype.
+    """The parameters with the adapters added to their kernels, in the parameters' dtype.
 
     Args:
       params: of the network.
-      adapters: as of `init`.
-      scale: of the change; alpha / rank in the paper.
+      adapters: as returned by `init`.
+      scale: factor of the change; alpha / rank in the paper.
     """
     merged, flat = dict(flatten_dict(params)), flatten_dict(adapters)
     for path in {path[:-1] for path in flat}:

@@ -1,4 +1,4 @@
-"""Attention pooling: one vector for all tokens of a text (as in DeepFloyd IF; after CLIP, Radford et al. 2021)."""
+"""Attention pooling: one vector for all tokens of a text (DeepFloyd IF's, after CLIP's; Radford et al. 2021)."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ class TokenPooling(nn.Module):
     Attributes:
       features: width of the vector.
       num_heads: heads of the attention; must divide the tokens' width.
-      dtype: what matrix products compute in.
+      dtype: compute dtype of matrix products.
     """
 
     features: int
@@ -30,7 +30,7 @@ class TokenPooling(nn.Module):
 
         Args:
           tokens: [B, L, D].
-          mask: bool [B, L], the tokens that count, at least one an example; None: all.
+          mask: bool [B, L], the tokens to pool, at least one per example; None: all.
 
         Returns:
           [B, features].

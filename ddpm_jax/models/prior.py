@@ -1,4 +1,4 @@
-"""DALL-E 2's prior: the Transformer that denoises CLIP's embedding of an image, given a text."""
+"""DALL-E 2's prior: a Transformer that denoises CLIP's image embedding, given a text."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ _EPSILON = 1e-5  # of every layer norm
 
 
 class Prior(nn.Module):
-    """Predicts the image embedding that a noised one comes from (Ramesh et al. 2022, arXiv:2204.06125, section 2.2).
+    """Predicts the clean image embedding from a noised one (Ramesh et al. 2022, arXiv:2204.06125, section 2.2).
 
         net = Prior(width=256, num_layers=4, num_heads=4)
         cond = {"tokens": tokens, "tokens_mask": mask, "vector": vector}             # of CLIP's text encoder
@@ -23,20 +23,20 @@ class Prior(nn.Module):
         x_0 = net.apply(variables, x, t, cond)                                       # [B, 1, 1, D]
 
     A causal Transformer runs over the states of the text's tokens, the text's embedding, the timestep, the noised image
-    embedding and a learned query, whose output is the prediction. An embedding takes the place of an image of one
-    pixel, so that whatever diffuses and samples images does so with embeddings. DALL-E 2 trains the network to predict
-    x_0. The defaults are those of Karlo's prior: 1,022,028,544 parameters for embeddings of 768.
+    embedding and a learned query, whose output is the prediction. An embedding has the shape of an image of one pixel,
+    so that diffusion and sampling work as for images. DALL-E 2 trains the network to predict x_0. The defaults are
+    those of Karlo's prior: 1,022,028,544 parameters for embeddings of width 768.
 
     Attributes:
       width: width of the tokens in the Transformer.
       num_layers, num_heads: of the Transformer, whose MLPs are four times as wide.
-      num_tokens: how many tokens a text has, padding included.
-      time_width: width of the hidden layer of the time embedding; None: width.
-      time_activation: behind that layer: "swish", "gelu", "mish" or "relu".
-      project_tokens: the states of tokens pass a dense layer; without it they need the Transformer's width.
-      norm_vector: the text's embedding passes a layer norm first.
-      norm_in: a layer norm before the first block.
-      dtype: what matrix products compute in; parameters and output are float32.
+      num_tokens: number of tokens of a text, padding included.
+      time_width: width of the time embedding's hidden layer; None: width.
+      time_activation: activation of that layer: "swish", "gelu", "mish" or "relu".
+      project_tokens: whether the tokens' states pass through a dense layer; otherwise they must have width `width`.
+      norm_vector: whether the text's embedding passes through a layer norm first.
+      norm_in: whether there is a layer norm before the first block.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     width: int = 2048
@@ -52,7 +52,7 @@ class Prior(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
-        """Predicts the clean embeddings (or the noise, or v: what the loss trains it to).
+        """Predicts the clean embeddings (or the noise or v, depending on the loss).
 
         Args:
           x: [B, 1, 1, D], the noised embeddings.
@@ -60,14 +60,14 @@ class Prior(nn.Module):
           cond: a dict of
             "tokens": [B, num_tokens, C], the states of the text's tokens;
             "vector": [B, E], the text's embedding;
-            "tokens_mask": bool [B, num_tokens], the tokens that are attended to; without it, all.
-          train: as every network of a run takes it; nothing here is dropped out.
+            "tokens_mask": bool [B, num_tokens], the tokens to attend to; without it, all.
+          train: accepted like in all networks; there is no dropout here.
 
         Returns:
           float32 [B, 1, 1, D].
 
         Raises:
-          ValueError: shapes or conditioning that do not fit, in words.
+          ValueError: shapes or conditioning that do not fit.
         """
         self._check(x, t, cond)
         dense = {"dtype": self.dtype}
@@ -107,9 +107,9 @@ class Prior(nn.Module):
         if self.time_activation not in ACTIVATIONS:
             raise ValueError(f"time_activation is {self.time_activation!r}; accepted: {', '.join(ACTIVATIONS)}")
         if x.ndim != 4 or x.shape[1:3] != (1, 1):
-            raise ValueError(f"x must be [B, 1, 1, D], embeddings in the place of images, not of shape {x.shape}")
+            raise ValueError(f"x has shape {x.shape}; accepted: [B, 1, 1, D], embeddings in place of images")
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape {x.shape[:1]}, one entry an embedding, not {t.shape}")
+            raise ValueError(f"t has shape {t.shape}; accepted: {x.shape[:1]}, one entry per embedding")
         unknown = [name for name in cond if name not in _CONDITIONING]
         if unknown:
             raise ValueError(f"cond has {unknown[0]!r}; accepted: {', '.join(_CONDITIONING)}")
@@ -120,7 +120,7 @@ class Prior(nn.Module):
                 )
         tokens = cond["tokens"].shape
         if tokens[1] != self.num_tokens:
-            raise ValueError(f"the texts have {tokens[1]} tokens; accepted: num_tokens, {self.num_tokens}")
+            raise ValueError(f"the texts have {tokens[1]} tokens; accepted: {self.num_tokens} (num_tokens)")
         if not self.project_tokens and tokens[2] != self.width:
             raise ValueError(
                 f"the tokens' states have width {tokens[2]}; accepted without project_tokens: {self.width}"

@@ -12,17 +12,17 @@ class SpatialTransformer(nn.Module):
     """norm, projection, `depth` blocks over the pixels as tokens, projection; plus the input [B, H, W, C].
 
     Each block is layer norm and self-attention, layer norm and cross-attention to the context, layer norm and an MLP of
-    width 4 C with GEGLU (Shazeer 2020, arXiv:2002.05202), each added to what goes in. The last projection starts at
-    (almost) zero, so that the whole starts as the identity.
+    width 4 C with GEGLU (Shazeer 2020, arXiv:2002.05202), each with a residual connection. The last projection starts
+    at (almost) zero, so that the module starts as the identity.
 
-    The projections are 1 x 1 convolutions in Stable Diffusion 1.x and linear layers in 2.x, which is the same thing.
+    The projections are 1 x 1 convolutions in Stable Diffusion 1.x and linear layers in 2.x, which are equivalent.
 
     Attributes:
-      depth: blocks.
+      depth: number of blocks.
       num_heads: heads of every attention; must divide C. Not with head_width.
-      head_width: channels of a head, C / head_width heads; must divide C. Not with num_heads.
+      head_width: channels of a head, so that there are C / head_width heads; must divide C. Not with num_heads.
       num_groups: groups of the group norm.
-      dtype: what matrix products compute in.
+      dtype: compute dtype of matrix products.
     """
 
     depth: int = 1
@@ -38,7 +38,7 @@ class SpatialTransformer(nn.Module):
         Args:
           x: [B, H, W, C].
           context: [B, L, D], the states of a text's tokens.
-          mask: bool [B, L], the tokens that are attended to, at least one an example; None: all.
+          mask: bool [B, L], the tokens to attend to, at least one per example; None: all.
 
         Returns:
           [B, H, W, C].

@@ -1,4 +1,4 @@
-"""T5's encoder of text (Raffel et al. 2020, arXiv:1910.10683), which Imagen uses frozen."""
+"""T5's text encoder (Raffel et al. 2020, arXiv:1910.10683), which Imagen uses frozen."""
 
 import flax.linen as nn
 import jax
@@ -10,25 +10,25 @@ from ddpm_jax.models.transformer import TextStates, Transformer, mean_state, rms
 
 
 class T5Encoder(nn.Module):
-    """The encoder of T5 and of T5 v1.1: a Transformer whose tokens know one another's places by their distance alone.
+    """The encoder of T5 and T5 v1.1: a Transformer with relative position embeddings.
 
-    Each attention adds a learned bias to its logits, which depends on how far the key lies behind or before the query;
-    all layers share it. Logits are not scaled, norms have no mean and linear layers no bias. The defaults are those of
-    the small T5 v1.1: 35,332,800 parameters. XXL, which Imagen uses, has width 4,096, 24 layers, 64 heads of 64 and
-    mlp_width 10,240: 4,762,310,656.
+    Each attention adds a learned bias to its logits, which depends on how far the key is after or before the query; all
+    layers share it. Logits are not scaled, norms do not subtract the mean, and linear layers have no bias. The defaults
+    are those of the small T5 v1.1: 35,332,800 parameters. XXL, which Imagen uses, has width 4,096, 24 layers, 64 heads
+    of width 64 and mlp_width 10,240: 4,762,310,656 parameters.
 
-    `tokens` are the states behind the final norm. T5 has no state for the whole text, so that `pooled` is the mean over
-    the tokens of the text, its end token included.
+    `tokens` are the states after the final norm. T5 has no state for the whole text, so `pooled` is the mean over the
+    text's tokens, including its end token.
 
     Attributes:
       vocab_size: number of tokens.
       width: width of the states.
       num_layers, num_heads, head_width, mlp_width, activation, gated, epsilon: of the Transformer. The original T5 has
         "relu" and no gate.
-      num_buckets: of distances; half of them are for keys before the query. A quarter are for one distance each, a
-        quarter for ranges that grow with the distance.
-      max_distance: from which on all distances share a bucket; above a quarter of num_buckets.
-      dtype: what matrix products compute in; parameters and output are float32.
+      num_buckets: number of distance buckets, half of them for keys before the query. In each direction, half of the
+        buckets hold one distance each, the others ranges that grow with the distance.
+      max_distance: the distance from which all share one bucket; above a quarter of num_buckets.
+      dtype: compute dtype of matrix products; parameters and output are float32.
     """
 
     vocab_size: int = 32_128
@@ -59,11 +59,11 @@ class T5Encoder(nn.Module):
 
         Args:
           ids: int32 [B, L].
-          mask: bool [B, L], the tokens that are not padding, at least one a text; None: all tokens.
+          mask: bool [B, L], the tokens that are not padding, at least one per text; None: all tokens.
         """
         x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(1.0), name="tokens")(ids)
         biases = nn.Embed(self.num_buckets, self.num_heads, name="distances")
-        distances = np.arange(ids.shape[1]) - np.arange(ids.shape[1])[:, None]  # [L, L], of a key from a query
+        distances = np.arange(ids.shape[1]) - np.arange(ids.shape[1])[:, None]  # [L, L], from query to key
         logit_bias = biases(distance_buckets(distances, self.num_buckets, self.max_distance)).transpose(2, 0, 1)
         transformer = Transformer(
             self.num_layers,
@@ -87,18 +87,18 @@ class T5Encoder(nn.Module):
 def distance_buckets(distances: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
     """The bucket, int32 from 0 to num_buckets - 1, of each distance.
 
-    With n = num_buckets / 2 buckets for each direction and m = n / 2, a distance d below m has bucket d, and one from m
-    on has m + (n - m) log(d / m) / log(max_distance / m), rounded down, at most n - 1. Keys behind the query have the
+    With n = num_buckets / 2 buckets for each direction and m = n / 2, a distance d below m has bucket d, and a larger
+    one has m + (n - m) log(d / m) / log(max_distance / m), rounded down, at most n - 1. Keys after the query use the
     upper half of the buckets.
 
     Args:
-      distances: int, place of the key less that of the query.
-      num_buckets, max_distance: as of `T5Encoder`.
+      distances: int, position of the key minus that of the query.
+      num_buckets, max_distance: as in `T5Encoder`.
     """
     each = num_buckets // 2
     exact = each // 2
     size = np.abs(distances)
-    # In float32, as the weights were trained, where the rounded logarithm decides.
+    # In float32, as in the training of the weights, since rounding the logarithm can decide.
     share = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
     far = np.minimum(exact + (share * (each - exact)).astype(np.int32), each - 1)
     return (np.where(distances > 0, each, 0) + np.where(size < exact, size, far)).astype(np.int32)

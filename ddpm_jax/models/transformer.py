@@ -1,7 +1,7 @@
-"""The Transformer that the encoders share (Vaswani et al. 2017, arXiv:1706.03762), norms before each part.
+"""The Transformer that the encoders share (Vaswani et al. 2017, arXiv:1706.03762), with pre-normalisation.
 
-Parameters are float32. `dtype` is what matrix products compute in; the statistics of norms and the softmax stay in
-float32. A mask is boolean and names the tokens that may be attended to; a row of it needs at least one.
+Parameters are float32. `dtype` is the compute dtype of matrix products; the statistics of norms and the softmax stay
+in float32. A mask is boolean and selects the tokens to attend to, at least one per row.
 """
 
 from typing import NamedTuple
@@ -15,17 +15,17 @@ from ddpm_jax.models.blocks import Dense, Dtype, kernel_init
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),  # of T5 v1.1
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of the original CLIP
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),  # T5 v1.1's
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # the original CLIP's
     "relu": nn.relu,
 }
 
 
 class TextStates(NamedTuple):
-    """What an encoder makes of a text.
+    """An encoder's output for texts.
 
     Attributes:
-      tokens: float32 [B, L, D], a state for each token. Those of padding are of no use and must be masked.
+      tokens: float32 [B, L, D], a state for each token. The states of padding are meaningless and must be masked.
       pooled: float32 [B, D], the state of the whole text.
       projected: float32 [B, P], `pooled` in the space that CLIP shares with images; None without a projection.
     """
@@ -36,7 +36,7 @@ class TextStates(NamedTuple):
 
 
 def mean_state(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The mean [B, D] of the states [B, L, D] of a text's tokens, those that the mask bool [B, L] names."""
+    """The mean [B, D] of the states [B, L, D] of a text's tokens, those selected by the mask, bool [B, L]."""
     if mask is None:
         return tokens.mean(axis=1)
     return jnp.einsum("bl,bld->bd", mask / jnp.sum(mask, axis=-1, keepdims=True), tokens)
@@ -45,14 +45,14 @@ def mean_state(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
     """Layer normalisation over the last axis (Ba et al. 2016), with a learned scale and bias; its output is in `dtype`.
 
-    The variance is the mean of squared deviations: Flax's faster difference of means loses digits on the few large
-    channels that trained encoders have.
+    The variance is the mean of squared deviations: Flax's faster formula, a difference of means, loses precision on the
+    few large channels that trained encoders have.
     """
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def rms_norm(epsilon: float, dtype: Dtype, name: str) -> nn.RMSNorm:
-    """Division by the root mean square of the last axis (Zhang & Sennrich 2019), with a learned scale; its output is in
+    """Root mean square normalisation over the last axis (Zhang & Sennrich 2019), with a learned scale; its output is in
     `dtype`."""
     return nn.RMSNorm(epsilon, dtype=dtype, name=name)
 
@@ -61,7 +61,7 @@ NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
 def dense(features: int, bias: bool, dtype: Dtype, name: str, init_scale: float = 1.0) -> nn.Module:
-    """A linear layer with a bias or without."""
+    """A linear layer, with or without a bias."""
     if bias:
         return Dense(features, init_scale, dtype, name=name)
     return nn.Dense(features, use_bias=False, kernel_init=kernel_init(init_scale), dtype=dtype, name=name)
@@ -71,13 +71,13 @@ class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T / sqrt(width of a head)) v, and a projection that starts at (almost) zero.
 
     Attributes:
-      num_heads: heads.
-      causal: a token attends to itself and to those before it.
-      bias: whether query, key and value have one.
-      dtype: what matrix products compute in.
-      head_width: of each head; None: the width of the input is divided among them, and must be divisible.
-      scale: what q k^T is multiplied by; None: 1 / sqrt(width of a head).
-      out_bias: whether the projection has one.
+      num_heads: number of heads.
+      causal: whether a token attends only to itself and the tokens before it.
+      bias: whether query, key and value have a bias.
+      dtype: compute dtype of matrix products.
+      head_width: width of each head; None: the input's width divided by num_heads.
+      scale: the factor of q k^T; None: 1 / sqrt(width of a head).
+      out_bias: whether the projection has a bias.
     """
 
     num_heads: int
@@ -101,14 +101,14 @@ class Attention(nn.Module):
         Args:
           x: [B, L, C].
           context: [B, M, D]; None: x itself.
-          mask: bool [B, M], the tokens of the context that are attended to; None: all.
+          mask: bool [B, M], the tokens of the context to attend to; None: all.
           logit_bias: [num_heads, L, M], added to the logits.
 
         Returns:
           [B, L, C].
 
         Raises:
-          ValueError: num_heads does not divide C, where there is no head_width.
+          ValueError: num_heads does not divide C, and there is no head_width.
         """
         heads, width = self.num_heads, x.shape[-1]
         if self.head_width is None and width % heads:
@@ -129,22 +129,22 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """Blocks of norm, self-attention, residual, norm, MLP, residual.
 
-    There is no norm behind the last block; the modules that use it have their own.
+    There is no norm after the last block; the modules that use it have their own.
 
     Attributes:
-      num_layers: blocks.
+      num_layers: number of blocks.
       num_heads: heads of every attention.
       mlp_width: width of the MLP's hidden layer.
-      causal: a token sees itself and those before it.
-      activation: of the MLP, "gelu" (exact), "gelu_new" (approximated by tanh), "quick_gelu", x * sigmoid(1.702 x), or
+      causal: whether a token attends only to itself and the tokens before it.
+      activation: of the MLP: "gelu" (exact), "gelu_new" (approximated by tanh), "quick_gelu" (x * sigmoid(1.702 x)) or
         "relu".
       epsilon: of every norm.
-      dtype: what matrix products compute in.
+      dtype: compute dtype of matrix products.
       norm: "layer" or "rms".
-      bias: whether the linear layers have one.
+      bias: whether the linear layers have a bias.
       gated: whether the MLP's hidden layer is multiplied by a second linear layer of the same width (Shazeer 2020,
         arXiv:2002.05202).
-      head_width, scale: as of `Attention`.
+      head_width, scale: as in `Attention`.
     """
 
     num_layers: int
@@ -166,15 +166,14 @@ class Transformer(nn.Module):
 
         Args:
           x: [B, L, C].
-          mask: bool [B, L], the tokens that others attend to; None: all. What comes out at the others is of no use.
+          mask: bool [B, L], the tokens to attend to; None: all. The outputs at the others are meaningless.
           logit_bias: [num_heads, L, L], added to the logits of every attention.
 
         Returns:
           [B, L, C] in `dtype`.
 
         Raises:
-          ValueError: num_heads does not divide C where there is no head_width, or an activation or norm that there is
-            not.
+          ValueError: num_heads does not divide C and there is no head_width, or an unknown activation or norm.
         """
         for name, value, known in (("activation", self.activation, ACTIVATIONS), ("norm", self.norm, NORMS)):
             if value not in known:

@@ -43,58 +43,59 @@ class UNet(nn.Module):
         eps = net.apply(variables, x, t, train=True, rngs={"dropout": key})          # with dropout
 
     The defaults are the original's CIFAR-10 network: 35,746,307 parameters on 32x32x3. The encoder has
-    `num_res_blocks` residual blocks a level, each level but the last ending in a halving of the size; the decoder
-    mirrors it with one block more a level, each taking the encoder's output of the same place.
+    `num_res_blocks` residual blocks per level, and each level but the last ends by halving the size. The decoder
+    mirrors it with one more block per level, each of which also takes the corresponding output of the encoder.
 
     Attributes:
       channels: base width, of the first convolution; level i has channels * channel_multipliers[i].
-      channel_multipliers: one a level, from the full size down.
-      level_channels: the width of each level, of any values; takes the place of channel_multipliers.
-      num_res_blocks: residual blocks a level in the encoder.
-      level_res_blocks: the residual blocks of each level in the encoder; takes the place of num_res_blocks.
-      attention_resolutions: a level has attention when its longer side is one of these.
-      attention_levels: on or off for each level; takes the place of attention_resolutions.
-      middle_attention: attention in the middle block.
+      channel_multipliers: one per level, from the full size down.
+      level_channels: the width of each level; replaces channel_multipliers.
+      num_res_blocks: residual blocks per level in the encoder.
+      level_res_blocks: the residual blocks of each level in the encoder; replaces num_res_blocks.
+      attention_resolutions: a level has attention if its longer side is one of these.
+      attention_levels: whether each level has attention; replaces attention_resolutions.
+      middle_attention: whether the middle block has attention.
       middle_attention_groups: groups of the norm before that attention; 0: no norm; None: num_groups.
       num_heads: heads of every attention.
-      head_channels: channels of a head, of which each level has as many as fit; takes the place of num_heads.
+      head_channels: channels of a head; each level has as many heads as fit. Replaces num_heads.
       attention_patch_size: side of the patches that are attention's tokens; 1: pixels.
-      transformer_depth: blocks of the `SpatialTransformer` that takes the place of each attention, as in Stable
-        Diffusion; 0: attention alone. It needs `cond["tokens"]`, and takes neither patches nor middle_attention_groups.
-      cross_attention: how attention without a transformer sees `cond["tokens"]`: "separate" (an attention of its own
-        after the pixels'), "joint" (in one softmax with the pixels) or "alone" (instead of the pixels); the last two
-        need the tokens.
-      context_groups: groups of a norm of the tokens in every "joint" or "alone" attention; 0: no norm.
-      token_channels: what `cond["tokens"]` are projected to first; None: they are not.
-      pooling_heads: heads of the `TokenPooling` of `cond["tokens"]` that is added to the time embedding; 0: none is.
+      transformer_depth: blocks of the `SpatialTransformer` that replaces each attention, as in Stable Diffusion; 0:
+        plain attention. It needs `cond["tokens"]` and supports neither patches nor middle_attention_groups.
+      cross_attention: how attention without a transformer uses `cond["tokens"]`: "separate" (a second attention after
+        the pixels'), "joint" (in one softmax with the pixels) or "alone" (instead of the pixels); the last two need the
+        tokens.
+      context_groups: groups of the tokens' norm in every "joint" or "alone" attention; 0: no norm.
+      token_channels: width that `cond["tokens"]` are projected to first; None: no projection.
+      pooling_heads: heads of the `TokenPooling` of `cond["tokens"]` that is added to the time embedding; 0: no pooling.
       dropout: rate before the second convolution of each residual block, with train=True.
       num_groups: groups of every GroupNorm.
-      norm_epsilon: of every GroupNorm, but for the one of a spatial transformer, 1e-6.
+      norm_epsilon: epsilon of every GroupNorm except that of a spatial transformer, 1e-6.
       activation: in the residual blocks: "swish", "gelu", "mish" or "relu".
       outer_activation: the same inside the time embedding and before the last convolution.
-      residual_scale: what the sum of a residual block's branches is divided by; 2 ** 0.5 keeps the variance.
-      middle_residual_scale: the same in the middle.
+      residual_scale: divisor of the sum of a residual block's branches; 2 ** 0.5 keeps the variance.
+      middle_residual_scale: the same in the middle block.
       time_embedding: "sinusoids", or "learned", one vector for each of num_timesteps.
       time_frequency_shift, time_cosines_first: of the sinusoids; see `blocks.timestep_embedding`.
-      num_timesteps: of a learned time embedding.
+      num_timesteps: number of vectors of a learned time embedding.
       time_channels: width of the time embedding; None: 4 * channels.
-      time_activations: of the whole embedding before it enters the residual blocks, in turn; none: activation.
-      vector_embedding: of `cond["vector"]`: "linear" (a dense layer), "mlp" (two, with swish between them) or "none",
-        where it has the time embedding's width.
-      scale_shift: the time embedding scales and shifts the second norm (Improved DDPM) instead of being added.
+      time_activations: applied in turn to the whole embedding before it enters the residual blocks; none: activation.
+      vector_embedding: how `cond["vector"]` is embedded: "linear" (a dense layer), "mlp" (two, with swish between them)
+        or "none", if it already has the time embedding's width.
+      scale_shift: whether the time embedding scales and shifts the second norm (Improved DDPM) instead of being added.
       downsample: "conv" (stride 2), "avg_pool", "max_pool" or "residual" (a residual block that halves the size).
-      downsample_padding: of "conv": "same", at the right and bottom, or "symmetric", one pixel on every side.
-      downsample_levels: one for each halving, from the full size down; takes the place of downsample.
+      downsample_padding: for "conv": "same", at the right and bottom, or "symmetric", one pixel on every side.
+      downsample_levels: one method for each halving, from the full size down; replaces downsample.
       upsample: "nearest" (then a convolution), "transposed" (4x4, stride 2) or "residual".
-      upsample_levels: the same for the doubling that undoes each halving.
-      center_input: the network sees 2 x - 1.
+      upsample_levels: one method for each doubling, in the order of the halvings that they undo; replaces upsample.
+      center_input: whether the network is applied to 2 x - 1.
       out_channels: channels of the output; None: as many as the input has.
-      learned_variance: the output has as many channels again, the variance's interpolation (Improved DDPM).
-      num_classes: None, or how many classes `cond["label"]` may name.
-      null_class: label num_classes means no class; without it, every call names a class.
-      dtype: what convolutions and matrix products compute in; parameters and output are float32.
-      remat: what the backward pass computes again instead of keeping it: "norms", in residual blocks all but their
-        convolutions, which is cheap where memory is slower than arithmetic; "blocks", all in residual and attention
+      learned_variance: whether the output has twice the channels, the second half for the variance's interpolation
+        (Improved DDPM).
+      num_classes: number of classes of `cond["label"]`; None: no classes.
+      null_class: whether the label num_classes means no class; without it, every call must name a class.
+      dtype: compute dtype of convolutions and matrix products; parameters and output are float32.
+      remat: what the backward pass recomputes instead of storing: "none"; "norms", everything in residual blocks except
+        convolutions, which is cheap if memory is slower than arithmetic; "blocks", everything in residual and attention
         blocks.
     """
 
@@ -147,27 +148,27 @@ class UNet(nn.Module):
     def __call__(
         self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array] | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Predicts the noise (or x_0, or v: what the loss trains it to).
+        """Predicts the noise (or x_0 or v, depending on the loss).
 
         Args:
-          x: [B, H, W, C] in any float dtype; H and W divisible by 2 ** (levels - 1). Where downsampling pads
-            symmetrically and upsampling is "nearest", any size: halving rounds up, as in Stable Diffusion.
+          x: [B, H, W, C] in any float dtype; H and W divisible by 2 ** (levels - 1). If downsampling pads symmetrically
+            and upsampling is "nearest", any size is accepted: halving rounds up, as in Stable Diffusion.
           t: [B], integer or float; integer with a learned time embedding.
           cond: None or a dict of any of
-            "label": int32 [B] in 0..num_classes (num_classes: no class, where there is a null class);
+            "label": int32 [B] in 0..num_classes (num_classes means no class, if there is a null class);
             "vector": [B, D], added to the time embedding (a pooled text embedding, say); see vector_embedding;
             "level": [B], embedded like t and added to the time embedding (the noise level of the "image", say);
-            "image": [B, H, W, D], joined to x's channels (an enlarged low-resolution picture, or a masked one);
+            "image": [B, H, W, D], concatenated to x's channels (an enlarged low-resolution picture, or a masked one);
             "tokens": [B, L, D], which every attention block also attends to (a text encoder's output);
-            "tokens_mask": bool [B, L], the tokens that are attended to, at least one an image; without it, all.
-            A network is initialised with the entries that it will be called with.
-          train: whether to drop out; needs rngs={"dropout": key}.
+            "tokens_mask": bool [B, L], the tokens to attend to, at least one per image; without it, all.
+            Initialise the network with the entries that it will be called with.
+          train: whether to apply dropout; needs rngs={"dropout": key}.
 
         Returns:
           float32 [B, H, W, out_channels], doubled with learned_variance.
 
         Raises:
-          ValueError: sizes, channels or conditioning that do not fit, in words.
+          ValueError: sizes, channels or conditioning that do not fit.
         """
         cond = dict(cond or {})
         self._check(x, t, cond)
@@ -221,7 +222,7 @@ class UNet(nn.Module):
             embedding = sinusoids(t)
         embedding = mlp("time", embedding, outer_activation)
         if self.num_classes is not None:
-            # Without a null class, only an initialisation may leave the classes out, and then any will do.
+            # Without a null class, only initialisation may omit the classes; any class will do there.
             rows, absent = (self.num_classes + 1, self.num_classes) if self.null_class else (self.num_classes, 0)
             labels = nn.Embed(rows, time_channels, name="label")
             embedding += labels(cond.get("label", jnp.full(x.shape[:1], absent)))
@@ -345,9 +346,9 @@ class UNet(nn.Module):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: above 0")
         if x.ndim != 4:
-            raise ValueError(f"x must be [B, H, W, C], not of shape {x.shape}")
+            raise ValueError(f"x has shape {x.shape}; accepted: [B, H, W, C]")
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape {x.shape[:1]}, one entry an image, not {t.shape}")
+            raise ValueError(f"t has shape {t.shape}; accepted: {x.shape[:1]}, one entry per image")
         factor = 2 ** (levels - 1)
         rounds_up = self.downsample == "conv" and self.downsample_padding == "symmetric" and self.upsample == "nearest"
         rounds_up &= not (self.downsample_levels or self.upsample_levels)
@@ -362,12 +363,12 @@ class UNet(nn.Module):
         if unknown:
             raise ValueError(f"cond has {unknown[0]!r}; accepted: {', '.join(CONDITIONING)}")
         if self.transformer_depth and "tokens" not in cond:
-            raise ValueError("cond has no 'tokens', to which the transformers attend (transformer_depth is above 0)")
+            raise ValueError("cond has no 'tokens', which transformer_depth above 0 needs")
         for name in ("token_channels", "pooling_heads"):
             if getattr(self, name) and "tokens" not in cond:
-                raise ValueError(f"cond has no 'tokens', which {name} {getattr(self, name)} is for")
+                raise ValueError(f"cond has no 'tokens', which {name} {getattr(self, name)} needs")
         if self.cross_attention != "separate" and "tokens" not in cond:
-            raise ValueError(f"cond has no 'tokens', which cross_attention {self.cross_attention!r} is for")
+            raise ValueError(f"cond has no 'tokens', which cross_attention {self.cross_attention!r} needs")
         if self.cross_attention != "separate" and self.transformer_depth:
             raise ValueError(
                 f"cross_attention is {self.cross_attention!r}; accepted with a transformer_depth: 'separate'"
@@ -375,7 +376,7 @@ class UNet(nn.Module):
         if self.context_groups and self.cross_attention == "separate":
             raise ValueError(f"context_groups is {self.context_groups}; accepted with cross_attention 'separate': 0")
         if "level" in cond and cond["level"].shape != x.shape[:1]:
-            raise ValueError(f"cond['level'] must have shape {x.shape[:1]}, not {cond['level'].shape}")
+            raise ValueError(f"cond['level'] has shape {cond['level'].shape}; accepted: {x.shape[:1]}")
         if self.transformer_depth and self.attention_patch_size > 1:
             raise ValueError(
                 f"attention_patch_size is {self.attention_patch_size}; accepted with a transformer_depth: 1"

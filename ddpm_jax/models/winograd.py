@@ -4,12 +4,11 @@ With the matrices B, G and A below, a 4 x 4 tile d of the input and the kernel w
 
     A^T [(G w G^T) * (B^T d B)] A
 
-of the output. The product in the middle is, for each of its 4 x 4 places, one matrix product over the channels: 16
-multiplications a square where the convolution as written has 36. B and A hold only 0 and +-1, G only halves and ones,
-so that float32 loses no more than in the plain convolution.
+of the output. For each of its 4 x 4 entries, the product in the middle is one matrix product over the channels: 16
+multiplications per square where direct convolution takes 36. B and A contain only 0 and +-1, G only 0, 1 and +-1/2, so
+float32 loses no more precision than in direct convolution.
 
-The public functions are compiled ones (`jax.jit`), so that a network with many convolutions of one shape traces them
-once.
+The public functions are jit-compiled, so a network with many convolutions of one shape traces them once.
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ Grid = list[list[jax.Array]]  # a matrix of arrays
 
 
 def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> bool:
-    """Whether the convolution (of stride 1) is one that `conv` computes, and sooner than XLA's own."""
+    """Whether `conv` supports this convolution of stride 1 and is faster than XLA's own."""
     batch, height, width, channels = x.shape
     features = kernel.shape[-1]
     return (
@@ -41,7 +40,7 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
         and x.dtype == jnp.float32
         and min(channels, features) >= 64
         and batch * height * width * channels * features >= 2**24
-        and 4 * 4 * x.size < 2**30  # bytes of the tiles, which lie in memory all at once
+        and 4 * 4 * x.size < 2**30  # bytes of the tiles, which are all in memory at once
     )
 
 
@@ -63,8 +62,8 @@ def waiting(kernel: jax.Array, x: jax.Array) -> jax.Array:
 def input_gradient(kernel: jax.Array, g: jax.Array) -> jax.Array:
     """d<g, conv(x, kernel)> / dx: [B, H, W, C] of a kernel [3, 3, C, D] and g [B, H, W, D].
 
-    This is a convolution too, with the kernel transposed and flipped; to flip is to exchange the first and the last
-    row and column of G w G^T.
+    This is a convolution too, with the kernel transposed and flipped; flipping exchanges the first and last rows and
+    columns of G w G^T.
     """
     weights = _sandwich(_G, _taps(kernel))
     flipped = [[weights[i][j] for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
@@ -91,7 +90,7 @@ def _sandwich(m: np.ndarray, grid: Grid) -> Grid:
 
 
 def _matmuls(left: Grid, right: Grid, contract: tuple[int, int]) -> Grid:
-    """At each place the product of two matrices, summed over the axes `contract` of the left and the right."""
+    """The matrix product at each grid place, summed over the axes `contract` of the left and the right."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return [
         [lax.dot_general(a, b, dimensions) for a, b in zip(*rows, strict=True)]

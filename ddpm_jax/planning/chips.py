@@ -1,4 +1,4 @@
-"""Chips and their peaks, and the time that these bound a program by."""
+"""Chips, their peak rates, and the resulting lower bounds on a program's time."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,14 +8,14 @@ from ddpm_jax.planning.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip.
+    """Peak rates of one chip.
 
     Attributes:
-      name: as the maker calls it.
-      flops: bfloat16 multiplications and additions a second in matrix products.
-      bandwidth: bytes a second from and to its memory (HBM).
+      name: the manufacturer's name.
+      flops: bfloat16 multiplications and additions per second in matrix products.
+      bandwidth: bytes per second from and to its memory (HBM).
       memory: bytes of that memory.
-      link: bytes a second that one port of the interconnect sends; 0: not known.
+      link: bytes per second that one port of the interconnect sends; 0: unknown.
     """
 
     name: str
@@ -25,16 +25,16 @@ class Chip:
     link: float = 0.0
 
 
-# Google's pages on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). They give the interconnect's
-# bandwidth for all ports and both ways together: 400 GB/s for v5e's four ports, 1,200 for v5p's six, 800 for v6e's
-# four; v4's 2,400 Gbit/s are of six ports one way.
+# From Google's pages on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). They give the interconnect's
+# bandwidth for all ports and both directions together: 400 GB/s for v5e's four ports, 1,200 for v5p's six, 800 for
+# v6e's four; v4's 2,400 Gbit/s are for six ports in one direction.
 TPUS = {
     "v4": Chip("TPU v4", 275e12, 1200e9, 32e9, 50e9),
     "v5e": Chip("TPU v5e", 197e12, 819e9, 16e9, 50e9),
     "v5p": Chip("TPU v5p", 459e12, 2765e9, 95e9, 100e9),
     "v6e": Chip("TPU v6e", 918e12, 1638e9, 32e9, 100e9),
 }
-# NVIDIA's data sheets, dense bfloat16.
+# From NVIDIA's data sheets, dense bfloat16.
 _GPUS = {
     "A100": Chip("A100", 312e12, 1555e9, 40e9),
     "H100 PCIe": Chip("H100 PCIe", 756e12, 2000e9, 80e9),
@@ -52,7 +52,7 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls so, or None if its peaks are not in the table."""
+    """The chip with this name in jax, or None if its peak rates are not in the table."""
     if device_kind in _KINDS:
         return TPUS[_KINDS[device_kind]]
     return next((chip for name, chip in _GPUS.items() if name in device_kind), None)
@@ -60,7 +60,7 @@ def chip_of(device_kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each unit of a chip is busy at its peak; a step takes the longest of them, or more."""
+    """Seconds that each unit of a chip needs at its peak rate; a step takes at least the longest of them."""
 
     arithmetic: float
     memory: float
@@ -77,9 +77,9 @@ class Roofline:
 
 
 def roofline(chip: Chip, flops: float, traffic: float, collectives: Iterable[Collective]) -> Roofline:
-    """The bounds on a call with so many FLOP, bytes and messages a chip.
+    """The bounds on a call with these FLOP, bytes and messages per chip.
 
-    Messages go around a ring along one axis of the chips, both ways: through two ports.
+    Messages go around a ring along one axis of the chips in both directions, through two ports.
     """
     sent = sum(collective.sent for collective in collectives)
     return Roofline(flops / chip.flops, traffic / chip.bandwidth, sent / (2 * chip.link) if sent else 0.0)

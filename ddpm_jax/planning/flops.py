@@ -1,4 +1,4 @@
-"""Arithmetic, of a traced program."""
+"""The arithmetic of a traced program."""
 
 import math
 from typing import Any
@@ -9,8 +9,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def matrix_flops(jaxpr: ClosedJaxpr) -> float:
     """Multiplications and additions in the matrix products and convolutions of a traced program, of all devices.
 
-    All else is little beside them. A scan counts its body as often as it runs; of several branches the most expensive
-    counts, which is the formulation as written where a backend has a cheaper one.
+    Everything else is negligible. A scan's body counts as often as it runs. Of several branches only the most expensive
+    counts; if a backend has a cheaper formulation, that is the default one.
     """
     return _flops(jaxpr)
 
@@ -25,8 +25,8 @@ def _flops(jaxpr: Any) -> float:
             total += 2.0 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
         elif name == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval, params["dimension_numbers"]
-            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # of one output feature, channels and all
-            dilation = math.prod(params["lhs_dilation"])  # the zeros in between are not multiplied
+            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # per output feature, over all input channels
+            dilation = math.prod(params["lhs_dilation"])  # the inserted zeros are not multiplied
             total += 2.0 * taps * equation.outvars[0].aval.size / dilation
         elif name == "cond":
             total += max(_flops(branch) for branch in params["branches"])

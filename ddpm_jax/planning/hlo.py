@@ -1,4 +1,4 @@
-"""What a compiled program moves from and to memory and sends to other devices, read from its text."""
+"""The memory traffic and communication of a compiled program, from its HLO text."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](?:\{([^}]*)\})?"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # sizes and order of axes, such as [4,2]T(1,0)
-# What moves nothing, or whose bytes count where it started.
+# Operations that move nothing, or whose bytes are counted at their start.
 _FREE = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "tuple"}
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
 
@@ -24,7 +24,7 @@ _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", 
 @dataclasses.dataclass(frozen=True)
 class _Array:
     bytes: int
-    on_chip: bool  # in a memory of the chip's core (VMEM of a TPU) instead of HBM
+    on_chip: bool  # in on-chip memory (a TPU's VMEM) instead of HBM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Collective:
 
     Attributes:
       kind: all-reduce, all-gather, ...
-      bytes: of the whole array that is reduced or put together, on one device.
-      devices: how many take part in each group.
-      along_data: whether a group joins devices of different places along the mesh's data axis.
+      bytes: of the whole array that is reduced or gathered, on one device.
+      devices: number of devices in each group.
+      along_data: whether a group includes devices at different positions along the mesh's data axis.
     """
 
     kind: str
@@ -59,23 +59,23 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends, in a ring."""
+        """Bytes that each device sends in a ring algorithm."""
         share = (self.devices - 1) / self.devices
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one call of a program asks of each device.
+    """What one call of a program demands of each device.
 
     Attributes:
       flops: of matrix products and convolutions.
       traffic: bytes from and to memory (HBM).
-      collectives: its messages, those of one kind and group together.
-      messages: how many there are.
-      peak_memory: bytes that its arguments, results and temporary arrays take.
+      collectives: its messages, merged by kind and group.
+      messages: number of messages.
+      peak_memory: bytes of its arguments, results and temporary arrays.
       state_traffic: bytes of the arguments and results, a part of `traffic` that does not depend on the batch.
-      xla_traffic: bytes by XLA's own count, which holds transfers within the chip and counts asynchronous ones twice.
+      xla_traffic: bytes by XLA's own count, which includes on-chip transfers and counts asynchronous ones twice.
     """
 
     flops: float
@@ -87,7 +87,7 @@ class Program:
     xla_traffic: float
 
     def over(self, calls: int) -> "Program":
-        """One of so many equal parts that follow one another."""
+        """The demand of one of `calls` equal sequential parts."""
         return dataclasses.replace(
             self,
             flops=self.flops / calls,
@@ -98,12 +98,12 @@ class Program:
 
 
 def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Program:
-    """Reads what a compiled program does.
+    """Analyses a compiled program.
 
     Args:
       compiled: the program.
-      flops: of `matrix_flops`, one device's part.
-      fsdp: size of the mesh's second axis; devices are numbered along it first.
+      flops: one device's share of `matrix_flops`.
+      fsdp: size of the mesh's second axis, along which devices are numbered first.
     """
     text = compiled.as_text() or ""
     collectives = parse_collectives(text, fsdp)
@@ -122,23 +122,23 @@ def analyse(compiled: jax.stages.Compiled, flops: float, fsdp: int = 1) -> Progr
 
 
 def memory_traffic(hlo: str) -> float:
-    """Bytes that a compiled program moves from and to HBM: the operands and results of its operations that lie there.
+    """Bytes that a compiled program moves from and to HBM: the operands and results of its operations stored there.
 
-    Loops count as often as they run; of several branches the most expensive counts.
+    Loops count as often as they run; of several branches only the most expensive counts.
     """
     computations, entry = _parse(hlo)
     return _traffic(computations, entry)
 
 
 def state_traffic(hlo: str) -> float:
-    """Bytes of a compiled program's arguments and results: what it moves whatever it does with them."""
+    """Bytes of a compiled program's arguments and results, which it moves in any case."""
     computations, entry = _parse(hlo)
     ends = (i for i in computations[entry] if i.opcode == "parameter" or i.is_root)
     return sum(array.bytes for instruction in ends for array in instruction.arrays)
 
 
 def parse_collectives(hlo: str, fsdp: int = 1) -> list[Collective]:
-    """The messages that a compiled program sends, those in loops as often as they run; `fsdp` as in `analyse`."""
+    """The messages that a compiled program sends, in loops as often as they run; `fsdp` as in `analyse`."""
     computations, entry = _parse(hlo)
     return list(_collectives(computations, entry, fsdp))
 
@@ -147,7 +147,7 @@ Computations = Mapping[str, Sequence[_Instruction]]
 
 
 def _parse(hlo: str) -> tuple[Computations, str]:
-    """The instructions of every computation, and the name of the one that the program starts with."""
+    """The instructions of every computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in hlo.splitlines():
@@ -186,7 +186,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _called(computations: Computations, instruction: _Instruction) -> tuple[list[str], int]:
-    """The computations of which the most expensive runs, and how often it does."""
+    """The computations that an instruction may call, and how often; only the most expensive one counts."""
     attributes = instruction.attributes
     if instruction.opcode == "while":
         return re.findall(r"\bbody=%?([\w.\-]+)", attributes), _trips(computations, attributes)
@@ -201,8 +201,8 @@ def _called(computations: Computations, instruction: _Instruction) -> tuple[list
 
 
 def _trips(computations: Computations, attributes: str) -> int:
-    """How often a loop of these attributes runs: as the compiler says, or as a counter from 0 to a constant does; 1 for
-    other loops."""
+    """The trip count of a loop with these attributes: the compiler's, or that of a counter from 0 to a constant, or 1
+    for other loops."""
     if count := re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes):
         return int(count[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
@@ -227,7 +227,7 @@ def _traffic(computations: Computations, name: str) -> float:
 
 
 def _moved(instruction: _Instruction, arrays: Mapping[str, tuple[_Array, ...]]) -> float:
-    """Bytes of an instruction's operands and results that lie in HBM."""
+    """Bytes of an instruction's operands and results in HBM."""
     opcode, results = instruction.opcode, instruction.arrays
     if opcode in _FREE or opcode.endswith("-done") or 'custom_call_target="ConcatBitcast"' in instruction.attributes:
         return 0.0
@@ -236,7 +236,7 @@ def _moved(instruction: _Instruction, arrays: Mapping[str, tuple[_Array, ...]]) 
     if opcode == "slice-start":  # ((source), slice, context)
         return sum(results[1].bytes for array in results[:2] if not array.on_chip)
     operands = [array for operand in dict.fromkeys(instruction.operands) for array in arrays.get(operand, ())]
-    if opcode in ("dynamic-slice", "gather", "slice"):  # what is taken, not all that it is taken from
+    if opcode in ("dynamic-slice", "gather", "slice"):  # the part that is read, not the whole operand
         operands = [dataclasses.replace(array, bytes=results[0].bytes) for array in operands[:1]]
     elif opcode == "dynamic-update-slice":  # in place
         operands, results = operands[1:2], tuple(operands[1:2])
@@ -260,7 +260,7 @@ def _collectives(computations: Computations, name: str, fsdp: int) -> Iterable[C
 
 
 def _groups(attributes: str) -> np.ndarray:
-    """The groups of devices that a collective joins, int [groups, devices], in any of the ways to write them."""
+    """The device groups of a collective, int [groups, devices], in any of HLO's notations."""
     if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes):
         return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
     order = rf"(?:, device_ids=\({_IOTA}\))?"
@@ -276,7 +276,7 @@ def _groups(attributes: str) -> np.ndarray:
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """The numbers from 0 in an array of these sizes, its axes then in that order."""
+    """The numbers from 0 in an array of these sizes, with its axes transposed to that order."""
     source = _numbers(sizes)
     return np.arange(math.prod(source)).reshape(source).transpose(_numbers(order or "") or None)
 
@@ -286,7 +286,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
-    """Those of one kind and group as one."""
+    """Merges collectives of the same kind and group."""
     totals: dict[tuple[str, int, bool], float] = defaultdict(float)
     for collective in collectives:
         totals[collective.kind, collective.devices, collective.along_data] += collective.bytes
@@ -296,5 +296,5 @@ def _merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
 
 
 def on_more_chips(collectives: Iterable[Collective], factor: float) -> tuple[Collective, ...]:
-    """The same messages on a mesh whose data axis is longer by a factor."""
+    """The same messages on a mesh whose data axis is `factor` times as long."""
     return tuple(dataclasses.replace(c, devices=round(c.devices * factor)) if c.along_data else c for c in collectives)

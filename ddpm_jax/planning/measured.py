@@ -1,4 +1,4 @@
-"""The programs of a run as they run on the devices here."""
+"""Measures the programs of a run on the local devices."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from ddpm_jax.planning.programs import Dataset, Planned, programs_of
 from ddpm_jax.runtime import parallel
 
 _CALLS = 10  # of the network, for the sampler's time
-_SECONDS, _FEWEST_CALLS = 2.0, 3  # that a measurement takes, at least
+_SECONDS, _FEWEST_CALLS = 2.0, 3  # a measurement takes at least as long, and at least as many calls
 
 
 def measure(
@@ -34,7 +34,7 @@ def measure(
         "programs": {},
     }
     plain = config.copy_and_resolve_references()
-    plain.model.remat = "none"  # what is computed twice is no part of the model's arithmetic
+    plain.model.remat = "none"  # recomputation is not part of the model's arithmetic
     as_written = programs_of(plain, dataset, mesh, names, dtype, _CALLS)
     for name, planned in programs_of(config, dataset, mesh, names, dtype, _CALLS).items():
         flops = as_written[name].flops() / planned.calls / mesh.devices.size
@@ -52,7 +52,7 @@ def measure(
 
 
 def _timed(planned: Planned) -> tuple[float, float]:
-    """Seconds of the first call, which compiles, and of one of the network's calls in those after it."""
+    """Seconds of the first call, which compiles, and of one network call in the later ones."""
     print(f"measuring: {planned.title} ...", file=sys.stderr, flush=True)
     shardings = jax.tree.map(lambda x: x.sharding, planned.arguments)
 
@@ -78,7 +78,7 @@ def _timed(planned: Planned) -> tuple[float, float]:
             found = planned.function(*arguments)
             if planned.donates:
                 arguments = (*found, *arguments[len(found) :])
-            # The device computes while the host asks for more, as in a run; the first of the results was donated.
+            # The device computes while the host dispatches more calls, as in a run; the first result was donated.
             in_flight.append(found[-1] if planned.donates else found)
             if len(in_flight) > parallel.IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())

@@ -1,5 +1,5 @@
-"""The programs of a run, ready to be compiled or measured: a training step, a batch's sampling, its decoding, its
-features."""
+"""The programs of a run, ready to be compiled or measured: a training step, and sampling, decoding and evaluating a
+batch."""
 
 import dataclasses
 import functools
@@ -39,12 +39,12 @@ class Planned:
     """A program of the run, not yet compiled.
 
     Attributes:
-      title: what a call of it does.
+      title: what one call does.
       function: jit-compiled.
-      arguments: as `jax.ShapeDtypeStruct`s that lie on the mesh.
-      images: how many it makes, learns from or judges in a call.
-      calls: how often the network runs in it, one call after the other; costs are told for one of them.
-      donates: whether its first arguments come back as its results, to be handed to the next call.
+      arguments: as `jax.ShapeDtypeStruct`s with shardings on the mesh.
+      images: number of images processed per call.
+      calls: number of sequential network calls in it; costs are given for one of them.
+      donates: whether its first arguments are donated and returned as results, for the next call.
     """
 
     title: str
@@ -55,12 +55,12 @@ class Planned:
     donates: bool = False
 
     def flops(self) -> float:
-        """Of all calls and devices together."""
+        """FLOP of all calls and devices together."""
         return matrix_flops(self.function.trace(*self.arguments).jaxpr)
 
 
 def names_of(config: ConfigDict) -> tuple[str, ...]:
-    """The programs that a run of this config has, of PROGRAMS."""
+    """The names of the programs, among PROGRAMS, that a run with this config has."""
     if config.train.objective != "diffusion":
         return ("train",)
     return tuple(name for name in PROGRAMS if name != "decode" or config.autoencoder.source)
@@ -74,15 +74,15 @@ def programs_of(
     dtype: str | None = None,
     calls: int | None = None,
 ) -> dict[str, Planned]:
-    """The run's programs of these names, of `names_of`, on a mesh.
+    """The run's programs with these names, on a mesh.
 
     Args:
       config: of the run.
       dataset: the description of its images; None: there is none yet.
       mesh: the devices.
-      names: of the programs.
+      names: of the programs; see `names_of`.
       dtype: of the weights in sampling and decoding; None: float32.
-      calls: of the network in sampling; None: the config's.
+      calls: number of network calls in sampling; None: the config's.
 
     Raises:
       UserError: a program that the run does not have.
@@ -101,7 +101,7 @@ def programs_of(
 
 
 def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
-    """One training step, whatever the number of steps that the run takes in one dispatch."""
+    """One training step, even if the run takes several steps per dispatch."""
     optimizer, size = config_lib.make_optimizer(config), config.train.batch_size
     objective = make_objective(config, dataset)
     function = make_train_step(objective, optimizer, mesh, **config_lib.step_options(config))
@@ -120,7 +120,7 @@ def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
 
 
 def sampling(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None, calls: int | None) -> Planned:
-    """The whole sampling of a batch."""
+    """Sampling a batch."""
     if calls is not None:
         config = config.copy_and_resolve_references()
         config.sample.num_steps = min(calls, model.schedule.num_timesteps)
@@ -145,7 +145,7 @@ def sampling(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None, ca
 
 
 def decoding(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None) -> Planned:
-    """The pictures of as many latents as are decoded at a time."""
+    """Decoding as many latents as are decoded at a time."""
     latents = model.decoder
     assert isinstance(latents, Latents)
     size = latents.at_a_time(config.sample.batch_size, mesh)
@@ -155,7 +155,7 @@ def decoding(config: ConfigDict, model: Model, mesh: Mesh, dtype: str | None) ->
 
 
 def judging(shape: tuple[int, int, int], mesh: Mesh) -> Planned:
-    """Features of generated images of this shape, by Inception or, of the embedded digits, their classifier."""
+    """Features of generated images of this shape, by Inception or, for the built-in digits, their classifier."""
     size = parallel.rounded(_FEATURES_BATCH, mesh)
     count = digits.side_by_side(shape)
     if count:

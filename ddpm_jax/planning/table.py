@@ -1,18 +1,18 @@
-"""A plan as text for people."""
+"""Formats a plan as text."""
 
 import math
 from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     is_model, mesh = result["kind"] == "model", result["mesh"]
     devices = f"{result['chips']} x {result['chip']['name'] if is_model else result['device']}"
     where = f"{result['topology']}, {devices}" if is_model else devices
     lines = [
         f"{result['parameters']:,} parameters, {result['dtype']}, remat {result['remat']}, batch {result['batch']}, on "
         f"{where}, mesh data {mesh['data']} fsdp {mesh['fsdp']}",
-        "A model, not a measurement: what the programs, compiled for these chips, ask of them at their peaks."
+        "An estimate, not a measurement: the compiled programs' demands at these chips' peak rates."
         if is_model
         else "Measured here, with random weights and images.",
     ]
@@ -28,7 +28,7 @@ def _model_lines(program: dict[str, Any], chip: dict[str, Any]) -> list[str]:
     lines = [
         _line("arithmetic", _amount(program["flops"], "FLOP"), program["arithmetic"]),
         _line("memory traffic", _amount(program["traffic"], "B"), program["memory"])
-        + f"  {_amount(program['xla_traffic'], 'B')} by XLA's count, which has the chip's own memory in it",
+        + f"  {_amount(program['xla_traffic'], 'B')} by XLA's count, which includes on-chip memory",
         *(_line(f"{c['kind']} of {c['devices']}", _amount(c["bytes"], "B"), None) for c in program["collectives"]),
         _line(f"{program['messages']:.0f} messages", "", program["network"]),
         _line("a call", "", program["seconds"]) + f"  bound by {program['bound']}",
@@ -42,7 +42,7 @@ def _measured_lines(program: dict[str, Any], chip: dict[str, Any] | None) -> lis
     use = (
         f"  {program['utilisation']:.1%} of the bfloat16 peak: model-FLOP utilisation"
         if chip
-        else "  of a peak not known here"
+        else "  of an unknown peak"
     )
     return [
         _line("arithmetic", _amount(program["flops"], "FLOP"), None),
@@ -79,7 +79,7 @@ def _run_lines(result: dict[str, Any]) -> list[str]:
             f"{result['steps']:,} steps: {train['steps_per_second']:.3g} steps/s, {_rate(train['images_per_second'])} "
             f"images/s, {_duration(24 * 3600 * train['days'])}, {train['chip_hours']:,.3g} chip-hours"
         )
-    for name, what in (("sample", "samples"), ("decode", "decoded"), ("evaluate", "images judged")):
+    for name, what in (("sample", "samples"), ("decode", "decoded"), ("evaluate", "images evaluated")):
         if name in run:
             found = run[name]
             rate = _rate(found["images_per_second_and_chip"])
@@ -92,7 +92,7 @@ def _run_lines(result: dict[str, Any]) -> list[str]:
 
 def _ladder_lines(ladder: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "The training step on other slices, to as many images as the run's:",
+        "The training step on other slices, for as many images as in the run:",
         f"{'chips':>5} {'batch':>6} {'arithmetic':>11} {'memory':>9} {'network':>9} {'steps/s':>8} {'images/s':>9} "
         f"{'time':>12} {'chip-hours':>10}",
     ]
@@ -105,6 +105,6 @@ def _ladder_lines(ladder: list[dict[str, Any]]) -> list[str]:
         )
     return [
         *lines,
-        "compiled: as above. same program: the compiled one, its all-reduce on more chips. estimated: its arithmetic "
-        "and memory traffic by the batch, but for the state's.",
+        "compiled: as above. same program: the compiled one, with its all-reduce on more chips. estimated: its "
+        "arithmetic and memory traffic scaled with the batch, except the state's traffic.",
     ]

@@ -1,4 +1,4 @@
-"""What a run costs in all, from the time of its programs."""
+"""The total cost of a run, from the time of its programs."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax.runtime import parallel
 
-_ENOUGH_IMAGES = 50_000  # that FID is reported with
+_ENOUGH_IMAGES = 50_000  # number of images in reported FIDs
 
 
 def header(config: ConfigDict, dataset: Mapping[str, Any] | None, chips: int) -> dict[str, Any]:
-    """What a plan says of the run and its network before any program."""
+    """A plan's facts about the run and its network."""
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(config_lib.make_model(config, dataset).param_shapes()))
     data, fsdp = parallel.mesh_shape(chips, **config.mesh)
     return {
@@ -29,7 +29,7 @@ def header(config: ConfigDict, dataset: Mapping[str, Any] | None, chips: int) ->
 
 
 def of_run(config: ConfigDict, result: dict[str, Any]) -> dict[str, Any]:
-    """What the run takes in all, and 50,000 samples of it; their decoding counts by itself."""
+    """The total cost of the run, and of drawing, decoding and evaluating 50,000 samples, each listed separately."""
     found: dict[str, Any] = {}
     programs, chips = result["programs"], result["chips"]
     if "train" in programs:
@@ -45,7 +45,7 @@ def of_run(config: ConfigDict, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed(config: ConfigDict, seconds: float, batch: int, chips: int) -> dict[str, float]:
-    """Of training at so many seconds a step: until it has seen as many images as the config's run does."""
+    """The speed and total time of training at `seconds` per step, for as many images as the config's run."""
     steps = config.train.num_steps * config.train.batch_size / batch
     return {
         "step_seconds": seconds,

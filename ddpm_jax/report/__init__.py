@@ -1,4 +1,4 @@
-"""report.html: a run on one page, which opens from the disk and asks for nothing else."""
+"""report.html: a run on one self-contained page, which opens straight from the disk."""
 
 from ddpm_jax.report.page import update, write
 

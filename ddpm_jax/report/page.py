@@ -1,4 +1,4 @@
-"""The page of a run, made of the files in its workdir alone; page.html has its looks and its script."""
+"""The page of a run, made only from the files in its workdir; page.html has its style and script."""
 
 import base64
 import datetime
@@ -29,18 +29,18 @@ from ddpm_jax.training.journal import METRICS
 
 REPORT = "report.html"
 _MOST_POINTS = 600  # of a curve
-_MOST_PICTURES = 24  # of the samples on the way
-_MOST_MADE = 12  # pictures that were made of the run
-_MOST_OPEN = 8  # prompts of a picture that are seen without opening their list
+_MOST_PICTURES = 24  # samples during training
+_MOST_MADE = 12  # pictures from sampling and editing
+_MOST_OPEN = 8  # prompts of a picture that are shown expanded
 _OF_TRAINING = re.compile(r"(step_\d{8}|data|final|denoising)\.png")
-_LARGE = 60_000  # bytes from which a picture is compressed with loss
+_LARGE = 60_000  # bytes above which a picture is compressed lossily
 
 
 def write(folder: str | Path) -> Path:
-    """Writes report.html into a workdir, from what lies there; it may be a run that is being trained.
+    """Writes report.html into a workdir, from the files there; the run may still be training.
 
     Raises:
-      UserError: the folder is no workdir.
+      UserError: the folder is not a workdir.
     """
     folder = Path(folder).expanduser()
     workdir.read_config(folder)
@@ -51,10 +51,10 @@ def write(folder: str | Path) -> Path:
 
 
 def update(folder: str | Path) -> None:
-    """The same for what has other work to do: nothing ends for a report that cannot be written."""
+    """The same for code with other work to do: if the report cannot be written, it only logs a warning."""
     try:
         write(folder)
-    except Exception as error:  # a full disk is told by what cannot do without
+    except Exception as error:  # a full disk is reported by the code that depends on it
         logging.warning("%s could not be written: %s", REPORT, first_line(error))
 
 
@@ -75,11 +75,11 @@ def _page(folder: Path) -> str:
         "samples": _slider(
             "samples",
             drawn,
-            "The same noise every time, so that the pictures can be compared.",
+            "All start from the same noise, so the pictures can be compared.",
             _captions(captions, in_grids),
         ),
         "denoising": _slider(
-            "denoising", stages, "The same images on the way from noise, x_t by x_t.", _captions(captions, in_strip)
+            "denoising", stages, "The same images at successive steps from noise, x_t.", _captions(captions, in_strip)
         ),
         "pictures": _pictures(folder),
         "curves": _curves(lines),
@@ -113,10 +113,10 @@ _TITLES = {
     "data": "Data",
     "samples": "Samples over time",
     "denoising": "From noise to image",
-    "pictures": "Pictures made of it",
+    "pictures": "Pictures from this run",
     "curves": "Curves",
     "evaluation": "Evaluation",
-    "history": "What happened",
+    "history": "History",
     "config": "Config",
 }
 
@@ -124,7 +124,7 @@ _TITLES = {
 def _state(history: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], num_steps: int) -> str:
     step = max((line["step"] for line in lines), default=0)
     event = history[-1]["event"] if history else "started"
-    words = "in training, or cut off" if event == "started" else event
+    words = "in training, or interrupted" if event == "started" else event
     return ("" if step >= num_steps else f"{words}: ") + f"step {step:,} of {num_steps:,}"
 
 
@@ -151,7 +151,7 @@ def _summary(
     blocks = blocks or f"{model.num_res_blocks} blocks each"
     facts["Network"] = f"UNet of {size}{levels} channels by level, {blocks}, {model.dtype}"
     if config.text.encoder == config_lib.TRAINED:
-        facts["Text encoder"] = f"trained along, {config.text.width} wide, {config.text.num_layers} layers"
+        facts["Text encoder"] = f"trained, width {config.text.width}, {config.text.num_layers} layers"
     elif config.text.encoder:
         facts["Text encoder"] = f"frozen, {config.text.encoder}"
     facts["Diffusion"] = (
@@ -164,7 +164,7 @@ def _summary(
     )
     if lines:
         last = lines[-1]
-        losses = [line for line in lines if "loss" in line]  # an evaluation's line has none
+        losses = [line for line in lines if "loss" in line]  # evaluations have none
         if losses:
             facts["Loss"] = f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']:,}"
         if speeds:
@@ -172,8 +172,8 @@ def _summary(
             facts["Speed"] = f"{middle:,.0f} images/s, {middle / train.batch_size:.3g} steps/s (median)"
         memory = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
         if memory:
-            facts["Memory"] = f"{max(memory):.2f} GiB at the peak, of the first device or, on CPU, the process"
-        facts["Last line"] = _time(last["time"])
+            facts["Memory"] = f"{max(memory):.2f} GiB at the peak, on the first device or, on CPU, of the process"
+        facts["Last update"] = _time(last["time"])
     facts["Devices"] = started.get("devices") or environment.get("devices", "")
     packages = environment.get("packages", {})
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in packages.items())
@@ -182,7 +182,7 @@ def _summary(
 
 
 def _of_pipeline(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The stages of a pipeline, each with a report of its own."""
+    """The stages of a pipeline, each of which has its own report."""
     names = [f"{run['workdir']}, step {run['step']:,}, makes {'x'.join(map(str, run['size']))}" for run in runs]
     return _facts({f"Stage {number}": name for number, name in enumerate(names, 1)})
 
@@ -195,8 +195,8 @@ def _data(folder: Path, dataset: Mapping[str, Any], captions: str) -> str:
     path = folder / "samples" / "data.png"
     if not path.exists():
         return ""
-    alt = f"A grid of images that the run learns from, {_size(dataset)} each"
-    return _figure(_encoded(path), alt, "Real images.", captions)
+    alt = f"A grid of training images, {_size(dataset)} each"
+    return _figure(_encoded(path), alt, "Training images.", captions)
 
 
 def _figure(source: str, alt: str, caption: str, more: str = "") -> str:
@@ -205,7 +205,7 @@ def _figure(source: str, alt: str, caption: str, more: str = "") -> str:
 
 
 def _captions(captions: Sequence[str], count: int | None = None) -> str:
-    """What the images of a grid are asked for, or show; of more images than captions, these come again."""
+    """The captions of a grid's images, which repeat if there are more images."""
     if not captions:
         return ""
     count = len(captions) if count is None else count
@@ -217,7 +217,7 @@ def _list(texts: Iterable[str]) -> str:
     return f'<ol class="texts">{"".join(f"<li>{_text(text)}</li>" for text in texts)}</ol>'
 
 
-# Pictures that a slider goes through: [{"label", "alt", "src"}].
+# The pictures of a slider: [{"label", "alt", "src"}].
 
 Pictures = list[dict[str, str]]
 
@@ -228,12 +228,13 @@ def _pictures_on_the_way(folder: Path) -> Pictures:
     labels = {path: f"step {int(path.stem.removeprefix('step_')):,}" for path in paths}
     found = [(labels[paths[i]], paths[i]) for i in chosen]
     if (folder / "samples" / "final.png").exists():
-        found.append(("the end, all sampling steps", folder / "samples" / "final.png"))
+        found.append(("the end, with all sampling steps", folder / "samples" / "final.png"))
     return [{"label": label, "alt": f"A grid of samples at {label}", "src": _encoded(path)} for label, path in found]
 
 
 def _stages(folder: Path, dataset: Mapping[str, Any]) -> tuple[Pictures, int]:
-    """denoising.png, a row an image and a column a stage, as a picture a stage; and the number of images."""
+    """Splits denoising.png, with one row per image and one column per stage, into one picture per stage; also returns
+    the number of images."""
     path = folder / "samples" / "denoising.png"
     if not path.exists() or not dataset.get("shape"):
         return [], 0
@@ -249,12 +250,12 @@ def _stages(folder: Path, dataset: Mapping[str, Any]) -> tuple[Pictures, int]:
         pictures = column.reshape(-1, rows, *column.shape[1:])[:, : rows - gap]
         label = "noise" if stage == 0 else "image" if stage == count - 1 else f"stage {stage + 1} of {count}"
         shown = images.show(pictures, columns=-(-len(pictures) // 2), gap=gap)
-        found.append({"label": label, "alt": f"Samples on the way: {label}", "src": _encoded(shown)})
+        found.append({"label": label, "alt": f"Samples during denoising: {label}", "src": _encoded(shown)})
     return found, (len(strip) - gap) // rows
 
 
 def _pictures(folder: Path) -> str:
-    """What sampling and editing left, the newest first."""
+    """The results of sampling and editing, newest first."""
     paths = [path for path in (folder / "samples").glob("*.png") if not _OF_TRAINING.fullmatch(path.name)]
     paths = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     figures = [
@@ -266,7 +267,7 @@ def _pictures(folder: Path) -> str:
 
 
 def _asked(path: Path) -> str:
-    """What a picture's text chunks say that it was asked for; see `Job.text`."""
+    """A picture's settings according to its text chunks; see `Job.text`."""
     try:
         with opened(path) as image:
             description, settings = (str(image.info.get(name, "")) for name in ("Description", "settings"))
@@ -274,12 +275,12 @@ def _asked(path: Path) -> str:
         if not isinstance(told, dict):
             return ""
         scale = float(told.get("guidance_scale", 1))
-    except (ValueError, TypeError, OSError):  # there are none, or they are another program's
+    except (ValueError, TypeError, OSError):  # there are none, or another program wrote them
         return ""
     wanted, unwanted = told.get("prompts"), told.get("negative_prompts")
-    # Of many prompts the settings have a digest alone.
+    # With many prompts the settings only have a digest.
     prompts = wanted if isinstance(wanted, list) else description.splitlines()
-    rows = ", a row each" if path.name.startswith("step_") and isinstance(wanted, list) else ""
+    rows = ", one per row" if path.name.startswith("step_") and isinstance(wanted, list) else ""
     facts = [f"seed {told['seed']}"] if "seed" in told else []
     facts += [f"guidance {scale:g}"] if scale != 1 else []
     negative = f"negative prompt: {'; '.join(map(str, unwanted))}" if isinstance(unwanted, list) and unwanted else ""
@@ -292,7 +293,7 @@ def _asked(path: Path) -> str:
 
 
 def _slider(name: str, pictures: Pictures, caption: str, more: str) -> str:
-    """A picture and a slider over all of them; without a script the last one stays. `more` as in `_figure`."""
+    """A picture with a slider over all of them; without scripts it shows the last one. `more` as in `_figure`."""
     if not pictures:
         return ""
     last = pictures[-1]
@@ -307,7 +308,7 @@ def _slider(name: str, pictures: Pictures, caption: str, more: str) -> str:
 
 
 def _encoded(picture: Path | Image.Image) -> str:
-    """A data URI; large pictures lose what cannot be seen."""
+    """A data URI; large pictures are compressed lossily, without visible loss."""
     if isinstance(picture, Path):
         raw = picture.read_bytes()
     else:
@@ -352,7 +353,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
     controls = (
         '<p class="control"><label><input type="checkbox" id="log" checked> logarithmic</label>'
         '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0.6"></label></p>'
-        "<noscript><p>The curves are drawn by a script; metrics.jsonl has the numbers.</p></noscript>"
+        "<noscript><p>The curves need JavaScript; metrics.jsonl has the numbers.</p></noscript>"
     )
     return controls + "".join(charts) + (_last_by_t(lines, quarters) if quarters else "")
 
@@ -373,7 +374,7 @@ def _last_by_t(lines: Sequence[Mapping[str, Any]], quarters: Sequence[str]) -> s
 
 
 def _thinned(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """{name: [[step, value]]}, of long runs the means of neighbours."""
+    """{name: [[step, value]]}; in long runs, neighbouring values are averaged."""
     curves: dict[str, list[list[float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -398,7 +399,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _evaluations(folder: Path) -> str:
-    """The evaluations, a column each, the newest first."""
+    """The evaluations, one per column, newest first."""
     found = list(reversed(read_json(folder / results.RESULTS, [])))
     if not found:
         return ""
@@ -412,33 +413,33 @@ def _evaluations(folder: Path) -> str:
     for name, what in (("terms", "the terms of the bound by t"), ("rate_distortion", "distortion by rate")):
         path = folder / f"evaluation_{name}.png"
         if path.exists():
-            body += _figure(_encoded(path), f"A plot of {what}", f"Of the variational bound: {what}.")
+            body += _figure(_encoded(path), f"A plot of {what}", f"Variational bound: {what}.")
     return body
 
 
 def _history(
     history: Sequence[Mapping[str, Any]], num_steps: int, lines: Sequence[Mapping[str, Any]], folder: Path
 ) -> str:
-    """Starts and ends, with the runs that were cut off between them."""
+    """The run's starts and ends, including interruptions."""
     items: list[str] = []
     is_running = False
     for event in history:
         step, time = event["step"], _time(event["time"])
         if event["event"] == "started":
             if is_running:
-                items.append(f"cut off after step {event['reached']:,}, without a word")
-            way = "started" if not step else f"went on from the checkpoint of step {step:,}"
+                items.append(f"interrupted after step {event['reached']:,}, for an unknown reason")
+            way = "started" if not step else f"resumed from the checkpoint of step {step:,}"
             items.append(f"{time}: {way} on {event['devices']}")
         elif event["event"] == "failed":
-            items.append(f"{time}: failed: {event['why']}; the checkpoint of step {step:,} stays")
+            items.append(f"{time}: failed: {event['why']}; the checkpoint of step {step:,} is kept")
         else:
             items.append(f"{time}: {event['event']} at step {step:,} of {num_steps:,}, saved")
         is_running = event["event"] == "started"
     if is_running and lines:
-        items.append(f"{_time(lines[-1]['time'])}: step {lines[-1]['step']:,}, the last that is known")
+        items.append(f"{_time(lines[-1]['time'])}: step {lines[-1]['step']:,}, the last one logged")
     aside = sorted(path.name for path in (folder / "corrupt").glob("*"))
     if aside:
-        items.append(f"set aside in corrupt/, since they could not be read: the checkpoints of step {', '.join(aside)}")
+        items.append(f"unreadable checkpoints, moved to corrupt/: step {', '.join(aside)}")
     return "<ol>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ol>" if items else ""
 
 
@@ -464,7 +465,7 @@ def _text(value: Any) -> str:
 
 
 def _script(value: Any) -> str:
-    """JSON that cannot end the script it stands in."""
+    """JSON that cannot close the surrounding script tag."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
@@ -477,7 +478,7 @@ def _size(dataset: Mapping[str, Any]) -> str:
 
 
 def _time(time: float | str) -> str:
-    """Of seconds since 1970, or of what `datetime.isoformat` wrote."""
+    """Formats a time in seconds since 1970 or in ISO format."""
     if isinstance(time, str):
         moment = datetime.datetime.fromisoformat(time)
     else:

@@ -1,4 +1,4 @@
-"""Results that take long to make, kept in memory by their keys."""
+"""An in-memory cache of expensive results."""
 
 import threading
 from collections import OrderedDict
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class Cache(Generic[K, V]):
-    """The results of the most recently used keys. Threads may share it.
+    """A least-recently-used cache, safe for threads.
 
     Args:
       most: how many results are kept between calls; at least one is.
@@ -25,7 +25,7 @@ class Cache(Generic[K, V]):
         return len(self._kept)
 
     def __call__(self, keys: Sequence[K], make: Callable[[list[K]], Iterable[V]]) -> list[V]:
-        """The result for each of the keys; `make` gives those of all that are not kept, in their order."""
+        """The result for each of the keys; `make` computes those of all keys that are not cached, in order."""
         with self._lock:
             found = {key: self._kept[key] for key in keys if key in self._kept}
             missing = [key for key in dict.fromkeys(keys) if key not in found]

@@ -1,7 +1,7 @@
-"""Checkpoints of a workdir, with Orbax: written in the background, whole or not at all, each of several parts.
+"""Checkpoints of a workdir, with Orbax: written in the background, atomically, in several parts.
 
-The parts are "train" (step, optimiser state, loss history), "params", one a moving average, "ema_0.9999", so that
-sampling reads the weights it uses and nothing else, and "unreported", the sums that no line of metrics.jsonl has yet.
+The parts are "train" (step, optimiser state, loss history), "params", one part per moving average such as "ema_0.9999",
+so that sampling reads only the weights it uses, and "unreported", the metric sums not yet written to metrics.jsonl.
 """
 
 import errno
@@ -28,12 +28,12 @@ _HALF_WRITTEN = ".orbax-checkpoint-tmp"
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Orbax asks for its statistics, from another thread, which would disturb jax's count of the loop's steps."""
+        """Orbax asks for this from another thread, for its statistics, which would disturb jax's step count."""
         return False
 
 
 def newest_step(workdir: str | Path) -> int | None:
-    """The step of the newest whole checkpoint, by the folders' names alone."""
+    """The step of the newest complete checkpoint, from the folders' names alone."""
     return max((int(path.name) for path in Path(workdir).glob("checkpoints/*") if path.name.isdigit()), default=None)
 
 
@@ -47,8 +47,8 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep: how many of the newest stay; None: all.
-      read_only: make and remove nothing, so that a run that is being trained can be read.
+      keep: how many of the newest checkpoints to keep; None: all.
+      read_only: create and remove nothing, so that a run can be read while it trains.
     """
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
@@ -56,11 +56,11 @@ class Checkpoints:
         self._is_saving = False
         verbosity = logging.get_verbosity()
         if read_only:
-            logging.set_verbosity(logging.ERROR)  # Orbax warns of what it was told
+            logging.set_verbosity(logging.ERROR)  # Orbax warns about options that are set on purpose
         elif jax.process_index() == 0:
             for path in self.directory.glob(f"*{_HALF_WRITTEN}*"):
                 logging.warning(
-                    "Checkpoint %s was half-written when the run was cut off; it is removed.", path.name.split(".")[0]
+                    "Checkpoint %s was half-written when the run was interrupted; removing it.", path.name.split(".")[0]
                 )
         try:
             self._manager = _Manager(
@@ -75,14 +75,14 @@ class Checkpoints:
             logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, ascending."""
+        """The steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, unreported: Metrics | None = None) -> None:
-        """Copies the state off the devices, then writes it in the background; a step that is there stays.
+        """Copies the state off the devices, then writes it in the background; does nothing if the step exists.
 
         Raises:
-          UserError: this or the one before cannot be written; what is older is whole.
+          UserError: this or the previous checkpoint cannot be written; older ones are intact.
         """
         if step not in self._manager.all_steps():
             parts = _parts(state) | ({} if unreported is None else {"unreported": unreported})
@@ -92,18 +92,18 @@ class Checkpoints:
             self._is_saving = True
 
     def save_weights(self, step: int, params: Params) -> None:
-        """Writes weights alone, as "params", to sample from and not to train on; see `save`."""
+        """Writes only weights, as "params", for sampling but not for resuming; see `save`."""
         with self._in_a_sentence():
             self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
         self._is_saving = True
 
     def check(self) -> None:
-        """UserError if what was written in the background has failed; waits for nothing."""
+        """UserError if writing in the background has failed; does not wait."""
         if self._is_saving and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Until everything is written; UserError if it cannot be."""
+        """Waits until everything is written; UserError if it cannot be."""
         self._is_saving = False
         with self._in_a_sentence():
             self._manager.wait_until_finished()
@@ -112,35 +112,35 @@ class Checkpoints:
     def _in_a_sentence(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors
             cause = _system_error(error)
             if cause is None:
                 raise
             step = newest_step(self.directory.parent)
-            older = "nothing was saved before" if step is None else f"that of step {step} is whole"
+            older = "there is no earlier checkpoint" if step is None else f"the checkpoint of step {step} is intact"
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({cause}); {older}, and when this is mended "
-                "the same command goes on from there"
+                f"a checkpoint could not be written to {self.directory} ({cause}); {older}; once the problem is fixed, "
+                "the same command resumes"
             ) from None
 
     def restore_latest(self, state: TrainState) -> tuple[int, TrainState] | None:
-        """The newest checkpoint that can be read, or None if there is none.
+        """Restores the newest readable checkpoint; returns None if there are no checkpoints.
 
-        Ones that cannot are said aloud and set aside in `workdir`/corrupt, but only when an older one could be: what
-        keeps all of them from being read may pass.
+        Unreadable checkpoints are reported and moved to `workdir`/corrupt, but only if an older one can be read: if
+        none can, the cause may be temporary.
 
         Args:
-          state: the shapes, dtypes and shardings wanted (`jax.ShapeDtypeStruct`s).
+          state: the desired shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s).
 
         Raises:
-          UserError: there are checkpoints, but not one can be read.
+          UserError: there are checkpoints, but none can be read.
         """
         unreadable: list[tuple[int, Exception]] = []
         for step in reversed(self.steps()):
             try:
                 parts = {name: ocp.args.StandardRestore(part) for name, part in _parts(state).items()}
                 restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
-            except Exception as error:  # Orbax and TensorStore raise many kinds
+            except Exception as error:  # Orbax and TensorStore raise many kinds of errors
                 unreadable.append((step, error))
                 continue
             for newer, why in unreadable:
@@ -155,13 +155,13 @@ class Checkpoints:
             )
         if unreadable:
             raise UserError(
-                f"none of the {len(unreadable)} checkpoints in {self.directory} can be read, the newest: "
+                f"none of the {len(unreadable)} checkpoints in {self.directory} can be read; the newest: "
                 f"{first_line(unreadable[0][1])}"
             )
         return None
 
     def restore_unreported(self, step: int, metrics: Metrics) -> Metrics | None:
-        """The sums that were saved with a step, of these shapes; None if there are none."""
+        """The metric sums saved with a step, in these shapes, or None."""
         if not (self.directory / str(step) / "unreported").exists():
             return None
         args = ocp.args.Composite(unreported=ocp.args.StandardRestore(metrics))
@@ -170,7 +170,7 @@ class Checkpoints:
     def _set_aside(self, step: int, error: Exception) -> None:
         aside = self.directory.parent / "corrupt" / str(step)
         logging.error(
-            "Checkpoint %d cannot be read (%s); it is moved to %s and the one before it is used.",
+            "Checkpoint %d cannot be read (%s); moving it to %s and using the previous one.",
             step,
             first_line(error)[:200],
             aside,
@@ -183,12 +183,12 @@ class Checkpoints:
         self._manager.reload()
 
     def restore_weights(self, step: int | None, part: str, params: Params) -> tuple[int, Params]:
-        """One part's weights ("params" or "ema_...") and their step; nothing is moved or written.
+        """Reads one part's weights ("params" or "ema_...") and their step; nothing is moved or written.
 
         Args:
-          step: of the checkpoint; None: the newest that can be read.
+          step: of the checkpoint; None: the newest readable one.
           part: which weights.
-          params: the shapes, dtypes and shardings wanted.
+          params: the desired shapes, dtypes and shardings.
 
         Raises:
           UserError: no such checkpoint, or none that can be read.
@@ -197,17 +197,16 @@ class Checkpoints:
         if not steps:
             raise UserError(f"{self.directory.parent} has no checkpoint yet")
         if step is not None and step not in steps:
-            raise UserError(f"{self.directory.parent} has no checkpoint of step {step}; it has {steps}")
+            raise UserError(f"{self.directory.parent} has no checkpoint of step {step}; accepted: {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             try:
-                # By a handler of its own, which reads a gigabyte at a time: by default as much again as the weights
-                # lies in memory for a while.
+                # A handler that reads a gigabyte at a time: the default temporarily needs twice the weights' memory.
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=1)) as reader:
                     path = self.directory / str(candidate) / part
                     found = reader.restore(path, args=ocp.args.StandardRestore(params))
                 parallel.return_freed_memory()
                 return candidate, found
-            except Exception as error:  # Orbax and TensorStore raise many kinds
+            except Exception as error:  # Orbax and TensorStore raise many kinds of errors
                 logging.error("Checkpoint %d cannot be read: %s", candidate, first_line(error)[:200])
         raise UserError(f"no checkpoint in {self.directory} can be read")
 
@@ -218,7 +217,7 @@ class Checkpoints:
 
 
 def read_weights(workdir: str | Path, part: str, shapes: Params) -> Params:
-    """One part's weights of the newest checkpoint as NumPy arrays, whatever devices they were trained on.
+    """Reads one part's weights from the newest checkpoint as NumPy arrays, whatever devices they were trained on.
 
     Args:
       workdir: of the run.
@@ -226,7 +225,7 @@ def read_weights(workdir: str | Path, part: str, shapes: Params) -> Params:
       shapes: of the weights, with their dtypes.
 
     Raises:
-      UserError: as `Checkpoints.restore_weights`.
+      UserError: as for `Checkpoints.restore_weights`.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
@@ -238,7 +237,7 @@ def read_weights(workdir: str | Path, part: str, shapes: Params) -> Params:
 
 
 def _system_error(error: Exception) -> str | None:
-    """The operating system's words in an error of Orbax or TensorStore; None if it is of another kind."""
+    """The operating system's message in an error of Orbax or TensorStore; None for other errors."""
     texts = [os.strerror(number) for number in errno.errorcode]
     found = [text for text in texts if text in str(error)]
     return max(found, key=len, default=first_line(error) if isinstance(error, OSError) else None)

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person who started the program can mend."""
+"""The exception for mistakes that the user can fix."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A wrong config value, file or flag, told in one sentence: what was found where, and what is accepted.
+    """A wrong config value, file or flag, in one sentence: what was found where, and what is accepted.
 
     `main.py` prints the sentence without a traceback and exits with status 1.
     """
@@ -19,12 +19,12 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, without what follows in further lines; its kind if it says nothing."""
+    """The first line of a library's exception, or its class name if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def reason(error: BaseException) -> str:
-    """The same beside the path of a file, which the operating system's errors repeat."""
+    """The same, without the file's path that the operating system's errors repeat."""
     return getattr(error, "strerror", None) or first_line(error)
 
 

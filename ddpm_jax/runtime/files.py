@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are written atomically."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ddpm_jax.runtime.errors import UserError, reason
 
 
 def user_cache() -> Path:
-    """The folder for what can be made or fetched again: $XDG_CACHE_HOME/ddpm_jax, or ~/.cache/ddpm_jax."""
+    """The folder for reproducible or downloadable files: $XDG_CACHE_HOME/ddpm_jax, or ~/.cache/ddpm_jax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "ddpm_jax"
 
 
@@ -37,7 +37,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """What a file holds, or the default if there is none; UserError if it is no JSON."""
+    """The content of a JSON file, or the default if it does not exist; UserError if it is not JSON."""
     if not path.exists():
         return default
     try:
@@ -47,7 +47,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object of a file that another project wrote; UserError if it cannot be read or holds something else."""
+    """The JSON object in a file of another project; UserError if it cannot be read or contains something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -55,12 +55,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object")
+        raise UserError(f"{str(path)!r} is not a JSON object")
     return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one a line; without those that were cut off, and empty if there is no file."""
+    """The objects in a JSON Lines file, skipping truncated lines; empty if there is no file."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -70,7 +70,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def add_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Adds a line to such a file, also to one whose last line was cut off."""
+    """Appends a line to such a file, even if its last line was truncated."""
     with path.open("a+") as file:
         file.seek(0)
         is_cut_off = (file.read() or "\n")[-1] != "\n"
@@ -82,21 +82,21 @@ def new_folder(path: str | os.PathLike, what: str, passing: str = "") -> Iterato
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
 
     Args:
-      path: must not be there, or be an empty folder.
-      what: how the sentence of a UserError calls it.
-      passing: a file's name; the folder may hold such a file, which must be gone when the block ends.
+      path: must not exist, or be an empty folder.
+      what: the name of the folder in a UserError's message.
+      passing: the name of a file that may be in the folder, but must be gone when the block ends.
 
     Raises:
-      UserError: it holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
     try:
         target = Path(path).expanduser().resolve()
         if target.exists() and (not target.is_dir() or any(found.name != passing for found in target.iterdir())):
-            raise UserError(f"{what} {str(path)!r} is there and not empty; choose a new one")
+            raise UserError(f"{what} {str(path)!r} is not empty; choose a new one")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         temporary.chmod(0o755)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
         raise UserError(f"{what} {str(path)!r} cannot be written: {error}") from None
     try:
         yield temporary

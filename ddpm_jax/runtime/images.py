@@ -1,4 +1,4 @@
-"""Pictures: arrays to 8 bits, grids, and files that are either whole or not there."""
+"""Pictures: conversion to 8 bits, grids, and files written atomically."""
 
 import io
 import os
@@ -12,26 +12,26 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ddpm_jax.runtime.files import atomic_path
 
-_LINE = 14  # pixels, of text
+_LINE = 14  # height of a line of text, in pixels
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:
-    """Pictures of images in [-1, 1], uint8 of the same shape: rounded to the nearest of 256 levels."""
+    """Converts images in [-1, 1] to uint8 pictures of the same shape, rounded to the nearest of 256 levels."""
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def to_float(pictures: Any) -> Any:
-    """float32 in [-1, 1] of uint8 pictures: a NumPy array of one, a jax array of a jax array."""
+    """Converts uint8 pictures to float32 in [-1, 1]; a NumPy array stays one, as does a jax array."""
     return pictures.astype(np.float32) / np.float32(127.5) - 1
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: int = 2) -> np.ndarray:
-    """One picture of many, row by row.
+    """Arranges many images in one picture, row by row.
 
     Args:
       images: uint8 [N, H, W, C].
-      columns: images a row; None: about as many as there are rows.
-      tile: images smaller than this are enlarged by a whole factor, so that every pixel can be seen.
+      columns: images per row; None: about as many as there are rows.
+      tile: images smaller than this are enlarged by an integer factor, so that every pixel is visible.
       gap: white pixels between images.
 
     Returns:
@@ -51,8 +51,8 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 64, gap: in
 
 
 def captioned(image: np.ndarray, text: str, colour: str = "black", tile: int = 96) -> np.ndarray:
-    """An image uint8 [H, W, 1 or 3] above a line of text, uint8 [H', W', 3]. An image smaller than `tile` is enlarged
-    as by `grid`, and text that is wider than the image is cut."""
+    """An image, uint8 [H, W, 1 or 3], above a line of text: uint8 [H', W', 3]. An image smaller than `tile` is enlarged
+    as in `grid`, and text wider than the image is cut off."""
     font, factor = ImageFont.load_default(), enlargement(image.shape[0], image.shape[1], tile)
     picture = _picture(image.repeat(factor, axis=0).repeat(factor, axis=1))
     canvas = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
@@ -67,11 +67,11 @@ def enlargement(height: int, width: int, tile: int = 64) -> int:
 
 
 def show(images: ArrayLike, columns: int | None = None, tile: int = 64, gap: int = 6) -> Image.Image:
-    """A picture of one or many images, which a notebook displays by itself.
+    """A picture of one or many images, for display in a notebook.
 
     Args:
       images: uint8 [N, H, W, C]; one image [H, W, C]; or a table [rows, columns, H, W, C].
-      columns: images a row; None: about as many as there are rows. A table has its own.
+      columns: images per row; None: about as many as there are rows. Must be None for a table.
       tile, gap: as in `grid`.
 
     Returns:
@@ -99,7 +99,7 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: int = 150) -> Path:
-    """Saves uint8 [N, H, W, 1 or 3] as an endless GIF or WebP, by the path's ending; the last frame stays longer."""
+    """Saves uint8 [N, H, W, 1 or 3] as a looping GIF or WebP, by the path's suffix; the last frame is shown longer."""
     pictures = [_picture(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [10 * milliseconds]
     with atomic_path(path) as temporary:
@@ -108,14 +108,14 @@ def save_animation(path: str | os.PathLike, frames: np.ndarray, milliseconds: in
 
 
 def to_png(image: np.ndarray) -> bytes:
-    """The PNG of uint8 [H, W, 1 or 3]."""
+    """Encodes uint8 [H, W, 1 or 3] as PNG."""
     file = io.BytesIO()
     _picture(image).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def save(path: str | os.PathLike, image: np.ndarray, text: Mapping[str, str] | None = None) -> Path:
-    """Saves uint8 [H, W, 1 or 3] in the format that the path's ending names; a PNG with text chunks by keyword."""
+    """Saves uint8 [H, W, 1 or 3] in the format of the path's suffix; a PNG can have text chunks, by keyword."""
     options: dict[str, Any] = {}
     if text and Path(path).suffix.lower() == ".png":
         options["pnginfo"] = chunks = PngImagePlugin.PngInfo()

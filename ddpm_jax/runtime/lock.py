@@ -2,23 +2,23 @@
 
 Nothing here uses flock or fcntl: network disks may lack these locks, or grant them on each host separately. Instead:
 
-- *Taking the lock.* The file is written under another name and then linked to its own. On local disks and on NFS one
-  process alone can make a link, and the file is whole. Where there are no links (FAT, some FUSE file systems), the file
-  is created with O_EXCL, which is as exclusive. An answer that NFS loses does no harm: a process has the lock if it
-  finds its own token in the file.
-- *Judging it.* On the machine of the holder (the same boot of the same kernel, and the same namespace of process
-  numbers), the process is there or is not, by its number and start time. On any other machine, and on systems without
-  /proc, its heartbeat alone counts: the holder rewrites a number in the file every few seconds. If the file stays the
-  same at each of many looks, spread over the time of silence that it names, the holder is gone. No clocks are compared.
-- *Taking it over.* Several processes may find a lock that was left. Only one at a time may replace it: the one that
-  holds a second lock of the same kind, named after the token that is left. It replaces the file only if that is still
-  what it judged.
+- *Taking the lock.* The file is written under a temporary name and then linked to its own. On local disks and on NFS
+  only one process can create the link, and the file is complete. Where there are no links (FAT, some FUSE file
+  systems), the file is created with O_EXCL, which is just as exclusive. A response lost by NFS does no harm: a process
+  has the lock if it finds its own token in the file.
+- *Checking whether the holder is alive.* On the holder's machine (the same boot of the same kernel, and the same PID
+  namespace), the process exists or not, according to its PID and start time. On any other machine, and on systems
+  without /proc, only its heartbeat counts: the holder rewrites a number in the file every few seconds. If the file is
+  unchanged at each of many reads, spread over the silence that the file allows, the holder is gone. No clocks are
+  compared.
+- *Taking over.* Several processes may find an abandoned lock. Only one at a time may replace it: the one that holds a
+  second lock of the same kind, named after the abandoned token. It replaces the file only if it is still unchanged.
 - *Losing it.* Another host may take over while a process is suspended. So the holder calls `Lock.check` before it
   writes anything that matters. A suspension between this check and the write goes unnoticed.
 
-The holder keeps the file open and writes its heartbeat there, so that it never writes to another holder's. Two things
-are taken for granted: whoever opens a file sees what was written and closed, or synchronised, before (NFS's
-close-to-open consistency); and two running machines differ in boot identifier or host name.
+The holder keeps the file open and writes its heartbeat there, so it never writes to another holder's file. Two things
+are assumed: opening a file shows what was previously written and closed, or synchronised (NFS's close-to-open
+consistency); and two running machines differ in boot identifier or host name.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-EVERY, SILENCE = 5.0, 60.0  # seconds between heartbeats, and without one after which a holder is gone
-_LOOKS = 200  # in the time of silence
+EVERY, SILENCE = 5.0, 60.0  # seconds between heartbeats, and seconds without one after which a holder counts as gone
+_LOOKS = 200  # reads of the file during the silence
 _LOOKS_BEFORE_A_WORD = 10
-_POLL = 0.02  # seconds, while waiting for a process of this machine
+_POLL = 0.02  # seconds, while waiting for a process on this machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """What a lock file says.
+    """The content of a lock file.
 
     Attributes:
-      raw: its bytes, with the heartbeat.
-      values: the same as JSON values; empty if it cannot be read.
+      raw: its bytes, including the heartbeat.
+      values: the same as JSON values; empty if it cannot be parsed.
     """
 
     raw: bytes
@@ -56,17 +56,17 @@ class Holder:
 
     @property
     def token(self) -> str:
-        """Of this one holding of the lock."""
+        """Identifies this acquisition of the lock."""
         return str(self.values.get("token") or f"{zlib.crc32(self.raw):08x}")
 
     @property
     def silence(self) -> float:
-        """Seconds without a heartbeat after which the holder is gone."""
+        """Seconds without a heartbeat after which the holder counts as gone."""
         silence = self.values.get("silence")
         return float(silence) if isinstance(silence, int | float) else SILENCE
 
     def is_alive(self) -> bool | None:
-        """Whether the process is there; None if this machine cannot tell."""
+        """Whether the process exists; None if this machine cannot tell."""
         values = self.values
         machine, pid = values.get("machine"), values.get("pid")
         if machine is None or machine != _machine() or values.get("host") != socket.gethostname():
@@ -74,7 +74,7 @@ class Holder:
         if not isinstance(pid, int) or not 0 < pid < 2**31:
             return None
         try:
-            os.kill(pid, 0)  # asks, and sends nothing
+            os.kill(pid, 0)  # tests for existence, sends no signal
         except ProcessLookupError:
             return False
         except PermissionError:
@@ -87,7 +87,7 @@ class Holder:
 
     def __str__(self) -> str:
         if "pid" not in self.values:
-            return "a process unknown, whose lock file cannot be read"
+            return "an unknown process, whose lock file cannot be read"
         values = self.values
         processes = values.get("processes", 1)
         many = f" by {processes} processes" if processes > 1 else ""
@@ -98,7 +98,7 @@ class Holder:
 
 
 class HeldError(Exception):
-    """Somebody else has the lock."""
+    """Another process has the lock."""
 
     def __init__(self, holder: Holder):
         super().__init__(f"in use by {holder}")
@@ -106,10 +106,10 @@ class HeldError(Exception):
 
 
 class LostError(Exception):
-    """The lock is no longer this process's.
+    """This process has lost the lock.
 
     Attributes:
-      holder: whose it is; None: nobody's.
+      holder: who has it; None: nobody.
     """
 
     def __init__(self, holder: Holder | None):
@@ -118,20 +118,20 @@ class LostError(Exception):
 
 
 class Lock:
-    """A lock that this process has; `hold` makes it."""
+    """A lock that this process holds, from `hold`."""
 
     def __init__(self, path: Path, token: str):
         self.path, self.token = path, token
 
     def check(self) -> None:
-        """LostError if the lock is no longer this process's."""
+        """LostError if this process has lost the lock."""
         found = read(self.path)
         if found is None or found.token != self.token:
             raise LostError(found)
 
 
 def read(path: Path) -> Holder | None:
-    """Who has a lock, or had it when the process was killed; None: nobody."""
+    """The holder of a lock, which may have been killed; None: nobody."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -156,19 +156,19 @@ def hold(
     every: float = EVERY,
     silence: float = SILENCE,
 ) -> Iterator[Lock]:
-    """Has the lock for as long as the block lasts; takes over one that a process left when it was killed.
+    """Holds the lock for the duration of the block; takes over a lock that a killed process left behind.
 
     Args:
-      path: of the lock file, in a folder that is there.
-      purpose: what it is for, as others are told.
-      wait: until it is free, instead of a HeldError.
-      processes: of the job whose process 0 this is.
-      say: is told what is waited for, when that takes longer.
+      path: of the lock file, in an existing folder.
+      purpose: what the lock is for, shown to others.
+      wait: whether to wait until it is free, instead of raising HeldError.
+      processes: number of processes in this job, for which process 0 holds the lock.
+      say: called with a message if waiting takes longer.
       every: seconds between two heartbeats.
-      silence: seconds without one after which others may take this process for gone.
+      silence: seconds without a heartbeat after which others may consider this process gone.
 
     Raises:
-      HeldError: somebody else has it. Nothing was written.
+      HeldError: another process has it. Nothing was written.
       OSError: the disk cannot be read or written.
     """
     token = secrets.token_hex(8)
@@ -182,14 +182,14 @@ def hold(
         yield lock
     finally:
         ended.set()
-        beat.join(every)  # it may wait for a disk that does not answer
+        beat.join(every)  # it may be waiting for a disk that does not respond
         with suppress(LostError, OSError):
             lock.check()
             path.unlink()
 
 
 def _text(token: str, purpose: str, processes: int, silence: float) -> Callable[[int], bytes]:
-    """A lock file's content by the number of its heartbeat: of one length, and valid JSON while it is rewritten."""
+    """A lock file's content by heartbeat number: of constant length, so that it is valid JSON while it is rewritten."""
     process = _process(os.getpid())
     values = {
         "host": socket.gethostname(),
@@ -206,7 +206,7 @@ def _text(token: str, purpose: str, processes: int, silence: float) -> Callable[
 
 
 def _take(path: Path, token: str, text: bytes, wait: bool, say: Callable[[str], None]) -> bool:
-    """Tries once; HeldError if somebody else has it and is not waited for."""
+    """Tries once; HeldError if another process has it and `wait` is false."""
     found = read(path)
     if found is None:
         return _create(path, token, text)
@@ -228,13 +228,13 @@ def _take(path: Path, token: str, text: bytes, wait: bool, say: Callable[[str], 
 
 
 def _watch(path: Path, found: Holder, say: Callable[[str], None]) -> Holder | None:
-    """What the file holds as soon as it differs from what was found, or after the time of silence.
+    """The file's content as soon as it differs from `found`, or after the silence.
 
-    The looks are counted, not the time between the first and the last, in which this process may have been suspended.
+    Reads are counted rather than time measured, since this process may have been suspended in between.
     """
     for look in range(_LOOKS):
         if look == _LOOKS_BEFORE_A_WORD:
-            say(f"waiting up to {found.silence:.0f} s for a sign of life of {found}")
+            say(f"waiting up to {found.silence:.0f} s for a sign of life from {found}")
         time.sleep(found.silence / _LOOKS)
         now = read(path)
         if now is None or now.raw != found.raw:
@@ -243,18 +243,18 @@ def _watch(path: Path, found: Holder, say: Callable[[str], None]) -> Holder | No
 
 
 def _create(path: Path, token: str, text: bytes, move: Callable[[Path, Path], Any] | None = None) -> bool:
-    """Makes the file at once with its whole content, and says whether it is there; `move` may replace another."""
+    """Creates the file atomically; returns whether it has this content. `move` may replace an existing file."""
     temporary = path.with_name(f".{path.name}.{token}.new")
     try:
         _write_new(temporary, text)
         try:
             (move or os.link)(temporary, path)
         except (FileExistsError, FileNotFoundError):
-            pass  # another was first, or NFS lost the first answer
+            pass  # another process was first, or NFS lost the response
         except OSError:
             if move:
                 raise
-            with suppress(FileExistsError):  # there are no links here
+            with suppress(FileExistsError):  # this file system has no links
                 _write_new(path, text)
     finally:
         with suppress(OSError):
@@ -264,7 +264,7 @@ def _create(path: Path, token: str, text: bytes, move: Callable[[Path, Path], An
 
 
 def _write_new(path: Path, text: bytes) -> None:
-    """FileExistsError if it is there; whole or not at all, unless the process is killed on the way."""
+    """Writes atomically unless the process is killed; FileExistsError if the file exists."""
     with path.open("xb") as file:
         try:
             file.write(text)
@@ -282,14 +282,14 @@ def _beat(lock: Lock, text: Callable[[int], bytes], every: float, ended: threadi
             return
         while not ended.wait(every):
             number += 1
-            with suppress(OSError):  # a disk that fails is reported by what cannot do without it
+            with suppress(OSError):  # a failing disk is reported by the code that depends on it
                 file.seek(0)
                 file.write(text(number))
                 os.fsync(file.fileno())
 
 
 def _machine() -> str | None:
-    """This boot of this kernel, and its namespace of process numbers; None where that is not told."""
+    """Identifies this boot of this kernel and its PID namespace; None if they are unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -298,7 +298,7 @@ def _machine() -> str | None:
 
 
 def _process(pid: int) -> tuple[str, int] | None:
-    """The state and the start time of a process, in ticks since the boot; None if it is not there or not shown."""
+    """The state and the start time of a process, in ticks since boot; None if it does not exist or is hidden."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

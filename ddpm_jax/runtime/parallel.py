@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, and how arrays lie on it."""
+"""Devices: the mesh, and the sharding of arrays over it."""
 
 import ctypes
 import importlib.util
@@ -22,17 +22,17 @@ from jax.typing import ArrayLike
 from ddpm_jax.runtime import files
 from ddpm_jax.runtime.errors import UserError
 
-IN_FLIGHT = 2  # calls of a program that wait in the queue of the devices while the host goes on
+IN_FLIGHT = 2  # calls of a program that are queued on the devices while the host continues
 
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 
 
 def keep_freed_memory() -> None:
-    """Lets the C allocator keep what a step frees, on Linux.
+    """Lets the C allocator keep memory that a step frees, on Linux.
 
-    XLA's CPU backend asks for the temporary arrays of a program anew at every call, gigabytes for a training step. By
-    default each request of that size comes from the kernel and goes back to it, and the page faults cost up to a sixth
-    of the step. Where an accelerator's plug-in is installed nothing is done: there it would only have all threads that
+    XLA's CPU backend allocates the temporary arrays of a program anew at every call, gigabytes for a training step. By
+    default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
+    sixth of the step. If an accelerator's plug-in is installed, this does nothing: it would only make all threads that
     decode images share one arena.
     """
     if sys.platform == "linux" and not any(map(importlib.util.find_spec, _PLUGINS)):
@@ -41,23 +41,23 @@ def keep_freed_memory() -> None:
         except OSError:  # another C library, such as musl
             return
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-        libc.mallopt(M_ARENA_MAX, 1)  # the arenas of single threads give large blocks back
+        libc.mallopt(M_ARENA_MAX, 1)  # the arenas of single threads return large blocks to the kernel
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
 
-def _after_compiling(event: str, seconds: float, **_: Any) -> None:
+def _after_compiling(event: str, duration_secs: float, **_: Any) -> None:
     """Gives back what the compiler took, before the program that it made takes its own."""
-    if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.1:
+    if event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.1:
         return_freed_memory()
 
 
 def return_freed_memory() -> None:
     """Gives the system back what `keep_freed_memory` keeps.
 
-    What a program frees is worth keeping for its next call. What was needed once, to read weights or to compile, is not.
+    What a program frees is worth keeping for its next call. What reading weights or compiling took is not.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -65,16 +65,17 @@ def return_freed_memory() -> None:
 
 
 def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:
-    """Keeps what XLA compiles on disk, so that the next start of the same program need not compile it again.
+    """Caches XLA's compiled programs on disk, so that the next start of the same program need not compile it again.
 
     Args:
-      folder: where; None: JAX_COMPILATION_CACHE_DIR, or else a folder of ddpm_jax in the user's cache; "off": nowhere.
+      folder: where to cache; None: JAX_COMPILATION_CACHE_DIR, or else ddpm_jax's folder in the user's cache; "off": no
+        cache.
 
     Returns:
-      The folder, in which at most the 4 GiB used last stay; None if there is none.
+      The folder, which keeps the 4 GiB used most recently; None if there is no cache.
 
     Raises:
-      UserError: the folder that was chosen cannot be made.
+      UserError: the chosen folder cannot be created.
     """
     if folder == "off":
         return None
@@ -92,7 +93,7 @@ def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:
 
 
 def _processor() -> str:
-    """Names this kind of processor: programs for a CPU use its instructions, and a home may be on several machines."""
+    """Identifies the kind of CPU: compiled programs use its instructions, and machines may share a home directory."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
@@ -102,12 +103,12 @@ def _processor() -> str:
 
 
 def run_once_options() -> dict[str, Any]:
-    """jit's compiler_options for a program that runs once: on CPU, optimising it would take longer than running it."""
+    """jit's compiler_options for a program that runs once: on CPUs, optimising it takes longer than running it."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 def mesh_shape(num_devices: int, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
-    """The sizes of the axes "data" and "fsdp" on so many devices, -1 meaning what the other leaves.
+    """The sizes of the axes "data" and "fsdp" for this number of devices; -1 means all that the other axis leaves.
 
     Raises:
       UserError: sizes that do not multiply to the number of devices.
@@ -115,10 +116,10 @@ def mesh_shape(num_devices: int, data: int = -1, fsdp: int = 1) -> tuple[int, in
     sizes = {"data": data, "fsdp": fsdp}
     for name, size in sizes.items():
         if size < 1 and size != -1:
-            raise UserError(f"config.mesh.{name} is {size}; accepted: 1 and more, or -1 for what the other axis leaves")
+            raise UserError(f"config.mesh.{name} is {size}; accepted: 1 or more, or -1 for what the other axis leaves")
     given = [size for size in sizes.values() if size != -1]
     if not given:
-        raise UserError("config.mesh.data and config.mesh.fsdp are both -1; accepted: one of them at most")
+        raise UserError("config.mesh.data and config.mesh.fsdp are both -1; accepted: at most one of them")
     if len(given) == 1 and num_devices % given[0] == 0:
         sizes = {name: num_devices // given[0] if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != num_devices:
@@ -127,14 +128,14 @@ def mesh_shape(num_devices: int, data: int = -1, fsdp: int = 1) -> tuple[int, in
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices in two axes.
+    """A mesh of devices with two axes.
 
-    A batch is divided over both. Parameters, their averages and the optimiser's state are the same on every device
-    along "data" and divided along "fsdp" (fully sharded data parallelism; ZeRO-3, Rajbhandari et al. 2020).
+    A batch is sharded over both. Parameters, their averages and the optimiser's state are replicated along "data" and
+    sharded along "fsdp" (fully sharded data parallelism; ZeRO-3, Rajbhandari et al. 2020).
 
     Args:
-      data, fsdp: how many devices along each; -1: what the other leaves.
-      devices: those of a machine that need not be here, kept in their order; None: all of the job.
+      data, fsdp: number of devices along each axis; -1: all that the other leaves.
+      devices: devices, possibly of a machine that is not available, kept in order; None: all devices of the job.
 
     Raises:
       UserError: sizes that do not multiply to the number of devices.
@@ -144,36 +145,36 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
         shape = mesh_shape(jax.device_count(), data, fsdp)
         try:
             return jax.make_mesh(shape, **axes)
-        except NotImplementedError:  # no axis of the slice's torus has these sizes
+        except NotImplementedError:  # the slice's torus does not support these sizes
             return Mesh(mesh_utils.create_device_mesh(shape, allow_split_physical_axes=True), **axes)
-    # jax.make_mesh would look for a better order, which it does not find for every slice that is not here.
+    # jax.make_mesh would look for a better order, which it cannot find for every unavailable slice.
     return Mesh(np.array(devices).reshape(mesh_shape(len(devices), data, fsdp)), **axes)
 
 
 def rounded(size: int, mesh: Mesh) -> int:
-    """A batch's size, up to the next multiple of the devices that it is divided over."""
+    """A batch size rounded up to a multiple of the number of devices."""
     return -(-size // mesh.devices.size) * mesh.devices.size
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An array's axis of examples divided over all devices."""
+    """The sharding of an array whose example axis is split over all devices."""
     names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1) or mesh.axis_names[:1]
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, names if len(names) > 1 else names[0]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """How parameters, or arrays like them, lie on the mesh.
+    """The shardings of parameters, or arrays like them.
 
-    Each is divided over "fsdp" along its longest axis of those that divide evenly, the last one if there are several;
-    small arrays (less than 2 ** 14 elements) stay whole, since their messages would cost more than their memory.
+    Each array is sharded over "fsdp" along its longest axis that divides evenly, the last one if there are several.
+    Small arrays (fewer than 2 ** 14 elements) are replicated, since communication would cost more than their memory.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
       tree: of arrays, or of anything with a shape.
 
     Returns:
@@ -192,40 +193,40 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def laid(shapes: Any, shardings: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s of these shapes that lie so."""
+    """`jax.ShapeDtypeStruct`s with these shapes and shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
 
 
 def place(value: ArrayLike, sharding: Sharding) -> jax.Array:
-    """An array that every process has, laid onto the devices."""
+    """Puts an array that every process has onto the devices."""
     array = np.asarray(value)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def to_host(x: Any) -> np.ndarray:
-    """The whole array on every process."""
+    """Gathers the whole array on every process."""
     if jax.process_count() == 1:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(jnp.asarray(x), tiled=True))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a batch that lie on this process's devices, int64, ascending."""
+    """The rows of a batch that are on this process's devices, int64, ascending."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def from_local_rows(mesh: Mesh, values: np.ndarray, rows: np.ndarray, batch_size: int, axis: int = 0) -> jax.Array:
-    """The global array of a batch of which each process holds its own rows.
+    """The global array of a batch, from the rows that each process has.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
       values: the rows of this process along `axis`.
-      rows: their numbers, of `local_rows`.
+      rows: their indices, from `local_rows`.
       batch_size: of the whole batch.
-      axis: of the examples.
+      axis: the axis of examples.
     """
 
     def of(index: Any) -> np.ndarray:

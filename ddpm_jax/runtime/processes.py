@@ -1,7 +1,7 @@
-"""The processes of a multi-host job begin together and end together, with a word on why.
+"""Starts and stops the processes of a multi-host job together, with a message that says why.
 
-jax stops a job whose process died, but in its own time and words, and a collective may wait for the dead one forever.
-So every process leaves a sign of life in the job's key-value store and watches those of the others.
+jax stops a job whose process died, but late and with an obscure message, and a collective may wait for the dead process
+forever. So every process writes heartbeats to the job's key-value store and watches those of the others.
 """
 
 import ctypes
@@ -37,19 +37,19 @@ def job(
     silence_timeout: int = 60,
     advice: Callable[[], str] = lambda: "start the same command on every host again",
 ) -> Iterator[None]:
-    """Joins the processes of a multi-host job for as long as the block lasts; does nothing for a job of one.
+    """Joins the processes of a multi-host job for the duration of the block; does nothing for a single process.
 
-    A process whose block ends with an error, or that is gone, ends all of them: each prints one sentence and exits with
-    status 1.
+    If one process's block ends with an error, or a process dies, all of them end: each prints one sentence and exits
+    with status 1.
 
     Args:
       coordinator: "host:port" of process 0; "": JAX_COORDINATOR_ADDRESS if automatic.
-      num_processes, process_id: how many processes there are and which one this is; None: JAX_NUM_PROCESSES and
+      num_processes, process_id: number of processes, and the index of this one; None: JAX_NUM_PROCESSES and
         JAX_PROCESS_ID if automatic.
-      automatic: take what is not given from the environment (TPU pod, Slurm, Open MPI, Kubernetes, or these variables).
-      start_timeout: seconds in which all must have come together.
-      silence_timeout: seconds without a sign of life after which a process is gone.
-      advice: what to do when the job went down.
+      automatic: take missing values from the environment (TPU pod, Slurm, Open MPI, Kubernetes, or these variables).
+      start_timeout: seconds within which all processes must have joined.
+      silence_timeout: seconds without a heartbeat after which a process counts as gone.
+      advice: what to do after the job has stopped.
 
     Raises:
       UserError: the arguments do not fit, or process 0 cannot be reached.
@@ -61,13 +61,13 @@ def job(
         process_id = _number("JAX_PROCESS_ID") if process_id is None else process_id
     elif not coordinator:
         if num_processes is not None or process_id is not None:
-            raise UserError("--num_processes and --process_id need --coordinator=host:port too")
+            raise UserError("--num_processes and --process_id also need --coordinator=host:port")
         yield
         return
     if not automatic or None not in (num_processes, process_id):
         _check(coordinator, num_processes, process_id)
         _find_coordinator(coordinator, process_id, start_timeout)
-    _last_word.say = lambda: f"not all processes of the job came together within {start_timeout} s; {advice()}"
+    _last_word.say = lambda: f"not all processes of the job joined within {start_timeout} s; {advice()}"
     _last_word.listen()
     try:
         jax.distributed.initialize(
@@ -75,18 +75,18 @@ def job(
             num_processes,
             process_id,
             initialization_timeout=start_timeout,
-            heartbeat_timeout_seconds=2 * silence_timeout,  # the watch here comes first
+            heartbeat_timeout_seconds=2 * silence_timeout,  # so that the watch here is first
         )
-    except (ValueError, RuntimeError, OSError) as error:  # nothing found, or what was found cannot be used
+    except (ValueError, RuntimeError, OSError) as error:  # nothing usable found
         found = f"could not start a job ({first_line(error)})"
         if not automatic:
             raise UserError(
-                f"--coordinator {coordinator} {found}; it wants the host and a free port of process 0, and on every "
+                f"--coordinator {coordinator} {found}; it needs the host and a free port of process 0, and on every "
                 "process --num_processes and its own --process_id"
             ) from None
         raise UserError(
-            f"--distributed {found}; it wants a TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or else use --coordinator, --num_processes and --process_id"
+            f"--distributed {found}; it needs a TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID; otherwise use --coordinator, --num_processes and --process_id"
         ) from None
     peers = _Peers(silence_timeout, advice)
     try:
@@ -98,14 +98,14 @@ def job(
 
 
 def agree(mine: bool) -> bool:
-    """What process 0 says, on all of them."""
+    """The value of process 0, on all processes."""
     if jax.process_count() == 1:
         return mine
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(mine)))
 
 
 def meet(name: str) -> None:
-    """Waits for all processes of the job to come here, however long they take; each name once."""
+    """Waits for all processes of the job to reach this point, however long they take; each name works once."""
     if distributed.global_state.client is not None:
         distributed.global_state.client.wait_at_barrier(f"ddpm_jax/{name}", _WEEK_MS)
 
@@ -132,13 +132,13 @@ def _check(coordinator: str, num_processes: int | None, process_id: int | None) 
 
 
 def _find_coordinator(coordinator: str, process_id: int | None, timeout: int) -> None:
-    """UserError if process 0 cannot be reached in time, or cannot have its port; jaxlib would abort."""
+    """UserError if process 0 cannot be reached in time, or cannot open its port; jaxlib would abort."""
     host, _, port = coordinator.rpartition(":")
     if process_id == 0:
         try:
             socket.create_server(("", int(port))).close()
         except (OSError, OverflowError) as error:
-            raise UserError(f"--coordinator={coordinator}: process 0 cannot have port {port}: {error}") from None
+            raise UserError(f"--coordinator={coordinator}: process 0 cannot open port {port}: {error}") from None
         return
     deadline = time.monotonic() + timeout
     while True:
@@ -148,16 +148,16 @@ def _find_coordinator(coordinator: str, process_id: int | None, timeout: int) ->
         except (OSError, OverflowError) as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--coordinator={coordinator}: process 0 did not answer for {timeout} s ({error}); is it running, "
+                    f"--coordinator={coordinator}: process 0 did not respond for {timeout} s ({error}); is it running, "
                     "and can this host reach that port?"
                 ) from None
         time.sleep(0.2)
 
 
 class _LastWord:
-    """What to say if jaxlib aborts the process, as it does from a thread of its own when another one is gone.
+    """The message to print if jaxlib aborts the process, which it does from its own thread when another process dies.
 
-    jaxlib takes a Python callback for that, but fails to call it.
+    jaxlib accepts a Python callback for this, but fails to call it.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class _LastWord:
 
     def listen(self) -> None:
         if sys.platform != "win32":
-            # Not signal.signal: its handlers run in the main thread, which would be too late.
+            # signal.signal's handlers run in the main thread, which would be too late.
             ctypes.CDLL(None).signal(int(signal.SIGABRT), self._handler)
 
     def _handle(self, number: int) -> None:
@@ -179,7 +179,7 @@ _last_word = _LastWord()
 
 
 def _leave(sentence: str) -> None:
-    """Ends the process at once: what else it does may wait for a process that is gone."""
+    """Ends the process immediately: anything else may wait for a process that is gone."""
     sys.stdout.flush()
     sys.stderr.write(f"error: {sentence}\n")
     sys.stderr.flush()
@@ -187,7 +187,7 @@ def _leave(sentence: str) -> None:
 
 
 class _Peers:
-    """One process's eye on the others."""
+    """Watches the other processes of the job."""
 
     def __init__(self, timeout: float, advice: Callable[[], str]):
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
@@ -200,7 +200,7 @@ class _Peers:
         self._thread.start()
 
     def end(self) -> None:
-        """When all have come here."""
+        """Waits until all processes are done."""
         meet("end")
         self._ended.set()
         self._thread.join()
@@ -208,9 +208,9 @@ class _Peers:
         _last_word.say = lambda: ""
 
     def end_with(self, error: BaseException) -> None:
-        """Tells the others; does not return."""
+        """Reports the error to the others; does not return."""
         if not isinstance(error, UserError | KeyboardInterrupt):
-            # It may only follow from the end of another process, which the watch finds and names.
+            # The error may be due to another process's end, which the watch finds and names.
             time.sleep(self.timeout + 3 * self.interval)
             traceback.print_exception(error)
         self._ended.set()
@@ -221,7 +221,7 @@ class _Peers:
 
     def _watch(self) -> None:
         beat, start = 0, time.monotonic()
-        last: dict[int, tuple[str, float]] = {}  # the newest sign of life, and when it came
+        last: dict[int, tuple[str, float]] = {}  # the latest heartbeat, and when it was seen
         while not self._ended.wait(self.interval):
             beat += 1
             try:
@@ -229,7 +229,7 @@ class _Peers:
                 stopped = dict(self.client.key_value_dir_get(_STOPPED))
                 alive = {int(key.rsplit("/", 1)[1]): value for key, value in self.client.key_value_dir_get(_ALIVE)}
             except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone, and jaxlib about to abort
+                continue  # process 0 is gone, and jaxlib is about to abort
             now = time.monotonic()
             last |= {i: (value, now) for i, value in alive.items() if last.get(i, ("", 0))[0] != value}
             stopped.pop(f"{_STOPPED}/{self.index}", None)
@@ -238,7 +238,7 @@ class _Peers:
                 self._stop(f"process {key.rsplit('/', 1)[1]} of {self.count} stopped: {sentence}")
             silent = [i for i in range(self.count) if now - last.get(i, ("", start))[1] > self.timeout]
             if silent:
-                self._stop(self._gone(silent[0], f"no sign of life for {self.timeout:g} s"))
+                self._stop(self._gone(silent[0], f"no heartbeat for {self.timeout:g} s"))
 
     def _stop(self, sentence: str) -> None:
         if self._ended.is_set():
@@ -247,7 +247,7 @@ class _Peers:
         _leave(sentence)
 
     def _let_others_read(self) -> None:
-        """Process 0 keeps the store, so it goes last."""
+        """Process 0 keeps the store, so it exits last."""
         if self.index == 0:
             time.sleep(3 * self.interval)
 
@@ -260,5 +260,5 @@ class _Peers:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
             return self._gone(0, error.strerror or "no answer")
-        time.sleep(self.timeout + 3 * self.interval)  # gloo aborts when a process is gone, which the watch names
+        time.sleep(self.timeout + 3 * self.interval)  # gloo aborts if a process is gone, which the watch then names
         return ""

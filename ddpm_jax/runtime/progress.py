@@ -1,4 +1,4 @@
-"""Long work that shows itself: a live bar on a terminal, plain lines with speed and time left elsewhere."""
+"""Progress of long work: a live bar on a terminal, and plain lines with speed and time left elsewhere."""
 
 import sys
 import time
@@ -11,19 +11,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """1:02:03, or 2:03 if less than an hour."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def part_of(progress: Callable[[int, int], None] | None, part: int, parts: int) -> Callable[[int, int], None] | None:
-    """What one of several equal parts tells of its own steps, made out of `progress`, which hears of all; None of None.
+    """A callback for the progress of one of several equal parts, which reports to `progress`; None if that is None.
 
     Args:
-      progress: told (done, in all).
-      part: which one, from 0.
-      parts: how many there are.
+      progress: called with (steps done, steps in all parts).
+      part: index of the part, from 0.
+      parts: number of parts.
     """
     return progress and (lambda done, steps: progress(part * steps + done, parts * steps))
 
@@ -32,9 +32,9 @@ class ProgressBar:
     """Counts towards a total, as a context manager.
 
     Args:
-      description: what is done, such as "training".
-      total: when it is done.
-      start: where it starts from.
+      description: of the work, such as "training".
+      total: the count at the end.
+      start: the count at the start.
       interval: seconds between plain lines; None: a line at every `report`.
       enabled: False to show nothing (on all processes but the first).
     """
@@ -45,7 +45,7 @@ class ProgressBar:
         self.description, self.total, self.done, self.start = description, total, start, start
         self._interval, self._enabled = interval, enabled
         self._began = self._last_line = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when the first step was done: it may have waited for a compiler
+        self._first: tuple[float, int] | None = None  # time and count of the first update: compiling may precede it
         self._live: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._live = Progress(
@@ -60,7 +60,7 @@ class ProgressBar:
 
     @property
     def is_live(self) -> bool:
-        """Whether it is a bar on a terminal."""
+        """Whether this is a live bar on a terminal."""
         return self._live is not None
 
     def __enter__(self) -> "ProgressBar":
@@ -76,7 +76,7 @@ class ProgressBar:
             self._live.stop()
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
-        """Shows how far it is; plain output gets a line only every `interval` seconds and at the end."""
+        """Shows the progress; plain output gets a line only every `interval` seconds and at the end."""
         self.done, self.total = done, self.total if total is None else total
         self._first = self._first or (time.monotonic(), done)
         if self._live:
@@ -88,14 +88,14 @@ class ProgressBar:
                 self._print(text)
 
     def report(self, text: str) -> None:
-        """Shows a text with the position; in plain output always a line."""
+        """Shows a text with the progress; plain output always gets a line."""
         if self._live:
             self._live.update(self._task, completed=self.done, text=text)
         elif self._enabled:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        began, start = self._first or (self._began, self.start)  # the first step itself says nothing of the others
+        began, start = self._first or (self._began, self.start)  # the first step itself is not representative
         elapsed, done = time.monotonic() - began, self.done - start
         left = f", {format_seconds(elapsed / done * (self.total - self.done))} left" if done else ""
         parts = [f"{self.description} {self.done}/{self.total}", text]
@@ -103,7 +103,7 @@ class ProgressBar:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While other work shows its own bar."""
+        """Hides this bar while other work shows its own."""
         if self._live:
             self._live.stop()
         try:

@@ -1,4 +1,4 @@
-"""Named randomness: every draw is a function of (seed, purpose, index), so nothing needs to be remembered to resume."""
+"""Named randomness: every draw is a function of (seed, purpose, index), so resuming needs no stored random state."""
 
 import zlib
 

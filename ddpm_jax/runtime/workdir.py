@@ -1,4 +1,4 @@
-"""The files that make a workdir a run: what it was told, what it learned from, what it ran on."""
+"""The files that make a workdir a run: its config, the description of its data set, its environment and history."""
 
 import datetime
 import importlib.metadata
@@ -29,7 +29,7 @@ _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
-    """Makes the folder if it is not there; UserError if nothing can be written in it, calling it `what`."""
+    """Creates the folder if it does not exist; UserError, naming it by `what`, if it is not writable."""
     workdir = Path(workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -42,21 +42,21 @@ def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
 
 @contextmanager
 def locked(workdir: str | Path, purpose: str) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Makes the folder if it is not there, and keeps others from writing a run in it for as long as the block lasts.
+    """Creates the folder if it does not exist, and locks it against other writers for the duration of the block.
 
-    Process 0 of a job holds the lock for all of its processes; if it is refused, all end. A lock left by a process that
-    was killed is taken over, see `ddpm_jax.runtime.lock`. A folder that was made here and stays empty is removed.
+    Process 0 of a job holds the lock for all of its processes; if it cannot get it, all end. A lock left behind by a
+    killed process is taken over, see `ddpm_jax.runtime.lock`. A folder created here that stays empty is removed.
 
     Args:
       workdir: of the run.
-      purpose: "training", for example; the sentence for others says it.
+      purpose: such as "training"; shown to others.
 
     Yields:
-      The folder, and a function that raises UserError if another host has taken the workdir over since: to be called
-      before anything that matters is written.
+      The folder, and a function that raises UserError if another host has taken over the workdir: call it before
+      writing anything that matters.
 
     Raises:
-      UserError: another process writes in the workdir, or it cannot be written to.
+      UserError: another process is using the workdir, or it cannot be written to.
     """
     was_there = Path(workdir).expanduser().exists()
     folder = check_writable(workdir)
@@ -74,11 +74,11 @@ def locked(workdir: str | Path, purpose: str) -> Iterator[tuple[Path, Callable[[
             held.check()
         except lock.LostError as error:
             raise UserError(
-                f"{name} is no longer this process's: {error}; nothing more is written, and the other process goes on "
-                "from the last checkpoint"
+                f"{name} no longer belongs to this process: {error}; nothing more is written, and the other process "
+                "resumes from the last checkpoint"
                 if error.holder
-                else f"{name} is no longer this process's: {LOCK} in it was removed; nothing more is written, and the "
-                "same command goes on from the last checkpoint"
+                else f"{name} no longer belongs to this process: {LOCK} in it was removed; nothing more is written, "
+                "and the same command resumes from the last checkpoint"
             ) from None
 
     try:
@@ -93,12 +93,12 @@ def locked(workdir: str | Path, purpose: str) -> Iterator[tuple[Path, Callable[[
             yield folder, check
     finally:
         if not was_there:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The config that a run was started with; UserError if the folder is no workdir."""
+    """The config that a run was started with; UserError if the folder is not a workdir."""
     folder = Path(workdir).expanduser()
     path = folder / CONFIG
     if not path.is_file():
@@ -111,9 +111,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
-    """UserError if a run with other settings lies in the workdir, naming the fields that differ."""
+    """UserError if the workdir has a run with another config; it names the fields that differ."""
     if (workdir / STAGES).exists():
-        raise UserError(f"--workdir {str(workdir)!r} is a pipeline, whose stages are trained in workdirs of their own")
+        raise UserError(f"--workdir {str(workdir)!r} is a pipeline; its stages are trained in separate workdirs")
     if (workdir / CONFIG).exists():
         changed = config_lib.differences(read_config(workdir), config)
         if changed:
@@ -124,10 +124,10 @@ def check_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
-    """The description of the images that the run learned from, or None before training started.
+    """The description of the run's training set, or None before training has started.
 
-    With captions it has "tokenizer", the text of a tokenizer.json. The frozen parts of a run lie in the workdir, too:
-    "text_encoder" and "clip" are transformers folders, and "autoencoder" is one of diffusers.
+    With captions it has "tokenizer", the text of a tokenizer.json. The frozen parts of a run are also in the workdir:
+    "text_encoder" and "clip" are transformers folders, and "autoencoder" is a diffusers folder.
     """
     folder = Path(workdir).expanduser()
     description: dict[str, Any] | None = read_json(folder / DATASET, None)
@@ -142,22 +142,22 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
-    """UserError if the run in the workdir learned from other images."""
+    """UserError if the run in the workdir was trained on other images."""
     old = read_dataset(workdir)
     if old and "imported" in old:
         raise UserError(
-            f"--workdir {str(workdir)!r} holds weights imported from {old['imported']!r}, not the optimiser; "
+            f"--workdir {str(workdir)!r} holds weights imported from {old['imported']!r} without an optimiser state; "
             "start another workdir from them with --init_from"
         )
     if old and old["fingerprint"] != description["fingerprint"]:
         raise UserError(
-            f"--workdir {str(workdir)!r} holds a run that learned from other images: "
+            f"--workdir {str(workdir)!r} holds a run that was trained on other images: "
             f"{old['num_images']} then, {description['num_images']} now; their names, sizes or contents differ"
         )
 
 
 def is_finished(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the run in the workdir came to its end with this very config, and nothing else since."""
+    """Whether the run in the workdir finished with exactly this config, and nothing has happened since."""
     history = read_json_lines(workdir / HISTORY)
     if not history or history[-1]["event"] != "finished":
         return False
@@ -165,7 +165,7 @@ def is_finished(workdir: Path, config: ConfigDict) -> bool:
 
 
 def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> None:
-    """Writes the config, the description of the data, and the environment; the tokenizer has a file of its own, and the
+    """Writes the config, the description of the data, and the environment; the tokenizer has its own file, and the
     frozen parts have folders."""
     write_text(workdir / CONFIG, config_lib.to_json(config))
     if "tokenizer" in description:
@@ -178,15 +178,15 @@ def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> No
 
 
 def note(workdir: Path, event: str, step: int, **values: Any) -> None:
-    """Adds to the history what happened to a run: that it started, stopped, finished or failed.
+    """Adds an event to a run's history: "started", "stopped", "finished" or "failed".
 
-    A start without one of the others was cut off.
+    A run whose last event is a start was interrupted.
 
     Args:
       workdir: of the run.
-      event: which.
-      step: of the checkpoint that the run goes on from.
-      values: what else is known, as JSON values.
+      event: its name.
+      step: of the checkpoint from which the run resumes.
+      values: further facts, as JSON values.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     add_json_line(workdir / HISTORY, {"event": event, "step": step, "time": now, **values})
@@ -211,7 +211,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of the source tree, "-dirty" if it was changed; None outside of a git checkout."""
+    """The commit of the source tree, with "-dirty" if it was changed; None outside a git checkout."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent

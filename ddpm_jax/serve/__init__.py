@@ -1,1 +1,1 @@
-"""The playground: a page in the browser on a run, and the server behind it; `--mode=serve`."""
+"""The playground: a browser page for trying a run, and its server; `--mode=serve`."""

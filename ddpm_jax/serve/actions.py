@@ -1,4 +1,4 @@
-"""What a form of the page asks of a run: checked before it waits, and then one batch of one size."""
+"""The page's requests to a run: each form is checked before it is queued, and then computed as one batch."""
 
 import base64
 import dataclasses
@@ -20,11 +20,11 @@ from ddpm_jax.sampling.condition import FIELDS, Control
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = 16_000_000  # of a picture that is brought; a telephone's have 12 million
-MAX_TIMES = 20  # of RePaint
+MAX_PIXELS = 16_000_000  # of an uploaded picture; those from phones have 12 million
+MAX_TIMES = 20  # RePaint's repetitions
 MAX_GUIDANCE = 20.0
 MAX_TEXT = 2_000  # characters of a prompt
-_FRAMES = 24  # of the way from noise to image, that a page is shown
+_FRAMES = 24  # intermediate images sent to the page
 
 Form = Mapping[str, Any]
 Work = Callable[..., np.ndarray]
@@ -35,9 +35,9 @@ class Action:
     """A checked request.
 
     Attributes:
-      call: the pictures, uint8 [batch, H, W, C], given `watch` of `ddpm_jax.sample`.
-      num_images: how many of them were asked for.
-      calls, weight, program: as of a `Task`.
+      call: returns the pictures, uint8 [batch, H, W, C], given the `watch` argument of `ddpm_jax.sample`.
+      num_images: number of pictures requested.
+      calls, weight, program: as in `Task`.
     """
 
     call: Callable[..., np.ndarray]
@@ -65,12 +65,12 @@ class Action:
 
 
 class Playground:
-    """A run and what may be asked of it.
+    """A run and the requests it accepts.
 
     Args:
-      run: of `ddpm_jax.load`.
+      run: from `ddpm_jax.load`.
       name: of the run, for the page.
-      batch_size: images of a request at most. Every request is a batch of this size, so that few programs are compiled.
+      batch_size: the most images per request. Every request is a batch of this size, so that few programs are compiled.
     """
 
     def __init__(self, run: Run, name: str, batch_size: int):
@@ -124,7 +124,7 @@ class Playground:
         }
 
     def _guidance_scale(self, controls: Sequence[Control]) -> float:
-        """What the page starts with: images follow a prompt closely only with guidance."""
+        """The page's initial guidance scale: only with guidance do images follow a prompt closely."""
         if self.run.condition.cannot_guide or all(control.choices for control in controls):
             return 1.0
         own = float(self.run.config.sample.guidance_scale)
@@ -140,11 +140,11 @@ class Playground:
         return {"first": first, "pictures": [data_url(self.source[i]["image"]) for i in numbers]}
 
     def fitted(self, form: Form) -> dict[str, Any]:
-        """A picture as the run sees it."""
+        """An uploaded picture, cropped and scaled as the run sees it."""
         return {"picture": data_url(self.picture(form))}
 
     def picture(self, form: Form, name: str = "picture") -> np.ndarray:
-        """uint8 [H, W, C] of a file of the form, cropped and scaled to the run's size."""
+        """A file of the form as uint8 [H, W, C], cropped and scaled to the run's size."""
         return opened(form, name, self.fit)
 
     # The actions.
@@ -175,13 +175,13 @@ class Playground:
         options = self._edit_options(form)
         times = integer(form, "times", 1, MAX_TIMES, 1)
         if times > 1 and options["sampler"] not in ("ddpm", "ddim"):
-            raise UserError(f"times is {times}; other than 1 it needs the sampler ddpm or ddim")
+            raise UserError(f"times is {times}; accepted with samplers other than ddpm and ddim: 1")
         calls = self._calls(options, times)
         picture, seed = self.picture(form), self._seed(form)
         height, width, _ = self.run.shape
         mask = opened(form, "mask", Fit(height, width, 1, background="black"))[..., 0] >= 128
         if not mask.any():
-            raise UserError("nothing of the picture is marked to be painted anew")
+            raise UserError("no part of the picture is marked for repainting")
         pictures = picture[None].repeat(self.batch_size, axis=0)
 
         def call(**watching: Any) -> np.ndarray:
@@ -204,7 +204,7 @@ class Playground:
         return self._action("interpolate", form, call, calls, options)
 
     def interpolate_latents(self, form: Form) -> Action:
-        self.run.condition.null(1)  # the way is without a condition
+        self.run.condition.null(1)  # this method is unconditional
         steps, spacing = self._num_steps(form), self._spacing(form)
         calls = self._calls({"sampler": "ddim", "num_steps": steps, "spacing": spacing})
         (first, second), weights = self._ends(form), self._weights(form)
@@ -222,13 +222,13 @@ class Playground:
         def seen(watch: Any) -> np.ndarray:
             return call(watch=watch, snapshots_of=view)
 
-        # Whatever is said, or nothing, the arrays have the same shapes.
+        # With or without a prompt, the arrays have the same shapes.
         return Action(seen, self._num_images(form), calls, 2.0 if guided else 1.0, (kind, guided))
 
-    # Their options.
+    # Options of the actions.
 
     def _options(self, form: Form) -> dict[str, Any]:
-        """Of `Run.sample`."""
+        """The options of `Run.sample`."""
         sampler = choice(form, "sampler", tuple(SAMPLERS), self.facts()["sampler"])
         options: dict[str, Any] = {
             "sampler": sampler,
@@ -249,7 +249,7 @@ class Playground:
         return options
 
     def _edit_options(self, form: Form, t: int | None = None) -> dict[str, Any]:
-        """Of the edits, which begin at t."""
+        """The options of edits that start at t."""
         options = self._options(form)
         if t is not None:
             options["num_steps"] = min(options["num_steps"], t + 1)
@@ -261,10 +261,10 @@ class Playground:
         return options
 
     def _calls(self, options: Mapping[str, Any], times: int = 1) -> int:
-        """How often the network will be called; UserError for options that do not go together, or too much of it."""
+        """The number of network calls; UserError for options that do not go together, or too many calls."""
         calls, most = times * self.run.calls(**options), 2 * (self.last + 1)
         if calls > most:
-            raise UserError(f"this takes {calls} calls of the network; accepted: up to {most}")
+            raise UserError(f"this takes {calls} network calls; accepted: at most {most}")
         return calls
 
     def _seed(self, form: Form) -> int:
@@ -283,24 +283,24 @@ class Playground:
         return self.picture(form, "first"), self.picture(form, "second")
 
     def _weights(self, form: Form) -> Sequence[float]:
-        """As many as a batch has, the first of which are asked for."""
+        """One weight per image of a batch; the first num_images are the requested ones."""
         count = self._num_images(form)
         inner = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
         return np.resize(inner, self.batch_size).tolist()
 
 
 def _training_images(run: Run) -> Source:
-    """What lies on this machine of the images that the run learned from; they are not fetched for a page."""
+    """The run's training set, if it is on this machine; the playground does not download it."""
     data = run.config.data
     name = prepared_name(data.source, data.name)
     if name:
         folder, is_there = tfds_folder(name, data.data_dir or None)
         if not is_there:
-            raise UserError(f"the images that this run learned from are not in {str(folder)!r}")
+            raise UserError(f"this run's training set is not in {str(folder)!r}")
     return training_images(run.config, run.dataset)
 
 
-# Of forms.
+# Fields of forms.
 
 
 def text(form: Form, name: str, most: int | None = None) -> str:
@@ -343,14 +343,14 @@ def number(form: Form, name: str, low: float, high: float) -> float | None:
 
 
 def opened(form: Form, name: str, fit: Fit) -> np.ndarray:
-    """uint8 [H, W, C] of a file of a form, which is not decoded before its header has told its size."""
+    """A file of a form as uint8 [H, W, C]; its header is checked before decoding."""
     upload = form.get(name)
     if upload is None or isinstance(upload, str):
-        raise UserError(f"there is no picture: {name} is missing")
+        raise UserError(f"{name} is missing; accepted: a picture")
     file: BinaryIO = upload.file
     try:
         return open_picture(file, fit, FORMATS, MAX_PIXELS)
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
 
 

@@ -1,7 +1,7 @@
-"""The routes of the playground, and who may use them.
+"""The playground's routes and access checks.
 
-A request for pictures is one POST, whose answer is a line of JSON for everything that happens to it, from its place in
-the queue to the pictures; to hang up is to cancel it. Nothing is written to disk, and nothing is kept after an answer.
+A request for pictures is one POST. Its response is a stream of JSON lines, from the place in the queue to the pictures;
+closing the connection cancels it. Nothing is written to disk, and nothing is kept after a response.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ from ddpm_jax.serve.actions import Action, Playground
 from ddpm_jax.serve.queue import FullError, Queue, Task
 
 _MAX_BODY = 16 << 20  # bytes of a request
-_BODY_SECONDS = 30  # in which it must have come
+_BODY_SECONDS = 30  # for receiving it
 _DROP_SECONDS = 5
-_PULSE_SECONDS = 0.5  # between lines of a request that waits
+_PULSE_SECONDS = 0.5  # between lines while a request waits
 
 _STATIC = {
     "/": ("index.html", "text/html"),
@@ -54,11 +54,11 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
     """The application.
 
     Args:
-      playground: what may be asked.
-      queue: does it.
-      host: that the server listens at; only a name of the loopback is answered, if it is one.
+      playground: the actions.
+      queue: runs them.
+      host: the address that the server listens on; if it is a loopback address, only loopback names are accepted.
     """
-    # What is brought is decoded one at a time, so that many pictures cannot take much memory.
+    # Uploads are decoded one at a time, so that many pictures cannot use much memory.
     decoding = asyncio.Semaphore(1)
 
     async def checked(request: Request, function: Callable[[Mapping[str, Any]], Any]) -> Any:
@@ -107,17 +107,17 @@ def make_app(playground: Playground, queue: Queue, host: str) -> ASGIApp:
         HTTPException: lambda request, error: _error(
             error.status_code, _SENTENCES.get(error.status_code, error.detail)
         ),
-        ClientDisconnect: lambda request, error: _error(400, "the request was broken off"),
-        Exception: lambda request, error: _error(500, "the playground failed at this; its terminal says how"),
+        ClientDisconnect: lambda request, error: _error(400, "the request was aborted"),
+        Exception: lambda request, error: _error(500, "internal error; see the playground's terminal"),
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), is_loopback(host))
 
 
 _SENTENCES = {
     404: "there is nothing at this address",
-    405: "this address takes another method",
-    408: f"the request did not come within {_BODY_SECONDS} seconds",
-    413: f"the request is too large; accepted: up to {_MAX_BODY >> 20} MiB",
+    405: "this address does not accept this method",
+    408: f"the request did not arrive within {_BODY_SECONDS} seconds",
+    413: f"the request is too large; accepted: at most {_MAX_BODY >> 20} MiB",
 }
 
 
@@ -134,14 +134,14 @@ def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None)
 
 def _full(error: FullError) -> Response:
     wait = "" if error.seconds is None else f"; they take about {math.ceil(error.seconds)} seconds"
-    sentence = f"the queue is full: {error.waiting} requests wait{wait}. Try again then"
+    sentence = f"the queue is full: {error.waiting} requests are waiting{wait}. Try again later"
     return _error(503, sentence, {"retry-after": str(max(1, math.ceil(error.seconds or 10)))})
 
 
 async def _form(request: Request) -> FormData:
     """The fields and files of a request, in memory alone."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise UserError("the request is no form; accepted: multipart/form-data")
+        raise UserError("the request is not a form; accepted: multipart/form-data")
     parser = MultiPartParser(request.headers, request.stream(), max_files=2, max_fields=20, max_part_size=1000)
     parser.spool_max_size = _MAX_BODY + 1
     try:
@@ -154,7 +154,7 @@ async def _form(request: Request) -> FormData:
 
 
 class Told(StreamingResponse):
-    """A line for each event of a task, and for its place or its progress while there is none."""
+    """Streams one line per event of a task, and meanwhile its place in the queue or its progress."""
 
     def __init__(self, queue: Queue, task: Task, changed: asyncio.Event):
         super().__init__(self._lines(), media_type="application/x-ndjson")
@@ -163,7 +163,7 @@ class Told(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # who has hung up waits no more
+        finally:  # the client may have disconnected
             self._queue.cancel(self._task)
 
     async def _lines(self) -> AsyncIterator[str]:
@@ -183,14 +183,14 @@ class Told(StreamingResponse):
         return [{"state": "running", "done": self._task.done, "calls": self._task.calls}] if self._task.done else []
 
 
-# Who may ask.
+# Access checks.
 
 
 class Guard:
-    """Refuses what is not for this server, or too large, before any of it is read, and adds headers to every answer.
+    """Refuses requests from other sites and requests that are too large, and adds security headers to every response.
 
-    A page of another site cannot have the browser use the playground: its requests carry that site's name as Origin,
-    and a name of its own that leads to this machine (DNS rebinding) stands in Host.
+    Pages of other sites cannot use the playground through the browser: their requests carry that site's name as Origin,
+    or, with DNS rebinding, a name of theirs as Host.
     """
 
     def __init__(self, app: ASGIApp, loopback: bool):
@@ -227,7 +227,7 @@ class Guard:
         if method not in ("GET", "HEAD"):
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
             if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != host):
-                return _error(403, "this request comes from the page of another site")
+                return _error(403, "this request comes from another site's page")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > _MAX_BODY:
             return _error(413, _SENTENCES[413])
@@ -235,7 +235,7 @@ class Guard:
 
 
 class _Body:
-    """What comes with a request: no more than _MAX_BODY of it is handed on."""
+    """The body of a request, of which at most _MAX_BODY bytes are passed on."""
 
     def __init__(self, receive: Receive):
         self.ended = False
@@ -248,7 +248,7 @@ class _Body:
         return message
 
     async def drop(self) -> None:
-        """Receives the rest for nothing, within bounds: most clients read no answer before they have sent it all."""
+        """Receives and discards the rest, within limits: most clients read no response before sending everything."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DROP_SECONDS):
                 while not self.ended and self._size < 4 * _MAX_BODY:
@@ -262,7 +262,7 @@ class _Body:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this is a name of the machine itself that no other machine can reach it by."""
+    """Whether this is a loopback name, by which no other machine can reach this one."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""A bounded queue and its one worker: the devices are one resource, and requests take turns at them."""
+"""A bounded queue with a single worker: requests take turns on the devices."""
 
 import collections
 import threading
@@ -11,11 +11,11 @@ from ddpm_jax.runtime.errors import UserError, first_line
 
 
 class FullError(Exception):
-    """No place is left in the queue.
+    """The queue is full.
 
     Attributes:
-      waiting: how many wait.
-      seconds: until all of them are served; None: not known yet.
+      waiting: number of waiting tasks.
+      seconds: until all of them are done; None: not known yet.
     """
 
     def __init__(self, waiting: int, seconds: float | None):
@@ -24,18 +24,18 @@ class FullError(Exception):
 
 
 class CancelledError(Exception):
-    """Nobody waits for this task any more."""
+    """This task was cancelled."""
 
 
 class Task:
-    """Work that waits for its turn, is done, and tells about it on the way.
+    """A unit of work that waits for its turn and reports its progress.
 
     Args:
-      work: called with the task when its turn has come; returns what the last event carries besides its state.
-      calls: how often it will call the network, as far as that can be told beforehand.
-      weight: of a call, in the time that the network takes for a batch.
-      program: what it compiles, if no task before it had the same.
-      changed: called, from any thread, whenever there is something to tell.
+      work: called with the task when its turn has come; returns the contents of the last event besides its state.
+      calls: estimated number of network calls.
+      weight: duration of a call, in units of the network's time for a batch.
+      program: identifies the program that it compiles if no earlier task had the same.
+      changed: called, from any thread, when there are new events or progress.
     """
 
     def __init__(
@@ -49,24 +49,24 @@ class Task:
         self.work, self.calls, self.weight, self.program, self.changed = work, calls, weight, program, changed
         self.done = 0
         self.cancelled = False
-        self.first: tuple[float, int] | None = None  # when the program had run for the first time, and its calls
+        self.first: tuple[float, int] | None = None  # time and calls done after the program's first run
         self._events: collections.deque[dict[str, Any]] = collections.deque()
 
     def tell(self, state: str, **facts: Any) -> None:
-        """Leaves an event for whoever waits."""
+        """Adds an event."""
         if not self.cancelled:
             self._events.append({"state": state, **facts})
             self.changed()
 
     def events(self) -> list[dict[str, Any]]:
-        """What has been told since the last time."""
+        """Takes the events since the last call."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def progress(self, done: int, calls: int) -> None:
-        """Notes how far the work is.
+        """Records the progress of the work.
 
         Raises:
-          CancelledError: nobody waits for it; the work is to let this through.
+          CancelledError: the task was cancelled; the work must not catch this.
         """
         self.done, self.calls = done, calls
         self.first = self.first or (time.monotonic(), done)
@@ -75,13 +75,13 @@ class Task:
 
 
 class Queue:
-    """Tasks in the order of their arrival, and one thread that does them.
+    """Tasks in order of arrival, and one thread that runs them.
 
-    A task's last event has the state "done" or "failed"; before it come "compiling" or "running", once, and what the
-    work tells.
+    A task's last event has the state "done" or "failed"; before that come one "compiling" or "running" event and the
+    work's own events.
 
     Args:
-      limit: how many may wait, besides the one that is being done.
+      limit: how many tasks may wait, besides the running one.
     """
 
     def __init__(self, limit: int):
@@ -91,34 +91,33 @@ class Queue:
         self._running: Task | None = None
         self._closed = False
         self._compiled: set[Hashable] = set()
-        self._compile_seconds = 0.0  # of the last program that was new
+        self._compile_seconds = 0.0  # for the last new program
         self._call_seconds: float | None = None  # of a call of weight 1
         self._thread = threading.Thread(target=self._work, name="queue", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises FullError if there is no place."""
+        """Raises FullError if the queue is full."""
         with self._condition:
             if len(self._waiting) + (self._running is not None) > self.limit:
                 raise FullError(len(self._waiting), self._seconds([*self._waiting]))
 
     def submit(self, task: Task) -> None:
-        """Gives a task its place.
+        """Adds a task.
 
         Raises:
-          FullError: there is none.
+          FullError: the queue is full.
           UserError: the queue is closed.
         """
         with self._condition:
             if self._closed:
-                raise UserError("the playground is ending")
+                raise UserError("the playground is shutting down")
             self.check()
             self._waiting.append(task)
             self._condition.notify()
 
     def place(self, task: Task) -> tuple[int, float | None] | None:
-        """How many tasks come before it and in how many seconds, if that is known, they are done; None: it is its
-        turn."""
+        """The number of tasks before this one and the seconds until they are done, if known; None: it is its turn."""
         with self._condition:
             if task not in self._waiting:
                 return None
@@ -126,21 +125,21 @@ class Queue:
             return len(before) + (self._running is not None), self._seconds(before)
 
     def cancel(self, task: Task) -> None:
-        """Leaves the task, or the rest of it, undone."""
+        """Cancels the task, even if it is running."""
         with self._condition:
             task.cancelled = True
             if task in self._waiting:
                 self._waiting.remove(task)
 
     def close(self) -> None:
-        """Lets no more tasks in, ends those that wait, and the one that is being done at its next call."""
+        """Accepts no more tasks, and ends the waiting ones, and the running one at its next call."""
         with self._condition:
             self._closed = True
             tasks = [*self._waiting, *([self._running] if self._running else [])]
             self._waiting.clear()
             self._condition.notify()
         for task in tasks:
-            task.tell("failed", error="the playground is ending")
+            task.tell("failed", error="the playground is shutting down")
             task.cancelled = True
 
     def join(self) -> None:
@@ -148,7 +147,7 @@ class Queue:
         self._thread.join()
 
     def _seconds(self, tasks: list[Task]) -> float | None:
-        """What these and the rest of the running one take."""
+        """The time that these tasks and the rest of the running one take."""
         if self._call_seconds is None:
             return None
         seconds = 0.0
@@ -171,10 +170,10 @@ class Queue:
             try:
                 told = {"state": "done", **task.work(task)}
             except CancelledError:
-                told = {"state": "failed", "error": "nobody waits for this"}
+                told = {"state": "failed", "error": "cancelled"}
             except UserError as error:
                 told = {"state": "failed", "error": str(error)}
-            except Exception as error:  # such as too little memory on the device
+            except Exception as error:  # such as insufficient memory on the device
                 traceback.print_exc()
                 told = {"state": "failed", "error": f"computing this failed: {first_line(error)}"}
             if task.first is not None:
@@ -182,7 +181,7 @@ class Queue:
             task.tell(**told)
 
     def _learn(self, task: Task, began: float, first: float, calls: int) -> None:
-        """What the time that a task took says about the next."""
+        """Updates the time estimates from a finished task."""
         with self._condition:
             if task.done > calls:
                 seconds = (time.monotonic() - first) / (task.done - calls) / task.weight

@@ -1,4 +1,4 @@
-"""uvicorn, which ends what is computed when it is told to end."""
+"""A uvicorn server that also stops running computations when it shuts down."""
 
 import logging
 import socket
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp
 
 from ddpm_jax.serve.queue import Queue
 
-_MAX_CONNECTIONS = 200  # more are refused at once
+_MAX_CONNECTIONS = 200  # further ones are refused immediately
 
 
 class Server(uvicorn.Server):
@@ -28,8 +28,8 @@ class Server(uvicorn.Server):
             )
         )
         self._queue = queue
-        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or every broken form is on the terminal
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or every broken form is logged
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._queue.close()  # so that no answer is waited for
+        self._queue.close()  # so that shutting down does not wait for responses
         await super().shutdown(sockets)

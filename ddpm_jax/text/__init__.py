@@ -1,1 +1,1 @@
-"""Text as the encoders take it: tokenizers, and captions and prompts as tokens."""
+"""Tokenizers, and captions and prompts as the arrays that networks take."""

@@ -1,4 +1,4 @@
-"""Texts as the arrays that a network is conditioned on, by an encoder that is trained along or one that is frozen."""
+"""Texts as the arrays that a network is conditioned on, with a text encoder that is either trained or frozen."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_CHUNK = 4  # texts that a frozen encoder takes at a time; a prompt alone is padded to so many
+_CHUNK = 4  # batch size of a frozen encoder; smaller batches are padded to it
 
 
 class Texts(Protocol):
-    """How texts reach a network.
+    """How texts condition a network.
 
     Attributes:
       tokenizer: of the texts.
-      shapes: of the arrays of one text, by their names in `cond`.
+      shapes: the shapes of one text's arrays, by their names in `cond`.
     """
 
     @property
@@ -34,23 +34,23 @@ class Texts(Protocol):
     def shapes(self) -> Shapes: ...
 
     def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The entries of `cond` for these texts, a row each."""
+        """The entries of `cond` for these texts, one row per text."""
         ...
 
     def network(self, net: nn.Module) -> nn.Module:
-        """The network that takes them, around one that takes an encoder's states."""
+        """Wraps a network that takes an encoder's states as one that takes these entries."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedTexts:
-    """Token ids, for an encoder whose parameters are a part of the network's.
+    """Token ids, for an encoder whose parameters are part of the network's.
 
     Attributes:
       tokenizer: of the texts.
-      encoder: called (ids, mask), such as a `TextEncoder`.
-      mask_padding, pooled: as of `FrozenTexts`.
-      encode_padding: whether the encoder sees padding as tokens like any others.
+      encoder: called with (ids, mask), such as a `TextEncoder`.
+      mask_padding, pooled: as in `FrozenTexts`.
+      encode_padding: whether the encoder treats padding like other tokens.
     """
 
     tokenizer: Tokenizer
@@ -73,11 +73,11 @@ class TrainedTexts:
 
 
 class Encoder(Protocol):
-    """What `FrozenTexts` needs of an encoder, which is called (ids, mask) and gives `TextStates`.
+    """An encoder as `FrozenTexts` needs it: called with (ids, mask), it returns `TextStates`.
 
     Attributes:
-      width: of the states of tokens.
-      vector_width: of the state of the whole text.
+      width: width of the tokens' states.
+      vector_width: width of the state of the whole text.
     """
 
     @property
@@ -97,11 +97,10 @@ class FrozenTexts:
       tokenizer: of the texts.
       encoder: CLIP's or T5's.
       open_params: reads the encoder's parameters when they are first needed.
-      cache_bytes: the size of the cache, from which the least recently used texts are dropped.
-      mask_padding: whether the network attends to the tokens of a text alone; Stable Diffusion's attends to padding,
-        too.
-      pooled: whether the network is given the state of the whole text, as "vector".
-      mask_in_encoder: whether the encoder leaves padding aside where the network attends to it.
+      cache_bytes: size of the cache, which drops the least recently used texts.
+      mask_padding: whether the network attends only to a text's tokens; Stable Diffusion's also attends to padding.
+      pooled: whether the network takes the state of the whole text, as "vector".
+      mask_in_encoder: whether the encoder ignores padding even if the network attends to it.
     """
 
     tokenizer: Tokenizer
@@ -126,7 +125,7 @@ class FrozenTexts:
         return net
 
     def trained(self) -> TrainedTexts:
-        """The same states, of an encoder whose parameters are a part of the network's."""
+        """The same states, from an encoder whose parameters are part of the network's."""
         assert isinstance(self.encoder, nn.Module)
         return TrainedTexts(self.tokenizer, self.encoder, self.mask_padding, self.pooled, not self._is_masked)
 
@@ -141,10 +140,10 @@ class FrozenTexts:
         return found
 
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """The states of at most _CHUNK texts; the last is repeated, so that one program does for any number."""
+        """The states of at most _CHUNK texts; the last is repeated, so that one program serves any number."""
         tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (_CHUNK - len(texts))])
         mask = tokens.mask if self._is_masked else None
-        # A training step has the empty text's states as a constant, so this may be called while the step is traced.
+        # The empty text's states are a constant of the training step, so this may run while the step is traced.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             states, vectors = (np.asarray(x) for x in self._apply(self._params, tokens.ids, mask))
         found = {"tokens": states, "tokens_mask": tokens.mask, "vector": vectors}
@@ -152,7 +151,7 @@ class FrozenTexts:
 
     @property
     def _is_masked(self) -> bool:
-        """Whether the encoder leaves padding aside. States of padding that count have usually seen padding."""
+        """Whether the encoder ignores padding. If the network attends to padding, the encoder usually does as well."""
         return self.mask_padding or self.mask_in_encoder
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Files of the sentencepiece library (Kudo & Richardson 2018), read without it."""
+"""Reads model files of the sentencepiece library (Kudo & Richardson 2018) without that library."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ _NORMALIZER = (("precompiled_charsmap", 2, _Field.TYPE_BYTES, ""),)
 
 @dataclasses.dataclass(frozen=True)
 class Unigram:
-    """A unigram model of pieces of words (Kudo 2018, arXiv:1804.10959).
+    """A unigram model of subwords (Kudo 2018, arXiv:1804.10959).
 
     Attributes:
-      pieces: each with the logarithm of its probability, in the order of their ids.
-      unknown: id of the piece that stands for what has none.
-      control: pieces that are no part of texts, such as the end token.
-      normalization: how characters are replaced before, as the `tokenizers` library takes it; b"": not at all.
+      pieces: (piece, logarithm of its probability), in the order of their ids.
+      unknown: id of the piece for unknown characters.
+      control: pieces that do not occur in texts, such as the end token.
+      normalization: how characters are replaced first, as the `tokenizers` library takes it; b"": not at all.
     """
 
     pieces: tuple[tuple[str, float], ...]
@@ -42,15 +42,15 @@ class Unigram:
 
 
 def read(path: str | Path) -> Unigram:
-    """The model of a file such as spiece.model; UserError if it is broken or holds another kind."""
+    """Reads a file such as spiece.model; UserError if it is broken or holds another kind of model."""
     try:
         model = _model_class().FromString(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {reason(error)}") from None
     except DecodeError as error:
-        raise UserError(f"{str(path)!r} is no model of sentencepiece: {first_line(error)}") from None
+        raise UserError(f"{str(path)!r} is not a sentencepiece model: {first_line(error)}") from None
     if model.trainer_spec.model_type != _UNIGRAM:
-        raise UserError(f"{str(path)!r} holds a model of type {model.trainer_spec.model_type}; accepted: 1, unigram")
+        raise UserError(f"{str(path)!r} holds a model of type {model.trainer_spec.model_type}; accepted: 1 (unigram)")
     unknown = [i for i, piece in enumerate(model.pieces) if piece.type == _UNKNOWN]
     if len(unknown) != 1:
         raise UserError(f"{str(path)!r} has {len(unknown)} unknown tokens; accepted: one")
@@ -64,7 +64,7 @@ def read(path: str | Path) -> Unigram:
 
 @functools.cache
 def _model_class() -> Any:
-    """The class of protocol buffer messages that such a file holds one of."""
+    """The class of the protocol buffer message in such a file."""
     file = descriptor_pb2.FileDescriptorProto(name="ddpm_jax/sentencepiece.proto", package="ddpm_jax", syntax="proto2")
     for message, fields in (("Piece", _PIECE), ("Trainer", _TRAINER), ("Normalizer", _NORMALIZER)):
         own = file.message_type.add(name=message)

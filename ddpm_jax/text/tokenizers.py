@@ -1,8 +1,8 @@
-"""Texts as the ids of tokens, by the `tokenizers` library.
+"""Converts texts to token ids, with the `tokenizers` library.
 
 A `Tokenizer` is trained on captions, or read from a transformers folder: CLIP's vocab.json and merges.txt, T5's
-spiece.model, or any tokenizer.json. Whichever it is, `to_json` gives it as the text of one tokenizer.json, from which
-`from_json` makes it again.
+spiece.model, or any tokenizer.json. In each case `to_json` returns it as the text of one tokenizer.json, from which
+`from_json` restores it.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from ddpm_jax.runtime.errors import UserError, first_line, reason
 from ddpm_jax.runtime.files import read_json_object, write_text
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"  # of a trained tokenizer; ids 0, 1, 2
-MIN_VOCAB_SIZE = 256 + 3  # each byte, and the three above
+MIN_VOCAB_SIZE = 256 + 3  # every byte, and the three above
 
 # CLIP's words: contractions, letters, single digits, and runs of anything else.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_LENGTH = 77
-_SUFFIX = "</w>"  # of a word's last token
+_SUFFIX = "</w>"  # ends a word's last token
 _PROBE = "A caf\u00e9's 42 r\u00e9sum\u00e9s,  don't!  \u4f60\u597d <|endoftext|> \U0001f600"  # has every kind of word
 
 _T5_LENGTH = 512  # tokens of the texts that T5 was trained on
-_T5_SENTINELS = 100  # tokens for what is left out of a text, behind the pieces of its file
+_T5_SENTINELS = 100  # mask tokens of T5's pre-training, after the pieces of its file
 _SPACE = "\u2581"  # begins a word
 
-_NO_LENGTH = 10**6  # transformers writes 1e30 where a tokenizer has no largest length
+_NO_LENGTH = 10**6  # transformers writes 1e30 if a tokenizer has no maximum length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Tokens:
 
     Attributes:
       ids: int32 [N, L].
-      mask: bool [N, L], False at padding; each row has a True.
-      cut: for each text, the end of it that did not fit; "" if all did.
+      mask: bool [N, L], False at padding; each row has at least one True.
+      cut: for each text, the end that did not fit; "" if all of it did.
     """
 
     ids: np.ndarray
@@ -50,43 +50,43 @@ class Tokens:
 
 
 class Tokenizer:
-    """Texts to tokens and back.
+    """Converts texts to tokens and back.
 
         tokenizer = Tokenizer.train(captions, vocab_size=1024, max_length=32)
         tokens = tokenizer.encode(["forty-two", ""])                       # ids and mask [2, 32]
 
-    The empty text has tokens too, those that start or end a text; it stands for nothing said.
+    The empty text, which stands for no prompt, still has the tokens that start or end a text.
 
     Attributes:
       vocab_size: one more than the largest id.
-      max_length: tokens of every encoded text, with those that start and end it, and with padding.
+      max_length: number of tokens of every encoded text, including start, end and padding.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Wraps a tokenizer of the library, whose padding and truncation are set to `max_length`."""
+        """Wraps a tokenizer of the library whose padding and truncation are set to `max_length`."""
         self._tokenizer = tokenizer
         truncation, padding = tokenizer.truncation, tokenizer.padding
         if not truncation or not padding:
-            raise ValueError("the tokenizer says no length or no pad token")
+            raise ValueError("the tokenizer has no padding or no truncation set")
         self.max_length: int = truncation["max_length"]
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self._control = {*tokenizer.encode("").ids, padding["pad_id"]}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int, *, end_last: bool = False) -> "Tokenizer":
-        """Learns a byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) of the captions.
+        """Trains a byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) on captions.
 
-        Equal captions give an equal tokenizer, whatever their order. Any Unicode text can be encoded, and is decoded to
-        itself; a word is the same tokens at the start of a text as within it.
+        The same captions give the same tokenizer, whatever their order. Any Unicode text can be encoded and decodes to
+        itself; a word has the same tokens at the start of a text as within it.
 
         Args:
-          captions: the texts to learn from.
-          vocab_size: the most tokens, at least MIN_VOCAB_SIZE; there are fewer when all captions' words are tokens.
-          max_length: tokens of every encoded text, at least 3.
-          end_last: whether the end token has the largest id, as CLIP's has.
+          captions: the texts to train on.
+          vocab_size: the most tokens, at least MIN_VOCAB_SIZE; fewer are used if all words of the captions are tokens.
+          max_length: number of tokens of every encoded text, at least 3.
+          end_last: whether the end token gets the largest id, as in CLIP.
 
         Raises:
-          UserError: a size that is too small, or a caption that is no Unicode text.
+          UserError: a size that is too small, or a caption that is not Unicode text.
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"the vocabulary has {vocab_size} tokens; accepted: at least {MIN_VOCAB_SIZE}")
@@ -104,7 +104,7 @@ class Tokenizer:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{_START} $A {_END}", special_tokens=[(_START, 1), (_END, 2)]
         )
-        # Known to the template alone, the three cannot be written into a prompt.
+        # Only the template knows these three, so a prompt cannot contain them.
         content = {**json.loads(tokenizer.to_str()), "added_tokens": []}
         if end_last:
             vocabulary = content["model"]["vocab"]
@@ -116,19 +116,17 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: str | Path, max_length: int | None = None, pad_token: str | None = None) -> "Tokenizer":
-        """The tokenizer of a transformers folder, or of a tokenizer.json.
+        """Reads the tokenizer of a transformers folder or of a tokenizer.json.
 
-        A tokenizer.json is taken as it is. CLIP's vocab.json and merges.txt give what transformers' `CLIPTokenizer`
-        makes of them: texts in lower case and normal form C, white space as single spaces, between a start and an end
-        token. T5's spiece.model gives what transformers' `T5Tokenizer` makes of it: words in pieces, then an end token.
-        The pad token is the one that tokenizer_config.json or special_tokens_map.json names.
+        A tokenizer.json is used as it is. CLIP's vocab.json and merges.txt are read like transformers' `CLIPTokenizer`:
+        texts in lower case and normal form C, white space as single spaces, between a start and an end token. T5's
+        spiece.model is read like transformers' `T5Tokenizer`: words as pieces, then an end token. The pad token is the
+        one named in tokenizer_config.json or special_tokens_map.json.
 
         Args:
           path: the folder or the file.
-          max_length: tokens of every encoded text; None: as the files say, and if they do not, 77 for CLIP and 512 for
-            T5.
-          pad_token: a token of the vocabulary; None: as the files say, and if they do not, the end token for CLIP and
-            "<pad>" for T5.
+          max_length: number of tokens of every encoded text; None: from the files, or else 77 for CLIP and 512 for T5.
+          pad_token: a token of the vocabulary; None: from the files, or else the end token for CLIP and "<pad>" for T5.
 
         Raises:
           UserError: files that are missing or broken, or that name no pad token or length.
@@ -152,9 +150,7 @@ class Tokenizer:
             raise UserError(f"{str(path)!r} has no tokenizer; accepted: {accepted}")
         if pad_token is not None:
             if pad_token not in tokenizer.get_vocab(with_added_tokens=False):
-                raise UserError(
-                    f"{str(path)!r} has no token {pad_token!r} to pad with, which this model was trained on"
-                )
+                raise UserError(f"{str(path)!r} has no token {pad_token!r} to pad with, as this model requires")
             tokenizer.add_special_tokens([special["pad_token"]])
         named = config.get("model_max_length")
         if isinstance(named, int) and 0 < named < _NO_LENGTH:
@@ -164,7 +160,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer.json") -> "Tokenizer":
-        """The tokenizer of what `to_json` gave; UserError, which names `where`, if it is something else."""
+        """Restores a tokenizer from the result of `to_json`; a UserError that names `where` for anything else."""
         tokenizer = _from_json(text, where)
         try:
             return cls(tokenizer)
@@ -173,13 +169,13 @@ class Tokenizer:
 
     @property
     def end_id(self) -> int | None:
-        """The id of the token that ends every text; None: there is none."""
+        """The id of the token that ends every text, or None."""
         tokens = self.encode(["", "a"])
         last = {int(ids[mask][-1]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)}
         return last.pop() if len(last) == 1 else None
 
     def lowercased(self) -> "Tokenizer":
-        """The same, of texts in lower case and without white space at their ends."""
+        """The same tokenizer, for texts that it lowercases and strips of surrounding white space."""
         tokenizer = tokenizers.Tokenizer.from_str(self.to_json())
         own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip(), *own])
@@ -193,17 +189,17 @@ class Tokenizer:
         """Writes CLIP's vocab.json and merges.txt, with tokenizer_config.json and special_tokens_map.json.
 
         Args:
-          folder: is made if it is not there.
+          folder: created if it does not exist.
 
         Raises:
-          UserError: a tokenizer of another kind, which these files cannot say.
+          UserError: a tokenizer of another kind, which these files cannot represent.
         """
         folder, content = Path(folder), json.loads(self.to_json())
         model, added = content["model"], {token["content"]: token for token in content["added_tokens"]}
         blank = self._tokenizer.encode("")
         ends = [token for token, counts in zip(blank.tokens, blank.attention_mask, strict=True) if counts]
         if model["type"] != "BPE" or model.get("end_of_word_suffix") != _SUFFIX or len(ends) != 2:
-            raise _not_clip(f"it is no byte-pair encoding with words that end in {_SUFFIX!r}, a start and an end token")
+            raise _not_clip(f"it is not a byte-pair encoding with {_SUFFIX!r} after words and a start and an end token")
         named = {
             "bos_token": ends[0],
             "eos_token": ends[1],
@@ -233,10 +229,10 @@ class Tokenizer:
         write_text(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
         again = Tokenizer.read(folder)
         if not np.array_equal(again.encode([_PROBE]).ids, self.encode([_PROBE]).ids):
-            raise _not_clip(f"it encodes {_PROBE!r} otherwise")
+            raise _not_clip(f"it encodes {_PROBE!r} differently")
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        """The texts' tokens, cut or padded to `max_length`; UserError for one that is no Unicode text."""
+        """The texts' tokens, cut or padded to `max_length`; UserError for one that is not Unicode text."""
         encoded = self._tokenizer.encode_batch([_checked(text) for text in texts])
         shape = (len(texts), self.max_length)
         return Tokens(
@@ -258,11 +254,11 @@ def _not_clip(why: str) -> UserError:
 
 
 def _checked(text: str) -> str:
-    """The text; UserError if it has halves of characters, which come of bytes that are no UTF-8."""
+    """The text; UserError if it has lone surrogates, which result from bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{text!r} is no Unicode text") from None
+        raise UserError(f"{text!r} is not Unicode text") from None
     return text
 
 
@@ -277,7 +273,7 @@ def _cut(text: str, encoded: tokenizers.Encoding) -> str:
 def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, what: str) -> tokenizers.Tokenizer:
     """The tokenizer with its padding and truncation set."""
     if not length:
-        raise UserError(f"{what} says no largest length of a text; give max_length")
+        raise UserError(f"{what} sets no maximum text length; give max_length")
     pad_id = tokenizer.token_to_id(pad)
     if pad_id is None:
         raise UserError(f"{what} has no token {pad!r} to pad with; tokenizer_config.json beside it may name another")
@@ -285,9 +281,7 @@ def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, 
     tokenizer.no_truncation()
     least = len(tokenizer.encode("").ids)
     if not least:
-        raise UserError(
-            f"{what} gives no token for an empty text; accepted: one with a token that starts or ends texts"
-        )
+        raise UserError(f"{what} has no tokens for an empty text; accepted: a tokenizer with a start or end token")
     if length <= least:
         raise UserError(f"{what} has max_length {length}; accepted: more than the {least} tokens of an empty text")
     tokenizer.enable_truncation(length)
@@ -298,8 +292,8 @@ def _with_length(tokenizer: tokenizers.Tokenizer, length: int | None, pad: str, 
 def _from_json(text: str, where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library has no kind of its own
-        raise UserError(f"{where!r} is no tokenizer: {first_line(error)}") from None
+    except Exception as error:  # the library has no exception class of its own
+        raise UserError(f"{where!r} is not a tokenizer: {first_line(error)}") from None
 
 
 def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
@@ -313,7 +307,7 @@ def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokeniz
     try:
         unknown = str(tokens["unk_token"])
         model = models.BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=unknown)
-    except Exception as error:  # the library has no kind of its own
+    except Exception as error:  # the library has no exception class of its own
         raise UserError(f"{str(vocab)!r} or {str(merges)!r} cannot be read: {first_line(error)}") from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
@@ -335,7 +329,7 @@ def _clip(folder: Path, special: Mapping[str, tokenizers.AddedToken]) -> tokeniz
 
 
 def _t5(path: Path, config: Mapping[str, Any], special: Mapping[str, tokenizers.AddedToken]) -> tokenizers.Tokenizer:
-    from ddpm_jax.text import sentencepiece  # which needs protobuf, and no other tokenizer does
+    from ddpm_jax.text import sentencepiece  # the only tokenizer that needs protobuf
 
     model = sentencepiece.read(path)
     count = config.get("extra_ids", _T5_SENTINELS)
@@ -365,7 +359,8 @@ def _t5(path: Path, config: Mapping[str, Any], special: Mapping[str, tokenizers.
 def _special_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, tokenizers.AddedToken]]:
     """tokenizer_config.json, and the special tokens by name ("pad_token") as transformers finds them.
 
-    special_tokens_map.json counts unless tokenizer_config.json is of the newer kind, which lists each added token.
+    special_tokens_map.json takes precedence unless tokenizer_config.json is of the newer kind, which lists all added
+    tokens.
     """
     path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = read_json_object(path) if path.is_file() else {}
@@ -380,11 +375,11 @@ def _special_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, tokenizers.
             if name.endswith("_token") and isinstance(value, str | dict)
         }
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} holds a special token that is none: {first_line(error)}") from None
+        raise UserError(f"{str(path)!r} holds an invalid special token: {first_line(error)}") from None
 
 
 def _added_token(value: Any) -> tokenizers.AddedToken:
-    """A special token that is given by its text, or by an object with the text and how it is found in others."""
+    """A special token, given by its text or by an object with the text and how to match it."""
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True)
     options = {name: value[name] for name in ("lstrip", "rstrip", "normalized", "single_word") if name in value}

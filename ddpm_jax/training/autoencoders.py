@@ -1,4 +1,4 @@
-"""The frozen autoencoder that a run of latents keeps in its workdir, so that sampling needs nothing else."""
+"""The frozen autoencoder of a latent diffusion run, kept in its workdir so that sampling needs nothing else."""
 
 import shutil
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ from ddpm_jax.runtime import processes, workdir
 from ddpm_jax.runtime.checkpoints import read_weights
 from ddpm_jax.sampling.latents import Latents
 
-_MEASURED = 1024  # images whose latents give the scaling factor
+_MEASURED = 1024  # images on whose latents the scaling factor is measured
 
 
 def autoencoder_description(
     config: ConfigDict, source: Source, folder: Path, known: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The entry on the autoencoder in the description of a run's data; {} where pixels are diffused. Copies it.
+    """Copies the autoencoder to the workdir; returns its entry in the description of the run's data, {} for pixels.
 
     Args:
       config: of the run.
-      source: its images, on which the scaling factor is measured where none is given.
-      folder: the workdir, to which the autoencoder is copied.
-      known: the description that an earlier start of the run left.
+      source: its images, on which the scaling factor is measured if the config gives none.
+      folder: the workdir.
+      known: the description from an earlier start of the run.
 
     Returns:
       "autoencoder", a diffusers folder.
@@ -46,22 +46,22 @@ def autoencoder_description(
         if jax.process_index() == 0:
             net, params, factor = load_autoencoder(config.autoencoder.source)
             factor = config.autoencoder.scaling_factor or factor or measured_scaling(net, params, source)
-            shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
+            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
             autoencoder_lib.write(target, net, params, factor)
         processes.meet("autoencoder")
     return {workdir.AUTOENCODER: str(target)}
 
 
 def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
-    """An autoencoder, its float32 parameters, and the scaling factor of its latents.
+    """Opens an autoencoder, with its float32 parameters and the scaling factor of its latents.
 
     Args:
       path: a diffusers folder of an `AutoencoderKL`, or of a pipeline that has one; or the workdir of a run with
-        train.objective "autoencoder", of which the first average of the newest checkpoint is read.
+        train.objective "autoencoder", whose first moving average in the newest checkpoint is read.
 
     Returns:
-      The module, whose methods are "encode" and "decode"; its parameters; and the scaling factor, 0 for a workdir,
-      which has none.
+      The module, with the methods "encode" and "decode"; its parameters; and the scaling factor, which is 0 for a
+      workdir, where none is stored.
 
     Raises:
       UserError: no autoencoder there, or one that is not supported.
@@ -75,7 +75,7 @@ def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:
 
 
 def measured_scaling(net: Autoencoder, params: Any, source: Source) -> float:
-    """1 over the standard deviation of the latents of images that are spread over a source (Rombach et al. 2022,
+    """The inverse of the latents' standard deviation, over images spread evenly over a source (Rombach et al. 2022,
     appendix G)."""
     decoder = Latents(source.shape, net, lambda: params, scaling_factor=1.0)
     posterior = decoder.read(spread(source, _MEASURED))["posterior"][:, 0]

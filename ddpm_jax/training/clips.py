@@ -1,4 +1,4 @@
-"""A CLIP that a run has trained, or one of transformers, opened for use or kept in the workdir of another run."""
+"""Opens a CLIP, either a run's or transformers', and keeps one in the workdir of another run."""
 
 import shutil
 import zlib
@@ -19,13 +19,13 @@ from ddpm_jax.training.objectives import make_contrastive
 
 
 def load_clip(path: str | Path) -> CLIP:
-    """A CLIP: both encoders, their float32 parameters and the tokenizer.
+    """Opens a CLIP: both encoders, their float32 parameters and the tokenizer.
 
     `ddpm_jax.sampling.clip` embeds pictures and texts by it, and `ddpm_jax.evaluation.agreement` judges by it.
 
     Args:
-      path: a transformers folder of a `CLIPModel`; or the workdir of a run with train.objective "clip", of which the
-        first average of the newest checkpoint is read.
+      path: a transformers folder of a `CLIPModel`; or the workdir of a run with train.objective "clip", whose first
+        moving average in the newest checkpoint is read.
 
     Raises:
       UserError: no CLIP there, or one that is not supported.
@@ -44,15 +44,16 @@ def load_clip(path: str | Path) -> CLIP:
 
 
 def clip_description(config: ConfigDict, folder: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entries on CLIP in the description of a run's data; {} without its image embeddings. Copies it.
+    """Copies CLIP to the workdir of a run that uses its image embeddings.
 
     Args:
       config: of the run.
-      folder: the workdir, to which CLIP is copied.
-      known: the description that an earlier start of the run left.
+      folder: the workdir.
+      known: the description from an earlier start of the run.
 
     Returns:
-      "clip", a transformers folder, and "clip_crc32", by which the stages of a pipeline know that theirs is the same.
+      Entries for the description of the run's data: "clip", a transformers folder, and "clip_crc32", with which a
+      pipeline checks that its stages use the same one. {} if the run uses no image embeddings.
 
     Raises:
       UserError: a CLIP that cannot be read.
@@ -64,7 +65,7 @@ def clip_description(config: ConfigDict, folder: Path, known: Mapping[str, Any] 
     if workdir.CLIP not in (known or {}):
         if jax.process_index() == 0:
             clip = load_clip(source)
-            shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
+            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
             transformers.write_clip(target, clip)
         processes.meet("clip")
     return {workdir.CLIP: str(target), "clip_crc32": zlib.crc32((target / transformers.WEIGHTS[0]).read_bytes())}

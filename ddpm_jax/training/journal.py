@@ -1,4 +1,4 @@
-"""What a run says of itself on the way: metrics.jsonl, TensorBoard and, if it is told to, Weights & Biases."""
+"""Logs of a training run: metrics.jsonl, TensorBoard and, if enabled, Weights & Biases."""
 
 import json
 import math
@@ -25,11 +25,11 @@ class _Board(Protocol):
 
 
 class Journal:
-    """Writes numbers by step; what lies beyond the step that a run goes on from is written anew.
+    """Writes metrics by step. When a run resumes, entries after the step that it resumes from are removed first.
 
     Args:
       folder: the workdir.
-      first_step: that the run goes on from.
+      first_step: the step that the run resumes from.
       config: of the run.
     """
 
@@ -44,7 +44,7 @@ class Journal:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._open_tensorboard:  # not before the first step: it imports PyTorch where that is installed, for seconds
+        if self._open_tensorboard:  # at the first step: importing PyTorch, if installed, takes seconds
             self._open_tensorboard = False
             self._boards.append(_TensorBoard(self._folder / "tensorboard", self._first_step + 1))
         for board in self._boards:
@@ -57,9 +57,9 @@ class Journal:
 
 
 class _TensorBoard:
-    """A file of TensorBoard's, in which events from `first_step` on take the place of those in older files.
+    """A TensorBoard file, whose events from `first_step` on replace those in older files.
 
-    tensorboardX's SummaryWriter would keep the events for minutes, in a thread that a full disk ends unseen.
+    tensorboardX's SummaryWriter would hold events back for minutes, in a thread that dies silently if the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -69,7 +69,7 @@ class _TensorBoard:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
-        # Its own name for the file has whole seconds, and a second file of that name would replace the first.
+        # The default name has a resolution of seconds, and a second file of the same name would replace the first.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
         self._write(first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
@@ -86,9 +86,9 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of Weights & Biases', the same one whenever the workdir's run goes on.
+    """A Weights & Biases run, which continues when the workdir's run resumes.
 
-    It takes no step twice, and needs to take none: a step that is made again has the same numbers.
+    It accepts each step only once, which suffices: a repeated step has the same metrics.
     """
 
     def __init__(self, folder: Path, config: ConfigDict):
@@ -111,7 +111,7 @@ class _WandB:
             )
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases cannot be used: {first_line(error)}; `wandb login` once, or set WANDB_MODE=offline"
+                f"Weights & Biases cannot be used: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"
             ) from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -119,12 +119,12 @@ class _WandB:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        self._run.finish()  # its service may write for a moment longer; the end of the process waits for that
+        self._run.finish()  # its service may write for a moment longer; the process waits for that at exit
 
 
 @contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Lets imports of a module fail, unless it was imported before."""
+    """Makes imports of a module fail, unless it was imported before."""
     if module in sys.modules:
         yield
         return

@@ -1,5 +1,5 @@
-"""A small evaluation on the way, of the averaged weights, logged like other metrics: bits/dim and a Frechet distance,
-or how often a CLIP finds captions."""
+"""Small evaluations of the averaged weights during training, logged like other metrics: bits/dim and a Frechet
+distance, or a CLIP's retrieval accuracy."""
 
 import re
 from collections.abc import Callable
@@ -24,20 +24,20 @@ _BATCH = 64
 
 
 class Monitor(Protocol):
-    """An evaluation that is prepared once."""
+    """An evaluation during training, prepared once."""
 
     def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
-        """Numbers by the names that they are logged under.
+        """Computes the metrics, by the names to log them under.
 
         Args:
           params: averaged weights, on every device of the mesh.
-          progress: told (calls or pictures done, all of them).
+          progress: called with (calls or pictures done, all of them).
         """
         ...
 
 
 def make_monitor(config: ConfigDict, objective: Objective, mesh: Mesh, source: Source) -> Monitor:
-    """That of a run with this objective; UserError as of `DiffusionMonitor`."""
+    """The monitor for this objective; raises UserError like `DiffusionMonitor`."""
     if isinstance(objective, Contrastive):
         return ContrastiveMonitor(config, objective, mesh, source)
     assert isinstance(objective, Diffusion)
@@ -45,7 +45,7 @@ def make_monitor(config: ConfigDict, objective: Objective, mesh: Mesh, source: S
 
 
 class ContrastiveMonitor:
-    """How often a CLIP ranks a picture's own caption first: of config.evaluate.num_images pictures."""
+    """The share of config.evaluate.num_images pictures whose own caption a CLIP ranks first."""
 
     def __init__(self, config: ConfigDict, objective: Contrastive, mesh: Mesh, source: Source):
         self._objective, self._mesh = objective, mesh
@@ -58,17 +58,17 @@ class ContrastiveMonitor:
 
 
 class DiffusionMonitor:
-    """What the config's `evaluate` asks for, prepared once.
+    """The evaluation set in the config's `evaluate`, prepared once.
 
-    Few images and few steps: the numbers follow a run, and are no results of it.
+    It uses few images and few steps: the numbers show a run's progress and are not final results.
 
     Args:
       config: of the run.
       model, mesh: of the training.
-      source: the images that it learns from.
+      source: the training set.
 
     Raises:
-      UserError: weights of Inception that are not to be had.
+      UserError: Inception's weights are not available.
     """
 
     def __init__(self, config: ConfigDict, model: Model, mesh: Mesh, source: Source):
@@ -82,11 +82,11 @@ class DiffusionMonitor:
             self._real = summarize(self._features, [images], mesh, batch_size=_BATCH, keep=False)
 
     def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
-        """Numbers by the names that they are logged under.
+        """Computes the metrics, by the names to log them under.
 
         Args:
           params: averaged weights, on every device of the mesh.
-          progress: told (network calls done, calls) of the sampling.
+          progress: called with (network calls done, all calls) during sampling.
         """
         config = self._config.evaluate
         values: dict[str, float] = {}

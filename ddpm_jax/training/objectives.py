@@ -1,4 +1,4 @@
-"""What a network is trained to do: the loss of a batch's examples. The step, the loop and the plans serve any."""
+"""Training objectives: the loss of a batch's examples. The step, the loop and the plans work with any of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -30,11 +30,11 @@ Key = Callable[[str], jax.Array]
 
 
 class Objective(Protocol):
-    """One kind of training.
+    """A training objective.
 
     Attributes:
-      reads: the entries of a training batch that it needs, without the batch's axis.
-      num_timesteps: T if its examples have a timestep, else None.
+      reads: the entries of a training batch that it needs, without the batch axis.
+      num_timesteps: T if its examples have timesteps, else None.
     """
 
     @property
@@ -44,21 +44,21 @@ class Objective(Protocol):
     def num_timesteps(self) -> int | None: ...
 
     def init_params(self, seed: int) -> Params:
-        """The random parameters that a run of this seed starts from."""
+        """The random initial parameters of a run with this seed."""
         ...
 
     def frozen_shapes(self) -> Params:
-        """The shapes of `TrainState.frozen`, parameters that are read and not trained; None: there are none."""
+        """The shapes of `TrainState.frozen`, parameters that are read and not trained, or None."""
         ...
 
     def read(self, batch: Mapping[str, Any], source: Source, draws: np.ndarray) -> dict[str, Any]:
-        """The entries that `reads` names, of a batch of `host_batches` of the source, on the host; see
+        """The entries named in `reads`, from a batch of `host_batches` of the source, on the host; see
         `Condition.read`."""
         ...
 
     def examples(self, batch: Batch, key: Key, history: LossHistory | None) -> Examples:
-        """All that is drawn for a batch, as a function of the step's keys: arrays [B, ...], among them "weight", by
-        which a loss counts, and "t" int32 if there are timesteps. The examples are divided over the devices."""
+        """All random draws for a batch, as a function of the step's keys: arrays [B, ...] including "weight", the
+        weight of each loss, and "t" int32 if there are timesteps. The examples are sharded over the devices."""
         ...
 
     def losses(self, params: Params, frozen: Params, examples: Examples, key: jax.Array) -> jax.Array:
@@ -68,16 +68,16 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """The network predicts the noise (DDPM, algorithm 1), or what `loss_options` says.
+    """Training to predict the noise (DDPM, algorithm 1), or x_0 or v according to `loss_options`.
 
-    From the examples whose condition is dropped, the network learns the unconditional model that guidance needs (Ho &
+    From examples whose condition is dropped, the network learns the unconditional model that guidance needs (Ho &
     Salimans 2022, algorithm 1).
 
     Attributes:
-      model: what is trained.
+      model: the model to train.
       timestep_sampler: see `sample_timesteps`.
       loss_options: of `training_loss`.
-      lora_rank: above 0, adapters of that rank are trained and the network's own parameters are frozen.
+      lora_rank: if above 0, adapters of this rank are trained and the network's own parameters are frozen.
       lora_scale: of the adapters, see `lora.merge`.
     """
 
@@ -132,16 +132,17 @@ class Diffusion:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """An autoencoder gives pictures back from a draw of its posterior (Kingma & Welling 2014; Rombach et al. 2022).
+    """Training an autoencoder to reconstruct pictures from draws of its posterior (Kingma & Welling 2014; Rombach et
+    al. 2022).
 
     The loss of a picture is the mean absolute error of its pixels plus `kl_weight` times the Kullback-Leibler
-    divergence of the posterior from a standard normal distribution, the mean over the latents. The perceptual and the
-    adversarial term of Stable Diffusion's autoencoder need networks trained elsewhere and are left out.
+    divergence of the posterior from a standard normal distribution, averaged over the latents. The perceptual and the
+    adversarial terms of Stable Diffusion's autoencoder need networks trained elsewhere and are left out.
 
     Attributes:
-      autoencoder: what is trained.
+      autoencoder: the autoencoder to train.
       pixels: the pictures.
-      kl_weight: of the divergence.
+      kl_weight: weight of the divergence.
     """
 
     autoencoder: Autoencoder
@@ -183,19 +184,19 @@ class Reconstruction:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """CLIP: each picture of a batch is told from the others by its caption, and each caption by its picture (Radford et
-    al. 2021, arXiv:2103.00020, figure 3).
+    """CLIP's training: matching the pictures of a batch with their captions (Radford et al. 2021, arXiv:2103.00020,
+    figure 3).
 
-    The logits of a batch are the cosine similarities of its pictures' and its captions' embeddings, times a learned
-    scale. The loss is the mean of two cross-entropies, of the captions given a picture and of the pictures given a
-    caption. Both are over the whole batch, whatever the number of devices.
+    The logits of a batch are the cosine similarities between the embeddings of its pictures and captions, times a
+    learned scale. The loss is the mean of two cross-entropies, one over the captions given a picture and one over the
+    pictures given a caption. Both are over the whole batch, whatever the number of devices.
 
-    A caption may be that of several pictures in a batch. Each of these pictures is then as right as the others: the
-    target of the cross-entropy is spread evenly over all pairs whose captions have the same tokens. So a data set may
-    have fewer captions than a batch has pictures. With captions that all differ it is CLIP's own loss.
+    Several pictures in a batch may share a caption. Then each of them is a correct match: the target of the
+    cross-entropy is spread evenly over all pairs whose captions have the same tokens. So a data set may have fewer
+    captions than a batch has pictures. If all captions differ, this is CLIP's own loss.
 
     Attributes:
-      text, image: the encoders, with projections of one width.
+      text, image: the encoders, with projections of the same width.
       condition: how the captions of a batch are read.
       pixels: the pictures.
     """
@@ -236,7 +237,7 @@ class Contrastive:
         return contrastive_losses(pictures.projected, texts.projected, clipped(params["logit_scale"]), equal)
 
     def clip_of(self, params: Params) -> CLIP:
-        """The CLIP that these parameters are."""
+        """The CLIP with these parameters."""
         half = (0.5,) * self.pixels.picture_shape[-1]  # pixels are from -1 to 1
         encoders = {"text": params["text"], "image": params["image"]}
         scale = min(float(params["logit_scale"]), _MOST_LOGIT_SCALE)
@@ -247,23 +248,23 @@ _MOST_LOGIT_SCALE = float(np.log(100))
 
 
 def contrastive_losses(pictures: jax.Array, texts: jax.Array, logit_scale: jax.Array, equal: jax.Array) -> jax.Array:
-    """The losses [B] of pictures and their captions, whose mean is CLIP's; see `Contrastive`.
+    """The losses [B] of pictures and their captions, whose mean is CLIP's loss; see `Contrastive`.
 
     Args:
       pictures, texts: embeddings [B, P].
-      logit_scale: the logarithm of what cosine similarities are multiplied by.
+      logit_scale: the logarithm of the factor of the cosine similarities.
       equal: bool [B, B], which captions are the same.
     """
     pictures, texts = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (pictures, texts))
     logits = jnp.exp(logit_scale) * jnp.matmul(pictures, texts.T, precision=jax.lax.Precision.HIGHEST)
-    target = equal / jnp.sum(equal, axis=-1, keepdims=True)  # as `equal` is symmetric, so of both directions
+    target = equal / jnp.sum(equal, axis=-1, keepdims=True)  # for both directions, since `equal` is symmetric
     of_pictures, of_texts = (-jnp.sum(target * jax.nn.log_softmax(x), axis=-1) for x in (logits, logits.T))
     return 0.5 * (of_pictures + of_texts)
 
 
 @jax.custom_vjp
 def clipped(logit_scale: jax.Array) -> jax.Array:
-    """The logit scale, at most log(100), as in CLIP. Beyond that a gradient passes only if it leads back."""
+    """The logit scale clipped to at most log(100), as in CLIP. Above that, only gradients that lower it pass."""
     return jnp.minimum(logit_scale, _MOST_LOGIT_SCALE)
 
 
@@ -275,7 +276,7 @@ clipped.defvjp(lambda logit_scale: (clipped(logit_scale), logit_scale), _clipped
 
 
 def make_objective(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Objective:
-    """What the config trains; `dataset` as in `ddpm_jax.config.make_condition`."""
+    """The objective set in the config; `dataset` as in `ddpm_jax.config.make_condition`."""
     if config.train.objective == "autoencoder":
         pixels = config_lib.make_pixels(config)
         return Reconstruction(config_lib.make_autoencoder(config), pixels, config.autoencoder.kl_weight)

@@ -1,4 +1,4 @@
-"""The pictures that training leaves in samples/: what the run's averaged weights make."""
+"""The pictures that training saves in samples/, made with the run's averaged weights."""
 
 import dataclasses
 import sys
@@ -26,23 +26,23 @@ from ddpm_jax.training.objectives import Contrastive, Diffusion, Objective, Para
 
 _NUM_SNAPSHOTS = 10
 _STRIP_IMAGES = 8
-_SEARCHED = 2048  # training pictures
+_SEARCHED = 2048  # training pictures to search
 
 
 class Pictures(Protocol):
-    """What a run shows of itself. Every process of a job calls these; process 0 writes."""
+    """The pictures of a run. Every process of a job calls these methods; process 0 writes."""
 
     def save_step(self, params: Params, path: Path) -> None:
-        """Writes one picture of where the run stands."""
+        """Writes one picture of the current state."""
         ...
 
     def save_final(self, params: Params, folder: Path) -> None:
-        """Writes the pictures of the end of a run."""
+        """Writes the pictures at the end of the run."""
         ...
 
 
 def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: Source) -> Pictures:
-    """Those of a run with this objective."""
+    """The pictures for this objective."""
     if isinstance(objective, Reconstruction):
         return Reconstructions(config, objective, mesh, source)
     if isinstance(objective, Contrastive):
@@ -55,7 +55,7 @@ def make_pictures(config: ConfigDict, objective: Objective, mesh: Mesh, source: 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Samples of a diffusion, of the same noise every time; what a model is given is made of training pictures."""
+    """Samples of a diffusion, from the same noise every time; conditions are taken from training pictures."""
 
     config: ConfigDict
     model: Model
@@ -72,7 +72,7 @@ class Samples:
         _save(path, lambda: images.grid(grid))
 
     def save_final(self, params: Params, folder: Path) -> None:
-        """final.png, a grid, and denoising.png, a strip that shows its first images on the way from noise."""
+        """Writes final.png, a grid, and denoising.png, a strip of the first images on the way from noise."""
         sample, request = self.config.sample, config_lib.sampling_request(self.config, self.model.condition)
         calls = config_lib.sampling_calls(self.config, self.model.schedule)
         _say(f"sampling {sample.num_images} images ...")
@@ -105,7 +105,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class NearestPictures:
-    """The training pictures whose embeddings are nearest to those that a prior draws for the captions of the set."""
+    """The training pictures whose embeddings are nearest to those that a prior draws for the data set's captions."""
 
     config: ConfigDict
     model: Model
@@ -139,7 +139,7 @@ class NearestPictures:
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """Pairs of training pictures and what an autoencoder gives back from the mean of their posterior."""
+    """Pairs of training pictures and an autoencoder's reconstructions from the mean of their posterior."""
 
     config: ConfigDict
     objective: Reconstruction
@@ -164,8 +164,8 @@ class Reconstructions:
 
 @dataclasses.dataclass(frozen=True)
 class FoundCaptions:
-    """Training pictures, and under each the caption that a CLIP finds for it among those of all of them: red where it
-    is not the picture's own."""
+    """Training pictures, each above the caption that a CLIP picks for it among all their captions, in red if it is not
+    the picture's own."""
 
     config: ConfigDict
     objective: Contrastive

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stopping a run by signals."""
 
 import signal
 import threading
@@ -11,9 +11,9 @@ import jax
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect.
+    """An event that SIGTERM or Ctrl-C sets; a second signal has its usual effect.
 
-    In a multi-host job SIGTERM is jax's, which tells the other processes, and Ctrl-C becomes one.
+    In a multi-host job jax handles SIGTERM and notifies the other processes, and Ctrl-C is turned into a SIGTERM.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Where a run's weights may come from: another run, and a text encoder of its own."""
+"""Initial weights from another run and, if it is adapted too, from a text encoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
 
-# What changes the meaning of weights, but not their shapes.
+# Fields that change the meaning of weights but not their shapes.
 _SAME_SHAPES = (
     ("model", "num_heads"),
     ("model", "head_channels"),
@@ -36,18 +36,18 @@ _SAME_SHAPES = (
 
 
 def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
-    """The weights that a run starts from: those of config.train.init_from and, where the text encoder is adapted too,
-    those of config.text.encoder.
+    """The initial weights of a run: those of config.train.init_from and, if the text encoder is adapted too, those of
+    config.text.encoder.
 
     Args:
-      config: of the run that starts.
+      config: of the new run.
       wanted: the shapes of its weights.
 
     Returns:
       The step of config.train.init_from, and the weights.
 
     Raises:
-      UserError: no run is there, or it has another network, or one of the same shapes that means something else.
+      UserError: there is no run, or its network has other shapes or means something else.
     """
     name = config.train.init_from
     try:
@@ -56,8 +56,8 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
         raise UserError(f"--init_from {name!r}: {error}") from None
     if run.config.lora.text_encoder:
         raise UserError(
-            f"--init_from {name!r} adapted its text encoder (lora.text_encoder), which another run does not take over; "
-            "accepted: what --mode=import makes of the folder that --mode=export writes of it"
+            f"--init_from {name!r} adapted its text encoder (lora.text_encoder), which cannot be taken over; "
+            "accepted: that run exported with --mode=export and imported again with --mode=import"
         )
     for section, field in _SAME_SHAPES:
         theirs, ours = run.config[section][field], config[section][field]

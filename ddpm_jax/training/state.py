@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The training state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ Params = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree; random numbers are no part of it, for they follow from the seed and the step.
+    """A pytree of what training carries from step to step. Random numbers follow from the seed and the step.
 
     Attributes:
-      step: int32, how many updates were made.
+      step: int32, number of updates made.
       params: of the network, float32.
-      ema: one average of the parameters a decay, {"0.9999": params}, float32.
+      ema: one moving average of the parameters per decay, {"0.9999": params}, float32.
       opt_state: of the optax optimiser.
-      history: the losses by timestep where t is drawn by importance, else None.
-      frozen: parameters that training reads and never changes, which checkpoints leave out: those of the network whose
-        adapters are trained; else None.
+      history: the losses by timestep for importance sampling of t, else None.
+      frozen: parameters that training reads but never changes and that checkpoints leave out: those of the network
+        whose adapters are trained; else None.
     """
 
     step: jax.Array
@@ -45,15 +45,15 @@ def create_state(
     step: int = 0,
     frozen: Params = None,
 ) -> TrainState:
-    """The state of a run that starts from these parameters; a pure function, to be jit-compiled with the shardings that
-    its arrays shall have.
+    """The initial state of a run with these parameters; a pure function, to be jit-compiled with the shardings of its
+    results.
 
     Args:
       params: of the network.
       optimizer: the optax optimiser.
-      ema_decays: one average each.
+      ema_decays: one moving average is kept for each.
       num_timesteps: T if a loss history is kept, else None.
-      step: how many updates the parameters have seen.
+      step: number of updates made so far.
       frozen: see `TrainState`.
     """
     return TrainState(

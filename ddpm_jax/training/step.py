@@ -22,7 +22,7 @@ class Metrics:
     """Sums over the steps since the last report, kept on the devices so that no step waits for the host.
 
     Attributes:
-      steps: how many steps are summed up.
+      steps: number of steps summed up.
       loss, grad_norm: sums of the batch's mean loss and of the gradient's global norm before clipping.
       quarter_loss, quarter_count: [4], sums over examples by quarter of t; without timesteps, zeros.
       bad_step, bad_loss, bad_grad_norm: the first step whose loss or gradient was not finite; -1: none.
@@ -51,7 +51,7 @@ class Metrics:
         )
 
     def add(self, step: jax.Array, loss: jax.Array, grad_norm: jax.Array, quarter: jax.Array | None) -> "Metrics":
-        """With one step's per-example losses [B] and the quarters [B] that their t lie in; None: they have none."""
+        """Adds one step's per-example losses [B] and the quarters [B] of their t; None: there are no timesteps."""
         mean = jnp.mean(loss)
         is_first_bad = (self.bad_step < 0) & ~(jnp.isfinite(mean) & jnp.isfinite(grad_norm))
         in_quarter = jnp.zeros((1, 4), bool) if quarter is None else quarter[:, None] == jnp.arange(4)
@@ -78,19 +78,19 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jit-compiled step: (state, metrics, batch) -> (state, metrics); the state is donated.
 
-    The batch is divided over the mesh; the state lies as `parallel.state_shardings` says. Dropout and what the
-    objective draws (noise, timesteps, dropped conditions, flips) are functions of (seed, step), drawn for the global
-    batch, so the number of devices changes none of them.
+    The batch is sharded over the mesh, the state as by `parallel.state_shardings`. Dropout and the objective's random
+    draws (noise, timesteps, dropped conditions, flips) are functions of (seed, step), drawn for the global batch, so
+    they do not depend on the number of devices.
 
     Args:
-      objective: what is trained, and to what end.
-      optimizer: how.
-      mesh: of `parallel.make_mesh`.
+      objective: the training objective.
+      optimizer: the optax optimiser.
+      mesh: from `parallel.make_mesh`.
       seed: of the run.
-      accumulation: in how many parts, one after the other, the gradient of a batch is taken, for memory. It is the same
-        gradient, but for dropout, which is drawn for each part.
-      steps_per_dispatch: with more than one, each array of the batch has a new first axis of about as many steps, which
-        are taken in one call; for fast accelerators, which would wait for the host otherwise.
+      accumulation: number of parts of a batch whose gradients are computed one after the other, to save memory. The
+        gradient is the same, except for dropout, which is drawn for each part.
+      steps_per_dispatch: if above 1, each array of the batch has a new first axis of up to this many steps, which are
+        taken in one call; useful for fast accelerators, which would otherwise wait for the host.
 
     Returns:
       A function of the state, the metrics so far and a batch of what the objective reads.
@@ -113,7 +113,7 @@ def make_train_step(
     def accumulated(
         params: Params, frozen: Params, examples: Examples, dropout_key: jax.Array
     ) -> tuple[Params, jax.Array]:
-        """`gradient`, of the rows i, i + accumulation, ... at a time, so that none leaves its device."""
+        """`gradient` of the rows i, i + accumulation, ... for each i, so that no row leaves its device."""
 
         def add(total: Params, part: tuple[jax.Array, Examples]) -> tuple[Params, jax.Array]:
             index, examples = part
@@ -132,7 +132,7 @@ def make_train_step(
         key = partial(named_key, seed, index=state.step)
         examples = objective.examples(batch, key, state.history)
 
-        # Each device needs all of the parameters, if only for a while, and adds up its part of the gradient.
+        # Each device needs all of the parameters temporarily and adds up its part of the gradient.
         params, frozen = jax.lax.with_sharding_constraint((state.params, state.frozen), parallel.replicated(mesh))
         grads, losses = (accumulated if accumulation > 1 else gradient)(params, frozen, examples, key("dropout"))
         grads = jax.lax.with_sharding_constraint(grads, parallel.state_shardings(mesh, grads))

@@ -1,4 +1,4 @@
-"""The tokenizer and the frozen encoder that a run keeps in its workdir, so that sampling needs nothing else."""
+"""The tokenizer and the frozen text encoder of a run, kept in its workdir so that sampling needs nothing else."""
 
 import itertools
 import shutil
@@ -17,22 +17,23 @@ from ddpm_jax.runtime import processes, workdir
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.clips import load_clip
 
-_SHOWN = 64  # captions for images of which nothing is said
+_SHOWN = 64  # captions to sample with if no prompts are given
 
 
 def text_description(
     config: ConfigDict, source: Source, folder: Path, known: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The entries on texts in the description of a run's data; {} without captions. Copies a frozen encoder.
+    """Makes the tokenizer, and copies a frozen encoder to the workdir.
 
     Args:
       config: of the run.
       source: its images, with captions.
-      folder: the workdir, to which a frozen encoder is copied.
-      known: the description that an earlier start of the run left.
+      folder: the workdir.
+      known: the description from an earlier start of the run.
 
     Returns:
-      "tokenizer", the text of a tokenizer.json; "shown_captions"; and "text_encoder", the folder of a frozen encoder.
+      Entries for the description of the run's data: "tokenizer", the text of a tokenizer.json; "shown_captions"; and
+      "text_encoder", the folder of a frozen encoder. {} without captions.
 
     Raises:
       UserError: a tokenizer or an encoder that cannot be read.
@@ -43,13 +44,13 @@ def text_description(
     if "tokenizer" not in found:
         found["tokenizer"] = _tokenizer(config, source)
     if "shown_captions" not in found:
-        # Those of the pictures that data.png shows.
+        # The captions of the pictures in data.png.
         found["shown_captions"] = [source.captions[place][0] for place in places(source, _SHOWN).tolist()]
     if config.text.encoder != TRAINED and "text_encoder" not in found:
         target = folder / workdir.TEXT_ENCODER
         if jax.process_index() == 0:
             net, params = read_text_encoder(config.text.encoder)
-            shutil.rmtree(target, ignore_errors=True)  # of a start that was cut off before it had a description
+            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
             transformers.write(target, net, params)
         processes.meet("text encoder")
         found["text_encoder"] = str(target)
@@ -57,14 +58,14 @@ def text_description(
 
 
 def read_text_encoder(path: str | Path) -> tuple[transformers.Encoder, Any]:
-    """The text encoder of a transformers folder or of a CLIP's workdir, and its float32 parameters.
+    """Reads the text encoder of a transformers folder or of a CLIP's workdir, with its float32 parameters.
 
     Raises:
       UserError: no such encoder there, or one that is not supported.
     """
     if not is_workdir(path):
         return transformers.read(path)
-    open_text_encoder(path)  # which says in words what the run is that is no CLIP
+    open_text_encoder(path)  # raises a UserError if the run is not a CLIP
     clip = load_clip(path)
     return clip.text, clip.params["text"]
 
@@ -75,13 +76,13 @@ def _tokenizer(config: ConfigDict, source: Source) -> str:
     if config.train.init_from and config.text.encoder == TRAINED:
         started = workdir.read_dataset(config.train.init_from) or {}
     if config.text.encoder == TRAINED and not config.text.tokenizer:
-        if "tokenizer" in started:  # its encoder's embeddings are of these tokens
+        if "tokenizer" in started:  # its encoder's embeddings are for these tokens
             return started["tokenizer"]
         return train_tokenizer(config, itertools.chain.from_iterable(source.captions)).to_json()
     found = make_texts(config, {}).tokenizer.to_json()
     if found != started.get("tokenizer", found):
         raise UserError(
-            f"--init_from {config.train.init_from!r} has another tokenizer than config.text.tokenizer, "
-            f"{config.text.tokenizer!r}; accepted: config.text.tokenizer='', which takes over its own"
+            f"--init_from {config.train.init_from!r} has a different tokenizer from config.text.tokenizer, "
+            f"{config.text.tokenizer!r}; accepted: config.text.tokenizer='', which takes over that run's"
         )
     return found

@@ -50,7 +50,7 @@ def test_without_a_topology_it_measures(tmp_path, capsys, monkeypatch):
     assert result["run"]["sample"]["hours"] == pytest.approx(3125 * 40 * sample["seconds"] / 3600)
     output = capsys.readouterr().out
     assert "Measured here" in output
-    assert "peak not known" in output
+    assert "of an unknown peak" in output
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ class TestCompiledForTPUs:
         )
         status, output = call(*TINY, *arguments)
         assert status == 0, output
-        assert "A model, not a measurement" in output
+        assert "An estimate, not a measurement" in output
         result = json.loads((tmp_path / "plan.json").read_text())
         train = result["programs"]["train"]
         reduced = sum(c["bytes"] for c in train["collectives"] if c["kind"] == "all-reduce")

@@ -56,16 +56,16 @@ def test_the_fingerprint_is_of_the_captions_too(folder):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("b.txt", None, r"image '.*b\.jpg' has no caption: accepted are a 'b\.txt' beside it"),
+        ("b.txt", None, r"image '.*b\.jpg' has no caption; accepted: a 'b\.txt' beside it"),
         ("b.txt", b"", r"caption '.*b\.txt' is empty"),
         ("b.txt", b" \n\n", r"caption '.*b\.txt' is empty"),
         ("b.txt", b"caf\xe9", r"caption '.*b\.txt' is not UTF-8 text: .* at byte 3"),
-        ("metadata.csv", b"file_name,text\na.png,x\n", r"image '.*b\.jpg' has no caption: no row of '.*metadata\.csv'"),
+        ("metadata.csv", b"file_name,text\na.png,x\n", r"image '.*b\.jpg' has no caption: no row in '.*metadata\.csv'"),
         ("metadata.csv", b"file,text\na.png,x\n", r"row 1 of '.*metadata\.csv' has no 'file_name'; it has file, text"),
         ("metadata.csv", b"file_name,text\na.png,  \n", r"the text in row 1 of '.*metadata\.csv' is empty"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", r"metadata\.csv' is not UTF-8 text"),
         ("metadata.jsonl", b'{"file_name": "a.png"', r"line 1 of '.*metadata\.jsonl' is not valid JSON"),
-        ("metadata.jsonl", b'["a.png"]', r"line 1 of '.*metadata\.jsonl' holds no JSON object"),
+        ("metadata.jsonl", b'["a.png"]', r"line 1 of '.*metadata\.jsonl' is not a JSON object"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', r"the text in row 1 of '.*metadata\.jsonl' is empty"),
     ],
 )

@@ -35,7 +35,7 @@ def test_no_two_numbers_have_the_same_words():
 
 
 def test_each_picture_shows_its_caption():
-    """Both halves are pictures of the digits that the words name."""
+    """Both halves are pictures of the digits named by the caption."""
     source = NumbersSource(2, (42,), FIT)
     pictures, labels = digits.load()
     of = {picture.tobytes(): int(label) for picture, label in zip(pictures, labels, strict=True)}

@@ -1,4 +1,4 @@
-"""Pictures as the network gets them: cropped, scaled, coloured and turned; real files throughout."""
+"""Pictures as the network receives them: cropped, scaled, converted and rotated; always from real files."""
 
 import io
 
@@ -11,7 +11,7 @@ from ddpm_jax.data.pictures import Fit, open_picture
 
 
 def reopened(path, image, channels=3, **options):
-    """What the source makes of one picture, at the picture's own size: nested lists of the pixels of the first row."""
+    """One picture as read by the source at its own size: nested lists of the first row's pixels."""
     save(path / "picture.png", image, **options)
     with Image.open(path / "picture.png") as saved:
         width, height = saved.size
@@ -38,7 +38,7 @@ def test_crop_takes_the_centre(tmp_path, picture, expected, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["wide", "tall"])
 @pytest.mark.parametrize("scale", [6, 2, 0.5], ids=["reduced", "halved", "enlarged"])
 def test_scaled_to_cover_and_cropped(tmp_path, scale, transposed):
-    """Of three stripes, each a square, the middle one fills the picture but for the blur at its border."""
+    """Of three square stripes, the middle one fills the picture except for the blur at its border."""
     side = int(16 * scale)
     picture = stripes(RED, GREEN, BLUE, width=side, height=side)
     save(tmp_path / "a.png", picture.swapaxes(0, 1) if transposed else picture)
@@ -106,7 +106,7 @@ def test_transparent_colour_without_alpha(tmp_path):
 
 
 UPRIGHT = np.array([[0, 50, 100], [150, 200, 250]])
-STORED = {  # orientation: what a camera wrote for the picture UPRIGHT
+STORED = {  # orientation: the pixels that a camera stored for the picture UPRIGHT
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
     3: UPRIGHT[::-1, ::-1],
@@ -129,7 +129,7 @@ def test_exif_orientation(tmp_path, orientation):
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_large_jpeg_decoded_at_a_part_of_its_size_looks_the_same(tmp_path, orientation, mode):
-    """As the same pixels in a file that is always decoded whole: 800 pixels are five times those wanted."""
+    """Like the same pixels in a file that is always decoded at full size; 800 pixels are five times the final size."""
     rng = np.random.default_rng(0)
     scene = Image.fromarray(rng.integers(0, 256, (20, 15, 3), np.uint8)).resize((600, 800), Image.Resampling.NEAREST)
     exif = Image.Exif()
@@ -170,11 +170,11 @@ def test_jpeg_turned_by_xmp():
 @pytest.mark.parametrize(
     ("formats", "said"),
     [
-        (None, "it is no picture of a known format, or damaged"),
-        (("PNG", "JPEG"), "it is none of PNG, JPEG, or damaged"),
+        (None, "it is not a picture of a known format, or damaged"),
+        (("PNG", "JPEG"), "it is not one of PNG, JPEG, or damaged"),
     ],
 )
-def test_what_is_no_picture(tmp_path, formats, said):
+def test_files_that_are_not_pictures(tmp_path, formats, said):
     path = tmp_path / "a.png"
     path.write_bytes(b"no picture")
     for file in (path, path.read_bytes(), path.open("rb")):

@@ -169,7 +169,7 @@ def test_prefetch_works_so_far_ahead_in_another_thread(depth):
 
     iterator = prefetch(numbers(), depth)
     assert list(itertools.islice(iterator, 4)) == [0, 1, 2, 3]
-    iterator.close()  # waits for what is under way
+    iterator.close()  # waits for work in progress
     assert len(taken) == 4 + depth
     assert len(threads) == 1
     assert threading.get_ident() not in threads

@@ -14,7 +14,7 @@ from ddpm_jax.runtime.errors import UserError
 
 
 def sentence(call, *args, **kwargs):
-    """The one line that a UserError says."""
+    """The message of a UserError, which must be one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     text = str(caught.value)
@@ -33,7 +33,7 @@ def array(path, height=4, width=4, channels=3, **options):
     return open_source("array", path=str(path), height=height, width=width, channels=channels, **options)
 
 
-# The embedded digits and tensorflow-datasets.
+# The built-in digits and tensorflow-datasets.
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared_digits(digits_dir, python):
-    """Prepared by another process; its output."""
+    """Prepares a data set in another process; returns the output."""
     return python(
         "from ddpm_jax.data.sources import open_source\n"
         "source = open_source('digits', data_dir=sys.argv[1], height=8, width=8, channels=1, labels=True)\n"
@@ -139,7 +139,7 @@ CIFAR_FILES = {**{f"data_batch_{i}.bin": 4 for i in range(1, 6)}, "test_batch.bi
 
 @pytest.fixture
 def cifar(tmp_path):
-    """CIFAR-10 in its own binary format, but small: the folder that holds it, and the pictures of each split."""
+    """A small CIFAR-10 in its own binary format: the folder, and the pictures of each split."""
     data = tmp_path / "extracted" / "cifar-10-batches-bin"
     data.mkdir(parents=True)
     (data / "batches.meta.txt").write_text("\n".join(CIFAR_CLASSES) + "\n\n")

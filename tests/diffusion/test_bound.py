@@ -21,7 +21,7 @@ def kl(mean_1, variance_1, mean_2, variance_2):
 
 
 def decoder_log_likelihood(x, mean, scale):
-    """The difference of two values of the distribution function, taken in the tail where it is exact."""
+    """The difference of two CDF values, computed in the tail where it is exact."""
     x, mean, scale = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (x, mean, scale)))
     lower = np.where(x < -0.999, -np.inf, (x - mean - 1 / 255) / scale)
     upper = np.where(x > 0.999, np.inf, (x - mean + 1 / 255) / scale)
@@ -46,7 +46,7 @@ def test_discretized_gaussian_follows_scipy(measure, mean, scale):
     got = log_likelihood(x, mean, log_scale)
     exact = decoder_log_likelihood(x, mean, np.exp(np.float64(log_scale)))
     # Rounding x - mean and 1 / scale moves the bin's edges by 2e-7 / scale, and the log-density there has that slope.
-    # A wide Gaussian's bin is a small difference of two values of the distribution function.
+    # A wide Gaussian's bin is a small difference of two CDF values.
     slope = np.abs(np.asarray(x, np.float64) - mean) / scale + 1
     allowed = 4e-7 * slope * (slope + 1 / scale) + 1.5e-4 * scale
     errors = np.abs(got - exact)
@@ -118,7 +118,7 @@ def test_prior_bpd(measure, name, T):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
 def test_vb_terms(measure, prediction, variance, clip):
-    """All t in one batch: the decoder's where t = 0, a divergence of two Gaussians elsewhere."""
+    """All t in one batch: the decoder term where t = 0, a divergence of two Gaussians elsewhere."""
     x_0, noise, other = batch(1)
     x_t = noised(x_0, noise)
     a, s = column(np.sqrt(ABAR[TIMES])), column(np.sqrt(1 - ABAR[TIMES]))
@@ -194,7 +194,7 @@ def test_bound_of_gaussian_data_under_the_exact_model(measure, gaussian_model, v
 
 
 def test_bound_is_made_of_vb_terms():
-    """Terms, their order and the decoder term, with the noise that the bound draws: fold_in(key, t)."""
+    """Checks the terms, their order and the decoder term, with the noise that the bound draws: fold_in(key, t)."""
     steps = 6
     schedule = make_schedule("cosine", steps)
     x_0 = jnp.asarray(batch(3)[0], jnp.float32)
@@ -212,7 +212,7 @@ def test_bound_is_made_of_vb_terms():
 
 @pytest.mark.slow
 def test_bound_with_a_key_an_image_and_in_segments():
-    """An image's terms do not depend on the others; chosen timesteps, and the progress between segments."""
+    """An image's terms do not depend on the other images; also checks chosen timesteps and progress calls."""
     schedule, told = make_schedule("cosine", 30), []
     x_0, keys = single(batch(3)[0])[0], jax.random.split(jax.random.key(5), len(TIMES))
     model = lambda x, t: jnp.sin(x) + t[:, None, None, None] / 10  # noqa: E731
@@ -244,14 +244,14 @@ FEW = make_schedule("linear", 100, 1e-3, 0.15)
 
 @jax.tree_util.Partial
 def slightly_wrong(x, t):
-    """The exact eps of N(0.1, 0.04), but for a hundredth."""
+    """The exact eps of N(0.1, 0.04), with an error of one hundredth."""
     a, s = (extract(array, t, x.ndim) for array in (FEW.sqrt_alphas_cumprod, FEW.sqrt_one_minus_alphas_cumprod))
     return 1.01 * s * (x - a * 0.1) / (a**2 * 0.04 + s**2)
 
 
 @pytest.fixture(scope="module")
 def all_terms():
-    """float64 [T, 1000], of one picture under `slightly_wrong`, and its L_T."""
+    """The terms of one picture under `slightly_wrong`, float64 [T, 1000], and its L_T."""
     every = bound.variational_bound(FEW, slightly_wrong, jax.random.key(1), copies(1000), variance="fixed_small")
     return np.asarray(every["terms"], np.float64), every["prior"][0]
 
@@ -264,7 +264,7 @@ def copies(n):
 
 @pytest.mark.parametrize(("way", "num_terms"), [("uniform", 8), ("pilot", 2), ("own curve", 8)])
 def test_sampled_bound_is_unbiased_and_knows_its_variance(all_terms, way, num_terms):
-    """Of one picture, over the draws of t and noise, against all terms averaged over the noise."""
+    """For one picture: estimates over draws of t and noise, against all terms averaged over the noise."""
     n, (terms, prior) = 16_000, all_terms
     if way == "uniform":
         proposal = bound.term_proposal(np.ones(100))
@@ -294,7 +294,7 @@ def test_sampled_bound_is_unbiased_and_knows_its_variance(all_terms, way, num_te
 
 
 def test_importance_lowers_the_variance(gaussian_model):
-    """By far, with the linear schedule's steep curve; one learnt by 16 calls is nearly as good as the whole."""
+    """By far, with the linear schedule's steep curve; a proposal from 16 calls is nearly as good as the exact one."""
     model, variances = gaussian_model(LINEAR, 0.1, 0.04), {}
     every = bound.bound_terms(LINEAR, model, jax.random.key(1), copies(64))
     pilot = bound.bound_terms(LINEAR, model, jax.random.key(2), copies(16), bound.pilot_timesteps(LINEAR, 16))
@@ -336,14 +336,14 @@ def test_term_proposal():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: bound.term_proposal([1.0, np.nan]), "must be finite, at least 0"),
-        (lambda: bound.term_proposal([1.0, -1.0]), "must be finite, at least 0"),
-        (lambda: bound.term_proposal(np.ones(3), 0.0), "uniform is 0.0; accepted: above 0 to 1"),
-        (lambda: sampled(num_terms=3), "num_terms is 3; accepted: even numbers of 2 or more"),
+        (lambda: bound.term_proposal([1.0, np.nan]), "must be finite numbers of at least 0"),
+        (lambda: bound.term_proposal([1.0, -1.0]), "must be finite numbers of at least 0"),
+        (lambda: bound.term_proposal(np.ones(3), 0.0), "uniform is 0.0; accepted: above 0, at most 1"),
+        (lambda: sampled(num_terms=3), "num_terms is 3; accepted: even numbers from 2"),
         (lambda: sampled(proposal=np.ones(7)), r"the proposal has shape \(7,\); accepted: \(100,\)"),
         (lambda: sampled(proposal=np.eye(100)[1]), "above 0 from entry 1 on"),
         (lambda: sampled(variance="fixed"), "variance is 'fixed'"),
-        (lambda: bound.pilot_timesteps(make_schedule("constant", 1)), "no term to draw"),
+        (lambda: bound.pilot_timesteps(make_schedule("constant", 1)), "no KL terms to draw"),
     ],
 )
 def test_refused_draws_of_terms(function, message):

@@ -1,4 +1,4 @@
-"""Edits with the exact network of Gaussian data, whose results have a mean and a variance that one can write down."""
+"""Edits with the exact network for Gaussian data, whose results have a known mean and variance."""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,14 @@ def noise_level(t):
 
 
 def kept(t):
-    """How much of x_0 - m is left in a sample of p(x_0 | x_t), on average."""
+    """The average share of x_0 - m that remains in a sample of p(x_0 | x_t)."""
     a, s = noise_level(t)
     return a**2 * V / (a**2 * V + s**2)
 
 
 @pytest.mark.parametrize("t", [100, 300, 600])
 def test_variations_keep_what_their_noise_leaves(model, t):
-    """x' is drawn from p(x_0 | x_t), so that the data's variance stays and its covariance with x_0 is known."""
+    """x' is drawn from p(x_0 | x_t), so the data's variance is preserved and its covariance with x_0 is known."""
     x_0 = data()
     x = np.asarray(editing.vary(LINEAR, model, KEY, x_0, t, **QUICK), np.float64)
     assert abs(x.mean() - M) < 5 * np.sqrt(V / N)
@@ -56,7 +56,7 @@ def test_diffuse_uses_another_stream_than_sampling():
 
 
 def test_interpolation_is_linear_for_a_linear_network(model):
-    """Deterministic steps of an affine network: the mixture's result is the results' mixture."""
+    """With deterministic steps and an affine network, the mixture's result is the mixture of the results."""
     ends = data(1)
     weights = [0.0, 0.25, 0.5, 1.0]
     found = editing.interpolate(LINEAR, model, KEY, *ends, weights, 400, sampler="ddim", num_steps=50, clip=False)
@@ -66,7 +66,7 @@ def test_interpolation_is_linear_for_a_linear_network(model):
 
 
 def test_interpolation_mixes_at_t(model):
-    """At t = 0 hardly anything happens; at t = T - 1 nothing is left of the two."""
+    """At t = 0 hardly anything changes; at t = T - 1 nothing is left of the two pictures."""
     ends = data(2)
     found = editing.interpolate(LINEAR, model, KEY, *ends, [0.0, 1.0], 0, clip=False)
     np.testing.assert_allclose(found, ends, atol=0.06)
@@ -124,7 +124,7 @@ def test_estimate_of_the_noise_in_smooth_pictures(sigma):
 
 
 def test_denoising_draws_from_the_posterior(model):
-    """Of x = x_0 + sigma n: mean m + v / (v + sigma^2) (x - m), variance v sigma^2 / (v + sigma^2)."""
+    """Given x = x_0 + sigma n: mean m + v / (v + sigma^2) (x - m), variance v sigma^2 / (v + sigma^2)."""
     t = 300
     a, s = noise_level(t)
     sigma = s / a
@@ -138,8 +138,8 @@ def test_denoising_draws_from_the_posterior(model):
 
 
 def test_inpainting_fits_the_known_part():
-    """Pairs of pixels of correlation rho, one known: the other has the mean rho times the known one's, the closer the
-    more often steps are run again. The known one stays as it is."""
+    """Pairs of pixels with correlation rho, one of them known: the other's mean approaches rho times the known one as
+    steps are repeated more often. The known pixel stays as it is."""
     rho, v, pairs = 0.9, 0.2, 4000
     covariance = jnp.array([[v, rho * v], [rho * v, v]])
 
@@ -180,7 +180,7 @@ def test_images_that_part_at_t_have_the_posterior_s_spread(model, t):
 
 
 def test_no_image_has_the_noise_of_the_shared_start_again(model):
-    """Given x_t, each x_0 is a draw of its own: correlated with x_t by what x_t says of x_0, all alike."""
+    """Given x_t, each x_0 is an independent draw; all have the same correlation with x_t."""
     t, shape = 500, (6, 48, 48, 1)
     x = np.asarray(editing.coarse_to_fine(LINEAR, model, KEY, shape, t, **{**QUICK, "num_steps": 200}), np.float64)
     together = np.corrcoef(x.reshape(6, -1))[np.triu_indices(6, 1)]
@@ -199,8 +199,8 @@ def test_images_that_part_at_once_share_their_start(model):
         (lambda m: editing.denoise(LINEAR, m, KEY, data(), -1), "t is -1; accepted: 0 to 999"),
         (lambda m: editing.coarse_to_fine(LINEAR, m, KEY, SHAPE, 1000), "t is 1000"),
         (lambda m: editing.vary(LINEAR, m, KEY, data(), 10, num_steps=12), "num_steps is 12; accepted: 1 to 11"),
-        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, times=2, sampler="unipc"), "a sampler without memory"),
-        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, t_end=5), "known pixels need"),
+        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, times=2, sampler="unipc"), "a sampler that remembers"),
+        (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, t_end=5), "known pixels require"),
         (lambda m: editing.inpaint(LINEAR, m, KEY, data(), True, known_noise=data()[:, 1:]), "known_noise has shape"),
     ],
 )

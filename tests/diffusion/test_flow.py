@@ -1,4 +1,4 @@
-"""The probability flow on densities that one knows: Gaussians and a mixture, under their exact networks."""
+"""The probability flow for known densities: Gaussians and a mixture, with their exact networks."""
 
 import math
 
@@ -41,8 +41,8 @@ def correlated(schedule, prediction="eps", learned=False):
 
 
 def exact_flow(name, x):
-    """Where N(M, C) is carried to: along C's eigenvectors, x - a M is scaled as the marginal's deviation; and the
-    density of x that N(0, I) there means."""
+    """The flow's end points and log-densities for N(M, C): along C's eigenvectors, x - a M scales like the marginal's
+    standard deviation."""
     log_abar = np.cumsum(np.log1p(-make_betas(name, 1000)))[[0, -1]]
     values = V * np.array([1 + RHO, 1 - RHO])
     (a_0, a_T), (variance_0, variance_T) = np.exp(0.5 * log_abar), np.exp(log_abar)[:, None] * (values - 1) + 1
@@ -59,7 +59,7 @@ def draw_pairs(n):
 
 @pytest.mark.parametrize(("method", "order", "steps"), [("heun", 2, (20, 40, 80)), ("rk4", 4, (10, 20, 40))])
 def test_order_of_convergence(method, order, steps):
-    """Twice the steps divide the error by 2^order."""
+    """Doubling the number of steps divides the error by 2^order."""
     x = draw_pairs(64)
     errors = []
     for n in steps:
@@ -86,7 +86,7 @@ def test_log_density_of_a_gaussian(name, prediction, variance):
 
 
 def test_density_of_a_mixture():
-    """Of two narrow peaks, a field that is far from linear: SciPy's density, and its integral is 1."""
+    """Two narrow peaks, whose field is far from linear: compares with SciPy's density and an integral of 1."""
     peaks, width = np.array([-0.6, 0.5]), 0.1
     share = np.array([0.3, 0.7])
 
@@ -126,7 +126,7 @@ def test_hutchinson_is_unbiased_and_drawn_per_image():
 
 
 def test_the_bound_of_single_pixels(gaussian_model):
-    """By quadrature over x at t = 0: the mean over q of what is bounded, and -log P itself, which lies below."""
+    """By quadrature over x at t = 0: the bound's mean over q, and -log P itself, which is lower."""
     schedule, levels, n = make_schedule("linear", 50, 1e-3, 0.3), np.array([0, 90, 140, 255]), 4000
     a, s = math.sqrt(1 - 1e-3), math.sqrt(1e-3)
     x_0 = levels / 127.5 - 1
@@ -166,7 +166,7 @@ def test_the_bound_of_single_pixels(gaussian_model):
 
 @pytest.mark.parametrize(("at_once", "told"), [(1, 52), (25, 3)])
 def test_a_scan_of_calls_is_the_same_as_single_ones(monkeypatch, at_once, told):
-    """And progress is told in between."""
+    """And progress is called in between."""
     x, seen = draw_pairs(2), []
     monkeypatch.setattr(flow, "_calls_at_once", lambda: 52)
     arguments = (LINEAR, correlated(LINEAR), jax.random.key(0), x)
@@ -180,7 +180,7 @@ def test_a_scan_of_calls_is_the_same_as_single_ones(monkeypatch, at_once, told):
 
 
 def test_table():
-    """Every call lies within the network's timesteps, the steps are even in log-SNR, the factors at most 1."""
+    """Every call is within the network's timesteps, the steps are even in log-SNR, and the factors are at most 1."""
     for method, stages in (("heun", 2), ("rk4", 4)):
         table = flow.flow_table(LINEAR, 7, method, "v")
         assert len(table.t) == 7 * stages
@@ -217,5 +217,5 @@ def test_refused(options, message):
 
 
 def test_one_timestep_has_no_flow():
-    with pytest.raises(ValueError, match="two timesteps or more"):
+    with pytest.raises(ValueError, match="at least two timesteps"):
         flow.flow_table(make_schedule("constant", 1), 3)

@@ -17,7 +17,7 @@ TIMES = np.array([0, 1, 10, 250, 500, 999])
 
 
 def images(seed, batch=6, channels=3):
-    """x_0 in [-1, 1] and noise, float32 values held as float64."""
+    """x_0 in [-1, 1] and noise, float32 values stored as float64."""
     rng = np.random.default_rng(seed)
     shape = (batch, 4, 5, channels)
     x_0 = rng.uniform(-1, 1, shape).astype(np.float32).astype(np.float64)
@@ -164,7 +164,7 @@ def test_to_x_0_and_from_x_0_at_given_factors(prediction):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_fixed_variances(measure, variance):
-    """At t = 0 the small variance is 0 and the large beta_0, yet the logarithm of both that of the posterior at 1."""
+    """At t = 0 the small variance is 0 and the large one beta_0, but both logarithms are the posterior's at t = 1."""
     x_0, x_t = single(*images(6))
     p = gaussian.p_mean_variance(LINEAR, x_0, x_t, jnp.array(TIMES), prediction="x_0", variance=variance)
     expected = {"fixed_small": POSTERIOR_VARIANCE, "fixed_large": BETAS}[variance][TIMES]

@@ -17,7 +17,7 @@ LABELS, OTHER, NULL = ({"label": jnp.array(labels)} for labels in ([0, 1, 2, 3],
 
 
 def network(x, t, cond):
-    """Its output depends on all three, and each row on its own inputs alone."""
+    """Its output depends on all three arguments, and each row only on its own inputs."""
     label, t = (v[:, None, None, None].astype(jnp.float32) for v in (cond["label"], t))
     return jnp.sin(x + label) + t / 1000 * jnp.cos(label)
 
@@ -92,7 +92,7 @@ def test_values_compile_nothing_anew():
 
 
 def test_shifts_the_mean_of_gaussian_classes():
-    """Two classes N(+-m, v) and their mixture: at scale 1 samples of a class have its mean, at 3 they lie further."""
+    """Two classes N(+-m, v) and their mixture: at scale 1 samples of a class have its mean, at 3 they overshoot it."""
     schedule, m, v, n = make_schedule(), 0.4, 0.04, 64 * 64
 
     def exact(x, t, cond):
@@ -118,7 +118,7 @@ def test_shifts_the_mean_of_gaussian_classes():
 
 
 class TestBetween:
-    """The way from one condition to another."""
+    """Interpolation between two conditions."""
 
     def test_both_ends_are_the_network_s_own(self):
         share = jnp.array([0.0, 1.0, 0.0, 1.0])
@@ -173,7 +173,7 @@ class TestBetween:
 
 
 def exact_of_gaussians(schedule, moments, x, t, cond):
-    """E[eps | x_t] of the data N(mean, variance) of each label."""
+    """E[eps | x_t] for the data N(mean, variance) of each label."""
     a, s = (
         array[t][:, None, None, None]
         for array in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)

@@ -69,7 +69,7 @@ def test_weights(name, weighting, prediction):
     ],
 )
 def test_weights_are_finite_at_pure_noise(weighting, prediction):
-    """As min(1, 5 / snr) and 1 / (1 + snr) are 1 for an snr of 0, the last of the "jsd" schedule."""
+    """min(1, 5 / snr) and 1 / (1 + snr) are 1 at an snr of 0, the last one in the "jsd" schedule."""
     assert np.isfinite(losses.loss_weight(make_schedule("jsd", 5), jnp.arange(5), prediction, weighting)).all()
 
 
@@ -123,7 +123,7 @@ def test_vlb_loss_is_the_term_times_the_timesteps(variance):
 
 @pytest.mark.parametrize("loss", ["vlb", "hybrid"])
 def test_losses_with_the_bound_have_finite_gradients_at_every_t(loss):
-    """Also where the other branch, of the decoder, is far out of its range."""
+    """Even where the other branch, the decoder's, is far out of range."""
     t = jnp.arange(T)
     x_0 = jnp.asarray(np.random.default_rng(9).choice(LEVELS, (T, 2, 2, 1)), jnp.float32)
     noise = jax.random.normal(jax.random.key(0), x_0.shape)
@@ -138,7 +138,7 @@ def test_losses_with_the_bound_have_finite_gradients_at_every_t(loss):
 
 
 def test_t_and_noise_are_drawn_from_the_key():
-    """A network that says t for x_0 = 0 has the loss t^2, one that says 0 for the noise has its mean square."""
+    """A network that predicts t for x_0 = 0 has the loss t^2; one that predicts 0 for the noise has its mean square."""
     n, steps = 40_000, 10
     schedule = make_schedule("linear", steps)
     x_0 = jnp.zeros((n, 2, 2, 1))
@@ -174,6 +174,6 @@ def test_refused_options(options, message):
 
 
 def test_refused_output_shape():
-    """Broadcasting would make a wrong loss of one output channel for three."""
-    with pytest.raises(ValueError, match=r"the network gives \(6, 4, 4, 1\) for images of shape \(6, 4, 4, 3\)"):
+    """Broadcasting would compute a wrong loss if there is one output channel instead of three."""
+    with pytest.raises(ValueError, match=r"output has shape \(6, 4, 4, 1\), but the images have shape \(6, 4, 4, 3\)"):
         losses.training_loss(LINEAR, lambda x, t: x[..., :1], jax.random.key(0), single(*batch(10))[0])

@@ -16,13 +16,13 @@ LINEAR = make_schedule("linear", T)
 BETAS = make_betas("linear", T)
 
 
-# For a thousand steps of many pixels: the tests' programs are compiled without optimisation otherwise (tests/xla.py).
+# For a thousand steps of many pixels; other programs of the tests are compiled without optimisation (tests/xla.py).
 optimised = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 @jax.jit
 def draws(key):
-    """[40, *SHAPE]: what a sampler of images of SHAPE draws, first the start: normal of fold_in(an image's key, i)."""
+    """[40, *SHAPE]: the noise that a sampler draws, the initial one first: normal(fold_in(image's key, i))."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(SHAPE[0]))
     draw = lambda k, i: jax.random.normal(jax.random.fold_in(k, i), SHAPE[1:])  # noqa: E731
     return jax.vmap(lambda i: jax.vmap(lambda k: draw(k, i))(keys))(jnp.arange(40))
@@ -57,7 +57,7 @@ def replay(betas, timesteps, variance, prediction, model, key, x, clip, threshol
 
 @jax.jit
 def toy_model(x, t):
-    """Smooth in x and t, of the size of noise; stays near what a trained network gives."""
+    """Smooth in x and t, and as large as noise; similar to a trained network's output."""
     return x * jnp.tanh(0.5 + t[:, None, None, None] / 300) + 0.1 * jnp.sin(3 * x)
 
 
@@ -155,7 +155,7 @@ def test_sample_is_the_algorithm_in_a_python_loop(measure, options):
 
 
 def test_sample_is_p_sample_repeated():
-    """With the same noise, given as one key an image and step."""
+    """With the same noise, given as one key per image and step."""
     steps = 15
     schedule = make_schedule("cosine", steps)
     keys = jax.random.split(jax.random.key(1), SHAPE[0])
@@ -288,7 +288,7 @@ def test_mixture_of_two(measure):
 
 
 def test_start_from_an_image():
-    """As at the end of algorithm 2: from t_start on, every step or some."""
+    """Like the end of algorithm 2: all steps or some of them, from t_start on."""
     steps = 40
     schedule, betas = make_schedule("linear", steps, 1e-3, 0.2), make_betas("linear", steps, 1e-3, 0.2)
     key = jax.random.key(9)
@@ -313,7 +313,7 @@ def test_an_image_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("num_snapshots", [4, 21])
 def test_snapshots(num_snapshots):
-    """The images on the way, evenly spaced, as the loop passes them."""
+    """The intermediate images of the loop, evenly spaced."""
     steps = 20
     schedule, betas = make_schedule("linear", steps, 1e-3, 0.3), make_betas("linear", steps, 1e-3, 0.3)
     key = jax.random.key(12)
@@ -328,7 +328,7 @@ def test_snapshots(num_snapshots):
 
 @pytest.mark.parametrize("num_snapshots", [2, 3, 7])
 def test_snapshots_of_x_0(num_snapshots):
-    """What the network took the image for: at the first call (of seven), evenly, and at the last."""
+    """The network's predictions: at the first call (of seven), evenly spaced, and at the last."""
     options = {"num_steps": 7, "sampler": "ddim", "snapshots_of": "x_0"}
     x, snapshots = sample(LINEAR, toy_model, jax.random.key(1), SHAPE, num_snapshots=num_snapshots, **options)
     _, every = sample(LINEAR, toy_model, jax.random.key(1), SHAPE, num_snapshots=7, **options)
@@ -339,7 +339,7 @@ def test_snapshots_of_x_0(num_snapshots):
 
 
 def test_stopping_on_the_way_and_going_on():
-    """From T - 1 to 300 and from there: the same timesteps, and without noise of its own the same image."""
+    """From T - 1 to 300, then to the end: the same timesteps and, for a deterministic sampler, the same image."""
     options = {"sampler": "ddim", "clip": False}
     whole = sample(LINEAR, toy_model, jax.random.key(2), SHAPE, timesteps=[999, 700, 500, 300, 100, 0], **options)
     half = sample(LINEAR, toy_model, jax.random.key(2), SHAPE, timesteps=[999, 700, 500], t_end=300, **options)
@@ -359,7 +359,7 @@ def test_plan():
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, stop_at_first=True).t, [999, 500, 0])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=3, t_end=399, stop_at_first=True).t, [999, 799, 599, 399])
     np.testing.assert_array_equal(plan(LINEAR, num_steps=2, skip_lowest=True).t, [999, 500, -1])
-    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, where sampling starts"):
         plan(LINEAR, timesteps=[0], stop_at_first=True)
 
 
@@ -371,11 +371,11 @@ def test_plan_between_timesteps():
     np.testing.assert_array_equal(plan(LINEAR, **even, t_start=500, t_end=99, fractional=True).t[[0, -1]], [500, 99])
     with pytest.raises(ValueError, match="timesteps have noise levels of their own, but levels is 'karras'"):
         plan(LINEAR, timesteps=[5, 3], levels="karras")
-    with pytest.raises(ValueError, match="fractional timesteps need levels between timesteps; accepted: linspace"):
+    with pytest.raises(ValueError, match="fractional timesteps need levels; accepted: linspace"):
         plan(LINEAR, fractional=True)
     with pytest.raises(ValueError, match="levels is 'even'; accepted: linspace, karras, logsnr"):
         plan(LINEAR, levels="even")
-    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, and sampling starts there"):
+    with pytest.raises(ValueError, match="stop_at_first ends at timestep 0, where sampling starts"):
         plan(LINEAR, t_start=0, levels="karras", stop_at_first=True)
 
 
@@ -390,8 +390,8 @@ def test_start_of_the_first_level_s_size():
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_plans_start_and_end_where_they_shall(spacing):
-    """At the timestep of x_t, whatever the spacing; and with num_steps calls before t_end."""
+def test_plans_start_and_end_where_requested(spacing):
+    """They start at the timestep of x_t, whatever the spacing, and make num_steps calls before t_end."""
     for t_start in (999, 300, 4):
         levels = plan(LINEAR, num_steps=4, spacing=spacing, t_start=t_start)
         assert (levels.t[0], len(levels.t), levels.t[-1]) == (t_start, 5, -1)
@@ -440,7 +440,7 @@ def test_known_pixels_of_one_noise():
         np.testing.assert_allclose(x_t[:, :, :2], expected[:, :, :2], atol=1e-6)
         assert np.abs(x_t - expected)[:, :, 2:].max() > 0.01
     np.testing.assert_array_equal(x[:, :, :2], known[:, :, :2])
-    with pytest.raises(ValueError, match="known_noise is the noise of known pixels; give known, too"):
+    with pytest.raises(ValueError, match="known_noise is the noise of known pixels; give known as well"):
         sample(LINEAR, model, jax.random.key(3), SHAPE, known_noise=noise)
 
 
@@ -477,7 +477,7 @@ def test_what_a_watcher_raises_ends_the_sampling():
 
 
 def test_within_an_outer_jit():
-    """Arguments that are traced take the whole table at once, to the same images."""
+    """With traced arguments the whole table runs at once, with the same result."""
     model = lambda weight: jax.tree_util.Partial(lambda w, x, t: w * x, weight)  # noqa: E731
     options = {"num_steps": 13, "num_snapshots": 4}
     inner = jax.jit(lambda weight, key: sample(LINEAR, model(weight), key, SHAPE, **options))
@@ -532,7 +532,7 @@ def test_what_does_not_retrace(change):
 
 
 def test_one_timestep():
-    """T = 1: the only step gives x_0."""
+    """With T = 1, the only step yields x_0."""
     x = sample(make_schedule([0.5]), lambda x, t: 0 * x + 0.25, jax.random.key(0), SHAPE, prediction="x_0")
     np.testing.assert_array_equal(x, np.full(SHAPE, 0.25))
 
@@ -547,22 +547,22 @@ def test_one_timestep():
         ({"num_steps": 1001}, "num_steps is 1001; accepted: 1 to 1000"),
         ({"num_steps": 0}, "num_steps is 0; accepted: 1 to 1000"),
         ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 9, "num_steps": 11}, "num_steps is 11; accepted: 1 to 10"),
-        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 1000}, "to start from is 1000; accepted: 0 to 999"),
-        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": -1}, "to start from is -1; accepted: 0 to 999"),
-        ({"x_t": np.zeros((2, 4, 4, 1))}, r"x_t has shape \(2, 4, 4, 1\); shape says \(2, 4, 4, 3\)"),
+        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": 1000}, "starting timestep is 1000; accepted: 0 to 999"),
+        ({"x_t": np.zeros((2, 4, 4, 3)), "t_start": -1}, "starting timestep is -1; accepted: 0 to 999"),
+        ({"x_t": np.zeros((2, 4, 4, 1))}, r"x_t has shape \(2, 4, 4, 1\), but shape is \(2, 4, 4, 3\)"),
         ({"t_start": 500}, "t_start is 500, but there is no x_t"),
         ({"num_snapshots": 1}, "num_snapshots is 1; accepted: 0, or 2 to 1001"),
         ({"num_snapshots": 5, "num_steps": 2}, "num_snapshots is 5; accepted: 0, or 2 to 3"),
         ({"num_snapshots": 3, "num_steps": 2, "snapshots_of": "x_0"}, "num_snapshots is 3; accepted: 0, or 2 to 2"),
         ({"clip_range": 0.0}, "clip_range is 0.0; accepted: above 0"),
-        ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0 to 1, or None"),
+        ({"dynamic_threshold": 2.0}, "dynamic_threshold is 2.0; accepted: above 0, at most 1, or None"),
         ({"timesteps": []}, r"the timesteps are \[\]; accepted: descending"),
         ({"snapshots_of": "eps"}, "snapshots_of is 'eps'; accepted: x, x_0"),
-        ({"timesteps": [5, 3], "num_steps": 3}, "timesteps take the place of num_steps and t_start"),
+        ({"timesteps": [5, 3], "num_steps": 3}, "timesteps replace num_steps and t_start"),
         ({"t_end": 999}, "t_end is 999; accepted: 0 to 998"),
         ({"t_end": 900, "num_steps": 100}, "num_steps is 100; accepted: 1 to 99"),
         ({"eta": 0.5}, "sampler 'ddpm' takes no eta"),
-        ({"sampler": "heun", "resampling": (2, 2)}, "a sampler without memory"),
+        ({"sampler": "heun", "resampling": (2, 2)}, "a sampler that remembers nothing"),
     ],
 )
 def test_refused_options(options, message):

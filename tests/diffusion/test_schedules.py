@@ -125,7 +125,7 @@ def test_first_and_last_beta(name, first, last):
 
 
 def test_end_of_the_original_schedule():
-    """abar_T of the linear schedule of the paper, and its 'L_T ~ 1e-5 bits/dim' signal."""
+    """abar_T of the paper's linear schedule, and its 'L_T ~ 1e-5 bits/dim'."""
     np.testing.assert_allclose(make_schedule().alphas_cumprod[-1], 4.03582e-05, rtol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_log_snr_stays_finite_at_pure_noise():
 
 
 def test_variance_keeps_its_precision_for_tiny_betas():
-    """1 - abar_t, computed as a difference, would have no digits left."""
+    """Computed as a difference, 1 - abar_t would lose all digits."""
     schedule = make_schedule([1e-18, 1e-18, 2e-18])
     np.testing.assert_allclose(schedule.sqrt_one_minus_alphas_cumprod, np.sqrt([1e-18, 2e-18, 4e-18]), rtol=1e-6)
     np.testing.assert_allclose(schedule.posterior_variance, [0, 0.5e-18, 1e-18], rtol=1e-6)
@@ -223,7 +223,7 @@ def test_own_betas_take_the_place_of_the_named_sizes():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_timestep(name):
-    """x_0 comes back from the only step at once; the log-variance, without a neighbour to take, is beta's."""
+    """The only step yields x_0 directly; the log-variance, which has no neighbour, is that of beta."""
     schedule = make_schedule(name, 1)
     beta = np.float64(make_betas(name, 1)[0])
     assert schedule.num_timesteps == 1
@@ -265,8 +265,8 @@ def test_refused_betas(betas, message):
         ({"schedule": "cosin"}, "schedule is 'cosin'; accepted: linear, quadratic, .*sigmoid"),
         ({"schedule": "linear", "offset": 0.1}, r"schedule 'linear' does not take .*'offset'"),
         ({"schedule": "cosine", "tau": 0.1}, r"schedule 'cosine' does not take .*'tau'"),
-        ({"num_timesteps": 0}, "num_timesteps is 0; at least 1"),
-        ({"num_timesteps": -3}, "num_timesteps is -3; at least 1"),
+        ({"num_timesteps": 0}, "num_timesteps is 0; accepted: 1 or more"),
+        ({"num_timesteps": -3}, "num_timesteps is -3; accepted: 1 or more"),
         ({"beta_end": 1.5}, r"betas\[\d+\] is .* at most 1"),
         ({"beta_start": 0.0}, r"betas\[0\] is 0"),
     ],
@@ -277,14 +277,14 @@ def test_refused_arguments(arguments, message):
 
 
 def test_rescaling_to_a_zero_terminal_snr():
-    """sqrt(abar) becomes an affine function of itself that ends at 0 and starts where it did."""
+    """sqrt(abar) is transformed affinely such that it ends at 0 and keeps its start."""
     betas = make_betas("linear", 1000)
     before = np.sqrt(np.cumprod(1 - betas))
     after = np.sqrt(np.cumprod(1 - rescale_to_zero_terminal_snr(betas)))
     slope = before[0] / (before[0] - before[-1])
     np.testing.assert_allclose(after, slope * (before - before[-1]), atol=1e-12)
     assert after[-1] == 0
-    with pytest.raises(ValueError, match="two timesteps or more"):
+    with pytest.raises(ValueError, match="at least two timesteps"):
         rescale_to_zero_terminal_snr([0.5])
 
 

@@ -1,4 +1,4 @@
-"""The samplers' coefficients, in float64, against their papers' algorithms written as loops, and by their orders."""
+"""The samplers' coefficients, in float64, against the papers' algorithms written as loops, and their convergence."""
 
 import dataclasses
 from itertools import pairwise
@@ -17,7 +17,7 @@ DETERMINISTIC = {"ddim": {}, "dpmpp_2m": {}, "heun": {}, "unipc": {"order": 2}, 
 
 
 def replay(table, x, denoise, noise=lambda i: 0.0):
-    """A table in a NumPy loop; `denoise` is (x, a, s) -> D. The images on the way."""
+    """Runs a table in a NumPy loop, with `denoise` (x, a, s) -> D; returns the intermediate images."""
     kept, past, path = np.zeros_like(x), [np.zeros_like(x)] * 3, [x]
     for i in range(len(table.t)):
         x_0 = denoise(x, table.a[i], table.s[i])
@@ -67,7 +67,7 @@ def test_other_spacings():
 
 
 def test_leading_with_an_offset():
-    """As far as the timesteps stay within the schedule."""
+    """The offset applies as long as the timesteps stay within the schedule."""
     np.testing.assert_array_equal(spaced_timesteps(LINEAR, 4, "leading", offset=1), [751, 501, 251, 1])
     np.testing.assert_array_equal(spaced_timesteps(LINEAR, 500, "leading", offset=9)[[0, -1]], [999, 1])
     np.testing.assert_array_equal(spaced_timesteps(LINEAR, None, "leading", offset=1), np.arange(1000)[::-1])
@@ -86,7 +86,7 @@ def test_leaving_out_the_lowest():
     ("spacing", "measure"), [("logsnr", lambda a, s: np.log(s / a)), ("karras", lambda a, s: (s / a) ** (1 / 7))]
 )
 def test_spacings_by_noise_level(name, spacing, measure):
-    """The chosen timesteps' levels lie evenly, to half the distance of neighbouring timesteps."""
+    """The chosen timesteps' levels are evenly spaced, to within half the distance of neighbouring timesteps."""
     chosen = spaced_timesteps(make_schedule(name, T), 12, spacing)
     assert (chosen[0], chosen[-1]) == (999, 0)
     a, s = noise_levels(name, np.arange(T))
@@ -120,7 +120,7 @@ def test_noise_levels_of_a_schedule_that_ends_in_pure_noise():
 
 @pytest.mark.parametrize("how", tables.LEVELS)
 def test_levels_between_timesteps(how):
-    """Even where they should be, with timesteps where the schedule has these levels."""
+    """They are evenly spaced as requested, and their timesteps are where the schedule has these levels."""
     levels = Levels.between(LINEAR, np.array([951, 500, 400, 300, 1]), None, how)
     a, _ = noise_levels("linear", [951, 1])
     np.testing.assert_allclose(levels.a[[0, -2, -1]], [a[0], a[1], 1.0], rtol=1e-6)
@@ -214,8 +214,8 @@ def test_last_step_gives_x_0_itself(sampler, timesteps):
 
 @pytest.mark.parametrize("sampler", tables.SAMPLERS)
 def test_consistency(sampler):
-    """Where every prediction is the same x_0, x_t = a x_0 + s eps of one eps stays on its way: deterministic methods
-    end each step at a_next x_0 + s_next eps, stochastic ones with an x_0's share of a_next."""
+    """If every prediction is the same x_0, x_t = a x_0 + s eps keeps its eps: deterministic methods end each step at
+    a_next x_0 + s_next eps, and stochastic ones keep the share a_next of x_0."""
     for schedule, timesteps in ((LINEAR, [999, 700, 420, 111, 30, 5]), (make_schedule("cosine", T), [900, 300, 20])):
         levels = Levels.of(schedule, timesteps, end=0)
         table = make_table(sampler, levels)
@@ -373,8 +373,8 @@ def test_error_falls_with_the_order(measure, sampler, options, order):
 
 
 def gaussian_result(table, m, v):
-    """Mean and variance of what a table makes with the exact score of N(m, v): every row is linear, so that the weights
-    of all its images on the start's and each row's noise follow exactly."""
+    """Mean and variance of a table's result with the exact score of N(m, v): every row is linear, so the weights of the
+    start's and each row's noise in all images can be computed exactly."""
     rows = len(table.t)
     x, kept, past = np.eye(rows + 2)[0], np.zeros(rows + 2), [np.zeros(rows + 2)] * 3  # the last entry: the mean
     for i in range(rows):
@@ -405,7 +405,7 @@ def gaussian_result(table, m, v):
     ],
 )
 def test_marginals_of_gaussian_data(sampler, options, spacing):
-    """Mean and variance of the result near the data's, the nearer the more steps: at least of first order."""
+    """The result's mean and variance converge to the data's with the number of steps, at least at first order."""
     m, v = -0.2, 0.3
     schedule = make_schedule("linear", 10_000, 1e-5, 2e-3)
     errors = []
@@ -420,7 +420,7 @@ def test_marginals_of_gaussian_data(sampler, options, spacing):
 
 
 def test_analytic_variance_keeps_gaussian_data_at_any_number_of_steps():
-    """What x_0 may differ from its mean is of one size everywhere there, so the step's variance is exact."""
+    """The error of the predicted x_0 has the same variance everywhere there, so the step's variance is exact."""
     m, v = -0.2, 0.3
     abar = np.cumprod(1 - make_betas("linear", T))
     x_0_mse = v * (1 - abar) / (abar * v + 1 - abar)
@@ -448,7 +448,7 @@ def test_pure_noise_at_the_start_gives_finite_tables(sampler):
 
 
 def test_inverse_undoes_ddim():
-    """Against the mixture's probability flow, with the error of both directions' steps."""
+    """For a mixture's probability flow, to within the discretisation error of both directions."""
     x = np.random.default_rng(0).uniform(-1, 1, 100)
     errors = []
     for num_steps in (50, 100, 200):
@@ -477,7 +477,7 @@ def test_resampling_repeats_rows_and_adds_the_noise_between():
 
 
 def test_resampling_keeps_the_marginals():
-    """Running steps again after adding their noise costs no more than the steps' own error."""
+    """Repeating steps after adding their noise adds no more than the steps' own error."""
     m, v = -0.2, 0.3
     for num_steps, error in ((100, 0.2), (400, 0.08)):
         levels = Levels.of(LINEAR, spaced_timesteps(LINEAR, num_steps))
@@ -509,10 +509,10 @@ def test_resampling_keeps_the_marginals():
             lambda: Levels.between(LINEAR, np.array([9, 0]), None, "even"),
             "levels is 'even'; accepted: linspace, karras",
         ),
-        (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs 2 timesteps or more"),
-        (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
-        (lambda: with_resampling(make_table("plms", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
-        (lambda: with_resampling(make_table("heun", LEVELS), LEVELS, 1, 2), "a sampler without memory"),
+        (lambda: ddim_inverse(Levels.of(LINEAR, [999])), "encoding needs at least 2 timesteps"),
+        (lambda: with_resampling(make_table("unipc", LEVELS), LEVELS, 1, 2), "a sampler that remembers nothing"),
+        (lambda: with_resampling(make_table("plms", LEVELS), LEVELS, 1, 2), "a sampler that remembers nothing"),
+        (lambda: with_resampling(make_table("heun", LEVELS), LEVELS, 1, 2), "a sampler that remembers nothing"),
         (lambda: with_resampling(make_table("ddpm", LEVELS), LEVELS, 0, 2), "jump and times are 0 and 2"),
     ],
 )

@@ -22,7 +22,7 @@ def test_uniform_timesteps(steps):
 
 @pytest.mark.parametrize(("size", "steps"), [(1, 10), (8, 1000), (7, 3)])
 def test_stratified_timesteps(size, steps):
-    """Around the circle of timesteps, any two neighbours are T / B apart, rounded; each place alone is uniform."""
+    """On the circle of timesteps, neighbours are T / B apart, rounded; each draw alone is uniform."""
     draw = lambda key: sample_timesteps(key, size, steps, "stratified")  # noqa: E731
     t, weights = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 5000))
     assert t.dtype == jnp.int32
@@ -79,7 +79,7 @@ def test_importance_is_uniform_until_every_timestep_has_ten_losses():
 
 @pytest.mark.parametrize(("size", "steps"), [(1, 3), (8, 5), (40, 3), (64, 1)])
 def test_loss_history_is_a_deque_a_timestep(size, steps):
-    """With batches in which timesteps repeat, some more than 10 times; in the deque's order, too."""
+    """Even for batches in which timesteps repeat, some more than 10 times, and in the deque's order."""
     rng = np.random.default_rng(size)
     history = LossHistory.create(steps)
     update = jax.jit(LossHistory.update)

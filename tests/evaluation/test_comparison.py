@@ -1,4 +1,4 @@
-"""A comparison says what it is of, what it is worth, and what it could not say."""
+"""The results of a comparison: its subject, its uncertainty, and what could not be computed."""
 
 import json
 
@@ -71,7 +71,7 @@ class TestCompare:
 
     def test_warns_of_few_images(self, real, result):
         assert (
-            f"{NAME} is of 200 generated images, and of fewer than 50,000 it is too high, here by about"
+            f"{NAME} is for 200 generated images; with fewer than 50,000 it is too high, here by about"
             in (result["note"])
         )
         few = compare(JUDGE, real, [pictures(1, 6)], MESH)
@@ -91,7 +91,7 @@ class TestCompare:
         assert found[NAME] == pytest.approx(result[NAME], rel=1e-9)
         assert 0.4 < found[f"{NAME}, floor"] / result[f"{NAME}, floor"] < 2.5
         assert found["not computed"] == "KID, precision, recall, density, coverage"
-        assert "The reference holds moments alone" in found["note"]
+        assert "The reference contains only moments" in found["note"]
         np.savez(tmp_path / "bare.npz", mu=np.ones(8), sigma=np.eye(8))
         found = compare(JUDGE, read_reference(tmp_path / "bare.npz"), [pictures(1, 200)], MESH)
         assert found["not computed"].startswith(f"{NAME}, floor, sFID, KID")
@@ -129,9 +129,9 @@ class TestCompare:
     @pytest.mark.parametrize(
         ("judge", "images", "message"),
         [
-            (JUDGE, [pictures(0, 1)], "2 images or more of each kind, not 1"),
+            (JUDGE, [pictures(0, 1)], "at least 2 images of each kind, not 1"),
             (JUDGE, [pictures(0, 9) / 255], "are float64"),
-            (custom_features("other", apply), [pictures(0, 9)], "folder real was judged by 'pixels', not by 'other'"),
+            (custom_features("other", apply), [pictures(0, 9)], "folder real has features of 'pixels', not 'other'"),
         ],
     )
     def test_refusals(self, real, judge, images, message):
@@ -140,7 +140,7 @@ class TestCompare:
 
     def test_reference_of_another_dimension(self, tmp_path):
         np.savez(tmp_path / "x.npz", mu=np.ones(3), sigma=np.eye(3))
-        with pytest.raises(UserError, match=r"x.npz is of 3 dimensions, and pixels gives 8 \(pool\)"):
+        with pytest.raises(UserError, match=r"x.npz has 3 dimensions, but pixels has 8 \(pool\)"):
             compare(JUDGE, read_reference(tmp_path / "x.npz"), [pictures(0, 20)], MESH)
 
 

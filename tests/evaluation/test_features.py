@@ -72,12 +72,12 @@ class TestCustomFeatures:
     @pytest.mark.parametrize(
         ("images", "message"),
         [
-            ([], "there are no images for flat to judge"),
+            ([], "there are no images for flat to evaluate"),
             ([IMAGES[:0]], "there are no images"),
             ([IMAGES / 255], "are float64 of shape (37, 4, 4, 3); accepted: uint8"),
             ([np.full_like(IMAGES, np.nan, np.float32)], "are float32"),
             ([IMAGES[0]], "uint8 of shape (4, 4, 3); accepted"),
-            ([IMAGES[..., :2]], "flat judges images of 3 channels, not of (4, 4, 2)"),
+            ([IMAGES[..., :2]], "flat takes images of 3 channels, not of (4, 4, 2)"),
         ],
     )
     def test_refused_images(self, images, message):
@@ -85,13 +85,13 @@ class TestCustomFeatures:
 
     def test_another_size_than_the_network_s(self):
         judge = custom_features("small", flatten, shape=(8, 8, 1))
-        assert "small judges images of (8, 8, 1), not of (4, 4, 3)" in said(judge.of, [IMAGES], mesh(1), 8)
+        assert "small takes images of (8, 8, 1), not of (4, 4, 3)" in said(judge.of, [IMAGES], mesh(1), 8)
 
     def test_features_that_are_not_finite(self):
         images = np.zeros((20, 4, 4, 3), np.uint8)
         images[13] = 255
         judge = custom_features("odd", lambda x: jnp.where(x.max((1, 2)) > 0, jnp.nan, 1.0))
-        assert "odd gives image 13 pool that is not finite" in said(judge.of, [images], mesh(1), 8)
+        assert "odd gives values of pool that are not finite for image 13" in said(judge.of, [images], mesh(1), 8)
 
 
 def test_digits_classifier():
@@ -183,7 +183,7 @@ class TestLoadInception:
     def test_other_content_is_refused(self, cache, change):
         folder, published, answers = cache
         answers.append(Answer(change(published)))
-        assert "damaged or something else: its SHA-256 begins with" in said(load_inception)
+        assert "damaged or a different file: its SHA-256 begins with" in said(load_inception)
         assert list(folder.iterdir()) == []
 
     def test_offline(self, cache):
@@ -207,8 +207,8 @@ class TestLoadInception:
         assert load_inception(good).name == load_inception(str(good)).name
         bad = tmp_path / "weights-00000000.pth"
         bad.write_bytes(published)
-        assert "not with the 00000000 of its name" in said(load_inception, bad)
-        assert "is not there; fetch https://" in said(load_inception, tmp_path / "none.pth")
+        assert "not with 00000000 as in its name" in said(load_inception, bad)
+        assert "does not exist; download https://" in said(load_inception, tmp_path / "none.pth")
         (tmp_path / "cut.safetensors").write_bytes(published[:-3])
         assert "cannot be read" in said(load_inception, tmp_path / "cut.safetensors")
 

@@ -1,4 +1,4 @@
-"""Images of whatever lies at a path, in portions, and what is refused in words."""
+"""Opening images from all kinds of paths, reading them in portions, and refusals."""
 
 import numpy as np
 import pytest
@@ -90,14 +90,14 @@ def test_source(tmp_path):
 def test_refused_pictures(tmp_path):
     folder = pictures(tmp_path / "a")
     assert "holds no images" in said(open_images, pictures(tmp_path / "empty", []))
-    assert "neither a folder nor a file" in said(open_images, tmp_path / "none")
+    assert "none' does not exist" in said(open_images, tmp_path / "none")
     Image.fromarray(IMAGES[0, :4]).save(folder / "007.png")
     message = said(lambda: list(open_images(folder)))
-    assert "007.png' cannot be judged: it has 5x4 pixels and the folder's first picture 5x6" in message
+    assert "007.png' cannot be read: it has 5x4 pixels, but the folder's first picture 5x6" in message
     (folder / "007.png").write_bytes(b"no picture")
-    assert "007.png' cannot be judged" in said(lambda: list(open_images(folder)))
+    assert "007.png' cannot be read" in said(lambda: list(open_images(folder)))
     (folder / "000.png").write_bytes(b"no picture")
-    assert "000.png' cannot be judged" in said(open_images, folder)
+    assert "000.png' cannot be read" in said(open_images, folder)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_refused_pictures(tmp_path):
         ({"arr_0": np.full((2, 6, 5, 3), np.nan, np.float32)}, "holds float32"),
         ({"arr_0": IMAGES[:0]}, "N at least 1"),
         ({"arr_0": IMAGES[0, 0]}, "holds uint8 (5, 3)"),
-        ({"pictures": IMAGES}, "has the arrays ['pictures']; images are called one of image, images, x, arr_0"),
+        ({"pictures": IMAGES}, "has the arrays ['pictures']; accepted names for images: image, images, x, arr_0"),
     ],
 )
 def test_refused_arrays(tmp_path, arrays, message):

@@ -1,4 +1,4 @@
-"""The likelihood of sets of images: closed forms for Gaussian networks, and what must not change a number."""
+"""The likelihood of sets of images: closed forms for Gaussian networks, and invariances."""
 
 import json
 import math
@@ -41,7 +41,7 @@ EXACT = jax.tree_util.Partial(exact)
 
 
 def draw_pictures(n, seed=0, shape=(4, 4, 1)):
-    """uint8 of N(M, V), of which 8 bits clip next to nothing."""
+    """uint8 draws of N(M, V), which 8 bits hardly clip."""
     x = M + math.sqrt(V) * np.random.default_rng(seed).standard_normal((n, *shape))
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
@@ -197,7 +197,7 @@ def test_rate_and_distortion():
 
 @pytest.mark.slow
 def test_estimate_agrees_with_the_bound_and_knows_its_error():
-    """Over many draws: the mean is that of all terms, and their spread is the error that one says it has."""
+    """Over many draws, the mean is that of all terms, and the spread matches the reported error."""
     pictures = draw_pictures(64, seed=2)
     whole = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=64)
 
@@ -278,9 +278,9 @@ def test_labels_reach_the_network():
             for i in range(first, 20, 3)
         ]
     np.testing.assert_allclose(np.mean([part.total.mean for part in parts]), found.total.mean, rtol=1e-6)
-    for count, word in ((19, "fewer than"), (21, "more than")):
+    for count, word in ((19, "but more images"), (21, "for 20 images")):
         examples = Examples(PICTURES, {"label": np.zeros(count, np.int32)})
-        with pytest.raises(UserError, match=f"there are {count} conditions, {word}"):
+        with pytest.raises(UserError, match=f"there are {count} conditions {word}"):
             likelihood.evaluate_bound(SCHEDULE, model, examples, EIGHT, **SHARDS)
 
 
@@ -318,8 +318,8 @@ def test_flow_of_convolutions():
         (PICTURES / 255.0, {}, r"the images are float64 of shape \(\d+, 4, 4, 1\); accepted: uint8 of shape"),
         (PICTURES[0], {}, r"the images are uint8 of shape \(4, 4, 1\); accepted"),
         ([PICTURES, draw_pictures(2, shape=(5, 5, 1))], {}, r"uint8 of shape \(2, 5, 5, 1\); accepted"),
-        (PICTURES[:0], {}, "a likelihood needs 1 image or more"),
-        (iter([]), {}, "a likelihood needs 1 image or more"),
+        (PICTURES[:0], {}, "a likelihood needs at least 1 image"),
+        (iter([]), {}, "a likelihood needs at least 1 image"),
         (PICTURES, {"batch_size": 0}, "batch_size is 0; accepted: 1 or more"),
         (PICTURES, {"output": Parameterization("score")}, "prediction is 'score'"),
         ([PICTURES], {"progress": print}, "progress over an iterable of images needs num_images"),
@@ -338,7 +338,7 @@ def test_refused_number_of_terms():
 
 
 def test_a_network_that_gives_nan_is_named():
-    """With the image and the timestep where it did."""
+    """The message names the image and the timestep."""
     broken = lambda x, t: jnp.where(t.reshape(-1, 1, 1, 1) == 7, jnp.nan, exact(x, t))  # noqa: E731
     with pytest.raises(
         UserError, match=r"image 5 is not finite \('total'\)|image 5 is not finite \('terms' at t = 7\)"

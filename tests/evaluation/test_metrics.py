@@ -1,4 +1,4 @@
-"""The metrics on sets and Gaussians whose value one knows, and against SciPy and brute force."""
+"""The metrics for sets and Gaussians with known values, and against SciPy and brute force."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ class TestMoments:
             np.testing.assert_allclose(total.moments().scatter, Moments.of(features[:count]).scatter, rtol=1e-12)
 
     def test_of_one_row(self):
-        with pytest.raises(ValueError, match="2 rows or more, not 1"):
+        with pytest.raises(ValueError, match="at least 2 rows, not 1"):
             _ = Moments.of(np.ones((1, 3))).covariance
 
 
@@ -160,7 +160,7 @@ class TestFrechetInfinity:
             biases.append(bias)
         assert abs(np.mean(infinities)) < 0.3 * np.mean(wholes)
         assert np.mean(biases) == pytest.approx(np.mean(wholes), rel=0.3)
-        with pytest.raises(ValueError, match="needs 10 rows or more, not 9"):
+        with pytest.raises(ValueError, match="needs at least 10 rows, not 9"):
             metrics.frechet_infinity(rows[:9], reference)
 
     def test_is_the_distance_of_many(self):
@@ -175,7 +175,7 @@ class TestFrechetInfinity:
 class TestFloor:
     @pytest.mark.parametrize("count", [300, 1500, 6000])
     def test_is_the_distance_of_real_images(self, count):
-        """Of fewer than half of the reference's images, of more, and of more than all."""
+        """For fewer than half as many images as in the reference, for more, and for more than all."""
         rng = np.random.default_rng(4)
         real = skewed(rng, 2000, 16)
         reference = Moments.of(real)

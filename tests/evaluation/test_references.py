@@ -120,7 +120,7 @@ def test_broken_reference(tmp_path):
     assert "x.npz' cannot be read" in said(read_reference, tmp_path / "x.npz")
     assert "x.npz' cannot be read" in said(open_summary, tmp_path / "x.npz", JUDGE, MESH)
     assert "cannot be read" in said(read_reference, tmp_path / "none.npz")
-    assert "neither a folder nor a file" in said(open_summary, tmp_path / "none.npz", JUDGE, MESH)
+    assert "none.npz' does not exist" in said(open_summary, tmp_path / "none.npz", JUDGE, MESH)
 
 
 def test_reference_that_cannot_be_written(tmp_path, whole):

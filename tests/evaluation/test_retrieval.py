@@ -1,4 +1,4 @@
-"""Which captions a CLIP is asked for; `agreement.retrieval` is tested with the rest of that module."""
+"""The retrieval tasks for a CLIP; `agreement.retrieval` is tested with the rest of that module."""
 
 import clips
 import jax

@@ -95,7 +95,7 @@ class TestShards:
 
     @pytest.fixture
     def judge(self):
-        """Counts the images that it judges, as the attribute `seen` of its function."""
+        """Counts the images that it processes, in the attribute `seen` of its function."""
         seen = []
 
         def of(self, images, mesh, batch_size):
@@ -114,11 +114,11 @@ class TestShards:
         assert_same(shard_summary(folder, judge), whole)
         assert_same(shard_summary(folder, judge, count=40), summarize(JUDGE, [IMAGES[:40]], SINGLE, batch_size=16))
         assert not shard_summary(folder, judge, keep=False).rows
-        with pytest.raises(UserError, match="holds 90 images of the 91 to judge"):
+        with pytest.raises(UserError, match="has 90 images, fewer than 91"):
             shard_summary(folder, judge, count=91)
 
     def test_goes_on_where_it_was(self, folder, judge, whole):
-        """A damaged file is made again, one of a shard that was made anew too, and nothing else."""
+        """Only a damaged file and that of a rewritten shard are computed again."""
         judge, seen = judge
         told = []
         shard_features(folder, judge, SINGLE, batch_size=16, progress=lambda *args: told.append(args))
@@ -127,7 +127,7 @@ class TestShards:
         kept[0].write_bytes(kept[0].read_bytes()[:100])
         shards.write(folder, 30, 59, IMAGES[30:60, ::-1], {"label": np.zeros(30, np.int32)}, {"seed": 1})
         seen.clear()
-        with pytest.raises(UserError, match=r"has no features of pixels yet; a part is not done"):
+        with pytest.raises(UserError, match=r"has no features of pixels yet: not all parts are done"):
             shard_summary(folder, judge)
         shard_features(folder, judge, SINGLE, batch_size=16)
         shard_features(folder, judge, SINGLE, batch_size=16)

@@ -89,7 +89,7 @@ def kohya_tensors(expected, compvis=False, te="lora_te"):
 
 
 def processor_tensors(expected, named=True):
-    """diffusers' first format, of attention alone."""
+    """diffusers' first format, for attention only."""
     text = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
     result = {}
     for module, update in expected.unet.items():
@@ -205,8 +205,8 @@ def test_alpha_of_the_metadata(tmp_path, description, alpha, others):
 @pytest.mark.parametrize(
     ("description", "said"),
     [
-        ("[", "is no JSON object"),
-        ("[1]", "is no JSON object"),
+        ("[", "is not a JSON object"),
+        ("[1]", "is not a JSON object"),
         ({"unet.lora_alpha": "x"}, "has 'x'"),
         ({"unet.lora_alpha": True}, "has True"),
         ({"unet.alpha_pattern": {"conv_.*": 1}}, "unet.alpha_pattern"),
@@ -222,7 +222,7 @@ def test_refused_metadata(tmp_path, description, said):
 
 
 def test_delta():
-    """Against the product written out, of matrices and filters; several one after the other."""
+    """Against the product written out, for matrices and filters; several LoRAs in sequence."""
     expected, weights = make_lora(), random(UNET)
     changed = merged(weights, expected.unet, 0.7)
     assert changed.keys() == {f"{module}.weight" for module in UNET_MODULES}
@@ -247,15 +247,15 @@ CONV = "unet.conv_in"
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({f"{STEM}.hada_w1_a": DOWN}, f"'{STEM}.hada_w1_a' in 'x' is of LoHa"),
-        ({"lora_unet_conv_in.lokr_w1": DOWN}, "is of LoKr"),
-        ({**GOOD, "lora_unet_conv_in.dora_scale": DOWN}, "'lora_unet_conv_in.dora_scale' in 'x' is of DoRA"),
-        ({**GOOD, f"{STEM}.lora_magnitude_vector": DOWN}, "is of DoRA"),
-        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN}, "is of an SDXL LoRA"),
-        ({"text_encoder_2.x.lora_A.weight": DOWN}, "is of an SDXL LoRA"),
+        ({f"{STEM}.hada_w1_a": DOWN}, f"'{STEM}.hada_w1_a' in 'x' belongs to LoHa"),
+        ({"lora_unet_conv_in.lokr_w1": DOWN}, "belongs to LoKr"),
+        ({**GOOD, "lora_unet_conv_in.dora_scale": DOWN}, "'lora_unet_conv_in.dora_scale' in 'x' belongs to DoRA"),
+        ({**GOOD, f"{STEM}.lora_magnitude_vector": DOWN}, "belongs to DoRA"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN}, "belongs to an SDXL LoRA"),
+        ({"text_encoder_2.x.lora_A.weight": DOWN}, "belongs to an SDXL LoRA"),
         ({"lora_unet_conv_in.lora_mid.weight": DOWN}, "a LoRA with a core"),
-        ({**GOOD, f"{STEM}.lora_B.bias": UP}, f"'{STEM}.lora_B.bias' in 'x' is none of a LoRA's"),
-        ({**GOOD, "unet.conv_in.weight": UP}, "'unet.conv_in.weight' in 'x' is none of a LoRA's"),
+        ({**GOOD, f"{STEM}.lora_B.bias": UP}, f"'{STEM}.lora_B.bias' in 'x' does not belong to a LoRA"),
+        ({**GOOD, "unet.conv_in.weight": UP}, "'unet.conv_in.weight' in 'x' does not belong to a LoRA"),
         ({"unet.down_blocks.7.resnets.0.conv1.lora_A.weight": DOWN}, "that the model's unet does not have"),
         ({"unet.conv_norm_out.lora_A.weight": DOWN}, "that the model's unet does not have"),
         ({"transformer.blocks.0.lora_A.weight": DOWN}, "that the model's unet does not have"),
@@ -266,7 +266,7 @@ CONV = "unet.conv_in"
         ({f"{STEM}.lora_A.weight": DOWN}, f"'{STEM}.lora_A.weight' in 'x' has no counterpart, the 'up'"),
         ({f"{STEM}.lora_B.weight": UP}, f"'{STEM}.lora_B.weight' in 'x' has no counterpart, the 'down'"),
         ({f"{STEM}.alpha": np.float32(1)}, f"'{STEM}.alpha' in 'x' has no counterpart, the 'down'"),
-        ({**GOOD, f"{STEM}.lora.down.weight": DOWN}, "are for one module"),
+        ({**GOOD, f"{STEM}.lora.down.weight": DOWN}, "are for the same module"),
         ({**GOOD, f"{STEM}.lora_A.weight": DOWN[:, :31]}, "has shape (4, 31); accepted: (r, 32)"),
         ({**GOOD, f"{STEM}.lora_A.weight": DOWN[:0]}, "has shape (0, 32)"),
         ({**GOOD, f"{STEM}.lora_A.weight": DOWN[0]}, "has shape (32,)"),

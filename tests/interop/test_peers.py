@@ -1,4 +1,4 @@
-"""Against diffusers and PyTorch: the network, each sampling step, whole trajectories, and training."""
+"""Comparison with diffusers and PyTorch: the network, each sampling step, whole trajectories, and training."""
 
 import importlib
 from functools import partial
@@ -166,7 +166,7 @@ def test_zero_terminal_snr(measure):
 
 
 def in_float64(scheduler):
-    """Rounding of their float32 schedule is not what is compared."""
+    """Replaces their float32 schedule, so that its rounding does not matter."""
     scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     scheduler.alphas = 1 - scheduler.betas
     scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
@@ -175,7 +175,7 @@ def in_float64(scheduler):
 
 
 class Inputs:
-    """The same x, network output and noise for both, at up to 40 steps all over a sub-sequence."""
+    """The same x, network output and noise for both, at up to 40 steps spread over a subsequence."""
 
     def __init__(self, timesteps, seed, channels=3):
         self.chosen = np.unique(np.linspace(0, len(timesteps) - 1, 40).astype(int))
@@ -186,7 +186,7 @@ class Inputs:
         self.noise = rng.standard_normal((4, 4, 3)).astype(np.float32)
 
     def ours(self, i, table, row, prediction):
-        """The next x from the i-th input, by a row that uses x and D alone."""
+        """The next x from the i-th input, for a row that only uses x and D."""
         raw, v, x = self.output[i, ..., :3], self.output[i, ..., 3:], self.x[i]
         x_0 = gaussian.to_x_0(prediction, *map(jnp.float32, (raw, x, table.a[row], table.s[row])))
         largest, smallest = table.log_variance_max[row], table.log_variance_min[row]
@@ -250,7 +250,7 @@ def test_spacings(spacing, num_steps):
 
 
 def replay(table, x, network, noise=None):
-    """A table in a NumPy loop, for a network of eps."""
+    """Runs a table in a NumPy loop, for a network that predicts eps."""
     kept, past = np.zeros_like(x), [np.zeros_like(x)] * 3
     for i, t in enumerate(table.t):
         x_0 = (x - table.s[i] * network(x, t)) / table.a[i]
@@ -351,7 +351,7 @@ def test_trajectory_of_an_imported_network(measure, tmp_path, monkeypatch, sampl
 
 
 def numbers_of_pytorch():
-    """What golden.json holds of PyTorch's."""
+    """PyTorch's values in golden.json."""
     numbers = {}
     for name, config, size in (("cifar10", CIFAR10, 32), ("small", SMALL, 8)):
         net = diffusers.UNet2DModel(**config).eval()

@@ -65,7 +65,7 @@ def test_ignored_tensors(tmp_path):
 
 
 def test_unused_tensors_of_openclip(tmp_path):
-    """The 24th layer, the projection and what belongs to its training."""
+    """The 24th layer, the projection and its training parameters."""
     expected = parts("2.x")
     last = random({k.replace(".22.", ".23."): v.shape for k, v in expected[2].items() if ".layers.22." in k})
     tensors = checkpoint(*expected[:2], expected[2] | last, version="2.x")
@@ -138,7 +138,7 @@ OTHERS = {
     "controlnet_cond_embedding.conv_in.weight": "is a ControlNet",
     "down_blocks.0.resnets.0.conv1.weight": "is a part of a diffusers folder",
     "emb_params": "is a textual inversion",
-    "encoder.conv_in.weight": "is no checkpoint of Stable Diffusion",
+    "encoder.conv_in.weight": "is not a Stable Diffusion checkpoint",
 }
 
 
@@ -199,7 +199,7 @@ def test_prediction_type_of_2(tmp_path):
 
 
 def their_models(version, in_channels=4):
-    """Narrow models of random weights, and the folder's configs of the same."""
+    """Narrow models with random weights, and the corresponding configs of the folder."""
     torch = pytest.importorskip("torch", reason=PEERS)
     diffusers = pytest.importorskip("diffusers", reason=PEERS)
     hf = pytest.importorskip("transformers", reason=PEERS)
@@ -237,7 +237,7 @@ def to_numpy(model):
 
 
 def text_tensors(model):
-    """By the names of all releases but the newest."""
+    """With the tensor names of all releases but the newest."""
     return {f"text_model.{name.removeprefix('text_model.')}": value for name, value in to_numpy(model).items()}
 
 
@@ -245,7 +245,7 @@ def text_tensors(model):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize(("version", "in_channels"), [("1.x", 4), ("1.x", 9), ("2.x", 4)])
 def test_against_the_converters_of_diffusers(measure, tmp_path, version, in_channels, suffix):
-    """The same bytes from diffusers' converters, of a file in CompVis' names and the older autoencoder's shapes."""
+    """diffusers' converters give the same bytes for a file with CompVis' names and the older autoencoder's shapes."""
     unet, autoencoder, text = their_models(version, in_channels)
     import torch
     from diffusers.loaders import single_file_utils as theirs

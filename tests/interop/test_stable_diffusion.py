@@ -93,7 +93,7 @@ def opened(run):
 
 
 def assert_same_runs(first, second):
-    """But for what their sources are called."""
+    """They are equal except for the names of their sources."""
     found, expected = load(first), load(second)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -123,7 +123,7 @@ def test_second_version(tokens, tmp_path):
     """What the network predicts is asked for, and prompts are padded with "!"."""
     save_file(tensors("2.x"), tmp_path / "model.safetensors")
     source = str(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="give --prediction=eps for a model of 512 pixels, --prediction=v for one of"):
+    with pytest.raises(UserError, match="use --prediction=eps for a model for 512 pixels, --prediction=v for one for"):
         workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens)
     path = workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens, prediction="v")
     run = load(path)
@@ -152,7 +152,7 @@ def test_tokenizer_of_the_hub(file, tokens, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder, "locate", fails)
     with pytest.raises(
-        UserError, match=r"has no tokenizer, and .* cannot be had; give --tokenizer: a folder with CLIP's"
+        UserError, match=r"has no tokenizer, and .* cannot be had; use --tokenizer with a folder that has CLIP's"
     ):
         workdirs.import_weights(str(file), tmp_path / "other")
 
@@ -190,7 +190,7 @@ def test_tokenizer_of_another_encoder(tokens, tmp_path):
 
 def test_file_of_another_kind(tokens, tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is no checkpoint of Stable Diffusion"):
+    with pytest.raises(UserError, match="is not a Stable Diffusion checkpoint"):
         workdirs.import_weights(str(tmp_path / "x.safetensors"), tmp_path / "run", tokenizer=tokens)
     for name in ("y.safetensors", "y.ckpt"):
         with pytest.raises(UserError, match=f"{name}' is not a file"):
@@ -206,7 +206,7 @@ MASK[4:12, 2:9] = True
 
 
 def inpainting_unet():
-    """Its first filters weigh the picture's latents more, which are much alike without training."""
+    """Its first filters emphasise the picture's latents, which vary little without training."""
     tensors = small(single_files.unet_shapes(in_channels=9), 0)
     tensors["conv_in.weight"][:, 5:] *= 300
     return tensors
@@ -301,7 +301,7 @@ def test_inpainting_network_by_command(call, inpainting, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("captions", "said"), [(("a", "b"), "has a text encoder that was trained along"), ((), "takes no prompts")]
+    ("captions", "said"), [(("a", "b"), "has a text encoder trained with the network"), ((), "takes no prompts")]
 )
 def test_no_stable_diffusion(tmp_path, captions, said):
     run = make_run(captions=captions)
@@ -331,7 +331,7 @@ def test_latents_without_prompts(imported, tmp_path):
 
 
 def test_layout_of_a_run_that_was_trained_further(imported):
-    """Its description does not have the layout; the default one is this file's."""
+    """Its description lacks the layout, so the default one is written."""
     run = load(imported)
     assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
 
@@ -413,7 +413,7 @@ def test_lora_that_is_missing(imported, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapted(imported, tmp_path_factory):
-    """As training leaves it: the network's checkpoint in a folder of its own, and one of the adapters."""
+    """As left by training: a checkpoint of the network in its own folder, and one of the adapters."""
     run, path = load(imported), tmp_path_factory.mktemp("adapted") / "run"
     shutil.copytree(imported, path)
     (path / BASE).mkdir()
@@ -441,7 +441,7 @@ def test_adapters_are_a_lora_file(adapted, imported, tmp_path):
         np.testing.assert_allclose(with_file[path], value, atol=1e-6)
     moved = sum(not np.array_equal(value, before[path]) for path, value in with_adapters.items())
     assert moved == len(load_file(file)) // 2
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         workdirs.export_adapters(run, adapted, file)
 
 
@@ -449,7 +449,7 @@ def test_no_adapters(adapted, imported, two, tmp_path):
     for path, loras, out, said in (
         (imported, (), "x.safetensors", "trained no adapters"),
         (adapted, two[:1], "x.safetensors", "accepted: --adapters without --lora"),
-        (adapted, (), "x.bin", "must end in .safetensors"),
+        (adapted, (), "x.bin", "accepted: a name ending in .safetensors"),
     ):
         with pytest.raises(UserError, match=said):
             workdirs.export_adapters(load(path, loras=loras), path, tmp_path / out)
@@ -504,7 +504,7 @@ def test_autoencoder(call, tmp_path):
     for more, said in (
         ((), "--mode=export of an autoencoder needs --out: a folder"),
         (("--step=4", f"--out={tmp_path / 'x'}"), "--step does nothing with --mode=export of an autoencoder"),
-        ((f"--out={out}",), "is there and not empty"),
+        ((f"--out={out}",), "not empty"),
     ):
         status, output = call("--mode=export", f"--workdir={run}", *more, config=None)
         assert (status, output.count("\n")) == (1, 1), output

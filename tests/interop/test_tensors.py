@@ -54,7 +54,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
         archive.writestr("x/data.pkl", pickle.dumps({"a": Harmful(victim)}))
     pickle.loads(pickle.dumps(Harmful(tmp_path / "other"))).close()
     assert (tmp_path / "other").exists(), "what would have happened"
-    assert "open, which is no tensor, and it is not run" in refusal(tensors_lib.read, path)
+    assert "open, which is not a tensor and is not run" in refusal(tensors_lib.read, path)
     assert not victim.exists()
 
 
@@ -111,7 +111,7 @@ def write_pickled(path, value, key=b"Va\n", compress=zipfile.ZIP_STORED):
 
 
 def test_tensor_of_a_storage(tmp_path):
-    """What the refusals below are small changes of."""
+    """The valid file that the refusals below modify slightly."""
     write_pickled(tmp_path / "x.bin", tensor(STORAGE, 1, (3,), (1,)))
     np.testing.assert_array_equal(tensors_lib.read(tmp_path / "x.bin")["a"], [1, 2, 3])
 
@@ -122,7 +122,7 @@ def test_tensor_of_a_storage(tmp_path):
         (tensor(STORAGE, 1, (4,), (1,)), {}, "larger than its data"),
         (tensor(STORAGE, -1, (2,), (1,)), {}, "larger than its data"),
         (tensor(STORAGE, 0, (10**12,), (0,)), {}, "larger than its data"),
-        (tensor(tensor(STORAGE, 0, (10**12, 0), (0, 0)), 0, (9,), (1,)), {}, "something other than data"),
+        (tensor(tensor(STORAGE, 0, (10**12, 0), (0, 0)), 0, (9,), (1,)), {}, "does not refer to raw data"),
         (tensor(STORAGE, 0, (2,), (1,)), {"key": b"I0\n"}, "other than named tensors"),
         (tensor(STORAGE, 0, (2,), (1,)), {"compress": zipfile.ZIP_DEFLATED}, "it is compressed"),
     ],
@@ -180,7 +180,7 @@ def write_any(path, value):
 
 
 def test_which_weights_are_read(tmp_path):
-    """From the last choice to the first, each beside all before it."""
+    """From the last choice to the first, adding one file at a time."""
     last, first = ("other.bf16.bin", "net.safetensors.index.bf16.json"), ("net.safetensors.index.json", NAMES[0])
     half = ("other.bin.index.fp16.json", "other.fp16.bin", "net.safetensors.index.fp16.json", "net.fp16.safetensors")
     for i, name in enumerate([*last, *half, "other.bin.index.json", "other.bin", *first]):
@@ -205,10 +205,10 @@ def test_weights_in_shards(tmp_path):
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ("{}", "has no weight_map from names of tensors to files"),
-        ('{"weight_map": {"a": 1}}', "has no weight_map from names of tensors to files"),
-        ('{"weight_map": {"a": "../a.safetensors"}}', "names '../a.safetensors'; accepted: files of its own folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'; accepted: files of its own folder"),
+        ("{}", "has no weight_map from tensor names to files"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map from tensor names to files"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "names '../a.safetensors'; accepted: files in the same folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'; accepted: files in the same folder"),
         ("{", "is not valid JSON"),
     ],
 )
@@ -220,7 +220,7 @@ def test_refused_index(tmp_path, index, said):
 def test_folder_without_weights(tmp_path):
     (tmp_path / "net.non_ema.safetensors").touch()
     assert refusal(tensors_lib.read_weights, tmp_path, NAMES) == (
-        f"{str(tmp_path)!r} has no weights; accepted: net.safetensors or other.bin, whole or in shards, or their "
+        f"{str(tmp_path)!r} has no weights; accepted: net.safetensors or other.bin, in one file or shards, or their "
         "fp16 or bf16 variant"
     )
 
@@ -264,20 +264,20 @@ def test_legacy_file(tmp_path, value, expected):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-1], "a tensor's data are cut off"),
-        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-24], "of another length than it says, or cut off"),
+        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-1], "a tensor's data are truncated"),
+        (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:-24], "do not have the stated length, or are truncated"),
         (legacy(tensor(legacy_storage(), 1, (3,), (1,)))[:60], ""),
         (legacy(tensor(legacy_storage(), 2, (3,), (1,))), "a tensor is larger than its data"),
         (legacy(tensor(legacy_storage(view=("v", 3, 2)), 0, (2,), (1,))), "a tensor is larger than its data"),
-        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), count=-1), "of another length"),
-        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), keys=()), "a tensor's data are not there"),
-        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), magic=1), "it is no file of PyTorch's"),
-        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), version=1), "it is no file of PyTorch's"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), count=-1), "do not have the stated length"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), keys=()), "a tensor's data are missing"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), magic=1), "it is not a PyTorch file"),
+        (legacy(tensor(legacy_storage(), 0, (1,), (1,)), version=1), "it is not a PyTorch file"),
         (legacy(tensor(legacy_storage(), 0, (1,), (1,)), little=False), "big-endian"),
-        (legacy(legacy_storage(name="module")), "it holds a module, which is no tensor"),
+        (legacy(legacy_storage(name="module")), "it contains a module, which is not a tensor"),
         (legacy(legacy_storage()), "something other than named tensors"),
-        (legacy(b"cbuiltins\nopen\n"), "builtins.open, which is no tensor"),
-        (b"PK\3\4 and no more", "it is no file of PyTorch's, or it is cut off"),
+        (legacy(b"cbuiltins\nopen\n"), "builtins.open, which is not a tensor"),
+        (b"PK\3\4 and no more", "it is not a PyTorch file, or it is truncated"),
     ],
 )
 def test_refused_legacy_file(tmp_path, content, said):
@@ -289,7 +289,7 @@ def test_refused_legacy_file(tmp_path, content, said):
 
 
 def pickled(*items):
-    """A pickle of the oldest protocol that holds these keys and values, written out."""
+    """A hand-written pickle, in the oldest protocol, with these keys and values."""
     return b"(d" + b"".join(b"V%s\n%bs" % (key.encode(), value) for key, value in items) + b"."
 
 
@@ -328,10 +328,10 @@ def test_what_lies_beside_the_weights_is_skipped(tmp_path, others):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (pickled(("a", TENSOR), ("b", b"cos\nsystem\n(Vtrue\ntR")), "os.system, which is no tensor, and it is not run"),
-        (pickled(("a", TENSOR), ("b", b"c__builtin__\neval\n(V1\ntR")), "eval, which is no tensor"),
-        (pickled(("a", TENSOR), ("b", b"cnumpyx\nload\n(V1\ntR")), "numpyx.load, which is no tensor"),
-        (pickled(("a", TENSOR.replace(b"FloatStorage", b"QInt8Storage"))), "torch.QInt8Storage, which is no tensor"),
+        (pickled(("a", TENSOR), ("b", b"cos\nsystem\n(Vtrue\ntR")), "os.system, which is not a tensor and is not run"),
+        (pickled(("a", TENSOR), ("b", b"c__builtin__\neval\n(V1\ntR")), "eval, which is not a tensor"),
+        (pickled(("a", TENSOR), ("b", b"cnumpyx\nload\n(V1\ntR")), "numpyx.load, which is not a tensor"),
+        (pickled(("a", TENSOR.replace(b"FloatStorage", b"QInt8Storage"))), "torch.QInt8Storage, which is not a tensor"),
         (pickled(("a", b"I1\n")), "no named tensors"),
         (pickled(("state_dict", b"I1\n")), "other than named tensors"),
         (b"(l.", "no named tensors"),

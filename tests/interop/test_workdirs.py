@@ -83,7 +83,7 @@ def test_there_and_back_is_the_same_to_the_byte(folder, tmp_path):
 
 
 def test_flat_layout_and_former_names(folder, tmp_path):
-    """As the first folders on the hub have it: no sub-folders, and attention's layers under their old names."""
+    """As in the first folders on the hub: no sub-folders, and the old names of attention's layers."""
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "config.json").write_bytes((folder / "unet/config.json").read_bytes())
@@ -117,7 +117,7 @@ def test_plain_safetensors_there_and_back(tmp_path, class_conditional):
         check_dataset(tmp_path / "run", dataset)
     again = workdirs.export_weights(run, tmp_path / "again.safetensors")
     assert_same(load_file(again), load_file(file))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         workdirs.export_weights(run, again)
 
 
@@ -189,7 +189,7 @@ def test_broken_json(folder, tmp_path):
 def test_workdir_in_use(folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine").touch()
-    with pytest.raises(UserError, match="is there and not empty"):
+    with pytest.raises(UserError, match="not empty"):
         workdirs.import_weights(str(folder), tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
 
@@ -207,12 +207,12 @@ def test_one_writer(folder, tmp_path):
 
 
 def test_neither_folder_nor_hub_name(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         workdirs.import_weights(str(tmp_path / "nothing"), tmp_path / "run")
 
 
 def test_hub_name_offline(tmp_path, monkeypatch, python):
-    """With the hub's own switch for no network: one sentence at once."""
+    """With the hub's own offline switch, the import fails immediately with one sentence."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     said = python(
@@ -222,5 +222,5 @@ def test_hub_name_offline(tmp_path, monkeypatch, python):
         "except UserError as error:\n    print(error)\n",
         tmp_path / "run",
     )
-    assert "'google/ddpm-cifar10-32' is no folder here, and the Hugging Face hub does not give it" in said
+    assert "'google/ddpm-cifar10-32' is not a local folder, and the Hugging Face hub does not provide it" in said
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ ROW = 4 * 3 * 13  # bytes of one query's logits
 
 
 def chunks(monkeypatch, queries):
-    """Makes every attention hold the logits of so many queries at a time."""
+    """Makes every attention compute the logits of this many queries at a time."""
     monkeypatch.setattr(attention, "LARGEST_LOGITS", queries * ROW)
 
 
@@ -41,7 +41,7 @@ def test_chunks_change_neither_numbers_nor_gradients(monkeypatch, options):
         return (attended * normal(4, *QUERY.shape)).sum(), attended
 
     found = []
-    for queries in (21, 1, 4, 7, 20):  # of 21, which 4 does not divide
+    for queries in (21, 1, 4, 7, 20):  # chunk sizes for 21 queries, which 4 does not divide
         chunks(monkeypatch, queries)
         gradients, attended = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(QUERY, KEY, VALUE)
         found.append((attended, *gradients))
@@ -51,7 +51,7 @@ def test_chunks_change_neither_numbers_nor_gradients(monkeypatch, options):
 
 
 def test_small_matrices_go_the_plain_way():
-    """To the bit, in both of the blocks that attend."""
+    """Bit for bit, in both kinds of attention blocks."""
     expected = jax.nn.dot_product_attention(QUERY, KEY, VALUE, mask=MASK[:, None, None, :])
     np.testing.assert_array_equal(attend(QUERY, KEY, VALUE, MASK), expected)
 
@@ -78,7 +78,7 @@ def test_no_whole_matrix_is_held(length):
 
 
 def test_the_batch_does_not_choose_the_way():
-    """So that an image does not depend on how many are made with it."""
+    """So an image does not depend on the number of images sampled with it."""
 
     def primitives(batch, length):
         x = jax.ShapeDtypeStruct((batch, length, 8, 40), jnp.float32)

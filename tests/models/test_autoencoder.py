@@ -16,7 +16,7 @@ def shapes_of(net, pictures=PICTURES):
 
 
 def randomised(net):
-    """Parameters in which no layer is (almost) zero, of the size that keeps activations about 1."""
+    """Parameters with no (almost) zero layer, scaled to keep activations near 1."""
     rng = np.random.default_rng(1)
 
     def draw(leaf):
@@ -32,7 +32,7 @@ def test_parameters_of_stable_diffusion():
 
 
 def test_parts():
-    """The decoder has a block more a level; nothing knows a time."""
+    """The decoder has one more block per level; nothing depends on a timestep."""
     shapes = shapes_of(SMALL)
     assert sorted(shapes) == ["decoder", "encoder", "post_quant_conv", "quant_conv"]
     outer, middle = ["conv_in", "conv_out"], ["middle_0_attention", "middle_0_res", "middle_1_res", "norm_out"]

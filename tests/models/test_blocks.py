@@ -13,7 +13,7 @@ def normal(seed, *shape):
 
 
 def randomised(module, *arguments, seed=0):
-    """Parameters in which no layer is (almost) zero, of the size that keeps activations about 1; and as float64."""
+    """Parameters with no (almost) zero layer, scaled to keep activations near 1; also as float64."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *arguments)
     rng = np.random.default_rng(seed)
 
@@ -221,7 +221,7 @@ def attention(p, prefix, tokens, context, heads):
 
 
 def patches(x, p):
-    """[B, N, p * p * C], rows of patches, in a patch rows of pixels."""
+    """[B, N, p * p * C]: patches row by row, and within a patch pixels row by row."""
     batch, height, width, _ = x.shape
     tokens = [x[:, i : i + p, j : j + p].reshape(batch, -1) for i in range(0, height, p) for j in range(0, width, p)]
     return np.stack(tokens, axis=1)
@@ -254,7 +254,7 @@ def test_attention_block(heads, context, patch_size):
 
 @pytest.mark.parametrize("cross_attention", ["joint", "alone"])
 def test_attention_to_the_context_in_one_softmax(cross_attention):
-    """With a norm of the context over its tokens, and a mask of these that leaves the pixels in."""
+    """With a norm of the context over its tokens, and a mask over these that does not affect the pixels."""
     options = {"cross_attention": cross_attention, "context_groups": 2, "num_groups": 4}
     module, x, context = blocks.AttentionBlock(2, **options), normal(0, 2, 2, 3, 8), normal(1, 2, 5, 6)
     variables, p = randomised(module, x, context)

@@ -32,7 +32,7 @@ def apply(variables, *arguments, method=None):
 
 
 def test_what_was_encoded_gives_the_same_as_the_texts(variables):
-    """So that sampling runs the encoder once."""
+    """So sampling needs to run the encoder only once."""
     encoded = apply(variables, COND, method="encode")
     assert {name: value.shape for name, value in encoded.items()} == {
         "tokens": (2, 6, 8),
@@ -52,7 +52,7 @@ def test_padding_to_another_length_changes_nothing(variables):
 
 
 def test_gradients_reach_the_encoder(variables):
-    """All of it: through what the pixels attend to, and through what is added to the time embedding."""
+    """All of its parameters: through cross-attention, and through the vector added to the time embedding."""
 
     @jax.jit
     def gradient(params):

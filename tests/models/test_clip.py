@@ -117,7 +117,7 @@ def test_image_encoder_follows_the_equations():
 
 
 def test_image_encoder_of_pictures_that_are_not_square():
-    """Patches lie row by row: of an encoder whose positions are all alike, they are those of the transposed picture."""
+    """Patches are ordered row by row: with equal positions, a transposed picture gives the same patches transposed."""
     wide, high = (IMAGE.clone(image_size=size, channels=1) for size in ((4, 6), (6, 4)))
     x = images()[:, :4, :, :1]
     variables = randomised(wide, x)

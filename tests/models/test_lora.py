@@ -52,7 +52,7 @@ def test_at_first_nothing_changes():
 
 
 def test_what_the_factors_start_as():
-    """`up` is zero, `down` normal and another for each kernel; all follow from the key."""
+    """`up` is zero, `down` normal and different for each kernel; all follow from the key."""
     wide = {f"block_{i}": {"query": {"kernel": jax.ShapeDtypeStruct((500, 8), jnp.float32)}} for i in range(2)}
     adapters = lora.init(wide, 4, jax.random.key(1))
     first, second = (adapters[f"block_{i}"]["query"] for i in range(2))
@@ -66,7 +66,7 @@ def test_what_the_factors_start_as():
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_merged_kernels(dtype):
-    """W + scale down up, in the dtype of W; every other parameter as it was."""
+    """W + scale down up, in the dtype of W; all other parameters are unchanged."""
     params = randomised(shapes_of(NET), dtype)
     adapters = randomised(lora.init(params, 2, jax.random.key(0)), seed=1)
     merged = flatten_dict(lora.merge(params, adapters, 0.5))
@@ -87,5 +87,5 @@ def test_merged_kernels(dtype):
 
 def test_a_network_without_attention():
     net = NET.clone(attention_resolutions=(), middle_attention=False)
-    with pytest.raises(ValueError, match=r"lora\.rank is for networks with attention, and this one has none"):
+    with pytest.raises(ValueError, match=r"lora\.rank needs a network with attention"):
         lora.init(shapes_of(net), 2, jax.random.key(0))

@@ -16,7 +16,7 @@ def randomised(module):
 
 
 def test_pools_what_the_mask_names():
-    """What lies behind a text changes nothing, and the text alone gives the same."""
+    """Padding after a text changes nothing: the text alone gives the same result."""
     module = TokenPooling(8, num_heads=3)
     variables = randomised(module)
     found, other = (module.apply(variables, np.where(MASK[..., None], TOKENS, pad), MASK) for pad in (0, 100))

@@ -41,7 +41,7 @@ def count(params):
 
 
 def randomised(net, x=X, cond=None, seed=0):
-    """Variables in which no layer is (almost) zero, of the size that keeps activations about 1."""
+    """Variables with no (almost) zero layer, scaled to keep activations near 1."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -141,7 +141,7 @@ def test_where_attention_is(options, shape, levels, middle):
     ],
 )
 def test_shapes_and_parameters_of_options(options, shape, cond, channels, parameters):
-    """The last column: how many more parameters than the plain network has, by hand."""
+    """The last column is the number of additional parameters over the plain network, counted by hand."""
     net = UNet(**{**SMALL, **options})
     cond = {k: jnp.zeros(s, jnp.int32 if k == "label" else jnp.float32) for k, s in cond.items()}
     x, t = jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32)
@@ -245,7 +245,7 @@ def test_tokens_of_another_length():
 
 
 def test_masked_tokens_are_not_seen():
-    """To the bit: whatever they hold. Those that are not masked are seen, by their own image alone."""
+    """Bit for bit, whatever their values. Unmasked tokens affect their own image, and only that."""
     net, tokens = UNet(**TINY), normal(3, 3, 5, 7)
     mask = jnp.arange(5) < jnp.array([[3], [1], [5]])
     variables = randomised(net, cond={"tokens": tokens})
@@ -273,7 +273,7 @@ def test_without_a_mask_all_tokens_are_seen():
 
 
 def test_bfloat16():
-    """Parameters and output stay float32; the result is float32's within its eight bits, which the layers add up."""
+    """Parameters and output stay float32; the result agrees with float32's to within accumulated 8-bit rounding."""
     net, low = UNet(**TINY), UNet(**TINY, dtype=jnp.bfloat16)
     variables = randomised(net)
     expected, got = (apply(n, variables, X, TIMES) for n in (net, low))
@@ -285,7 +285,7 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_remat_has_the_same_gradients_with_dropout():
-    """Though it keeps less of the forward pass; norms computes no convolution twice, blocks does."""
+    """It stores less of the forward pass; "norms" recomputes no convolutions, "blocks" does."""
     variables, x = randomised(UNet(**TINY)), X[:, :4, :4]
 
     def gradients(remat):
@@ -335,7 +335,7 @@ def test_dropout_only_in_training():
         ({"upsample_levels": ("nearest",) * 2}, (1, 8, 8, 3), "upsample_levels has 2 entries for 1 halvings"),
         ({"head_channels": 17}, (1, 8, 8, 3), "head_channels 17 is more than the 16 channels of a level"),
         ({"attention_levels": (True,)}, (1, 8, 8, 3), "attention_levels has 1 entries for 2 levels"),
-        ({}, (8, 8, 3), r"x must be \[B, H, W, C\], not of shape \(8, 8, 3\)"),
+        ({}, (8, 8, 3), r"x has shape \(8, 8, 3\); accepted: \[B, H, W, C\]"),
         ({}, (1, 8, 7, 3), "an image of 8x7 cannot be halved 1 times: .*divisible by 2"),
         (
             {"channel_multipliers": (1, 1, 1)},
@@ -353,7 +353,7 @@ def test_refused_options_and_images(options, shape, message):
 
 
 def test_without_a_null_class_every_call_names_a_class():
-    """But for the initialisation, whose values are the same with and without one."""
+    """Except for initialisation, whose values are the same with and without a class."""
     net = UNet(**TINY, num_classes=4, null_class=False)
     assert jax.tree.map(jnp.shape, init_shapes(net)) == jax.tree.map(
         jnp.shape, init_shapes(net, cond={"label": jnp.zeros(3, jnp.int32)})
@@ -372,7 +372,7 @@ def test_a_learned_time_embedding_has_no_fractions():
 @pytest.mark.parametrize("t", [0, [0, 1], [[0]]])
 def test_refused_timesteps(t):
     net = UNet(**SMALL)
-    with pytest.raises(ValueError, match=r"t must have shape \(1,\), one entry an image, not "):
+    with pytest.raises(ValueError, match=r"t has shape .*; accepted: \(1,\), one entry per image"):
         jax.eval_shape(lambda: net.init(KEY, X[:1], jnp.array(t)))
 
 
@@ -391,17 +391,17 @@ def test_refused_conditions(cond, message):
 @pytest.mark.parametrize(
     ("options", "cond", "message"),
     [
-        ({"cross_attention": "joint"}, {}, "cond has no 'tokens', which cross_attention 'joint' is for"),
+        ({"cross_attention": "joint"}, {}, "cond has no 'tokens', which cross_attention 'joint' needs"),
         ({"cross_attention": "both"}, {}, "cross_attention is 'both'; accepted: separate, joint, alone"),
-        ({"pooling_heads": 2}, {}, "cond has no 'tokens', which pooling_heads 2 is for"),
-        ({"token_channels": 8}, {}, "cond has no 'tokens', which token_channels 8 is for"),
+        ({"pooling_heads": 2}, {}, "cond has no 'tokens', which pooling_heads 2 needs"),
+        ({"token_channels": 8}, {}, "cond has no 'tokens', which token_channels 8 needs"),
         ({"context_groups": 2}, {}, "context_groups is 2; accepted with cross_attention 'separate': 0"),
         (
             {"cross_attention": "joint", "transformer_depth": 1},
             {"tokens": jnp.zeros((3, 2, 4))},
             "cross_attention is 'joint'; accepted with a transformer_depth: 'separate'",
         ),
-        ({}, {"level": jnp.zeros((3, 1))}, r"cond\['level'\] must have shape \(3,\), not \(3, 1\)"),
+        ({}, {"level": jnp.zeros((3, 1))}, r"cond\['level'\] has shape \(3, 1\); accepted: \(3,\)"),
         ({"vector_embedding": "none"}, {"vector": jnp.zeros((3, 4))}, r"cond\['vector'\] has 4 channels; accepted: 32"),
         ({"level_res_blocks": (1, 2, 3)}, {}, r"level_res_blocks is \(1, 2, 3\); accepted: 1 or more for 2 levels"),
         ({"residual_scale": 0.0}, {}, "residual_scale is 0.0; accepted: above 0"),
@@ -414,7 +414,7 @@ def test_refused_options_of_conditions(options, cond, message):
 
 
 def test_level_is_embedded_like_the_timestep():
-    """Networks that enlarge are given the picture's noise level beside it; as many blocks a level as are asked for."""
+    """Super-resolution networks take the picture's noise level; also checks level_res_blocks."""
     net = UNet(**SMALL, level_res_blocks=(1, 2))
     cond = {"image": normal(1, 3, 8, 8, 3), "level": jnp.array([0, 250, 999])}
     shapes = init_shapes(net, X, cond)
@@ -432,7 +432,7 @@ def test_level_is_embedded_like_the_timestep():
 
 
 def test_spatial_transformers_take_the_place_of_attention():
-    """The same network but for them, and each attends to the tokens that the mask names."""
+    """The rest of the network is the same, and each attends to the tokens selected by the mask."""
     net, plain = UNet(**TINY, attention_levels=(True,), transformer_depth=2), UNet(**TINY, attention_levels=(True,))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.standard_normal((3, 5, 6)), jnp.float32)
@@ -452,7 +452,7 @@ def test_spatial_transformers_take_the_place_of_attention():
 @pytest.mark.parametrize(
     ("options", "cond", "message"),
     [
-        ({}, None, "cond has no 'tokens', to which the transformers attend"),
+        ({}, None, "cond has no 'tokens', which transformer_depth above 0 needs"),
         ({"attention_patch_size": 2}, {"tokens": jnp.zeros((3, 5, 6))}, "attention_patch_size is 2; accepted with"),
         (
             {"middle_attention_groups": 2},

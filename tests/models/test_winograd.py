@@ -77,7 +77,7 @@ def test_what_suits(x, kernel, padding, suits):
 
 
 def test_layer_takes_this_way_on_a_cpu():
-    """Its value and both gradients, where it suits, are these functions' to the bit, and lax's to rounding."""
+    """If it suits, its value and both gradients equal these functions' bit for bit, and lax's up to rounding."""
     x, kernel, g = normal(0, 1, 32, 32, 128), normal(1, 3, 3, 128, 128), normal(2, 1, 32, 32, 128)
 
     @jax.jit

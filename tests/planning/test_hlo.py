@@ -1,4 +1,4 @@
-"""Memory traffic and messages, of what XLA really compiles and of what the TPU's compiler writes."""
+"""Memory traffic and messages in programs compiled by XLA here, and in text from the TPU compiler."""
 
 import jax
 import jax.numpy as jnp

@@ -20,18 +20,18 @@ def planned(name, dtype=None, **changes):
 
 @pytest.mark.slow
 def test_adapters_are_trained_beside_the_frozen_network():
-    """The kernels' gradients that are not needed are left out, and the adapters' small products come in their place."""
+    """Unneeded gradients of kernels are not computed; the adapters' small products replace them."""
     whole, adapted = (planned("train", **changes).flops() for changes in ({}, {"lora__rank": 2}))
     assert 0.4 * whole < adapted < whole
 
 
-def test_an_autoencoder_has_a_training_step_alone():
+def test_an_autoencoder_only_has_a_training_step():
     assert planned("train", **AUTOENCODER).flops() > 0
     with pytest.raises(UserError, match="--programs has 'sample'; accepted for this run: train"):
         planned("sample", **AUTOENCODER)
 
 
-def test_a_clip_has_a_training_step_alone():
+def test_a_clip_only_has_a_training_step():
     clip = {"train__objective": "clip", "text__encoder": "trained", "clip__width": 16, "clip__num_layers": 1}
     assert planned("train", **clip).flops() > 0
     with pytest.raises(UserError, match="--programs has 'sample'; accepted for this run: train"):

@@ -1,4 +1,4 @@
-"""The page of a run: from what lies in a workdir, and in a real browser."""
+"""The page of a run: its contents, and its behaviour in a real browser."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ def write_lines(path, count):
 
 
 def change(path, **fields):
-    """Other values in a JSON file; those of a section replace its own alone."""
+    """Changes values in a JSON file; sections are merged."""
     values = json.loads(path.read_text())
     for name, value in fields.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
@@ -51,7 +51,7 @@ def shade(value, size=8):
 
 @pytest.fixture
 def run(tmp_path):
-    """A workdir with a few of everything; sample pictures of one shade each, 10 a step."""
+    """A workdir with a few of everything; each sample picture has one shade, ten levels per step."""
     folder = tmp_path / "a <run>"
     np.save(tmp_path / "images.npy", np.zeros((5, 8, 8), np.uint8))
     config = default_config()
@@ -82,7 +82,7 @@ class TestWrite:
         assert "<h1>a &lt;run&gt;</h1>" in text
         assert "1,234,567 parameters, 128 256 256 256 channels" in text
         assert "5 images of 8x8x1" in text
-        assert "in training, or cut off: step 300 of 1,000" in text
+        assert "in training, or interrupted: step 300 of 1,000" in text
         assert "116 images/s, 0.902 steps/s (median)" in text
         assert '<th scope="row">data.height</th><td>8</td><td>32</td>' in text
 
@@ -135,7 +135,7 @@ class TestWrite:
 
     def test_an_evaluation_comes_before_the_first_loss(self, run):
         write_text(run / "metrics.jsonl", json.dumps({"step": 50, "time": 1.8e9, "bits_per_dim": 4.0}) + "\n")
-        assert "Last line" in report.write(run).read_text()
+        assert "Last update" in report.write(run).read_text()
 
     def test_evaluations_stand_side_by_side(self, run):
         for value in (3.25, 2.5):
@@ -156,12 +156,12 @@ class TestWrite:
         items = [re.sub(r"^[\d-]+ [\d:]+ UTC: ", "", item) for item in re.findall(r"<li>(.*?)</li>", text)]
         assert items == [
             "started on 1 x cpu",
-            "cut off after step 260, without a word",
-            "went on from the checkpoint of step 200 on 8 x TPU v5e",
+            "interrupted after step 260, for an unknown reason",
+            "resumed from the checkpoint of step 200 on 8 x TPU v5e",
             "stopped at step 250 of 1,000, saved",
-            "went on from the checkpoint of step 250 on 8 x TPU v5e",
-            "failed: no space left; the checkpoint of step 250 stays",
-            "set aside in corrupt/, since they could not be read: the checkpoints of step 240",
+            "resumed from the checkpoint of step 250 on 8 x TPU v5e",
+            "failed: no space left; the checkpoint of step 250 is kept",
+            "unreadable checkpoints, moved to corrupt/: step 240",
         ]
         assert "failed: step 300 of 1,000" in text
 
@@ -188,7 +188,7 @@ class TestWrite:
             "samples": [("Captions, row by row; after 5 they start again", of_five)],
             "denoising": [("Captions, row by row", of_strip)],
         }
-        assert "<dt>Text encoder</dt><dd>trained along, 48 wide, 3 layers</dd>" in text
+        assert "<dt>Text encoder</dt><dd>trained, width 48, 3 layers</dd>" in text
         assert "5 images of 8x8x1, 2 numbers held out" in text
 
     def test_names_a_frozen_encoder(self, run):
@@ -225,7 +225,7 @@ class TestWrite:
         text, _ = page_of(run)
         found = {name: re.search(rf"<figcaption>{name}\.png(.*?)</figcaption>", text)[1] for name in pictures}
         assert found["step_1"] == (
-            "<br>seed 3, guidance 2.5<br>negative prompt: ten<details open><summary>Prompts, a row each</summary>"
+            "<br>seed 3, guidance 2.5<br>negative prompt: ten<details open><summary>Prompts, one per row</summary>"
             '<ol class="texts"><li>seven</li><li>&lt;b&gt;two&lt;/b&gt; &amp; three</li></ol></details>'
         )
         assert found["vary_1"] == "<br>seed 3<br>prompt: seven"

@@ -233,7 +233,7 @@ class TestEdits:
                 "guidance_scale is 2.0; other than 1 it needs a run",
             ),
             (lambda run: run.sample(1, guidance_interval=(3,)), r"guidance_interval is \(3,\); accepted: the lowest"),
-            (lambda run: run.sample(1, dynamic_threshold=2.0), "dynamic_threshold is 2.0; accepted: above 0 to 1"),
+            (lambda run: run.sample(1, dynamic_threshold=2.0), "dynamic_threshold is 2.0; accepted: above 0"),
         ],
     )
     def test_refused(self, run, call, said):
@@ -342,7 +342,7 @@ class TestPrompts:
         [
             (lambda run: run.sample(1, prompts=["a\0b"]), "has a NUL character at place 0"),
             (lambda run: run.sample(1, prompts="a plum"), "prompts is the text 'a plum'; accepted: a list of texts"),
-            (lambda run: run.sample(1, prompts=["caf\udce9"]), "is no Unicode text"),
+            (lambda run: run.sample(1, prompts=["caf\udce9"]), "is not Unicode text"),
             (lambda run: run.sample(1, negative_prompts=["x"]), "does nothing at a guidance_scale of 1"),
             (lambda run: run.sample(1, labels=[0]), "not class-conditional"),
             (lambda run: run.vary(PICTURES, 5, guidance_scale=2.0), "guidance needs the prompts"),

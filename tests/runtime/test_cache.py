@@ -7,7 +7,7 @@ from ddpm_jax.runtime.cache import Cache
 
 
 def squares(asked):
-    """A maker that takes down what it is asked for."""
+    """A `make` function that records its calls."""
 
     def make(keys):
         asked.append(keys)

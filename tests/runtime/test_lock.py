@@ -1,4 +1,4 @@
-"""A lock file among real processes, threads, and other hosts, which are what their lock files say."""
+"""A lock file among real processes, threads, and other hosts, which are simulated by their lock files."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def never(text):
 
 
 def left(path, **changes):
-    """Leaves a lock file of this process, but for the changes."""
+    """Leaves a lock file of this process, with the given changes."""
     values = json.loads(lock._text("0123456789abcdef", "training", 1, 60.0)(0))
     path.write_text(json.dumps({**values, **changes}))
 
@@ -87,7 +87,7 @@ def test_second_is_told_who_has_it_and_writes_nothing(path):
 @pytest.mark.skipif(lock._machine() is None, reason="needs /proc")
 class TestOnTheSameMachine:
     def test_killed_process_is_gone_at_once(self, path):
-        """Although its parent has not collected its status, so that its number is still taken."""
+        """Even while it is a zombie, whose PID is still in use."""
         with process(HOLDS.format(options=""), path) as first:
             assert first.stdout.readline() == "held\n"
             first.kill()
@@ -134,7 +134,7 @@ class TestOnAnotherMachine:
         with hold(path, "training", say=said.append):
             assert json.loads(path.read_text())["pid"] == os.getpid()
         assert len(said) == 1
-        assert said[0].startswith("waiting up to 0 s for a sign of life of process ")
+        assert said[0].startswith("waiting up to 0 s for a sign of life from process ")
         assert not list(path.parent.iterdir())
 
     def test_with_a_heartbeat_it_has_the_lock(self, path, elsewhere):
@@ -214,7 +214,7 @@ class TestTakingOver:
             assert not list(path.parent.iterdir())
 
     def test_killed_while_taking_over(self, path):
-        """Both locks are left then."""
+        """Both locks are left behind."""
         left(path, started=1)
         left(path.with_name(".lock.json.0123456789abcdef.left"), started=1, token="f" * 16)
         with hold(path, "training", say=never):
@@ -281,7 +281,7 @@ class TestDisks:
             pass
 
     def test_whose_answer_is_lost(self, path, monkeypatch):
-        """NFS may ask twice, and then be told that the link is there."""
+        """NFS may repeat a request, and is then told that the link exists."""
         link = os.link
 
         def twice(*paths):

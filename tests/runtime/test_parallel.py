@@ -1,4 +1,4 @@
-"""How arrays lie on meshes of several shapes, and how a state moves from one to another."""
+"""Shardings on meshes of several shapes, and moving a state from one to another."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How a multi-host job begins; how it ends is in test_survival.py."""
+"""Starting a multi-host job; test_survival.py tests how it ends."""
 
 import os
 import re
@@ -42,13 +42,13 @@ def test_wrong_number_in_the_environment(monkeypatch):
 def test_port_of_process_0_is_taken():
     with socket.create_server(("", 0)) as server:
         coordinator = f"localhost:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match="cannot have port"), processes.job(coordinator, 2, 0):
+        with pytest.raises(UserError, match="cannot open port"), processes.job(coordinator, 2, 0):
             pass
 
 
 def test_process_0_does_not_answer():
     coordinator = f"localhost:{free_port()}"
-    with pytest.raises(UserError, match="did not answer for 1 s"), processes.job(coordinator, 2, 1, start_timeout=1):
+    with pytest.raises(UserError, match="did not respond for 1 s"), processes.job(coordinator, 2, 1, start_timeout=1):
         pass
 
 
@@ -85,11 +85,11 @@ class TestJob:
             "2", JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"
         )
         sentence = process.communicate(timeout=PATIENCE)[1].splitlines()[-1]
-        assert sentence == "error: not all processes of the job came together within 2 s; go on"
+        assert sentence == "error: not all processes of the job joined within 2 s; go on"
         assert process.returncode == 1
 
     def test_error_of_one_ends_both(self):
-        """One that computes and asks nobody, too."""
+        """Even one that only computes, without communicating."""
         job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
         arguments = [("600",), ("600", "its disk is full")]
         processes = [start(*words, JAX_PROCESS_ID=str(index), **job) for index, words in enumerate(arguments)]

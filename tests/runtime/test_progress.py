@@ -10,7 +10,7 @@ from ddpm_jax.runtime.progress import format_seconds, part_of
 
 ROOT = Path(__file__).parents[2]
 
-# A clock that moves only when it is told to.
+# A clock that moves only when the test sets it.
 PRELUDE = """
 import sys, time
 now = 1000.0
@@ -24,7 +24,7 @@ def environment():
 
 
 def plain(code):
-    """What a program without a terminal writes to stderr, by line; nothing may be on stdout."""
+    """The lines that a program without a terminal writes to stderr; stdout must be empty."""
     command = [sys.executable, "-c", PRELUDE + code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert result.stdout == ""
@@ -32,7 +32,7 @@ def plain(code):
 
 
 def live(code, status=0):
-    """What a program writes to stdout, and what its terminal has received."""
+    """A program's stdout, and the output that its terminal has received."""
     controller, terminal = pty.openpty()
     command = [sys.executable, "-c", "from ddpm_jax.runtime.progress import ProgressBar\n" + code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment())
@@ -103,7 +103,7 @@ def test_time_left_counts_from_the_start_of_this_process():
 
 
 def test_time_left_leaves_out_the_wait_for_the_first_step():
-    """Which may have been a compiler's, and the total may come with it."""
+    """That time may include compilation, and the total may only be known then."""
     lines = plain(
         "with ProgressBar('sampling', 0, interval=10) as bar:\n"
         "    now += 60\n"

@@ -141,7 +141,7 @@ class TestPrompts:
             (["a", 3], "has 3 at place 1; accepted: texts"),
             ([None], "has None at place 0; accepted: texts"),
             (["a\0b"], r"has a NUL character at place 0, in 'a\x00b'; no text has one"),
-            (["caf\udce9"], r"'caf\udce9' is no Unicode text"),
+            (["caf\udce9"], r"'caf\udce9' is not Unicode text"),
         ],
     )
     def test_refused(self, name, value, said):

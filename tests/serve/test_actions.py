@@ -1,4 +1,4 @@
-"""What forms ask of a run, on a tiny one: the same pictures as its methods give, and refusals."""
+"""The playground's actions on a tiny run: the same pictures as the run's methods give, and refusals."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ def decoded(urls):
 
 
 class Told:
-    """Stands where the queue's task would: keeps what the work tells."""
+    """A stand-in for the queue's task that records what the work reports."""
 
     def __init__(self, action, cancelled=False):
         self.frames, self.positions, self.cancelled = [], [], cancelled
@@ -139,7 +139,7 @@ class TestActions:
         assert not near(pictures[0], pictures[2])
 
     def test_one_program_for_all_prompts(self, captioned):
-        """Said or not: what is compiled for an edit without a prompt serves every one with a prompt."""
+        """The program compiled for an edit without a prompt also serves edits with one."""
         form = QUICK | {"picture": upload(PICTURES[0])}
         Told(captioned.vary(form))
         compiled = []
@@ -168,18 +168,18 @@ REFUSED = [
     ("sample", {"label": "0"}, "this run is not class-conditional"),
     ("sample", {"guidance_scale": "2"}, "guidance_scale is 2.0; other than 1 it needs a run with"),
     ("sample", {"seed": upload(PICTURES[0])}, "seed is a file"),
-    ("vary", {}, "there is no picture: picture is missing"),
+    ("vary", {}, "picture is missing; accepted: a picture"),
     ("vary", {"picture": "data:0"}, "picture is missing"),
     ("interpolate", FIRST, "second is missing"),
     ("inpaint", {"picture": upload(PICTURES[0])}, "mask is missing"),
-    ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "nothing .* is marked"),
-    ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; other than 1 it needs the sampler ddpm or ddim"),
+    ("inpaint", {"picture": upload(PICTURES[0]), "mask": upload(np.zeros((8, 8), np.uint8))}, "no part .* is marked"),
+    ("inpaint", {"times": "2", "sampler": "heun"}, "times is 2; accepted with samplers other than ddpm and ddim: 1"),
     (
         "inpaint",
         {"times": "9", "num_steps": "10", "sampler": "ddim"},
-        "takes 90 calls of the network; accepted: up to 80",
+        "takes 90 network calls; accepted: at most 80",
     ),
-    ("training_page", {}, "the images that this run learned from (have changed|are not in)"),
+    ("training_page", {}, "this run's training set (has changed|is not in)"),
 ]
 
 
@@ -221,7 +221,7 @@ def test_training_images_are_not_fetched(tmp_path):
     run.config.data.data_dir = str(tmp_path)
     facts = Playground(run, "tiny", 8).facts()
     assert facts["training_images"] == 0
-    assert f"learned from are not in '{tmp_path}" in facts["without_training_images"]
+    assert f"training set is not in '{tmp_path}" in facts["without_training_images"]
     assert not [*tmp_path.iterdir()]
 
 

@@ -1,4 +1,4 @@
-"""Turns, places, refusals and ends of the queue, by tasks that wait for the test."""
+"""The queue's turns, places, refusals and shutdown, with tasks controlled by the test."""
 
 import threading
 
@@ -10,7 +10,7 @@ from ddpm_jax.serve.queue import FullError, Queue, Task
 
 
 class Held:
-    """A task that begins when its turn comes, and ends when it is let."""
+    """A task that starts when its turn comes, and ends when the test allows it."""
 
     def __init__(self, queue, order=None, error=None, program="a"):
         self.begun, self.let, self.changed = threading.Event(), threading.Event(), threading.Event()
@@ -109,8 +109,8 @@ def test_closing_ends_those_that_wait_and_lets_no_more_in(queue):
     running.let.set()
     for one in (running, waiting):
         assert [event["state"] for event in one.end()].count("failed") == 1
-        assert one.told[-1] == {"state": "failed", "error": "the playground is ending"}
+        assert one.told[-1] == {"state": "failed", "error": "the playground is shutting down"}
     queue.join()
     assert not waiting.begun.is_set()
-    with pytest.raises(UserError, match="is ending"):
+    with pytest.raises(UserError, match="is shutting down"):
         Held(queue)

@@ -1,4 +1,4 @@
-"""The playground as its users meet it: a real server on a tiny run, by HTTP and in a browser."""
+"""The playground from a user's perspective: a real server for a tiny run, by HTTP and in a browser."""
 
 import base64
 import http.client
@@ -41,7 +41,7 @@ class Server:
         return requests.post(f"{self.url}/api/{path}", files=parts, stream=stream, headers=headers, timeout=PATIENCE)
 
     def pictures(self, path, fields=QUICK, **files):
-        """Of an action that is done."""
+        """The last line of a finished action."""
         response = self.post(path, fields, **files)
         assert response.status_code == 200, response.text
         events = [json.loads(line) for line in response.text.splitlines()]
@@ -74,7 +74,7 @@ def png(picture, name="a.png"):
 
 
 def bomb(side):
-    """The beginning of a PNG that would be a picture of this size."""
+    """The beginning of a PNG with this picture size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -89,7 +89,7 @@ def files_of(folder):
 
 class TestServer:
     def test_samples_are_the_runs(self, server, trained):
-        """The images that a seed has everywhere, and the way to them before they are there."""
+        """The same images as elsewhere with this seed, preceded by intermediate images."""
         before = files_of(trained[0])
         pictures, events = server.pictures("sample", QUICK | {"seed": "7", "num_images": "5"})
         expected = ddpm_jax.load(trained[0]).sample(8, 7, num_steps=6, sampler="ddim")
@@ -102,7 +102,7 @@ class TestServer:
         assert files_of(trained[0]) == before
 
     def test_pictures_that_are_brought(self, server):
-        """Are cropped and scaled as everywhere, and kept to the bit where nothing is painted."""
+        """They are cropped and scaled as usual, and unpainted parts are kept bit for bit."""
         wide = np.zeros((40, 80), np.uint8)
         wide[:, 40:] = 255
         picture = decoded(server.post("fit", {}, picture=png(wide)).json()["picture"])
@@ -127,12 +127,12 @@ class TestServer:
     @pytest.mark.parametrize(
         ("picture", "status", "sentence"),
         [
-            (b"", 400, "picture cannot be read as a picture: it is none of PNG, JPEG, WEBP, BMP"),
-            (b"GIF89a" + bytes(100), 400, "none of PNG"),
+            (b"", 400, "picture cannot be read as a picture: it is not one of PNG, JPEG, WEBP, BMP"),
+            (b"GIF89a" + bytes(100), 400, "not one of PNG"),
             (png(np.ones((9, 9)))[1][:-30], 400, "picture cannot be read as a picture: "),
             (bomb(5000), 400, "5000x5000 is more than the limit of 16000000 pixels"),
             (bomb(60000), 400, "picture cannot be read as a picture: "),
-            (bytes((16 << 20) + 1), 413, "the request is too large; accepted: up to 16 MiB"),
+            (bytes((16 << 20) + 1), 413, "the request is too large; accepted: at most 16 MiB"),
         ],
         ids=["empty", "gif", "broken", "bomb", "larger bomb", "large file"],
     )
@@ -141,7 +141,7 @@ class TestServer:
         assert (response.status_code, sentence in response.json()["error"]) == (status, True), response.text
 
     def test_a_body_without_end_is_broken_off(self, server):
-        """A request that does not say how long it is cannot bring more, either."""
+        """A request without a content length cannot send more, either."""
         head = b'--x\r\ncontent-disposition: form-data; name="picture"; filename="a.png"\r\n\r\n'
         connection = http.client.HTTPConnection(server.url.partition("//")[2], timeout=PATIENCE)
         sent = 0
@@ -162,7 +162,7 @@ class TestServer:
     @pytest.mark.parametrize(
         ("path", "headers", "body", "status", "sentence"),
         [
-            ("sample", {}, b"a=1", 400, "the request is no form"),
+            ("sample", {}, b"a=1", 400, "the request is not a form"),
             (
                 "sample",
                 {"content-type": "multipart/form-data"},
@@ -174,9 +174,9 @@ class TestServer:
             ("nothing", {"content-type": "multipart/form-data; boundary=x"}, b"", 404, "nothing at this address"),
             ("sample", {"host": "evil.example"}, b"", 400, "is at 127.0.0.1, not at 'evil.example'"),
             ("sample", {"host": "127.0.0.1.evil.example:80"}, b"", 400, "not at '127.0.0.1.evil.example'"),
-            ("sample", {"origin": "http://evil.example"}, b"", 403, "the page of another site"),
-            ("sample", {"origin": "null"}, b"", 403, "the page of another site"),
-            ("sample", {"sec-fetch-site": "cross-site"}, b"", 403, "the page of another site"),
+            ("sample", {"origin": "http://evil.example"}, b"", 403, "another site's page"),
+            ("sample", {"origin": "null"}, b"", 403, "another site's page"),
+            ("sample", {"sec-fetch-site": "cross-site"}, b"", 403, "another site's page"),
         ],
     )
     def test_refusals(self, server, path, headers, body, status, sentence):
@@ -185,7 +185,7 @@ class TestServer:
 
     def test_nothing_is_computed_for_a_get(self, server):
         response = requests.get(f"{server.url}/api/sample", timeout=PATIENCE)
-        assert (response.status_code, response.json()["error"]) == (405, "this address takes another method")
+        assert (response.status_code, response.json()["error"]) == (405, "this address does not accept this method")
 
     @pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/api/run", "/nothing", "/../pyproject.toml"])
     def test_every_answer_has_its_guards(self, server, path):
@@ -199,7 +199,7 @@ class TestServer:
         assert wrong.status_code == 400
 
     def test_the_queue_is_bounded(self, server):
-        """While one is compiled and one waits, the next is told to come again; who hangs up frees the place."""
+        """While one compiles and one waits, the next must retry later; disconnecting frees the place."""
         first = server.post("sample", {"sampler": "ddpm", "num_steps": "50", "num_images": "1"}, stream=True)
         forms = [{"sampler": "ddim", "num_steps": str(50 - i)} for i in range(12)]
         begun, waiting, refused = [first], [], []
@@ -214,7 +214,7 @@ class TestServer:
                 waiting.append(event)
         assert refused, "the queue never was full"
         assert waiting[0]["ahead"] == 1
-        assert refused[0].json()["error"].startswith("the queue is full: 1 requests wait")
+        assert refused[0].json()["error"].startswith("the queue is full: 1 requests are waiting")
         assert int(refused[0].headers["retry-after"]) >= 1
         for response in begun:
             response.close()
@@ -230,7 +230,7 @@ class TestServer:
         lines = responses[-1].iter_lines()
         assert json.loads(next(lines))["state"] == "waiting"
         status, output = server.end(number)
-        assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is ending"}
+        assert json.loads([*lines][-1]) == {"state": "failed", "error": "the playground is shutting down"}
         assert (status, output.splitlines()[-1]) == (0, "the playground has stopped"), output
         assert len(output.splitlines()) == 2, output
 
@@ -314,7 +314,7 @@ class TestPage:
         page.check("[value=inpaint]", force=True)
         picture = {"name": "a.png", "mimeType": "image/png", "buffer": png(np.full((30, 20), 80))[1]}
         page.set_input_files(".slot[data-slot=first] input[type=file]", picture)
-        canvas, painted = page.locator("#canvas"), "#canvas[aria-label='The picture, {} in 100 of it painted over']"
+        canvas, painted = page.locator("#canvas"), "#canvas[aria-label='The picture, {} % of it painted over']"
         page.wait_for_selector(painted.format(0))
         page.click("#go")
         assert "Paint over the part" in page.inner_text("#status")

@@ -1,4 +1,4 @@
-"""Texts as arrays: the ids for an encoder that is trained along, and the states of one that is frozen."""
+"""Texts as arrays: token ids for a trained encoder, and states from a frozen one."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ TEXTS = ["a red apple", "", "two green pears", "\U0001f34e", "a red apple and so
 
 
 class Counting:
-    """A tokenizer that keeps what it was given, by the call, and takes its time."""
+    """A slow tokenizer that records its calls."""
 
     patience = 0.0
 
@@ -89,7 +89,7 @@ def test_states_are_the_encoder_s(net):
 
 
 def test_states_that_have_seen_the_padding(encoder):
-    """As Stable Diffusion's: the states of padding count, too, so that there is no mask."""
+    """Like Stable Diffusion's: the states of padding are used, so there is no mask."""
     texts, tokens = frozen(encoder, mask_padding=False), TOKENIZER.encode(TEXTS)
     found = texts.arrays(TEXTS)
     assert found.keys() == texts.shapes.keys() == {"tokens", "vector"}
@@ -183,7 +183,7 @@ def test_two_threads_encode_a_text_once(encoder):
 
 
 def test_a_mask_for_the_encoder_alone():
-    """As DeepFloyd IF has it: the states of a masked encoder, to all of which the network attends."""
+    """Like DeepFloyd IF: a masked encoder, to all of whose states the network attends."""
     encoder = made(T5)
     found = frozen(encoder, mask_padding=False, mask_in_encoder=True, pooled=False)
     assert found.shapes.keys() == {"tokens"}

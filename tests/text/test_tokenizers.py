@@ -79,7 +79,7 @@ def test_training_is_deterministic_and_kept_in_json(trained):
 
 
 def test_the_end_token_last():
-    """So that it is found at the largest id, too, as CLIP does it; all else stays."""
+    """So the end is at the largest id, as in CLIP; everything else is unchanged."""
     first, last = (Tokenizer.train(CAPTIONS, 300, 12, end_last=end_last) for end_last in (False, True))
     assert (first.end_id, last.end_id) == (2, last.vocab_size - 1)
     ids, swapped = (tokenizer.encode(CAPTIONS).ids for tokenizer in (first, last))
@@ -106,8 +106,8 @@ def test_refused_sizes_and_texts(trained):
     assert refusal(Tokenizer.train, [], 100, 8) == "the vocabulary has 100 tokens; accepted: at least 259"
     assert "has max_length 2; accepted: more than the 2 tokens" in refusal(Tokenizer.train, [], 300, 2)
     half = b"caf\xe9".decode("utf-8", "surrogateescape")
-    assert refusal(trained.encode, [half]) == "'caf\\udce9' is no Unicode text"
-    assert refusal(Tokenizer.train, [half], 300, 8) == "'caf\\udce9' is no Unicode text"
+    assert refusal(trained.encode, [half]) == "'caf\\udce9' is not Unicode text"
+    assert refusal(Tokenizer.train, [half], 300, 8) == "'caf\\udce9' is not Unicode text"
 
 
 # CLIP's.
@@ -224,7 +224,7 @@ def test_clip_s_files_written_back(tmp_path, name):
 
 
 def test_what_clip_s_files_cannot_say(trained, clip, tmp_path):
-    assert "written as CLIP's vocab.json and merges.txt: it is no byte-pair" in refusal(
+    assert "written as CLIP's vocab.json and merges.txt: it is not a byte-pair" in refusal(
         trained.write_clip, tmp_path / "x"
     )
     content = json.loads(Tokenizer.read(clip).to_json())
@@ -291,12 +291,12 @@ def test_clip_s_prompts(clip):
         (lambda f: (f / "vocab.json").write_text("[1]"), "vocab.json' or "),
         (lambda f: (f / "vocab.json").unlink(), "clip' has no tokenizer; accepted: tokenizer.json, or vocab.json and"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json' is not valid JSON"),
-        (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' holds no JSON object"),
+        (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json' is not a JSON object"),
         (
             lambda f: (f / "special_tokens_map.json").write_text('{"pad_token": {}}'),
-            "holds a special token that is none",
+            "holds an invalid special token",
         ),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json' is no tokenizer: "),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json' is not a tokenizer: "),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json' cannot be read: "),
     ],
 )
@@ -346,9 +346,9 @@ def test_what_t5_s_files_say(spiece):
 @pytest.mark.parametrize(
     ("content", "config", "message"),
     [
-        (b"no model", {}, "spiece.model' is no model of sentencepiece: "),
+        (b"no model", {}, "spiece.model' is not a sentencepiece model: "),
         (b"", {}, "spiece.model' has 0 unknown tokens; accepted: one"),
-        (t5s.spiece(kind=2), {}, "spiece.model' holds a model of type 2; accepted: 1, unigram"),
+        (t5s.spiece(kind=2), {}, "spiece.model' holds a model of type 2; accepted: 1 (unigram)"),
         (t5s.spiece(), {"extra_ids": -1}, "extra_ids is -1 beside "),
         (t5s.spiece(), {"eos_token": "<end>"}, "spiece.model' has no token '<end>' to end texts with"),
         (t5s.spiece(), {"pad_token": "<none>"}, "has no token '<none>' to pad with"),
@@ -376,7 +376,7 @@ def t5_prompts():
 
 
 def t5_differences(tokenizer, theirs, prompts):
-    """How many prompts have other tokens or another mask; those that are cut must be those that are long."""
+    """The number of prompts with different tokens or masks; exactly the long prompts must be cut."""
     expected = theirs(prompts, padding="max_length", max_length=tokenizer.max_length, truncation=True)
     found = tokenizer.encode(prompts)
     assert [bool(text) for text in found.cut] == [
@@ -440,7 +440,7 @@ def test_t5_s_tokens_of_a_model_that_sentencepiece_trained(tmp_path):
 
 
 def t5(folder):
-    """A T5 tokenizer in small: pieces with scores, an end token and no start, and nothing said of padding or length."""
+    """A small T5 tokenizer: pieces with scores, an end but no start token, and no padding or length set."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581red", "\u2581hat", "s", "h", "a", "t"]
     tokenizer = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -453,7 +453,7 @@ def t5(folder):
 
 
 def test_tokenizer_of_a_t5(tmp_path):
-    assert "says no largest length of a text; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
+    assert "sets no maximum text length; give max_length" in refusal(Tokenizer.read, t5(tmp_path))
     tokenizer = Tokenizer.read(tmp_path, max_length=6)
     tokens = tokenizer.encode(["red hats", "", "red red red hat hats"])
     np.testing.assert_array_equal(tokens.ids, [[4, 5, 6, 1, 0, 0], [1, 0, 0, 0, 0, 0], [4, 4, 4, 5, 5, 1]])
@@ -475,7 +475,7 @@ def test_tokenizer_json(tmp_path, trained):
     path = write_tokenizer(
         tmp_path / "tokenizer.json", trained, lambda value: value.update(truncation=None, padding=None)
     )
-    assert refusal(Tokenizer.read, path) == f"{str(path)!r} says no largest length of a text; give max_length"
+    assert refusal(Tokenizer.read, path) == f"{str(path)!r} sets no maximum text length; give max_length"
     tokenizer = Tokenizer.read(path, max_length=16)
     np.testing.assert_array_equal(tokenizer.encode(["a red hat"]).ids[0], trained.encode(["a red hat"]).ids[0, :16])
     config = {"model_max_length": 12, "pad_token": "<end>"}
@@ -485,12 +485,12 @@ def test_tokenizer_json(tmp_path, trained):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<other>"}))
     assert "has no token '<other>' to pad with" in refusal(Tokenizer.read, tmp_path)
     assert "was not written by a Tokenizer" in refusal(Tokenizer.from_json, path.read_text(), str(path))
-    assert "is no tokenizer" in refusal(Tokenizer.from_json, "no")
+    assert "is not a tokenizer" in refusal(Tokenizer.from_json, "no")
 
 
 def test_a_tokenizer_that_gives_the_empty_text_no_token(tmp_path, trained):
     path = write_tokenizer(tmp_path / "tokenizer.json", trained, lambda value: value.update(post_processor=None))
-    assert "gives no token for an empty text" in refusal(Tokenizer.read, path)
+    assert "has no tokens for an empty text" in refusal(Tokenizer.read, path)
 
 
 def test_lower_case():

@@ -1,4 +1,4 @@
-"""A run that adapts a Stable Diffusion's text encoder along with its network, on eight devices."""
+"""A run that adapts both a Stable Diffusion's text encoder and its network, on eight devices."""
 
 import shutil
 
@@ -59,7 +59,7 @@ def test_both_parts_change(runs):
 
 
 def test_states_are_those_of_a_frozen_encoder(runs):
-    """Inside the training step and outside of it; padding counts as any token."""
+    """Inside and outside the training step; padding is treated like other tokens."""
     config = read_config(runs / "adapted")
     run = ddpm_jax.load(runs / "adapted")
     model, params = config_lib.make_model(config, run.dataset), {"net": run.params, "encoder": encoder_of(run)}
@@ -71,7 +71,7 @@ def test_states_are_those_of_a_frozen_encoder(runs):
 
 
 def test_goes_on_to_the_bit(runs, tmp_path):
-    """From its own workdir: the run that it started from may be gone."""
+    """From its own workdir alone: the run that it started from may be gone."""
     again = shutil.copytree(runs / "adapted", tmp_path / "adapted")
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     (runs / "start").rename(runs / "moved")
@@ -99,7 +99,7 @@ def test_exports_are_the_run(runs, tmp_path):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=bound), part(found), part(run))  # noqa: B023
         pictures = found.sample(2, prompts=["a", "b"], num_steps=2)
         assert np.abs(pictures.astype(int) - expected).max() <= bool(bound)
-    with pytest.raises(UserError, match=r"adapted its text encoder .* accepted: --out of a folder, or --adapters"):
+    with pytest.raises(UserError, match=r"adapted its text encoder .* accepted: a folder as --out, or --adapters"):
         workdirs.export_weights(run, tmp_path / "x.safetensors")
 
 

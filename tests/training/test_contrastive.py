@@ -1,4 +1,4 @@
-"""CLIP, trained contrastively: the loss, and runs that others take their text encoder from."""
+"""CLIP's contrastive training: the loss, and runs whose text encoder other runs use."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_the_loss_is_the_symmetric_cross_entropy(captions):
 
 
 def test_equal_captions_are_right_for_one_another():
-    """Embeddings that tell all captions apart reach the least that the loss can be: the entropy of the targets."""
+    """Embeddings that distinguish all captions reach the minimal loss, the entropy of the targets."""
     units = np.eye(3, dtype=np.float32)[[0, 1, 0, 2]]
     losses = contrastive_losses(units, units, jnp.log(100.0), units @ units.T > 0)
     np.testing.assert_allclose(losses, [np.log(2), 0, np.log(2), 0], atol=1e-5)
@@ -87,13 +87,13 @@ def objective(flip=False):
 
 
 def start(clip):
-    """Parameters that tell pictures apart, as those of a new CLIP hardly do."""
+    """Parameters that distinguish pictures, unlike those of a new CLIP."""
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), clip.init_params(0))
 
 
 def trained(num_devices, steps=2):
-    """The state after some steps on so many devices, and the mean of the first losses."""
+    """The state after some steps on this many devices, and the mean of the first losses."""
     clip, mesh = objective(flip=True), Mesh(np.array(jax.devices()[:num_devices]).reshape(-1, 1), ("data", "fsdp"))
     optimizer = optax.sgd(0.1)  # of Adam's first steps, a gradient of nearly 0 has any sign
 
@@ -192,7 +192,7 @@ def test_a_clip_is_valid():
 
 
 def test_a_tokenizer_whose_end_transformers_would_not_find(tmp_path):
-    """Its end token is 2, which in transformers stands for the largest id."""
+    """Its end token is 2, which in transformers means the largest id."""
     path = tmp_path / "tokenizer.json"
     path.write_text(Tokenizer.train(CAPTIONS, 280, 12).to_json())
     config = tiny_config(text={"tokenizer": str(path)})
@@ -207,7 +207,7 @@ def test_a_tokenizer_whose_end_transformers_would_not_find(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The workdirs "clip", of 4x8 grey, and "square", of 4x4 RGB, and the pictures that they learned from."""
+    """The workdirs "clip" (4x8 grey) and "square" (4x4 RGB), and their training pictures."""
     folder = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     for name, shape in (("clip", (4, 8)), ("square", (4, 4, 3))):
@@ -260,7 +260,7 @@ def test_load_clip(runs, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_takes_over_the_text_encoder(runs, tmp_path):
-    """With its tokenizer, so that it needs the CLIP's workdir no more."""
+    """With its tokenizer, so it no longer needs the CLIP's workdir."""
     config = tiny_config(train={"objective": "diffusion", "num_steps": 2}, data={"path": str(runs / "clip.npz")})
     config.text.encoder = str(runs / "clip")
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=())

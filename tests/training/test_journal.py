@@ -1,4 +1,4 @@
-"""What a run says of itself on the way, in files as they are."""
+"""The logs of a run, read from their files."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ class TestWeightsAndBiases:
 
 
 def records(path):
-    """The records of a file of Weights & Biases', which is a log as LevelDB writes it behind 7 bytes of its own."""
+    """The records of a Weights & Biases file: a LevelDB log after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, parts = path.read_bytes(), 7, []

@@ -1,4 +1,4 @@
-"""An autoencoder, a run of its latents, and adapters for that run: trained one after the other, on eight devices."""
+"""An autoencoder, a run on its latents, and adapters for that run, trained in sequence on eight devices."""
 
 import shutil
 
@@ -188,7 +188,7 @@ def get(tree, path):
 
 @pytest.mark.slow
 def test_a_run_of_adapters_goes_on_to_the_bit(runs, tmp_path):
-    """From its own workdir: the run that it started from may be gone."""
+    """From its own workdir alone: the run that it started from may be gone."""
     again = shutil.copytree(runs / "adapters", tmp_path / "adapters")
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     config = workdir.read_config(again)

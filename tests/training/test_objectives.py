@@ -80,7 +80,7 @@ def test_examples_of_pictures():
 
 
 def test_loss_of_a_reconstruction():
-    """The pixels' mean absolute error after a draw, and the divergence; in float64 but for the network."""
+    """The pixels' mean absolute error for a draw, and the divergence; in float64 except for the network."""
     mean, log_variance = posterior()
     noise = np.asarray(OBJECTIVE.examples(BATCH, key, None)["noise"], np.float64)
     z = (mean + np.exp(log_variance / 2) * noise).astype(np.float32)
@@ -92,7 +92,7 @@ def test_loss_of_a_reconstruction():
 
 
 def test_divergence_is_the_integral():
-    """Of q log(q / p), for each latent by the trapezoidal rule."""
+    """The integral of q log(q / p) for each latent, by the trapezoidal rule."""
     mean, log_variance = (array.ravel() for array in posterior())
     z = np.linspace(-12, 12, 20_001)[:, None]
     assert np.abs(mean).max() + 6 * np.exp(log_variance / 2).max() < 12
@@ -135,7 +135,7 @@ def value_and_gradient(of):
 
 
 def test_only_adapters_are_trained():
-    """What starts, and has a gradient, are the adapters of attention."""
+    """Only the adapters of attention are initialised and have a gradient."""
     start = ADAPTED.init_params(3)
     shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
     assert shapes(start) == shapes(lora.init(base(), 2, jax.random.key(0)))
@@ -175,5 +175,5 @@ def test_gradient_of_the_factors_follows_from_that_of_the_kernel():
 
 def test_a_network_without_attention():
     model = dataclasses.replace(PLAIN.model, net=UNET.clone(middle_attention=False))
-    with pytest.raises(ValueError, match="networks with attention"):
+    with pytest.raises(ValueError, match="a network with attention"):
         dataclasses.replace(ADAPTED, model=model).init_params(0)

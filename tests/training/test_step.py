@@ -47,7 +47,7 @@ def run(
     state_options=None,
     **options,
 ):
-    """State and metrics after some steps on the first devices; of the images is said what the condition says."""
+    """State and metrics after some steps on the first devices, with this condition."""
     mesh = Mesh(np.array(jax.devices()[:num_devices]).reshape(-1, fsdp), ("data", "fsdp"))
     captioned = isinstance(condition, CaptionCondition)
     net = UNet(
@@ -108,7 +108,7 @@ def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Runs of one device, by their condition, without dropout, large enough for some parameters to be divided."""
+    """Runs on one device by condition, without dropout, large enough for some parameters to be sharded."""
     return cache(lambda name: run(1, steps=4, net_options=WIDE, condition=CONDITIONS[name])[0])
 
 
@@ -133,7 +133,7 @@ def test_other_ways_give_the_same_parameters(whole, condition, devices, fsdp, re
 
 @pytest.mark.slow
 def test_an_encoder_learns_along(whole):
-    """All of it that the captions need, and the average with it."""
+    """All of its parameters that the captions use, and their moving average."""
     state, start = whole("captions"), run(1, steps=0, net_options=WIDE, condition=CAPTIONED)[0]
     before, after, average = (tree["encoder"] for tree in (start.params, state.params, state.ema["0.9"]))
     moved = jax.tree.map(np.subtract, after, before)

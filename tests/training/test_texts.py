@@ -1,4 +1,4 @@
-"""What a run keeps of its texts: runs with a frozen encoder, which is theirs once they have started."""
+"""The tokenizer and the frozen text encoder that a run keeps in its workdir."""
 
 import shutil
 
@@ -52,7 +52,7 @@ def source_of(config):
 
 @pytest.mark.slow
 def test_a_run_with_a_frozen_encoder_needs_its_workdir_alone(call, folder, tmp_path):
-    """It trains, goes on, and samples after the encoder's folder is gone; in bfloat16."""
+    """It trains, resumes, and samples after the encoder's folder is gone; in bfloat16."""
     run = tmp_path / "run"
     flags = [flag for flag in CAPTIONED if ".text." not in flag]
     flags += [f"--config.text.encoder={folder}", "--config.model.dtype=bfloat16", "--config.train.num_steps=7"]
@@ -95,11 +95,11 @@ def test_a_run_with_a_frozen_t5(call, tmp_path):
     assert np.load(run / "a.npz")["image"].shape[0] == 2
     status, output = call("--mode=export", f"--workdir={run}", f"--out={tmp_path / 'sd'}", config=None)
     assert status != 0
-    assert "this run has another text encoder than CLIP's (text.encoder), unlike Stable Diffusion" in output
+    assert "this run has a text encoder other than CLIP's (text.encoder), unlike Stable Diffusion" in output
 
 
 def test_what_a_start_that_was_cut_off_has_left_is_made_anew(config, tmp_path):
-    """The encoder lies there, of whatever run, and nothing yet says that a run does."""
+    """The workdir has some encoder, but no description of a run yet."""
     run = workdir.check_writable(tmp_path / "run")
     (run / workdir.TEXT_ENCODER).mkdir()
     (run / workdir.TEXT_ENCODER / "config.json").write_text("of another")
@@ -130,7 +130,7 @@ def test_of_a_trained_encoder_the_tokenizer_is_that_of_its_captions(config, tmp_
 
 
 def test_a_run_that_starts_from_another_takes_over_its_tokenizer(config, folder, tmp_path):
-    """So that the tokens mean to the encoder what they meant before; another one that is named is refused."""
+    """So the tokens keep their meaning for the encoder; naming a different tokenizer is refused."""
     config.text.encoder, config.text.vocab_size = "trained", 300
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -143,5 +143,5 @@ def test_a_run_that_starts_from_another_takes_over_its_tokenizer(config, folder,
     taken_over = text_description(config, source_of(config), second, None)
     assert taken_over["tokenizer"] == description["tokenizer"] != own["tokenizer"]
     config.text.tokenizer = str(folder)
-    with pytest.raises(UserError, match=r"has another tokenizer than config\.text\.tokenizer"):
+    with pytest.raises(UserError, match=r"has a different tokenizer from config\.text\.tokenizer"):
         text_description(config, source_of(config), second, None)

@@ -1,1 +1,1 @@
-"""Folders of diffusers, read and written without diffusers or PyTorch: one module a component, and `folder` for all."""
+"""Reads and writes diffusers folders without diffusers or PyTorch: one module per component, and `folder` for all."""

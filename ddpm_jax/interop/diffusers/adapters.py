@@ -1,4 +1,4 @@
-"""LoRA files of a Stable Diffusion: added to a run's weights, and written of the adapters that a run trained."""
+"""LoRA files for Stable Diffusion: adds them to a run's weights, and writes a run's trained adapters as one."""
 
 import dataclasses
 import zlib
@@ -22,13 +22,13 @@ from ddpm_jax.sampling.generate import Model
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
-    """A LoRA that was added to a run's weights.
+    """A LoRA file added to a run's weights.
 
     Attributes:
       name: of the file.
-      weight: how much of its change; 1: all of it.
+      weight: factor of its change; 1: the full change.
       crc32: of the file's bytes.
-      with_text: whether it changes the text encoder, too.
+      with_text: whether it also changes the text encoder.
     """
 
     name: str
@@ -50,13 +50,13 @@ def add(
       files: the files and their weights.
       dataset: the description of the run's data.
       model: of the run.
-      params: of its network; those that change are replaced, one after the other.
+      params: of its network; changed ones are replaced one after the other.
 
     Returns:
-      The model, whose text encoder is changed when it is opened, and what was added.
+      The model, whose text encoder is changed when it is opened, and the added files.
 
     Raises:
-      UserError: the run is no Stable Diffusion, or a file is missing, broken or for another network.
+      UserError: the run is not a Stable Diffusion, or a file is missing, broken or for another network.
     """
     if why := stable_diffusion.why_not(model):
         raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
@@ -93,7 +93,7 @@ def _change(
     changes: Sequence[tuple[Mapping[str, lora.Update], float]],
     paths: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """Adds changes of modules, by their names, to the kernels at the paths of their weights."""
+    """Adds changes, by module name, to the kernels at the modules' paths."""
     for module in {module: None for of_modules, _ in changes for module in of_modules}:
         *outer, leaf = paths[f"{module}.weight"]
         place = params
@@ -104,7 +104,7 @@ def _change(
 
 
 def _changed(kernel: Any, delta: np.ndarray) -> Any:
-    """A kernel [C, D] or [h, w, C, D] with a change [D, C * h * w] added to it; it lies where the kernel lay."""
+    """Adds a change [D, C * h * w] to a kernel [C, D] or [h, w, C, D], keeping the kernel's sharding."""
     value = parallel.to_host(kernel)
     change = delta.T if value.ndim == 2 else delta.reshape(*value.shape[:1:-1], *value.shape[:2]).transpose(2, 3, 1, 0)
     value = (value.astype(np.float32) + change).astype(value.dtype)
@@ -114,13 +114,13 @@ def _changed(kernel: Any, delta: np.ndarray) -> Any:
 def to_lora(
     adapters: Mapping[str, Any], scale: float, levels: int, encoder: CLIPTextEncoder | None = None
 ) -> lora.Lora:
-    """Adapters that a run trained, as the changes of diffusers' and transformers' modules.
+    """Converts a run's trained adapters to changes of diffusers' and transformers' modules.
 
     Args:
-      adapters: of `ddpm_jax.models.lora`; with an encoder, "net" of the network and "encoder" of the encoder.
-      scale: what they are multiplied by.
-      levels: of the network.
-      encoder: the text encoder, where it was adapted, too.
+      adapters: of `ddpm_jax.models.lora`; with an encoder, "net" for the network and "encoder" for the encoder.
+      scale: their factor.
+      levels: number of levels of the network.
+      encoder: the text encoder, if it was adapted as well.
     """
     of_net, of_text = (adapters, {}) if encoder is None else (adapters["net"], adapters["encoder"])
     kernels = unflatten_dict({(*path[:-1], "kernel"): None for path in flatten_dict(of_net)})
@@ -132,7 +132,7 @@ def to_lora(
 
 
 def _updates(adapters: Mapping[str, Any], scale: float, paths: Mapping[str, tuple[str, ...]]) -> dict[str, lora.Update]:
-    """The adapters by the names of their modules; paths: where the weights lie that the names stand for."""
+    """The adapters by module name; `paths` maps the names to the paths of the weights."""
     flat = {path: np.asarray(value, np.float32) for path, value in flatten_dict(adapters).items()}
     changes = {}
     for name, path in sorted(paths.items()):

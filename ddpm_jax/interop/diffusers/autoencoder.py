@@ -1,4 +1,4 @@
-"""diffusers' `AutoencoderKL` as this project's autoencoder, and back."""
+"""Converts diffusers' `AutoencoderKL` to this project's autoencoder and back."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
 _NAME = "AutoencoderKL"
-# Every field, with what diffusers takes where a file does not have it.
+# All fields, with diffusers' defaults for those missing from a file.
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -37,29 +37,29 @@ _DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# Fields of which this project has one value.
+# Fields for which this project supports these values only.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "shift_factor": (None, 0.0),
     "latents_mean": (None,),
     "latents_std": (None,),
-    "force_upcast": (True, False),  # of half precision only
+    "force_upcast": (True, False),  # only matters in half precision
     "use_quant_conv": (True, False),
     "use_post_quant_conv": (True, False),
     "mid_block_add_attention": (True, False),
 }
-_EPSILON = 1e-6  # of every norm of theirs
+_EPSILON = 1e-6  # of all their norms
 _HALVES = ("encoder", "decoder")
 
 
 def read_module(folder: str | Path) -> tuple[Autoencoder, float]:
-    """The autoencoder of a folder without its parameters, and the scaling factor of its latents; UserError by field."""
+    """Reads a folder's autoencoder without parameters, and the scaling factor of its latents; UserError by field."""
     path = Path(folder) / "config.json"
     return to_module(read_json_object(path), str(path))
 
 
 def read(folder: str | Path) -> tuple[Autoencoder, dict[str, Any], float]:
-    """The autoencoder of a folder, its float32 parameters, and the scaling factor of its latents.
+    """Reads a folder's autoencoder, its float32 parameters, and the scaling factor of its latents.
 
     Raises:
       UserError: a file that is missing or broken, a field that is not supported, or a tensor that does not fit.
@@ -70,10 +70,10 @@ def read(folder: str | Path) -> tuple[Autoencoder, dict[str, Any], float]:
 
 
 def write(folder: str | Path, net: Autoencoder, params: Mapping[str, Any], scaling_factor: float) -> None:
-    """Writes a folder that diffusers' `AutoencoderKL.from_pretrained` opens, whole or not at all.
+    """Writes a folder that diffusers' `AutoencoderKL.from_pretrained` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
     with new_folder(folder, "the folder") as temporary:
         write_text(temporary / "config.json", json.dumps(to_fields(net, scaling_factor), indent=2) + "\n")
@@ -84,7 +84,7 @@ def write(folder: str | Path, net: Autoencoder, params: Mapping[str, Any], scali
 
 
 def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Autoencoder, float]:
-    """What an `AutoencoderKL`'s config stands for; see `read_module`."""
+    """Converts an `AutoencoderKL`'s config; see `read_module`."""
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     fields = with_defaults(where, found, _DEFAULTS)
     check_accepted(where, fields, _ACCEPTED)
@@ -121,7 +121,7 @@ def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Aut
 
 
 def to_fields(net: Autoencoder, scaling_factor: float) -> dict[str, Any]:
-    """The config of the `AutoencoderKL` that computes what the autoencoder does; UserError where none does."""
+    """The config of the equivalent `AutoencoderKL`; UserError if there is none."""
     if net.norm_epsilon != _EPSILON:
         raise UserError(f"norm_epsilon is {net.norm_epsilon}; diffusers' {_NAME} only has {_EPSILON}")
     levels = len(net.widths)
@@ -151,7 +151,7 @@ def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Autoenco
     """Our parameters from an `AutoencoderKL`'s tensors; see `unet_tensors.to_params`.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the autoencoder has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the autoencoder's.
     """
     shapes, params, levels = param_shapes(net), {}, len(net.widths)
     for half in _HALVES:

@@ -1,4 +1,4 @@
-"""DeepFloyd IF's pipelines of diffusers, which are Imagen's stages: T5, a UNet of pixels, and one that enlarges."""
+"""diffusers' DeepFloyd IF pipelines, which are Imagen's stages: T5, a pixel UNet, and a super-resolution UNet."""
 
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,17 @@ from ddpm_jax.text.tokenizers import Tokenizer
 BASE, SUPER_RESOLUTION = PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 _CHANNELS = 3
 _NUM_TOKENS = 77  # of a prompt, whatever T5's own length is
-_GUIDANCE = {BASE: 7.0, SUPER_RESOLUTION: 4.0}  # of diffusers' pipelines, like the two that follow
+_GUIDANCE = {BASE: 7.0, SUPER_RESOLUTION: 4.0}  # diffusers' defaults, like the next two
 _NUM_STEPS = {BASE: 100, SUPER_RESOLUTION: 50}
 _NOISE_LEVEL = 250  # of the enlarged picture
-_FACTOR = 4  # of the enlarging; the files do not say it
+_FACTOR = 4  # the enlargement, which the files do not give
 _LEFT_ASIDE = {
-    "safety_checker": "the safety checker is left aside: the run does not check its pictures",
-    "watermarker": "the watermark is left aside: the run's pictures have none",
+    "safety_checker": "the safety checker is ignored: the run does not check its pictures",
+    "watermarker": "the watermark is ignored: the run's pictures have none",
 }
 _PROMPTS = (
-    "prompts are taken in lower case and without spaces at their ends; diffusers also clears them of links and some "
-    "punctuation where beautifulsoup4 and ftfy are installed (clean_caption)"
+    "prompts are lowercased and stripped of surrounding spaces; diffusers also removes links and some punctuation if "
+    "beautifulsoup4 and ftfy are installed (clean_caption)"
 )
 
 
@@ -46,13 +46,13 @@ def read(folder: Path, kind: str, source: str) -> Stage:
     """Reads the folder of one stage.
 
     Args:
-      folder: with model_index.json, unet/, scheduler/, text_encoder/ and tokenizer/; of a stage that enlarges,
-        image_noising_scheduler/, too.
-      kind: the class of pipeline, one of `PIPELINES`.
-      source: how the run's config calls it.
+      folder: with model_index.json, unet/, scheduler/, text_encoder/ and tokenizer/; for super-resolution also
+        image_noising_scheduler/.
+      kind: the pipeline's class, one of `PIPELINES`.
+      source: its name in the run's config.
 
     Raises:
-      UserError: a part that is missing, broken or not supported, by its name.
+      UserError: a part that is missing, broken or not supported; it is named.
     """
     enlarges = kind == SUPER_RESOLUTION
     others = ("image_noising_scheduler",) if enlarges else ()
@@ -68,7 +68,7 @@ def read(folder: Path, kind: str, source: str) -> Stage:
     config.data.update(source="folder", height=height, width=width, channels=_CHANNELS, flip=False)
     if enlarges:
         _set_enlarging(config, folder, height, width, unet_file)
-    # The encoder leaves padding aside; the network attends to it.
+    # The encoder ignores padding; the network attends to it.
     texts = {"mask_padding": False, "mask_in_encoder": True, "pooled": False, "max_length": _NUM_TOKENS}
     config.text.update(encoder=f"{source}/text_encoder", dropout=0.1, **texts)
     most = len(config.diffusion.betas) or config.diffusion.num_timesteps
@@ -78,7 +78,7 @@ def read(folder: Path, kind: str, source: str) -> Stage:
     tokenizer, encoder, encoder_params = read_texts(folder, _NUM_TOKENS, Tokenizer.lowercased)
     if not isinstance(encoder, T5Encoder) or encoder.width != layout.context_width:
         raise UserError(
-            f"the text encoder of {str(folder)!r} has states of width {encoder.width}, and encoder_hid_dim is "
+            f"the text encoder of {str(folder)!r} has states of width {encoder.width}, but encoder_hid_dim is "
             f"{layout.context_width} in {unet_file!r}; accepted: a T5 of that width"
         )
     net = config_lib.make_network(config, NoCondition())
@@ -91,7 +91,7 @@ def read(folder: Path, kind: str, source: str) -> Stage:
 
 
 def _check(where: str, layout: unet_lib.Layout, enlarges: bool) -> None:
-    """UserError for a network of another kind than the pipeline has."""
+    """UserError for a network of a different kind from the pipeline's."""
     found: dict[str, Any] = {
         "in_channels": layout.in_channels,
         "out_channels": layout.latent_channels,
@@ -106,7 +106,7 @@ def _check(where: str, layout: unet_lib.Layout, enlarges: bool) -> None:
 
 
 def _set_enlarging(config: ConfigDict, folder: Path, height: int, width: int, where: str) -> None:
-    """What the stage enlarges, and how it is noised."""
+    """Sets the size of the low-resolution picture and its noise schedule."""
     if height % _FACTOR or width % _FACTOR:
         raise refusal(where, "sample_size", (height, width), (f"multiples of {_FACTOR}",))
     noising, file = read_fields(folder, "image_noising_scheduler", "scheduler_config.json")
@@ -115,7 +115,7 @@ def _set_enlarging(config: ConfigDict, folder: Path, height: int, width: int, wh
         scheduler_lib.read(other, noising, file)
     betas = config_lib.make_betas_from(config)
     if not np.array_equal(betas, config_lib.make_betas_from(other)):
-        raise UserError(f"{file!r} has another noise schedule than the scheduler beside it; accepted: the same")
+        raise UserError(f"{file!r} has a different noise schedule from the scheduler beside it; accepted: the same")
     last = len(betas) - 1
     config.upscale.update(
         height=height // _FACTOR,

@@ -1,4 +1,4 @@
-"""diffusers' `UnCLIPTextProjModel`, what stands before Karlo's decoder, as this project's module, and back."""
+"""Converts diffusers' `UnCLIPTextProjModel`, which prepares the condition of Karlo's decoder, and back."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
 _NAME = "UnCLIPTextProjModel"
-# Every field, with what diffusers takes where a file does not have it; two must be there.
+# All fields, with diffusers' defaults for those missing from a file; two are required.
 _DEFAULTS: dict[str, Any] = {
     "clip_extra_context_tokens": 4,
     "clip_embeddings_dim": 768,
@@ -34,13 +34,13 @@ _PARTS = {
 
 
 def read_module(folder: str | Path) -> tuple[EmbeddingCondition, int]:
-    """The module of a folder without its parameters, and the width of CLIP's embeddings; UserError by field."""
+    """Reads a folder's module without its parameters, and the width of CLIP's embeddings; UserError by field."""
     path = Path(folder) / "config.json"
     return to_module(read_json_object(path), str(path))
 
 
 def read(folder: str | Path) -> tuple[EmbeddingCondition, dict[str, Any]]:
-    """The module of a folder and its float32 parameters.
+    """Reads a folder's module and its float32 parameters.
 
     Raises:
       UserError: a file that is missing or broken, a field that is not supported, or a tensor that does not fit.
@@ -51,10 +51,10 @@ def read(folder: str | Path) -> tuple[EmbeddingCondition, dict[str, Any]]:
 
 
 def write(folder: str | Path, module: EmbeddingCondition, params: Mapping[str, Any]) -> None:
-    """Writes a folder that diffusers' `UnCLIPTextProjModel.from_pretrained` opens, whole or not at all.
+    """Writes a folder that diffusers' `UnCLIPTextProjModel.from_pretrained` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written; widths that diffusers' module cannot have.
+      UserError: the folder is not empty or cannot be written; or widths that diffusers' module does not support.
     """
     fields = to_fields(module, params)
     with new_folder(folder, "the folder") as temporary:
@@ -63,7 +63,7 @@ def write(folder: str | Path, module: EmbeddingCondition, params: Mapping[str, A
 
 
 def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[EmbeddingCondition, int]:
-    """What an `UnCLIPTextProjModel`'s config stands for; see `read_module`."""
+    """Converts an `UnCLIPTextProjModel`'s config; see `read_module`."""
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     fields = with_defaults(where, found, _DEFAULTS)
     check_counts(where, fields, *_DEFAULTS)
@@ -76,12 +76,12 @@ def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Emb
 
 
 def to_fields(module: EmbeddingCondition, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the `UnCLIPTextProjModel` that computes what the module does; UserError where none does."""
+    """The config of the equivalent `UnCLIPTextProjModel`; UserError if there is none."""
     (width,) = params["null"].shape
     for name, what in (("tokens", "the text's tokens have"), ("vector_to_time", "the text's embedding has")):
         found = params[name]["kernel"].shape[0]
         if found != width:
-            raise UserError(f"{what} width {found}; diffusers' {_NAME} only has that of the image embeddings, {width}")
+            raise UserError(f"{what} width {found}; accepted by diffusers' {_NAME}: the image embeddings', {width}")
     return {
         "_class_name": _NAME,
         "clip_extra_context_tokens": module.num_tokens,
@@ -101,7 +101,7 @@ def param_shapes(module: EmbeddingCondition, width: int) -> dict[str, Any]:
 def to_params(
     path: str | Path, tensors: Mapping[str, np.ndarray], module: EmbeddingCondition, width: int
 ) -> dict[str, Any]:
-    """Our parameters from an `UnCLIPTextProjModel`'s tensors; UserError unless they are exactly those it has."""
+    """Our parameters from an `UnCLIPTextProjModel`'s tensors; UserError if any is missing or unexpected."""
     return named.to_params(path, tensors, param_shapes(module, width), _name)
 
 

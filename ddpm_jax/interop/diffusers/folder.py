@@ -1,4 +1,4 @@
-"""Whole folders of diffusers: an unconditional pipeline's `UNet2DModel` and scheduler."""
+"""Reads and writes whole diffusers folders: an unconditional pipeline's `UNet2DModel` and scheduler."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 from ddpm_jax.validation import validate
 
-# What is read of a repository besides weights, and whose weights are.
+# The files of a repository that are read besides weights, and the parts whose weights are read.
 _TEXTS = re.compile(
     r"model_index\.json"
     r"|((unet|vae|text_encoder|image_encoder|prior|text_proj|decoder|super_res_first|super_res_last)/)?config\.json"
@@ -40,12 +40,12 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What the config files of a folder stand for.
+    """The contents of a folder's config files.
 
     Attributes:
       config: of the run.
-      num_classes: that the network knows; 0: none.
-      notes: sentences about what is sampled otherwise than by diffusers.
+      num_classes: number of classes of the network; 0: none.
+      notes: sentences about differences from diffusers in sampling.
     """
 
     config: ConfigDict
@@ -54,7 +54,7 @@ class Described:
 
 
 def needed(files: Collection[str]) -> list[str]:
-    """Those of a repository's files that are read here: not the safety checker, and each weight in one form alone."""
+    """The repository's files that are read here: no safety checker, and only one format of each weights file."""
     wanted = [file for file in files if _TEXTS.fullmatch(file)]
     for part, names in _PARTS.items():
         own = [file.removeprefix(part) for file in files if file.startswith(part)]
@@ -63,11 +63,11 @@ def needed(files: Collection[str]) -> list[str]:
 
 
 def locate(name: str, choose: Callable[[Collection[str]], list[str]] = needed) -> Path:
-    """The folder of that name, or else the model of that name on the Hugging Face hub, downloaded or from its cache.
+    """The folder with this name, or else the model with this name on the Hugging Face hub, downloaded or cached.
 
     Args:
       name: of the folder, or "owner/model".
-      choose: the files that are downloaded, of all that the model has.
+      choose: selects the files to download from all files of the model.
 
     Raises:
       UserError: no such folder, and the hub does not have it or cannot be reached.
@@ -77,26 +77,26 @@ def locate(name: str, choose: Callable[[Collection[str]], list[str]] = needed) -
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"{name!r} is no folder; accepted: a diffusers folder or a hub name such as google/ddpm-cifar10-32"
+            f"{name!r} is not a folder; accepted: a diffusers folder or a hub name such as google/ddpm-cifar10-32"
         )
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         try:
             files = HfApi().list_repo_files(name)
-        except Exception:  # of several libraries: the hub cannot be reached, and the cache may do
+        except Exception:  # of several libraries: the hub cannot be reached, so try the cache
             with suppress(Exception):
                 return Path(snapshot_download(name, local_files_only=True))
             raise
         return Path(snapshot_download(name, allow_patterns=choose(files)))
     except Exception as error:
         raise UserError(
-            f"{name!r} is no folder here, and the Hugging Face hub does not give it: {first_line(error)}"
+            f"{name!r} is not a local folder, and the Hugging Face hub does not provide it: {first_line(error)}"
         ) from None
 
 
 def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
-    """What a diffusers folder describes and its parameters, of the pipeline's layout (unet/, scheduler/) or flat.
+    """Reads a diffusers folder's description and parameters; the layout is a pipeline's (unet/, scheduler/) or flat.
 
     Raises:
       UserError: a file that is missing or broken, a field that is not supported, a tensor that does not fit.
@@ -115,7 +115,7 @@ def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
 
 def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"there is no {str(path)!r}; a diffusers folder has one")
+        raise UserError(f"{str(path)!r} does not exist; every diffusers folder has one")
     return read_json_object(path)
 
 
@@ -124,44 +124,44 @@ def describe(
     scheduler: Mapping[str, Any],
     where: tuple[str, str] = ("config.json", "scheduler_config.json"),
 ) -> Described:
-    """What a `UNet2DModel`'s and a scheduler's config files stand for.
+    """Converts a `UNet2DModel`'s and a scheduler's config files.
 
     Args:
       unet, scheduler: the fields of the files.
       where: their names.
 
     Raises:
-      UserError: a field or a value that this project does not have, by name.
+      UserError: a field or a value that is not supported; it is named.
     """
     config = config_lib.default_config()
     try:
         notes = scheduler_lib.read(config, scheduler, where[1])
         num_classes = unet_lib.read(config, unet, where[0])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{where[0]!r} or {where[1]!r} holds a value that does not fit: {error}") from None
+        raise UserError(f"{where[0]!r} or {where[1]!r} has an invalid value: {error}") from None
     validate(config)
     unet_lib.check_out_channels(config, unet, where[0])
     return Described(config, num_classes, notes)
 
 
 def write(folder: str | Path, config: ConfigDict, net: UNet, params: Mapping[str, Any]) -> list[str]:
-    """Writes a folder that diffusers' pipelines open, whole or not at all.
+    """Writes a folder that diffusers' pipelines open, atomically.
 
     Args:
-      folder: must not be there, or be empty.
+      folder: must not exist, or be empty.
       config, net, params: of a run.
 
     Returns:
-      Sentences about what diffusers samples otherwise than the run.
+      Sentences about differences between diffusers and the run in sampling.
 
     Raises:
-      UserError: the folder holds something, or the run something that diffusers does not have.
+      UserError: the folder is not empty, or the run uses something that diffusers does not support.
     """
     unet = unet_lib.to_fields(config, net)
     scheduler, notes = scheduler_lib.to_fields(config)
     kind = scheduler["_class_name"]
     if kind == "UniPCMultistepScheduler":
-        notes.append(f"{kind} is not made for DDPMPipeline's call; the pipeline's unet and scheduler are")
+        notes.append(f"{kind} does not work with DDPMPipeline's call; use the pipeline's unet and scheduler directly")
     tensors = unet_lib.to_tensors(params, len(net.widths))
     pipeline = {
         "_class_name": "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline",

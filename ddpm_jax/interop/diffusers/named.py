@@ -1,4 +1,4 @@
-"""Components whose tensors are dense layers, norms and embeddings: our parameters by diffusers' names."""
+"""Conversion by name of components that consist of dense layers, norms and embeddings."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ def tensor_shapes(shapes: Mapping[str, Any], name: Name) -> dict[str, tuple[int,
 
     Args:
       shapes: a tree of our parameters, or of their shapes.
-      name: from the path of a parameter, its name there, and how many axes of length 1 it has there in front.
+      name: maps a parameter's path to its name in diffusers and the number of leading axes of length 1 it has there.
     """
     wanted = {}
     for path, leaf in flatten_dict(shapes).items():
@@ -33,7 +33,7 @@ def to_params(
     """Our float32 parameters from the tensors of the file `path`.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the component has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the component's.
     """
     tensors = tensors_lib.to_float32(tensors)
     tensors_lib.check(path, tensors, tensor_shapes(shapes, name))

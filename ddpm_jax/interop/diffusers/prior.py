@@ -1,4 +1,4 @@
-"""diffusers' `PriorTransformer`, the prior of Karlo and Kandinsky, as this project's prior, and back."""
+"""Converts diffusers' `PriorTransformer`, the prior of Karlo and Kandinsky, to this project's prior and back."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
 
 _NAME = "PriorTransformer"
-# Every field, with what diffusers takes where a file does not have it.
+# All fields, with diffusers' defaults for those missing from a file.
 _DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 32,
     "attention_head_dim": 64,
@@ -43,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "embedding_proj_dim": None,
     "clip_embed_dim": None,
 }
-# Fields of which this project has one value.
+# Fields for which this project supports these values only.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "additional_embeddings": (ADDED_TOKENS,),
     "dropout": (0.0,),
@@ -72,10 +72,10 @@ _STATISTICS = ("clip_mean", "clip_std")
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """The widths of what a prior takes.
+    """The widths of a prior's inputs.
 
     Attributes:
-      embedding: of the image embedding, which is also what it gives.
+      embedding: of the image embedding, which is also the output.
       vector: of the text embedding.
     """
 
@@ -85,7 +85,7 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of CLIP's image embeddings: the network's are (embedding - mean) / std.
+    """Statistics of CLIP's image embeddings, which are normalised for the network to (embedding - mean) / std.
 
     Attributes:
       mean, std: float32 [D].
@@ -96,13 +96,13 @@ class Statistics:
 
 
 def read_module(folder: str | Path) -> tuple[Prior, Widths]:
-    """The prior of a folder without its parameters, and the widths of what it takes; UserError by field."""
+    """Reads a folder's prior without its parameters, and the widths of its inputs; UserError by field."""
     path = Path(folder) / "config.json"
     return to_module(read_json_object(path), str(path))
 
 
 def read(folder: str | Path) -> tuple[Prior, dict[str, Any], Statistics]:
-    """The prior of a folder, its float32 parameters, and the statistics of the embeddings that it was trained on.
+    """Reads a folder's prior, its float32 parameters, and the statistics of the embeddings that it was trained on.
 
     Raises:
       UserError: a file that is missing or broken, a field that is not supported, or a tensor that does not fit.
@@ -113,10 +113,10 @@ def read(folder: str | Path) -> tuple[Prior, dict[str, Any], Statistics]:
 
 
 def write(folder: str | Path, net: Prior, params: Mapping[str, Any], statistics: Statistics) -> None:
-    """Writes a folder that diffusers' `PriorTransformer.from_pretrained` opens, whole or not at all.
+    """Writes a folder that diffusers' `PriorTransformer.from_pretrained` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written; widths that diffusers' network cannot have.
+      UserError: the folder is not empty or cannot be written; or widths that diffusers' network does not support.
     """
     fields, tensors = to_fields(net, params), to_tensors(params, statistics)
     with new_folder(folder, "the folder") as temporary:
@@ -128,7 +128,7 @@ def write(folder: str | Path, net: Prior, params: Mapping[str, Any], statistics:
 
 
 def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Prior, Widths]:
-    """What a `PriorTransformer`'s config stands for; see `read_module`."""
+    """Converts a `PriorTransformer`'s config; see `read_module`."""
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     fields = with_defaults(where, found, _DEFAULTS)
     check_accepted(where, fields, _ACCEPTED)
@@ -155,14 +155,14 @@ def to_module(found: Mapping[str, Any], where: str = "config.json") -> tuple[Pri
 
 
 def to_fields(net: Prior, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the `PriorTransformer` that computes what the prior does; UserError where none does."""
+    """The config of the equivalent `PriorTransformer`; UserError if there is none."""
     if net.width % net.num_heads:
         raise UserError(f"num_heads is {net.num_heads}; accepted: a divisor of the width, {net.width}")
     embedding, vector = (params[name]["kernel"].shape[0] for name in ("x", "vector"))
     if net.project_tokens and params["tokens"]["kernel"].shape[0] != embedding:
         raise UserError(
-            f"the text's tokens have width {params['tokens']['kernel'].shape[0]}; diffusers' {_NAME} only has that of "
-            f"the image embeddings, {embedding}"
+            f"the text's tokens have width {params['tokens']['kernel'].shape[0]}; accepted by diffusers' {_NAME}: the "
+            f"image embeddings', {embedding}"
         )
     return {
         "_class_name": _NAME,
@@ -207,7 +207,7 @@ def to_params(
     Half precision becomes float32, which changes no value.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the prior has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the prior's.
     """
     shape = jax.ShapeDtypeStruct((widths.embedding,), jnp.float32)
     shapes = {**param_shapes(net, widths), **dict.fromkeys(_STATISTICS, shape)}
@@ -222,7 +222,7 @@ def to_tensors(params: Mapping[str, Any], statistics: Statistics) -> tensors_lib
 
 
 def _name(path: tuple[str, ...]) -> tuple[str, int]:
-    """A parameter's name in diffusers, and its axes of length 1 in front."""
+    """A parameter's name in diffusers, and the number of its leading axes of length 1 there."""
     if path[0] in _STATISTICS:
         return path[0], 1
     if path == ("positions",):

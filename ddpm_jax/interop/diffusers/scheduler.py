@@ -1,8 +1,8 @@
-"""diffusers' schedulers as a run's diffusion and way of sampling, and back.
+"""Converts diffusers' schedulers to a run's diffusion and sampling settings, and back.
 
-A scheduler says three things: the noise schedule, what the network predicts, and how images are sampled. The first two
-are read exactly. For the third the nearest of this project's samplers becomes the run's default; where it is another
-method, or differs in what a field asks for, a sentence says so.
+A scheduler defines three things: the noise schedule, what the network predicts, and how images are sampled. The first
+two are converted exactly. For the third, the closest of this project's samplers becomes the run's default; a note says
+where it is a different method or deviates from a field's setting.
 """
 
 import math
@@ -26,9 +26,9 @@ _VARIANCES = {
 }
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"}
 _SPACINGS = {"linspace": "linspace", "leading": "leading", "trailing": "trailing"}
-_UNBOUNDED = 1e9  # diffusers' upper bound of a dynamic threshold, which the paper's does not have
+_UNBOUNDED = 1e9  # replaces diffusers' upper bound of a dynamic threshold, since the paper has none
 
-# Every field of each scheduler, with what diffusers takes where a file does not have it.
+# All fields of each scheduler, with diffusers' defaults for those missing from a file.
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -109,18 +109,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "clip_sample_range": 1.0,
     },
 }
-# The sampler of those that sample x / a at exact noise levels, with fractional timesteps.
+# The samplers for the schedulers that sample x / a at exact noise levels, with fractional timesteps.
 _SIGMA_KINDS = {
     "EulerDiscreteScheduler": "ddim",
     "EulerAncestralDiscreteScheduler": "ddpm",
     "HeunDiscreteScheduler": "heun",
 }
 _LEVELS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "logsnr", "use_lu_lambdas": "logsnr"}
-# Of former releases, and without effect there too.
+# Fields of former releases, without effect in diffusers as well.
 _FORMER: dict[str, tuple[Any, ...]] = {"tensor_format": (None, "pt", "np"), "timestep_values": (None,)}
-# diffusers passes over another scheduler's fields, which files that were converted still have.
+# diffusers ignores another scheduler's fields, which converted files still have.
 _ANY = {field for defaults in _DEFAULTS.values() for field in defaults}
-# Where a field of this name is known, it has one value here.
+# If a scheduler has one of these fields, only these values are supported.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": (False,),
     "use_flow_sigmas": (False,),
@@ -133,25 +133,24 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-# Of UnCLIPScheduler, which has no such field. In 138 of the 999 possible numbers of steps, none of them Karlo's, a
-# timestep lies at an exact half, and rounding errors make it the one below it there and the one above it here, or the
-# reverse.
+# For UnCLIPScheduler, which has no such field. For 138 of the 999 possible numbers of steps, none of them Karlo's, a
+# timestep is an exact half, which rounding errors may round in opposite directions there and here.
 _LINSPACE = {"timestep_spacing": "linspace"}
-# What an `UnCLIPScheduler` has of the fields that others know more values of.
+# `UnCLIPScheduler`'s values for fields that have more values in other schedulers.
 _UNCLIP: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("squaredcos_cap_v2",),
     "prediction_type": ("epsilon", "sample"),
     "variance_type": ("fixed_small_log", "learned_range"),
 }
-_PIPELINE_STEPS = 50  # what diffusers' pipelines of DDIM and PNDM take by default
+_PIPELINE_STEPS = 50  # the default of diffusers' DDIM and PNDM pipelines
 _SOLVER_STEPS = 20
 
 
-# From theirs.
+# From diffusers.
 
 
 def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> list[str]:
-    """Sets the fields of a run's config that a scheduler's config stands for.
+    """Sets the fields of a run's config from a scheduler's config.
 
     Args:
       config: of a run.
@@ -159,10 +158,10 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> list[str]:
       where: its name.
 
     Returns:
-      Sentences about what is sampled otherwise than by diffusers.
+      Sentences about differences from diffusers in sampling.
 
     Raises:
-      UserError: a value without a counterpart here, by the name of its field.
+      UserError: a value without a counterpart here, with the name of its field.
     """
     kind = found.get("_class_name", "DDPMScheduler")
     if kind not in _DEFAULTS:
@@ -193,7 +192,7 @@ def _read_schedule(diffusion: ConfigDict, fields: Mapping[str, Any], where: str)
                 f"trained_betas has {len(betas)} values in {where!r}; accepted: num_train_timesteps of them"
             )
         diffusion.betas = tuple(map(float, betas))
-    elif fields["beta_schedule"] == "sigmoid":  # of the betas themselves, where ours is of abar
+    elif fields["beta_schedule"] == "sigmoid":  # of the betas themselves, whereas ours is of abar
         logistic = 1 / (1 + np.exp(-np.linspace(-6, 6, T)))
         diffusion.betas = tuple((logistic * (end - start) + start).tolist())
     else:
@@ -211,7 +210,7 @@ def _read_clipping(diffusion: ConfigDict, fields: Mapping[str, Any], where: str)
         elif not bound > 1.0:
             raise refusal(where, "sample_max_value", bound, ("1 or more",))
         elif not ratio:
-            raise refusal(where, "dynamic_thresholding_ratio", ratio, ("above 0 to 1",))
+            raise refusal(where, "dynamic_thresholding_ratio", ratio, ("above 0, at most 1",))
         else:
             diffusion.update(dynamic_threshold=ratio, threshold_limit=0.0 if bound >= _UNBOUNDED else float(bound))
     elif diffusion.clip:
@@ -222,7 +221,7 @@ def _read_clipping(diffusion: ConfigDict, fields: Mapping[str, Any], where: str)
 
 
 def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], where: str) -> list[str]:
-    """The run's default sampler, and the sentences about it."""
+    """Sets the run's default sampler; returns the notes about it."""
     sample, diffusion, notes = config.sample, config.diffusion, []
     T = len(diffusion.betas) or diffusion.num_timesteps
     spacing, offset = (
@@ -236,13 +235,13 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         notes += _read_dpm(config, fields, where) if kind.startswith("DPM") else _read_unipc(sample, fields)
         if stops and fields["lower_order_final"] and sample.sampler not in ("ddim", "ddpm"):
             notes.append(
-                "final_sigmas_type 'sigma_min': the last steps keep their order here, which diffusers lowers in "
-                "UniPC and in fewer than 15 steps"
+                "final_sigmas_type 'sigma_min': the last steps keep their order here, while diffusers lowers it in "
+                "UniPC and with fewer than 15 steps"
             )
     elif kind in ("DDPMScheduler", "UnCLIPScheduler"):
         sample.sampler = "ddpm"
         if spacing == "trailing" or (spacing == "leading" and offset):
-            notes.append("the last step adds no noise here, where diffusers adds some if it ends above timestep 0")
+            notes.append("the last step adds no noise here, while diffusers adds some if it ends above timestep 0")
     else:
         sample.num_steps = min(_PIPELINE_STEPS, T)
         notes += _read_one_step(config, kind, fields)
@@ -263,11 +262,11 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
         )
     if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "trailing":
         notes.append(
-            "timestep_spacing 'trailing': a step leads to the next timestep here, in diffusers to one beside it if the "
-            "number of steps does not divide num_train_timesteps"
+            "timestep_spacing 'trailing': a step leads to the next timestep here, in diffusers to a neighbouring one "
+            "if the number of steps does not divide num_train_timesteps"
         )
     if diffusion.zero_terminal_snr and not sample.levels and kind not in ("DDPMScheduler", "DDIMScheduler"):
-        notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, where diffusers leaves abar 2^-24")
+        notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, abar 2^-24 in diffusers")
     sample.spacing = "" if spacing == DEFAULT_SPACING[sample.sampler] and not sample.skip_lowest else spacing
     sample.spacing_offset = offset if spacing == "leading" else 0
     sample.stop_at_first = stops
@@ -276,7 +275,7 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
 
 
 def _read_one_step(config: ConfigDict, kind: str, fields: Mapping[str, Any]) -> list[str]:
-    """DDIM, PNDM, and the schedulers of x / a: Euler's step is DDIM's, and its ancestral one that of DDPM."""
+    """DDIM, PNDM, and the schedulers of x / a: Euler's step is DDIM's, and its ancestral step is DDPM's."""
     sample, diffusion = config.sample, config.diffusion
     sample.sampler = _SIGMA_KINDS.get(kind, "ddim")
     if kind in _SIGMA_KINDS:
@@ -289,11 +288,11 @@ def _read_one_step(config: ConfigDict, kind: str, fields: Mapping[str, Any]) -> 
         sample.sampler = "plms"
     elif kind == "PNDMScheduler":
         return [
-            "skip_prk_steps False, which starts with Runge-Kutta steps, is not one of this project's samplers; the "
-            "run's is ddim, of the first order, at the same timesteps and with the same end"
+            "skip_prk_steps False, which starts with Runge-Kutta steps, is not supported; the run uses ddim, of first "
+            "order, with the same timesteps and the same end"
         ]
     elif diffusion.clip or diffusion.dynamic_threshold:
-        return ["eps follows from the clipped x_0, diffusers' use_clipped_model_output"]
+        return ["eps is computed from the clipped x_0, like diffusers' use_clipped_model_output"]
     return []
 
 
@@ -306,7 +305,7 @@ def _read_dpm(config: ConfigDict, fields: Mapping[str, Any], where: str) -> list
         {"dpmsolver++": False, "sde-dpmsolver++": True, "dpmsolver": False, "sde-dpmsolver": True},
     )
     own_variance = stochastic and (algorithm == "sde-dpmsolver" or config.diffusion.variance == "learned")
-    if order == 1 and not own_variance:  # whichever is integrated, the first order is the same step
+    if order == 1 and not own_variance:  # the first-order step is the same whichever is integrated
         sample.sampler = "ddpm" if stochastic else "ddim"
     else:
         sample.sampler = "dpmpp_2m_sde" if stochastic else "dpmpp_2m"
@@ -317,10 +316,10 @@ def _read_dpm(config: ConfigDict, fields: Mapping[str, Any], where: str) -> list
         ):
             if fields[field] not in accepted:
                 name = f"{field} {fields[field]!r}"
-                notes.append(f"{name} is not one of this project's methods; the run's is {sample.sampler}")
+                notes.append(f"{name} is not supported; the run uses {sample.sampler}")
     if math.isfinite(float(fields["lambda_min_clipped"])):
         notes.append(
-            f"lambda_min_clipped {fields['lambda_min_clipped']}: sampling starts at the last timestep all the same"
+            f"lambda_min_clipped {fields['lambda_min_clipped']}: ignored, sampling starts at the last timestep"
         )
     return notes
 
@@ -337,11 +336,11 @@ def _read_unipc(sample: ConfigDict, fields: Mapping[str, Any]) -> list[str]:
     ):
         given = tuple(fields[field]) if field == "disable_corrector" else fields[field]
         if given != value:
-            notes.append(f"{field} {given!r} is not one of this project's methods; the run's unipc has {value!r}")
+            notes.append(f"{field} {given!r} is not supported; the run's unipc uses {value!r}")
     return notes
 
 
-# To theirs.
+# To diffusers.
 
 # The scheduler of each sampler, and its order.
 _KINDS: dict[str, tuple[str, int | None]] = {
@@ -353,7 +352,7 @@ _KINDS: dict[str, tuple[str, int | None]] = {
     "unipc": ("UniPCMultistepScheduler", 2),
     "plms": ("PNDMScheduler", None),
 }
-_SMALL = ("ddpm", "fixed_small")  # which is the stochastic solver's first order, and Euler's ancestral step
+_SMALL = ("ddpm", "fixed_small")  # equals the stochastic solver's first order, and Euler's ancestral step
 
 
 def _kind_of(config: ConfigDict, notes: list[str]) -> tuple[str, int | None]:
@@ -362,28 +361,28 @@ def _kind_of(config: ConfigDict, notes: list[str]) -> tuple[str, int | None]:
     kind, order = _KINDS.get(sample.sampler, ("DDPMScheduler", None))
     one_step = sample.sampler == "ddim" or (sample.sampler, diffusion.variance) == _SMALL
     if one_step and sample.skip_lowest:
-        kind, order = "DPMSolverMultistepScheduler", 1  # the same step, at the timesteps of a solver
+        kind, order = "DPMSolverMultistepScheduler", 1  # the same step, with a solver's timesteps
     elif one_step and (sample.fractional or sample.scaled_start):
         kind = "EulerDiscreteScheduler" if sample.sampler == "ddim" else "EulerAncestralDiscreteScheduler"
     if sample.sampler not in _KINDS:
         notes.append(f"sampler {sample.sampler!r} has no counterpart with these options; DDPMScheduler is written")
     lacking = {
         "a learned variance": diffusion.variance == "learned" and kind != "DDPMScheduler" and kind[:3] != "DPM",
-        "a network of x_0": diffusion.prediction == "x_0" and (kind == "PNDMScheduler" or kind.startswith("Euler")),
+        "prediction of x_0": diffusion.prediction == "x_0" and (kind == "PNDMScheduler" or kind.startswith("Euler")),
         "pure noise at the last timestep": diffusion.zero_terminal_snr and not _SNR.keys() <= _DEFAULTS[kind].keys(),
     }
     if any(lacking.values()):
         what = " and ".join(what for what, applies in lacking.items() if applies)
-        notes.append(f"{kind} does not take {what}; DDPMScheduler is written")
+        notes.append(f"{kind} does not support {what}; DDPMScheduler is written")
         kind = "DDPMScheduler"
     return kind, order
 
 
 def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The config of the scheduler that samples as the run does by default.
+    """The config of the scheduler that samples like the run's default.
 
     Returns:
-      The fields, and sentences about what diffusers does otherwise.
+      The fields, and sentences about differences in diffusers.
     """
     sample, diffusion = config.sample, config.diffusion
     notes: list[str] = []
@@ -400,7 +399,7 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     if kind == "DDPMScheduler":
         fields["variance_type"] = {ours: theirs for theirs, ours in reversed(_VARIANCES.items())}[diffusion.variance]
     if sample.skip_lowest and not is_solver:
-        notes.append(f"{kind} does not leave out the lowest timestep, as skip_lowest does")
+        notes.append(f"{kind} does not leave out the lowest timestep, unlike skip_lowest")
     if sample.eta and sample.sampler == "ddim":
         notes.append(
             f"eta {sample.eta} is an argument of {kind}'s steps" if kind == "DDIMScheduler" else f"{kind} has no eta"
@@ -421,20 +420,20 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     elif kind == "PNDMScheduler":
         fields["skip_prk_steps"] = True
     if diffusion.dynamic_threshold and not _THRESHOLD.keys() <= _DEFAULTS[kind].keys():
-        notes.append(f"{kind} has no dynamic threshold, which this run has")
+        notes.append(f"{kind} has no dynamic threshold, unlike this run")
     elif diffusion.clip and not {"clip_sample", "thresholding"} & _DEFAULTS[kind].keys():
-        notes.append(f"{kind} does not clip the predicted x_0, as this run does")
+        notes.append(f"{kind} does not clip the predicted x_0, unlike this run")
     elif diffusion.clip and diffusion.clip_range != 1 and is_solver:
-        notes.append(f"{kind} does not clip the predicted x_0 to {diffusion.clip_range}, as this run does")
+        notes.append(f"{kind} does not clip the predicted x_0 to {diffusion.clip_range}, unlike this run")
     known = {name: value for name, value in fields.items() if name in _DEFAULTS[kind]}
     return {"_class_name": kind, **known}, notes
 
 
 def to_unclip_fields(config: ConfigDict) -> dict[str, Any]:
-    """The config of the `UnCLIPScheduler` that samples as the run does, which diffusers' unCLIP pipelines need.
+    """The config of the `UnCLIPScheduler` that samples like the run, which diffusers' unCLIP pipelines need.
 
     Raises:
-      UserError: an option of the run that the scheduler does not have, by name.
+      UserError: an option of the run that the scheduler does not support; it is named.
     """
     diffusion = config.diffusion
     variances = {ours: theirs for theirs, ours in _VARIANCES.items() if theirs in _UNCLIP["variance_type"]}
@@ -458,7 +457,7 @@ def to_unclip_fields(config: ConfigDict) -> dict[str, Any]:
         value = value.to_dict() if isinstance(value, ConfigDict) else value
         if value not in accepted:
             raise UserError(
-                f"config.{part}.{field} is {value!r}; diffusers' UnCLIPScheduler only has "
+                f"config.{part}.{field} is {value!r}; accepted by diffusers' UnCLIPScheduler: "
                 f"{' or '.join(map(repr, accepted))}"
             )
     return {
@@ -481,7 +480,7 @@ def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
     by_level = {"karras": "use_karras_sigmas", "logsnr": exponential}
     if is_solver and spacing in by_level and not sample.levels:
         fields[by_level[spacing]] = True
-        notes.append(f"{kind} takes the noise levels of spacing {spacing!r} between timesteps too")
+        notes.append(f"{kind} uses the noise levels of spacing {spacing!r} even between timesteps")
     elif spacing not in _SPACINGS:
         notes.append(f"{kind} has no spacing {spacing!r}; linspace is written")
     elif is_solver and spacing != "trailing" and not sample.skip_lowest and not sample.levels:
@@ -497,7 +496,7 @@ def _spacing(config: ConfigDict, kind: str, notes: list[str]) -> dict[str, Any]:
         "linspace",
         True,
     ):
-        notes.append(f"{kind} does not take the noise levels {sample.levels!r}; those of its timesteps are written")
+        notes.append(f"{kind} does not support the noise levels {sample.levels!r}; those of its timesteps are written")
         between = False
     if kind in _SIGMA_KINDS:
         starts_scaled = fields["timestep_spacing"] != "leading"
@@ -527,7 +526,7 @@ def _clipping(diffusion: ConfigDict, is_solver: bool) -> dict[str, Any]:
 
 
 def _schedule(config: ConfigDict) -> dict[str, Any]:
-    """By its name where diffusers has it, else by its betas."""
+    """The noise schedule, by name if diffusers has it, else by its betas."""
     diffusion = config.diffusion
     names: Mapping[str, str] = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     flag = {"rescale_betas_zero_snr": diffusion.zero_terminal_snr}

@@ -1,4 +1,4 @@
-"""Stable Diffusion's pipelines of diffusers: UNet, scheduler, autoencoder, text encoder and tokenizer in one folder."""
+"""diffusers' Stable Diffusion pipelines: UNet, scheduler, autoencoder, text encoder and tokenizer in one folder."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ from ddpm_jax.text.tokenizers import Tokenizer
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _INDEX = "model_index.json"
-# Parts of other pipelines, and whose they are.
+# Parts of other pipelines, with an explanation.
 _FOREIGN = {
     "text_encoder_2": "a second text encoder, as Stable Diffusion XL has",
     "text_encoder_3": "a third text encoder, as Stable Diffusion 3 has",
     "transformer": "a transformer in place of the UNet, as Stable Diffusion 3 has",
     "prior": "a prior, as unCLIP has",
 }
-# Without a version, or with one up to 0.5.1, diffusers takes the folder for one of its older pipeline of four channels.
+# Without a version, or with one up to 0.5.1, diffusers treats the folder as its older four-channel pipeline.
 _INPAINT = {"_class_name": PIPELINES[2], "_diffusers_version": "0.6.0"}
-_GUIDANCE = 7.5  # of diffusers' pipeline, where nothing is said
+_GUIDANCE = 7.5  # diffusers' default
 _CONFIGS = {
     "unet": "config.json",
     "scheduler": "scheduler_config.json",
@@ -57,11 +57,11 @@ class Pipeline:
     Attributes:
       config: of the run.
       params: of the UNet.
-      layout: what the UNet's file says beside the config.
+      layout: further information from the UNet's file.
       text_encoder: the module and its parameters.
       autoencoder: the module, its parameters and the scaling factor of its latents.
       tokenizer: of the prompts.
-      notes: sentences about what is sampled otherwise than by diffusers, or was left aside.
+      notes: sentences about differences from diffusers in sampling, and about ignored parts.
     """
 
     config: ConfigDict
@@ -74,7 +74,7 @@ class Pipeline:
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder of diffusers holds more than an unconditional UNet and its scheduler."""
+    """Whether a diffusers folder contains more than an unconditional UNet and its scheduler."""
     return (folder / "vae").is_dir() or (folder / "text_encoder").is_dir()
 
 
@@ -83,10 +83,10 @@ def read(folder: str | Path, source: str | None = None) -> Pipeline:
 
     Args:
       folder: with model_index.json, unet/, scheduler/, vae/, text_encoder/ and tokenizer/.
-      source: how the run's config calls it; None: the folder.
+      source: its name in the run's config; None: the folder.
 
     Raises:
-      UserError: a part that is missing, broken or not supported, by its name.
+      UserError: a part that is missing, broken or not supported; it is named.
     """
     folder = Path(folder)
     index = read_json_object(folder / _INDEX) if (folder / _INDEX).is_file() else {}
@@ -110,7 +110,7 @@ def read(folder: str | Path, source: str | None = None) -> Pipeline:
         where={part: str(path) for part, path in paths.items()},
     )
     if _is_named(index, "safety_checker"):
-        pipeline.notes.append("the safety checker is left aside: the run does not check its pictures")
+        pipeline.notes.append("the safety checker is ignored: the run does not check its pictures")
     return pipeline
 
 
@@ -127,14 +127,14 @@ def assemble(
     source: str,
     where: Mapping[str, str],
 ) -> Pipeline:
-    """A pipeline of the parts "unet", "scheduler", "vae" and "text_encoder".
+    """Assembles a pipeline from the parts "unet", "scheduler", "vae" and "text_encoder".
 
     Args:
       fields: of each part's config file.
-      open_tensors: (file, tensors) of a part, by the names of diffusers and transformers.
+      open_tensors: returns (file, tensors) of a part, with the names of diffusers and transformers.
       tokenizer: of the prompts.
-      source: how the run's config calls it all.
-      where: each part's config file, for what is said of it.
+      source: the pipeline's name in the run's config.
+      where: each part's config file, for error messages.
 
     Raises:
       UserError: a value or a tensor that is not supported.
@@ -147,7 +147,7 @@ def assemble(
         layout = unet_lib.read(config, fields["unet"], where["unet"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         files = ", ".join(map(repr, where.values()))
-        raise UserError(f"one of {files} holds a value that does not fit: {error}") from None
+        raise UserError(f"one of {files} has an invalid value: {error}") from None
     _check(where, clip, autoencoder, layout)
     transformers.check_tokenizer(tokenizer, clip, where["text_encoder"])
     _set_fields(config, autoencoder, layout, source)
@@ -163,28 +163,28 @@ def assemble(
 
 
 def why_not(model: Model) -> str:
-    """How a run differs from a Stable Diffusion, to follow the words "this run"; "" if it is one."""
+    """How a run differs from a Stable Diffusion, as a phrase to follow "this run"; "" if it is one."""
     if not isinstance(model.condition, CaptionCondition):
         return "takes no prompts"
     texts = model.condition.texts
     if not isinstance(texts, FrozenTexts) or not isinstance(model.net, UNet):
-        return f"has a text encoder that was trained along (text.encoder {config_lib.TRAINED!r})"
+        return f"has a text encoder trained with the network (text.encoder {config_lib.TRAINED!r})"
     if not isinstance(texts.encoder, CLIPTextEncoder):
-        return "has another text encoder than CLIP's (text.encoder)"
+        return "has a text encoder other than CLIP's (text.encoder)"
     if not isinstance(model.decoder, Latents):
-        return "diffuses pixels, no autoencoder's latents (autoencoder.source)"
+        return "diffuses pixels instead of an autoencoder's latents (autoencoder.source)"
     if not model.net.transformer_depth:
         return "has no spatial transformers (model.transformer_depth is 0)"
     if texts.mask_padding:
-        return "leaves the padding of prompts aside (text.mask_padding)"
-    return "has a vector for the whole prompt (text.pooled)" if texts.pooled else ""
+        return "ignores the padding of prompts (text.mask_padding)"
+    return "uses a vector for the whole prompt (text.pooled)" if texts.pooled else ""
 
 
 def layout_of(model: Model, dataset: Mapping[str, Any]) -> unet_lib.Layout:
-    """The layout that a run's network was imported with, or else what the run itself says.
+    """The layout that a run's network was imported with, or else one derived from the run.
 
     Args:
-      model: a Stable Diffusion's, of a run.
+      model: of a run that is a Stable Diffusion.
       dataset: the description of its data.
     """
     if "diffusers" in dataset:
@@ -207,18 +207,18 @@ def parts_of(model: Model) -> tuple[FrozenTexts, UNet, Latents]:
 
 
 def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Any) -> list[str]:
-    """Writes a folder that diffusers' `StableDiffusionPipeline` opens, whole or not at all; of a network that is given
-    a masked picture, `StableDiffusionInpaintPipeline`.
+    """Atomically writes a folder that diffusers' `StableDiffusionPipeline` opens, or `StableDiffusionInpaintPipeline`
+    for a network that takes a masked picture.
 
     Args:
-      folder: must not be there, or be empty.
+      folder: must not exist, or be empty.
       config, dataset, model, params: of a run.
 
     Returns:
-      Sentences about what diffusers samples otherwise than the run.
+      Sentences about differences between diffusers and the run in sampling.
 
     Raises:
-      UserError: the folder holds something, or the run is no Stable Diffusion, or has an option that diffusers lacks.
+      UserError: the folder is not empty, the run is not a Stable Diffusion, or it has an option that diffusers lacks.
     """
     if why := why_not(model):
         raise UserError(f"this run {why}, unlike Stable Diffusion; accepted: --out of a .safetensors file")
@@ -226,7 +226,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
     layout = layout_of(model, dataset)
     scheduler, notes = scheduler_lib.to_fields(config)
     unet = unet_lib.to_fields(config, net, layout)
-    # The network takes the states of the tokens, which a projection does not change.
+    # The network uses the tokens' states, which do not depend on the projection.
     assert isinstance(texts.encoder, CLIPTextEncoder)
     encoder, states = dataclasses.replace(texts.encoder, projection=None), dict(texts.open_params())
     states.pop("projection", None)
@@ -254,15 +254,15 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
 
 
 def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoencoder, layout: unet_lib.Layout) -> None:
-    """UserError for parts that do not go together."""
+    """UserError for parts that do not fit together."""
     if layout.context_width != clip.width:
         raise UserError(
-            f"cross_attention_dim is {layout.context_width} in {where['unet']!r}, and hidden_size {clip.width} in "
+            f"cross_attention_dim is {layout.context_width} in {where['unet']!r}, but hidden_size is {clip.width} in "
             f"{where['text_encoder']!r}; accepted: the same"
         )
     if autoencoder.latent_channels != layout.latent_channels:
         raise UserError(
-            f"out_channels is {layout.latent_channels} in {where['unet']!r}, and latent_channels "
+            f"out_channels is {layout.latent_channels} in {where['unet']!r}, but latent_channels is "
             f"{autoencoder.latent_channels} in {where['vae']!r}; accepted: the same"
         )
     accepted = layout.latent_channels, _with_masked_picture(layout.latent_channels)
@@ -273,20 +273,20 @@ def _check(where: Mapping[str, str], clip: CLIPTextEncoder, autoencoder: Autoenc
 
 
 def _with_masked_picture(channels: int) -> int:
-    """The channels of latents, of a mask, and of the latents of a masked picture."""
+    """The number of channels of latents, a mask, and the latents of a masked picture."""
     return 2 * channels + 1
 
 
 def _set_fields(config: ConfigDict, autoencoder: Autoencoder, layout: unet_lib.Layout, source: str) -> None:
-    """The fields of a run's config beside those of its network and its diffusion."""
+    """Sets the fields of a run's config other than those of its network and diffusion."""
     height, width = (side * autoencoder.downscaling for side in layout.sample_size)
     config.data.update(source="folder", height=height, width=width, channels=autoencoder.channels, flip=False)
-    # As it was trained: padding is attended to, and there is no vector for the whole text.
+    # As in training: the network attends to padding, and takes no vector for the whole text.
     config.text.update(encoder=f"{source}/text_encoder", mask_padding=False, pooled=False, dropout=0.1)
     config.autoencoder.source = f"{source}/vae"
     config.diffusion.update(clip=False, dynamic_threshold=0.0)
     config.model.masked_picture = layout.in_channels > layout.latent_channels
     config.sample.update(guidance_scale=_GUIDANCE, num_images=4, batch_size=4)
-    # Set even where it is the sampler's default, so that it also holds for a sampler that is chosen later.
+    # Set even if it is the sampler's default, so that it also applies to a sampler chosen later.
     config.sample.spacing = config.sample.spacing or DEFAULT_SPACING[config.sample.sampler]
     config.log.sample_images = 4

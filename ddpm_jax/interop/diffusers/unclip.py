@@ -1,4 +1,4 @@
-"""Karlo's pipelines of diffusers, which are DALL-E 2's stages: a prior, a decoder and super-resolution."""
+"""diffusers' Karlo pipelines, which are DALL-E 2's stages: a prior, a decoder and super-resolution."""
 
 import math
 from collections.abc import Mapping
@@ -38,10 +38,10 @@ _PARTS = (
 )
 _OTHER_PARTS = {WITH_PRIOR: ("prior", "prior_scheduler"), OF_PICTURES: ("image_encoder",)}
 _CHANNELS = 3
-# Of diffusers' pipelines, where nothing is said.
+# The defaults of diffusers' pipelines.
 _PRIOR_GUIDANCE, _DECODER_GUIDANCE = 4.0, 8.0
 _NUM_STEPS, _SUPER_RESOLUTION_STEPS = 25, 7
-# What a prior of a run has one value of: our attribute, their field and the value.
+# Options with a fixed value in a run's prior: our attribute, diffusers' field and the value.
 _ONLY = (
     ("time_width", "time_embed_dim", None),
     ("time_activation", "time_embed_act_fn", "swish"),
@@ -49,28 +49,28 @@ _ONLY = (
     ("norm_vector", "embedding_proj_norm_type", False),
     ("norm_in", "norm_in_type", False),
 )
-_LOGIT_SCALE = math.log(100)  # of OpenAI's CLIP; nothing here is multiplied by it
+_LOGIT_SCALE = math.log(100)  # OpenAI CLIP's; unused here
 
 Texts = tuple[Tokenizer, Encoder, Any]
 
 
 def read(folder: Path, kind: str, source: str) -> list[Stage]:
-    """Reads a pipeline's folder: its prior, where it has one, its decoder and its super-resolution.
+    """Reads a pipeline's folder: its prior, if it has one, its decoder and its super-resolution.
 
     Args:
       folder: with model_index.json and a folder for each part.
-      kind: the class of pipeline, one of `PIPELINES`.
-      source: how the runs' configs call it.
+      kind: the pipeline's class, one of `PIPELINES`.
+      source: its name in the runs' configs.
 
     Raises:
-      UserError: a part that is missing, broken or not supported, by its name.
+      UserError: a part that is missing, broken or not supported; it is named.
     """
     require_parts(folder, kind, _PARTS + _OTHER_PARTS[kind])
     texts, clip = read_texts(folder), None
     encoder = texts[1]
     if not isinstance(encoder, CLIPTextEncoder) or encoder.projection is None:
         raise UserError(
-            f"{str(folder / 'text_encoder')!r} is no text encoder of CLIP with a projection; accepted: a "
+            f"{str(folder / 'text_encoder')!r} is not a CLIP text encoder with a projection; accepted: a "
             "CLIPTextModelWithProjection"
         )
     if kind == OF_PICTURES:
@@ -81,19 +81,19 @@ def read(folder: Path, kind: str, source: str) -> list[Stage]:
     if prior and prior[0].described != decoder.described:
         widths = [stage.described["embedding_width"] for stage in (*prior, decoder)]
         raise UserError(
-            f"the prior of {str(folder)!r} draws embeddings of width {widths[0]}, and text_proj takes {widths[1]}; "
+            f"the prior of {str(folder)!r} draws embeddings of width {widths[0]}, but text_proj takes {widths[1]}; "
             "accepted: the same"
         )
     return [*prior, decoder, _read_super_resolution(folder, shape)]
 
 
 def _read_clip(folder: Path, texts: Texts, text: CLIPTextEncoder) -> CLIP:
-    """CLIP of the pipeline's text encoder and its image encoder."""
+    """Combines the pipeline's text encoder and image encoder to a CLIP."""
     tokenizer, _, text_params = texts
     image, image_params = clip_lib.read_image(folder / "image_encoder")
     if image.projection != text.projection:
         raise UserError(
-            f"projection_dim is {image.projection} in image_encoder/ and {text.projection} in text_encoder/ of "
+            f"projection_dim is {image.projection} in image_encoder/, but {text.projection} in text_encoder/ of "
             f"{str(folder)!r}; accepted: the same"
         )
     mean, std = clip_lib.read_preparation(folder / "feature_extractor" / "preprocessor_config.json", image)
@@ -211,11 +211,11 @@ def _read_scheduler(config: ConfigDict, folder: Path, part: str) -> list[str]:
 
 
 def _check_widths(where: str, encoder: CLIPTextEncoder, embedding: Mapping[str, int], vector: int) -> None:
-    """UserError unless a network takes what the text encoder gives."""
+    """UserError unless a network's widths match the text encoder's."""
     ((field, width),) = embedding.items()
     if (width, vector) != (encoder.width, encoder.projection):
         raise UserError(
-            f"{field} is {width} in {where!r}, and the text encoder has hidden_size {encoder.width} and projection_dim "
+            f"{field} is {width} in {where!r}, but the text encoder has hidden_size {encoder.width} and projection_dim "
             f"{encoder.projection}; accepted: the same"
         )
 

@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel` as this project's UNet, and back: the config and the tensors."""
+"""Converts the config and tensors of diffusers' `UNet2DModel` to this project's UNet and back."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
 
 _NAME = "UNet2DModel"
-# Every field, with what diffusers takes where a file does not have it.
+# All fields, with diffusers' defaults for those missing from a file.
 _DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
@@ -47,18 +47,18 @@ _DEFAULTS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-# Fields of which this project has one value.
+# Fields for which this project supports these values only.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
     "time_embedding_dim": (None,),
     "class_embed_type": (None,),
 }
-# Plain, with attention, with residual resampling.
+# Block types: plain, with attention, with residual resampling.
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 ACTIVATIONS = {"silu": "swish", "swish": "swish", "gelu": "gelu", "mish": "mish", "relu": "relu"}
-# What a `UNet2DModel` has one value of, of those options of config.model that other networks of diffusers have.
+# Options of config.model that have only one value in a `UNet2DModel`, but more in diffusers' other networks.
 _ONLY: dict[str, Any] = {
     "level_res_blocks": (),
     "cross_attention": "separate",
@@ -72,7 +72,7 @@ _ONLY: dict[str, Any] = {
 }
 _PADDINGS = {0: "same", 1: "symmetric"}
 _SHIFTS = {"default": False, "scale_shift": True}
-# In blocks with attention; those without it say it by their type.
+# For blocks with attention; for the others, the block type determines this.
 _DOWNSAMPLERS = {"conv": "conv", "resnet": "residual", None: "conv"}
 _UPSAMPLERS = {"conv": "nearest", "resnet": "residual", None: "nearest"}
 
@@ -81,20 +81,20 @@ _UPSAMPLERS = {"conv": "nearest", "resnet": "residual", None: "nearest"}
 
 
 def read(config: ConfigDict, found: Mapping[str, Any], where: str, image_channels: int = 0) -> int:
-    """Sets the fields of a run's config that a `UNet2DModel`'s config stands for.
+    """Sets the fields of a run's config from a `UNet2DModel`'s config.
 
     Args:
-      config: of a run, whose diffusion is set already.
+      config: of a run, with its diffusion already set.
       found: the fields of the file.
       where: its name.
-      image_channels: how many of the input's channels, the last ones, are those of `cond["image"]`: of a network for
-        super-resolution as many as the images have.
+      image_channels: how many of the input's last channels belong to `cond["image"]`: for super-resolution as many as
+        the images have.
 
     Returns:
-      How many classes the network knows; 0: none.
+      The network's number of classes; 0: none.
 
     Raises:
-      UserError: a value that this project's network does not have, by the name of its field.
+      UserError: a value that this project's network does not support, with the name of its field.
     """
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     unet = with_defaults(where, found, _DEFAULTS)
@@ -144,7 +144,7 @@ def read_common(
 
     Args:
       unet: the fields of the file `where`.
-      attention, halvings, doublings: of `read_blocks`.
+      attention, halvings, doublings: from `read_blocks`.
     """
     widths = tuple(unet["block_out_channels"])
     fields = {
@@ -174,7 +174,7 @@ def read_common(
 
 
 def read_size(unet: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """Height and width of what the network is for."""
+    """The image height and width that the network was made for."""
     size = unet["sample_size"]
     if isinstance(size, int):
         size = (size, size)
@@ -191,15 +191,15 @@ def read_blocks(
     halvings: Sequence[str],
     doublings: Sequence[str],
 ) -> tuple[tuple[bool, ...], tuple[str, ...], tuple[str, ...]]:
-    """Attention of each level, and how each halving and each doubling is done, from the full size down.
+    """Whether each level has attention, and the method of each halving and doubling, from the full size down.
 
     Args:
       unet: the fields of the file `where`.
-      down_blocks, up_blocks: the types of blocks that the fields may name: plain, with attention and residual.
-      halvings, doublings: how each of these changes the size.
+      down_blocks, up_blocks: the accepted block types: plain, with attention and residual.
+      halvings, doublings: how each of these types changes the size.
 
     Raises:
-      UserError: another type, more or fewer blocks than levels, or attention in different levels down and up.
+      UserError: another type, different numbers of blocks and levels, or attention at different levels down and up.
     """
     sides = []
     for field, accepted in (("down_block_types", down_blocks), ("up_block_types", up_blocks)):
@@ -222,8 +222,8 @@ def _read_time_embedding(unet: Mapping[str, Any], num_timesteps: int, where: str
     kind = unet["time_embedding_type"]
     if kind == "fourier":
         raise UserError(
-            f"time_embedding_type is 'fourier' in {where!r}, which takes the logarithm of t and divides by it, and is "
-            "nothing at t = 0; accepted: 'positional', 'learned'"
+            f"time_embedding_type is 'fourier' in {where!r}, which divides by the logarithm of t and is undefined at "
+            "t = 0; accepted: 'positional', 'learned'"
         )
     if kind == "learned" and unet["num_train_timesteps"] != num_timesteps:
         raise refusal(where, "num_train_timesteps", unet["num_train_timesteps"], (num_timesteps,))
@@ -231,33 +231,33 @@ def _read_time_embedding(unet: Mapping[str, Any], num_timesteps: int, where: str
 
 
 def complete(found: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All fields of a `UNet2DModel`, those that its file lacks as diffusers takes them; UserError for others."""
+    """All fields of a `UNet2DModel`, with diffusers' defaults for missing ones; UserError for unknown ones."""
     return with_defaults(where, found, _DEFAULTS)
 
 
 def check_out_channels(config: ConfigDict, found: Mapping[str, Any], where: str) -> None:
-    """UserError unless the network's output is an image, with a learned variance two."""
+    """UserError unless the network's output has the channels of one image, or of two with a learned variance."""
     expected = config.data.channels * (2 if config.diffusion.variance == "learned" else 1)
     check_accepted(where, {**_DEFAULTS, **found}, {"out_channels": (expected,)})
 
 
 def to_fields(config: ConfigDict, net: UNet, image_channels: int = 0) -> dict[str, Any]:
-    """The config of the `UNet2DModel` that computes what a run's network does; image_channels as of `read`.
+    """The config of the `UNet2DModel` equivalent to a run's network; image_channels as in `read`.
 
     Raises:
-      UserError: an option that diffusers' network does not have, by name.
+      UserError: an option that diffusers' network does not support; it is named.
     """
     model, data = config.model, config.data
     if net.num_classes is not None and net.null_class:
-        raise lacking("class_conditional", True, "has no null class, as model.null_class=True makes one", _NAME)
+        raise lacking("class_conditional", True, "has no null class, which model.null_class=True adds", _NAME)
     for field, accepted in _ONLY.items():
         if model[field] != accepted:
-            raise lacking(field, model[field], f"has {accepted!r} only", _NAME)
+            raise lacking(field, model[field], f"only supports {accepted!r}", _NAME)
     if model.center_input and image_channels:
-        raise lacking("center_input", True, "would center the image that is joined to the input, too", _NAME)
+        raise lacking("center_input", True, "would also centre the image that is concatenated to the input", _NAME)
     groups = net.middle_attention_groups
     if groups == 0 and not model.scale_shift and model.middle_attention:
-        raise lacking("middle_attention_groups", 0, "leaves that norm out with scale_shift only", _NAME)
+        raise lacking("middle_attention_groups", 0, "only leaves out that norm with scale_shift", _NAME)
     attends = net.levels_with_attention(data.height, data.width)
     inverse = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     fields = {
@@ -282,15 +282,15 @@ def common_fields(config: ConfigDict, net: UNet, size: tuple[int, int], kind: st
 
     Args:
       config, net: of the run.
-      size: height and width of what the network is for.
+      size: the image height and width that the network is for.
       kind: the name of the class.
 
     Raises:
-      UserError: an option that neither has, by name.
+      UserError: an option that neither supports; it is named.
     """
     model = config.model
     if model.attention_patch_size != 1:
-        raise lacking("attention_patch_size", model.attention_patch_size, "has 1 only", kind)
+        raise lacking("attention_patch_size", model.attention_patch_size, "only supports 1", kind)
     if net.widths[0] != net.channels:
         raise lacking("channels", net.channels, f"begins with the {net.widths[0]} channels of the first level", kind)
     shift = model.time_frequency_shift
@@ -313,7 +313,7 @@ def common_fields(config: ConfigDict, net: UNet, size: tuple[int, int], kind: st
 
 
 def lacking(field: str, value: Any, what: str, kind: str) -> UserError:
-    """The error for an option of ours that the class `kind` of diffusers does not have."""
+    """The error for an option of ours that diffusers' class `kind` does not support."""
     return UserError(f"config.model.{field} is {value!r}; diffusers' {kind} {what}")
 
 
@@ -325,13 +325,13 @@ def _head_channels(net: UNet, attends: list[bool]) -> int | None:
     if len(with_attention) > 1:
         channels = f"levels of {sorted(with_attention)} channels"
         raise lacking(
-            "num_heads", net.num_heads, f"has one number of channels a head, which {channels} do not give", _NAME
+            "num_heads", net.num_heads, f"needs equally wide heads at all levels, but there are {channels}", _NAME
         )
     return with_attention.pop() // net.num_heads if with_attention else None
 
 
 def resampling(net: UNet) -> tuple[list[str], list[str]]:
-    """How each halving and each doubling of the size is done, from the full size down."""
+    """The method of each halving and each doubling, from the full size down."""
     levels = len(net.widths) - 1
     return (
         list(net.downsample_levels or [net.downsample] * levels),
@@ -342,7 +342,7 @@ def resampling(net: UNet) -> tuple[list[str], list[str]]:
 def write_blocks(
     net: UNet, attends: Sequence[bool], down_blocks: Sequence[str], up_blocks: Sequence[str], kind: str
 ) -> dict[str, list[str]]:
-    """The types of the blocks.
+    """The fields with the block types.
 
     Args:
       net: of the run.
@@ -351,13 +351,13 @@ def write_blocks(
       kind: the name of the class.
 
     Raises:
-      UserError: a way to change the size that no block has, by name.
+      UserError: a resampling method that no block supports; it is named.
     """
     down, up = resampling(net)
     for field, methods, accepted in (("downsample", down, _DOWNSAMPLERS), ("upsample", up, _UPSAMPLERS)):
         unknown = [method for method in methods if method not in accepted.values()]
         if unknown:
-            raise lacking(field, unknown[0], f"only has {' and '.join(sorted(set(accepted.values())))}", kind)
+            raise lacking(field, unknown[0], f"only supports {' and '.join(sorted(set(accepted.values())))}", kind)
 
     def types(names: Sequence[str], methods: list[str]) -> list[str]:
         plain, attention, residual = names
@@ -373,13 +373,13 @@ def write_blocks(
 
 
 def _samplers(net: UNet, attends: list[bool]) -> dict[str, str]:
-    """The types of the resampling in blocks with attention."""
+    """The fields with the resampling types of blocks with attention."""
     down, up = resampling(net)
     types = {}
     for name, methods, levels in (("downsample", down, attends[:-1]), ("upsample", up, attends[1:])):
         chosen = {method for method, attention in zip(methods, levels, strict=True) if attention}
         if len(chosen) > 1:
-            what = "has one kind for all levels with attention"
+            what = "needs the same method at all levels with attention"
             raise lacking(f"{name}_levels", tuple(methods), what, _NAME)
         types[f"{name}_type"] = "resnet" if "residual" in chosen else "conv"
     return types
@@ -415,21 +415,21 @@ def tensor_shapes(config: ConfigDict, num_classes: int = 0, image_channels: int 
 def to_params(
     path: str | Path, tensors: tensors_lib.Tensors, config: ConfigDict, num_classes: int = 0, image_channels: int = 0
 ) -> dict[str, Any]:
-    """Our parameters from a `UNet2DModel`'s tensors, with today's or the old names of attention.
+    """Our parameters from a `UNet2DModel`'s tensors, with the current or the old names of attention.
 
     Args:
-      path: of the file, for what is said of it.
+      path: of the file, for error messages.
       tensors: [D, C, h, w] and so on, by diffusers' names.
       config: of the run.
-      num_classes: that the network knows.
-      image_channels: as of `read`.
+      num_classes: the network's number of classes.
+      image_channels: as in `read`.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the config's network has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than in the config's network.
     """
     return unet_tensors.to_params(path, tensors, _param_shapes(config, num_classes, image_channels), _levels(config))
 
 
 def to_tensors(params: Mapping[str, Any], levels: int) -> tensors_lib.Tensors:
-    """A `UNet2DModel`'s tensors from our parameters; `levels` is how many the network has."""
+    """A `UNet2DModel`'s tensors from our parameters; `levels` is the network's number of levels."""
     return unet_tensors.to_tensors(params, levels)

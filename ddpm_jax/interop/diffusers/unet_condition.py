@@ -1,7 +1,7 @@
-"""diffusers' `UNet2DConditionModel` as this project's UNet, and back.
+"""Converts diffusers' `UNet2DConditionModel` to this project's UNet and back.
 
-It is the network of Stable Diffusion, whose attention lies in spatial transformers, and of Karlo (DALL-E 2's decoder)
-and DeepFloyd IF (Imagen's cascade), whose "simple" attention has added keys and values of the text.
+It is the network of Stable Diffusion, whose attention is in spatial transformers, and of Karlo (DALL-E 2's decoder) and
+DeepFloyd IF (Imagen's cascade), whose "simple" attention has additional keys and values from the text.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError
 
 _NAME = "UNet2DConditionModel"
-# Every field, with what diffusers takes where a file does not have it.
+# All fields, with diffusers' defaults for those missing from a file.
 _DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
@@ -70,10 +70,10 @@ _DEFAULTS: dict[str, Any] = {
     "class_embeddings_concat": False,
     "mid_block_only_cross_attention": None,
     "cross_attention_norm": None,
-    "addition_embed_type_num_heads": 64,  # counts with an addition_embed_type only
+    "addition_embed_type_num_heads": 64,  # only used with an addition_embed_type
 }
 _TRANSFORMERS, _SIMPLE = "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"
-# Fields of which this project has one value.
+# Fields for which this project supports these values only.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "num_attention_heads": (None,),
@@ -88,7 +88,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
 }
-# The same for the networks with each kind of attention, by the block in the middle.
+# The same for each kind of attention, by the type of the middle block.
 _ACCEPTED_BY_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
     _TRANSFORMERS: {
         "resnet_skip_time_act": (False,),
@@ -97,11 +97,11 @@ _ACCEPTED_BY_KIND: dict[str, dict[str, tuple[Any, ...]]] = {
         "cross_attention_norm": (None,),
     },
     _SIMPLE: {
-        "norm_eps": (1e-5,),  # of the norms in simple attention, which have no other
+        "norm_eps": (1e-5,),  # the only value for norms in simple attention
         "transformer_layers_per_block": (1,),
     },
 }
-# Their blocks: plain, with attention and residual.
+# Block types: plain, with attention and residual.
 _DOWN_BLOCKS = {
     _TRANSFORMERS: ("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
     _SIMPLE: ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -110,27 +110,27 @@ _UP_BLOCKS = {
     _TRANSFORMERS: ("UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     _SIMPLE: ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
-# How these change the size.
+# How these blocks change the size.
 _HALVINGS = {_TRANSFORMERS: ("conv", "conv", "residual"), _SIMPLE: ("residual",) * 3}
 _DOUBLINGS = {_TRANSFORMERS: ("nearest", "nearest", "residual"), _SIMPLE: ("residual",) * 3}
 _CONTEXT_NORMS = {None: 0, "group_norm": 32}
-_VECTORS = {"identity": "none", "projection": "mlp"}  # class_embed_type, where it takes a vector
+_VECTORS = {"identity": "none", "projection": "mlp"}  # the values of class_embed_type that take a vector
 _BOOLS = {False: False, True: True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a `UNet2DConditionModel`'s config says beside the fields of a run's config.
+    """Information in a `UNet2DConditionModel`'s config beyond the fields of a run's config.
 
     Attributes:
-      context_width: of the tokens that the network is given.
-      in_channels: of the latents and of the image that is joined to them.
-      latent_channels: of the latents; the output has twice as many with a learned variance.
+      context_width: width of the tokens that the network takes.
+      in_channels: channels of the latents and of the image concatenated to them.
+      latent_channels: channels of the latents; with a learned variance the output has twice as many.
       sample_size: height and width of the latents that the network is for.
-      vector_width: of `cond["vector"]`; 0: there is none.
+      vector_width: width of `cond["vector"]`; 0: it takes none.
       level: whether the network takes `cond["level"]`.
-      linear_projections: the transformers' projections lie in the file as linear layers, not as 1 x 1 convolutions.
-      upcast_attention: in half precision, diffusers computes attention's logits in float32; ours always are.
+      linear_projections: whether the file has the transformers' projections as linear layers, not 1 x 1 convolutions.
+      upcast_attention: whether diffusers computes attention's logits in float32 in half precision; ours always are.
     """
 
     context_width: int
@@ -147,21 +147,21 @@ class Layout:
 
 
 def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
-    """Sets the fields of config.model that a `UNet2DConditionModel`'s config stands for.
+    """Sets the fields of config.model from a `UNet2DConditionModel`'s config.
 
     Args:
-      config: of a run, whose diffusion is set already.
+      config: of a run, with its diffusion already set.
       found: the fields of the file.
       where: its name.
 
     Raises:
-      UserError: a value that this project's network does not have, by the name of its field.
+      UserError: a value that this project's network does not support, with the name of its field.
     """
     check_accepted(where, {"_class_name": _NAME, **found}, {"_class_name": (_NAME,)})
     unet = with_defaults(where, found, _DEFAULTS)
     if unet["addition_embed_type"] == "text_time":
         raise UserError(
-            f"addition_embed_type is 'text_time' in {where!r}, which makes it a network of Stable Diffusion XL; "
+            f"addition_embed_type is 'text_time' in {where!r}, which is for Stable Diffusion XL; "
             "accepted: Stable Diffusion 1.x and 2.x"
         )
     kind = choose(where, unet, "mid_block_type", {_TRANSFORMERS: _TRANSFORMERS, _SIMPLE: _SIMPLE})
@@ -169,7 +169,7 @@ def read(config: ConfigDict, found: Mapping[str, Any], where: str) -> Layout:
     attention, halvings, doublings = unet_lib.read_blocks(
         unet, where, _DOWN_BLOCKS[kind], _UP_BLOCKS[kind], _HALVINGS[kind], _DOUBLINGS[kind]
     )
-    used = (*attention[:-1], True)  # the middle has attention of the last level's kind
+    used = (*attention[:-1], True)  # the middle's attention is like the last level's
     res_blocks = _by_level(where, unet, "layers_per_block")
     if not all(isinstance(count, int) and count > 0 for count in res_blocks):
         raise refusal(where, "layers_per_block", unet["layers_per_block"], ("whole numbers above 0",))
@@ -226,7 +226,7 @@ def _read_activation(where: str, unet: Mapping[str, Any], field: str) -> str:
 
 
 def _read_time_activations(where: str, unet: Mapping[str, Any], activation: str) -> tuple[str, ...]:
-    """What the time embedding passes through: an activation of its own, or each block's, or both."""
+    """The activations applied to the time embedding: its own, each block's, or both."""
     if unet["time_embedding_act_fn"] is None:
         check_accepted(where, unet, {"resnet_skip_time_act": (False,)})
         return ()
@@ -235,7 +235,7 @@ def _read_time_activations(where: str, unet: Mapping[str, Any], activation: str)
 
 
 def _read_context_width(where: str, unet: Mapping[str, Any], token_channels: int) -> int:
-    """The width of the tokens before a projection, if there is one."""
+    """The width of the tokens, before the projection if there is one."""
     width = unet["encoder_hid_dim"]
     if width is None:
         check_accepted(where, unet, {"encoder_hid_dim_type": (None,)})
@@ -282,17 +282,17 @@ def _read_cross_attention(where: str, unet: Mapping[str, Any], kind: str, attent
 
 
 def _by_level(where: str, unet: Mapping[str, Any], field: str) -> tuple[Any, ...]:
-    """A field of one value, or of one a level."""
+    """A field with one value for all levels, or with one per level."""
     value, levels = unet[field], len(unet["block_out_channels"])
     if isinstance(value, list | tuple):
         if len(value) != levels:
-            raise refusal(where, field, value, (f"one value, or {levels}",))
+            raise refusal(where, field, value, (f"one value, or {levels} values",))
         return tuple(value)
     return (value,) * levels
 
 
 def _one_for_all(where: str, unet: Mapping[str, Any], field: str, used: tuple[bool, ...]) -> int:
-    """The number that a field gives the levels that use it, which must be the same for all."""
+    """A field's value at the levels that use it, which must be the same for all."""
     values = [value for value, uses in zip(_by_level(where, unet, field), used, strict=True) if uses]
     if not all(isinstance(value, int) and value > 0 for value in values) or len(set(values)) > 1:
         raise refusal(where, field, unet[field], ("a whole number above 0, the same in all levels",))
@@ -300,7 +300,7 @@ def _one_for_all(where: str, unet: Mapping[str, Any], field: str, used: tuple[bo
 
 
 def _read_heads(where: str, unet: Mapping[str, Any], used: tuple[bool, ...]) -> dict[str, int]:
-    """attention_head_dim, which is how many heads there are, as a number of heads or as the width of each."""
+    """Converts attention_head_dim, here the number of heads, to a number of heads or a width of each head."""
     field, widths = "attention_head_dim", unet["block_out_channels"]
     levels = [
         (width, heads) for width, heads, uses in zip(widths, _by_level(where, unet, field), used, strict=True) if uses
@@ -311,35 +311,35 @@ def _read_heads(where: str, unet: Mapping[str, Any], used: tuple[bool, ...]) -> 
     if len(numbers) == 1:
         return {"num_heads": numbers.pop(), "head_channels": 0}
     if len(head_widths) > 1:
-        accepted = ("as many heads in all levels", "heads of the same width in all levels")
+        accepted = ("the same number of heads at all levels", "heads of the same width at all levels")
         raise refusal(where, field, unet[field], accepted)
     return {"num_heads": 1, "head_channels": head_widths.pop()}
 
 
 def _read_head_widths(where: str, unet: Mapping[str, Any], used: tuple[bool, ...]) -> dict[str, int]:
-    """attention_head_dim, which is the width of a head in simple attention."""
+    """Converts attention_head_dim, in simple attention the width of a head."""
     field, widths = "attention_head_dim", unet["block_out_channels"]
     levels = [
         (width, head) for width, head, uses in zip(widths, _by_level(where, unet, field), used, strict=True) if uses
     ]
     if not all(isinstance(head, int) and 0 < head <= width for width, head in levels):
-        raise refusal(where, field, unet[field], (f"widths of a head of at most the channels {tuple(widths)}",))
+        raise refusal(where, field, unet[field], (f"head widths of at most the channels {tuple(widths)}",))
     if len({head for _, head in levels}) > 1:
-        raise refusal(where, field, unet[field], ("heads of the same width in all levels",))
+        raise refusal(where, field, unet[field], ("heads of the same width at all levels",))
     return {"num_heads": 1, "head_channels": levels[0][1]}
 
 
 def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
-    """The config of the `UNet2DConditionModel` that computes what a run's network does.
+    """The config of the `UNet2DConditionModel` equivalent to a run's network.
 
     Raises:
-      UserError: an option that diffusers' network does not have, by name.
+      UserError: an option that diffusers' network does not support; it is named.
     """
     model = config.model
     common = unet_lib.common_fields(config, net, layout.sample_size, _NAME)
     kind = _TRANSFORMERS if net.cross_attention == "separate" else _SIMPLE
     if kind == _TRANSFORMERS and not net.transformer_depth:
-        raise _lacking("transformer_depth", 0, "has 1 or more, or another cross_attention than 'separate'")
+        raise _lacking("transformer_depth", 0, "needs 1 or more, or a cross_attention other than 'separate'")
     for field, accepted in (
         ("class_conditional", False),
         ("middle_attention", True),
@@ -349,9 +349,9 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
         *((("residual_scale", 1),) if kind == _TRANSFORMERS else (("norm_epsilon", 1e-5),)),
     ):
         if model[field] != accepted:
-            raise _lacking(field, model[field], f"is written with {accepted!r} only")
+            raise _lacking(field, model[field], f"only supports {accepted!r}")
     if model.center_input and layout.in_channels > layout.latent_channels:
-        raise _lacking("center_input", True, "would center the image that is joined to the latents, too")
+        raise _lacking("center_input", True, "would also centre the image that is concatenated to the latents")
     attends = net.levels_with_attention(*layout.sample_size)
     everywhere = [True] * (len(attends) - 1)
     for field, methods, accepted, levels in zip(
@@ -363,8 +363,8 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
     ):
         other = [method for method, here in zip(methods, levels, strict=True) if here and method != accepted]
         if other:
-            where = " in levels with attention" if kind == _TRANSFORMERS else " with simple attention"
-            raise _lacking(field, other[0], f"has {accepted} only{where}")
+            where = " at levels with attention" if kind == _TRANSFORMERS else " with simple attention"
+            raise _lacking(field, other[0], f"only supports {accepted}{where}")
     return {
         **_DEFAULTS,
         **common,
@@ -393,10 +393,10 @@ def _plain(scale: float) -> float:
 
 
 def _heads_fields(net: UNet, kind: str) -> dict[str, Any]:
-    """How many heads there are, and in simple attention how wide they are."""
+    """The fields with the number of heads or, in simple attention, their width."""
     if kind == _SIMPLE:
         if not net.head_channels:
-            raise _lacking("head_channels", 0, "has heads of one width in simple attention")
+            raise _lacking("head_channels", 0, "needs a fixed head width in simple attention")
         return {"attention_head_dim": net.head_channels, "only_cross_attention": net.cross_attention == "alone"}
     if net.head_channels:
         return {"attention_head_dim": [max(width // net.head_channels, 1) for width in net.widths]}
@@ -404,10 +404,10 @@ def _heads_fields(net: UNet, kind: str) -> dict[str, Any]:
 
 
 def _text_fields(net: UNet, layout: Layout) -> dict[str, Any]:
-    """What becomes of the tokens."""
+    """The fields for the processing of the tokens."""
     norms = {groups: norm for norm, groups in _CONTEXT_NORMS.items()}
     if net.context_groups not in norms:
-        raise _lacking("context_groups", net.context_groups, f"has {' or '.join(map(str, norms))}")
+        raise _lacking("context_groups", net.context_groups, f"only supports {' or '.join(map(str, norms))}")
     fields: dict[str, Any] = {
         "cross_attention_dim": net.token_channels or layout.context_width,
         "cross_attention_norm": norms[net.context_groups],
@@ -420,7 +420,7 @@ def _text_fields(net: UNet, layout: Layout) -> dict[str, Any]:
 
 
 def _time_fields(net: UNet, layout: Layout, kind: str) -> dict[str, Any]:
-    """The time embedding, what is added to it, and what it passes through."""
+    """The fields for the time embedding, the embeddings added to it, and its activations."""
     fields: dict[str, Any] = {"time_embedding_dim": net.time_channels}
     match tuple(net.time_activations):
         case ():
@@ -430,15 +430,15 @@ def _time_fields(net: UNet, layout: Layout, kind: str) -> dict[str, Any]:
         case (own, last) if last == net.activation:
             fields |= {"time_embedding_act_fn": _ACT_FNS[own]}
         case other:
-            raise _lacking("time_activations", other, f"ends in the activation of its blocks, {net.activation!r}")
+            raise _lacking("time_activations", other, f"ends with the blocks' activation, {net.activation!r}")
     if layout.level and layout.vector_width:
-        raise UserError(f"the network has both a level and a vector; diffusers' {_NAME} has one of the two")
+        raise UserError(f"the network takes both a level and a vector; diffusers' {_NAME} supports only one of them")
     if layout.level:
         fields |= {"class_embed_type": "timestep"}
     if layout.vector_width:
         types = {ours: theirs for theirs, ours in _VECTORS.items()}
         if net.vector_embedding not in types:
-            raise _lacking("vector_embedding", net.vector_embedding, f"is written with {' or '.join(types)} only")
+            raise _lacking("vector_embedding", net.vector_embedding, f"only supports {' or '.join(types)}")
         fields |= {"class_embed_type": types[net.vector_embedding]}
         if net.vector_embedding == "mlp":
             fields |= {"projection_class_embeddings_input_dim": layout.vector_width}
@@ -453,10 +453,10 @@ def _lacking(field: str, value: Any, what: str) -> UserError:
 
 
 def example(net: UNet, layout: Layout, tokens: int = 77) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """x, t and cond of one image, all zeros, of the smallest size that the network takes.
+    """x, t and cond for one image, all zeros, of the smallest size that the network takes.
 
-    Channels that the network reads beyond the latents' are those of `cond["image"]`: of Stable Diffusion's inpainting
-    network the mask and four of the masked picture's latents, of a network for super-resolution the enlarged picture.
+    Input channels beyond the latents' belong to `cond["image"]`: for Stable Diffusion's inpainting network the mask and
+    the four channels of the masked picture's latents, for super-resolution the enlarged picture.
     """
     side = 2 ** (len(net.widths) - 1)
     latents = layout.latent_channels
@@ -484,12 +484,12 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, net: UNet, layout:
     """Our parameters from a `UNet2DConditionModel`'s tensors. Half precision becomes float32, which changes no value.
 
     Args:
-      path: of the file, for what is said of it.
+      path: of the file, for error messages.
       tensors: by diffusers' names.
-      net, layout: what its config stands for.
+      net, layout: from its config.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the network has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the network's.
     """
     return unet_tensors.to_params(path, tensors, param_shapes(net, layout), len(net.widths), layout.linear_projections)
 

@@ -1,8 +1,8 @@
-"""The tensors of diffusers' UNets as this project's parameters, and back, for `UNet2DModel` and `UNet2DConditionModel`.
+"""Converts tensors of diffusers' `UNet2DModel` and `UNet2DConditionModel` to this project's parameters and back.
 
-The networks differ in names and in the order of a kernel's axes only, so every value survives both ways to the bit. The
+The networks differ only in names and in the order of the kernels' axes, so a round trip preserves every bit. The
 projections of a spatial transformer are 1 x 1 convolutions in Stable Diffusion 1.x and linear layers in 2.x: the same
-values, of another shape in a file.
+values, in different shapes.
 """
 
 import re
@@ -48,7 +48,7 @@ _TRANSFORMER = {
     "mlp_0": "ff.net.0.proj",
     "mlp_1": "ff.net.2",
 }
-# What a block is called, and the names of its parts.
+# diffusers' name of each kind of block, and the names of its parts.
 _KINDS = {
     "res": ("resnets", _RES),
     "attention": ("attentions", _ATTENTION),
@@ -78,7 +78,7 @@ _POOLING = {
     "norm_1": "norm2",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# Of embeddings, [rows, features] in both.
+# Embedding tables, [rows, features] in both.
 _TABLES = ("time_proj.weight", "class_embedding.weight", "add_embedding.pool.positional_embedding")
 
 
@@ -89,8 +89,8 @@ def to_tensors(
 
     Args:
       params: of a `UNet`, or of one half of an `Autoencoder`.
-      levels: how many it has.
-      linear_projections: of its spatial transformers, instead of 1 x 1 convolutions.
+      levels: number of levels.
+      linear_projections: whether its spatial transformers use these instead of 1 x 1 convolutions.
       prefix: of the tensors' names.
     """
     flat = flatten_dict(params)
@@ -101,7 +101,7 @@ def to_tensors(
 def tensor_shapes(
     param_shapes: Mapping[str, Any], levels: int, linear_projections: bool = False, prefix: str = ""
 ) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a network whose parameters have these shapes."""
+    """The name and shape of every tensor of a network with parameters of these shapes."""
     flat = flatten_dict(param_shapes)
     empty = unflatten_dict({path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in flat.items()})
     return {name: value.shape for name, value in to_tensors(empty, levels, linear_projections, prefix).items()}
@@ -115,17 +115,17 @@ def to_params(
     linear_projections: bool = False,
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Our parameters from a network's tensors, with today's or the old names of attention, whose kernels some old files
-    have as 1 x 1 convolutions. Half precision becomes float32, which changes no value.
+    """Our parameters from a network's tensors, with the current or the old names of attention, whose kernels are 1 x 1
+    convolutions in some old files. Half precision becomes float32, which changes no value.
 
     Args:
-      path: of the file, for what is said of it.
+      path: of the file, for error messages.
       tensors: [D, C, h, w] and so on, by diffusers' names.
       param_shapes: of our network.
       levels, linear_projections, prefix: see `to_tensors`.
 
     Raises:
-      UserError: a tensor that is missing, too many, or of another shape or dtype than the network has.
+      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the network's.
     """
     names = {ours: prefix + name for ours, name in _names(param_shapes, levels)}
     wanted = tensor_shapes(param_shapes, levels, linear_projections, prefix)
@@ -148,12 +148,12 @@ def to_params(
 
 
 def paths(params: Mapping[str, Any], levels: int) -> dict[str, tuple[str, ...]]:
-    """Where each of their tensors lies in our tree; the arguments as of `to_tensors`."""
+    """The path in our tree of each diffusers tensor; the arguments as in `to_tensors`."""
     return {name: ours for ours, name in _names(params, levels)}
 
 
 def _names(params: Mapping[str, Any], levels: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(path in our tree, name in theirs) of every parameter."""
+    """Yields (path in our tree, diffusers' name) of every parameter."""
     for path in flatten_dict(params):
         block = path[0]
         if block == "pooling":
@@ -179,7 +179,7 @@ def _names(params: Mapping[str, Any], levels: int) -> Iterator[tuple[tuple[str, 
 
 
 def _pointwise(linear_projections: bool) -> tuple[str, ...]:
-    """What is a 1 x 1 convolution in theirs, and a matrix product in ours."""
+    """Layers that are 1 x 1 convolutions in diffusers and matrix products here."""
     return ("conv_shortcut",) if linear_projections else ("conv_shortcut", "proj_in", "proj_out")
 
 

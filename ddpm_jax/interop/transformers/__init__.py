@@ -1,8 +1,8 @@
-"""Folders of transformers, read and written without transformers or PyTorch: one module a family of encoders.
+"""Reads and writes transformers folders without transformers or PyTorch: one module per family of encoders.
 
-The functions here are for an encoder of text of either family, CLIP's or T5's; the config or the encoder itself says
-which. Weights are read from safetensors or PyTorch's pickles, in one file or in shards. Values in half precision become
-float32, which changes none of them.
+The functions here work for text encoders of both families, CLIP and T5, as determined by the config or the encoder.
+Weights are read from safetensors or PyTorch's pickles, in one file or in shards. Half precision becomes float32, which
+changes no value.
 """
 
 from collections.abc import Mapping
@@ -41,11 +41,11 @@ _ARCHITECTURES = (*clip.ARCHITECTURES, *t5.ARCHITECTURES)
 
 
 def read(folder: str | Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of text and its parameters, float32, of a folder with config.json and weights.
+    """Reads a text encoder and its float32 parameters from a folder with config.json and weights.
 
     Raises:
       UserError: a file that is missing or broken, an architecture or activation that is not supported, or a tensor that
-        is missing, too many, or of another shape or dtype.
+        is missing, unexpected, or of another shape or dtype.
     """
     net = read_module(folder)
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)
@@ -53,29 +53,29 @@ def read(folder: str | Path) -> tuple[Encoder, dict[str, Any]]:
 
 
 def read_module(folder: str | Path) -> Encoder:
-    """The encoder of such a folder, without its parameters; UserError as of `read`."""
+    """Reads the encoder of such a folder without its parameters; UserError as for `read`."""
     path = Path(folder) / "config.json"
     return to_module(read_json_object(path), str(path))
 
 
 def to_module(config: Mapping[str, Any], where: str = "config.json") -> Encoder:
-    """The encoder that a transformers config stands for; UserError by field."""
+    """Converts a transformers config to an encoder; UserError by field."""
     kind = architecture(config)
     require(kind in _ARCHITECTURES, "architectures", kind, where, ", ".join(_ARCHITECTURES))
     return (t5 if kind in t5.ARCHITECTURES else clip).to_module(config, where)
 
 
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Encoder) -> dict[str, Any]:
-    """The encoder's parameters from the tensors of `path`; UserError unless they are exactly those it has."""
+    """The encoder's parameters from the tensors of `path`; UserError if any is missing or unexpected."""
     if isinstance(net, T5Encoder):
         return t5.to_params(path, tensors, net)
     return clip.to_params(path, tensors, net)
 
 
 def write(folder: str | Path, net: Encoder, params: Mapping[str, Any]) -> Path:
-    """Writes a folder that transformers' `from_pretrained` opens, whole or not at all.
+    """Writes a folder that transformers' `from_pretrained` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
     return t5.write(folder, net, params) if isinstance(net, T5Encoder) else clip.write(folder, net, params)

@@ -1,7 +1,7 @@
-"""CLIP's encoders.
+"""Reads and writes CLIP's encoders.
 
-Read are encoders of text (a `CLIPTextModel`, a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), and a
-`CLIPModel` whole.
+Supported are text encoders (`CLIPTextModel`, `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), image
+encoders (`CLIPVisionModelWithProjection`), and a whole `CLIPModel`.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ _PARTS = {
     "out": "self_attn.out_proj",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# Our attribute, their field and its default.
+# Our attribute, transformers' field and its default.
 _TEXT_SIZES = {
     "vocab_size": ("vocab_size", 49_408),
     "max_length": ("max_position_embeddings", 77),
@@ -71,21 +71,21 @@ _IMAGE_SIZES = {
 _IMAGE_SIZE = ("image_size", 224)
 _CHANNELS = (1, 3)
 _PROJECTION = ("projection_dim", 512)
-_LEGACY_END = 2  # the eos_token_id of configs before transformers 4.31, by which the end is the largest id
+_LEGACY_END = 2  # eos_token_id in configs before transformers 4.31, which means that the end has the largest id
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the RGB pixels that OpenAI's CLIP was trained on, from 0 to 1
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC = 3  # Pillow's number
+_BICUBIC = 3  # Pillow's constant
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CLIP:
-    """A whole CLIP: both encoders, and how texts and images are prepared for them.
+    """A whole CLIP: both encoders, and the preprocessing of texts and images.
 
     Attributes:
-      text, image: the encoders, with projections of one width.
+      text, image: the encoders, with projections of the same width.
       params: float32, {"text": of the text encoder, "image": of the image encoder}.
-      logit_scale: logarithm of what cosine similarities are multiplied by to give logits.
-      tokenizer: of the texts, as long as the text encoder takes.
+      logit_scale: logarithm of the factor between cosine similarities and logits.
+      tokenizer: of the texts, with the text encoder's length.
       image_mean, image_std: for each channel; the image encoder takes (pixels / 255 - mean) / std.
     """
 
@@ -99,7 +99,7 @@ class CLIP:
 
 
 def clip_width(folder: str | Path) -> int:
-    """The width of the embeddings of a `CLIPModel`'s folder, by its config; UserError as of `read_clip`."""
+    """The embedding width of a `CLIPModel`'s folder, from its config; UserError as for `read_clip`."""
     path = Path(folder) / "config.json"
     config = read_json_object(path)
     kind = architecture(config)
@@ -108,10 +108,10 @@ def clip_width(folder: str | Path) -> int:
 
 
 def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
-    """The image encoder and its parameters, float32, of a `CLIPVisionModelWithProjection`'s folder.
+    """Reads an image encoder and its float32 parameters from a `CLIPVisionModelWithProjection`'s folder.
 
     Raises:
-      UserError: as `read`.
+      UserError: as for `read`.
     """
     path = Path(folder) / "config.json"
     config, where = read_json_object(path), str(path)
@@ -126,14 +126,14 @@ def read_image(folder: str | Path) -> tuple[CLIPImageEncoder, dict[str, Any]]:
 
 
 def read_clip(folder: str | Path) -> CLIP:
-    """The whole of a `CLIPModel`'s folder: config.json, weights, tokenizer and preprocessor_config.json.
+    """Reads a `CLIPModel`'s folder: config.json, weights, tokenizer and preprocessor_config.json.
 
-    Without the last file, images are prepared as OpenAI's CLIP does it.
+    Without the last file, images are preprocessed as for OpenAI's CLIP.
 
     Raises:
-      UserError: as `read`; a tokenizer that is missing or has more tokens than the encoder, or a preparation of images
-        other than CLIP's: resized bicubically, the shorter side to the encoder's size, cropped at the centre, and
-        normalised.
+      UserError: as for `read`; a tokenizer that is missing or has more tokens than the encoder; or an image
+        preprocessing other than CLIP's: resized bicubically, the shorter side to the encoder's size, cropped at the
+        centre, and normalised.
     """
     folder = Path(folder)
     config, where = read_json_object(folder / "config.json"), str(folder / "config.json")
@@ -154,10 +154,10 @@ def read_clip(folder: str | Path) -> CLIP:
 
 
 def write(folder: str | Path, net: CLIPTextEncoder, params: Mapping[str, Any]) -> Path:
-    """Writes a text encoder's folder that transformers' `from_pretrained` opens, whole or not at all.
+    """Writes a text encoder's folder that transformers' `from_pretrained` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
     config = {
         "architectures": [ARCHITECTURES[0 if net.projection is None else 1]],
@@ -209,7 +209,7 @@ def write_clip(folder: str | Path, clip: CLIP) -> Path:
 
 
 def why_not(clip: CLIP) -> str:
-    """Why transformers has no such `CLIPModel`; "" if it has."""
+    """Why transformers does not support such a `CLIPModel`; "" if it does."""
     height, width, _ = clip.image.shape
     return "" if height == width else f"is for pictures of {height}x{width}, which are not square"
 
@@ -225,7 +225,7 @@ def _text_config(net: CLIPTextEncoder) -> dict[str, Any]:
 
 
 def to_module(config: Mapping[str, Any], where: str = "config.json") -> CLIPTextEncoder:
-    """The text encoder that a transformers config stands for; UserError by field."""
+    """Converts a transformers config to a text encoder; UserError by field."""
     kind = architecture(config)
     require(kind in ARCHITECTURES, "architectures", kind, where, ", ".join(ARCHITECTURES))
     text = _half(config, "text", where) if kind == "CLIPModel" else config
@@ -248,7 +248,7 @@ def _image_module(config: Mapping[str, Any], where: str) -> CLIPImageEncoder:
 
 
 def _image_size(fields: Mapping[str, Any], where: str) -> int | tuple[int, int]:
-    """One number, as transformers has it, or the height and the width of pictures that are not square."""
+    """One number, as in transformers, or the height and the width of pictures that are not square."""
     field, default = _IMAGE_SIZE
     value = fields.get(field, default)
     if not isinstance(value, list):
@@ -259,7 +259,7 @@ def _image_size(fields: Mapping[str, Any], where: str) -> int | tuple[int, int]:
 
 
 def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The fields of one half of a CLIPModel. Older files have them a second time, and those count."""
+    """The fields of one half of a CLIPModel. Older files have them twice, and the second copy counts."""
     fields: dict[str, Any] = {}
     for field in (f"{name}_config", f"{name}_config_dict"):
         part = config.get(field) or {}
@@ -270,7 +270,7 @@ def _half(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], where: str) -> dict[str, Any]:
-    """The attributes that both encoders have, and those that `sizes` names."""
+    """The attributes that both encoders have, and those in `sizes`."""
     options: dict[str, Any] = {ours: count(fields, *theirs, where) for ours, theirs in sizes.items()}
     activation, epsilon = fields.get("hidden_act", "quick_gelu"), fields.get("layer_norm_eps", 1e-5)
     require(activation in tuple(ACTIVATIONS), "hidden_act", activation, where, ", ".join(ACTIVATIONS))
@@ -281,13 +281,13 @@ def _options(fields: Mapping[str, Any], sizes: Mapping[str, tuple[str, int]], wh
 
 
 def read_preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a preprocessor_config.json that prepares images as CLIP does."""
+    """Mean and standard deviation from a preprocessor_config.json with CLIP's preprocessing."""
     height, width, channels = net.shape
     if not path.is_file() and channels == len(_MEAN):
         return _MEAN, _STD
     config = read_json_object(path)
     both = {"height": height, "width": width}
-    # A number where newer files have an object.
+    # Older files have a number where newer ones have an object.
     sizes = {"size": (height, {"shortest_edge": height}), "crop_size": (height, both)}
     wanted = {
         **(sizes if height == width else {"size": (both,), "crop_size": (both,)}),
@@ -313,10 +313,10 @@ def read_preparation(path: Path, net: CLIPImageEncoder) -> tuple[tuple[float, ..
 
 
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: CLIPTextEncoder) -> dict[str, Any]:
-    """The text encoder's parameters from the tensors of `path`; UserError unless they are exactly those it has."""
+    """The text encoder's parameters from the tensors of `path`; UserError if any is missing or unexpected."""
     shapes = _shapes(net)
     names = {ours: _name(("text", *ours)) for ours in shapes}
-    if not any(name.startswith("text_model.") for name in tensors):  # as some releases of transformers write them
+    if not any(name.startswith("text_model.") for name in tensors):  # as written by some releases of transformers
         names = {ours: name.removeprefix("text_model.") for ours, name in names.items()}
     wanted = set(names.values())
     own = {name: v for name, v in tensors.items() if name in wanted or not (_is_image_half(name) or _is_range(name))}
@@ -324,17 +324,17 @@ def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: CLIPText
 
 
 def _is_image_half(name: str) -> bool:
-    """Whether a tensor of a CLIPModel is none of its text encoder's."""
+    """Whether a tensor of a CLIPModel does not belong to its text encoder."""
     return name.startswith("vision_model.") or name in ("visual_projection.weight", "logit_scale")
 
 
 def _is_range(name: str) -> bool:
-    """Whether a tensor is the numbers 0, 1, ... that older releases write."""
+    """Whether a tensor contains the position numbers 0, 1, ... that older releases write."""
     return name.endswith("embeddings.position_ids")
 
 
 def paths(net: CLIPTextEncoder) -> dict[str, tuple[str, ...]]:
-    """Where each tensor of a text encoder lies in our tree."""
+    """The path in our tree of each tensor of a text encoder."""
     return {_name(("text", *ours)): ours for ours in _shapes(net)}
 
 
@@ -345,7 +345,7 @@ def tensor_shapes(net: CLIPTextEncoder) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], Any]:
-    """Our paths of an encoder's parameters, with their shapes."""
+    """The paths in our tree of an encoder's parameters, with their shapes."""
     if isinstance(net, CLIPTextEncoder):
         example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     else:
@@ -354,7 +354,7 @@ def _shapes(net: CLIPTextEncoder | CLIPImageEncoder) -> dict[tuple[str, ...], An
 
 
 def _name(path: tuple[str, ...]) -> str:
-    """Their name of a parameter of ours, whose path begins with its half, "text" or "image"."""
+    """transformers' name of our parameter, whose path begins with its half, "text" or "image"."""
     if path == ("logit_scale",):
         return "logit_scale"
     half, *rest = path

@@ -1,4 +1,4 @@
-"""What all folders of transformers have in common."""
+"""Reading and writing common to all transformers folders."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from ddpm_jax.runtime.files import new_folder, write_text
 from ddpm_jax.text.tokenizers import Tokenizer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# The class that the type of a config stands for, where it names none.
+# The class implied by a config's model_type, if the config names no class.
 _KINDS = {"clip_text_model": "CLIPTextModel", "clip": "CLIPModel", "t5": "T5ForConditionalGeneration"}
 
 
 class TakesTokens(Protocol):
-    """An encoder of text.
+    """A text encoder.
 
     Attributes:
       vocab_size: number of tokens.
@@ -34,7 +34,7 @@ class TakesTokens(Protocol):
 
 
 def check_tokenizer(tokenizer: Tokenizer, net: TakesTokens, where: str) -> None:
-    """UserError for a tokenizer with more tokens, or longer texts, than the text encoder of `where` takes."""
+    """UserError for a tokenizer with more tokens, or longer texts, than the text encoder in `where` supports."""
     length = net.max_length
     if tokenizer.vocab_size > net.vocab_size or (length is not None and tokenizer.max_length > length):
         texts = "" if length is None else f" and texts of {length}"
@@ -45,7 +45,7 @@ def check_tokenizer(tokenizer: Tokenizer, net: TakesTokens, where: str) -> None:
 
 
 def architecture(config: Mapping[str, Any]) -> Any:
-    """The class that a config names, or else the one that its type stands for."""
+    """The class that a config names, or else the one implied by its model_type."""
     names = config.get("architectures")
     if isinstance(names, list) and names:
         return names[0]
@@ -53,7 +53,7 @@ def architecture(config: Mapping[str, Any]) -> Any:
 
 
 def count(fields: Mapping[str, Any], field: str, default: int, where: str) -> int:
-    """A field that is a whole number above 0."""
+    """A field that must be a whole number above 0."""
     value = fields.get(field, default)
     fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
     require(fits, field, value, where, "a whole number above 0")
@@ -67,7 +67,7 @@ def require(fits: bool, field: str, value: Any, where: str, accepted: str) -> No
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
-    """Writes a folder of tensors and JSON files, by their names without suffix, whole or not at all."""
+    """Atomically writes a folder of tensors and JSON files, which are given by name without suffix."""
     with new_folder(folder, "the folder") as temporary:
         for name, value in files.items():
             write_text(temporary / f"{name}.json", json.dumps(value, indent=2) + "\n")
@@ -81,7 +81,7 @@ def converted(
     shapes: Mapping[tuple[str, ...], Any],
     names: Mapping[tuple[str, ...], str],
 ) -> dict[str, Any]:
-    """A tree of our parameters from tensors of theirs, which must be exactly the named ones."""
+    """A tree of our parameters from transformers' tensors, which must be exactly the named ones."""
     own = tensors_lib.to_float32(tensors)
     wanted = {name: to_theirs(ours, np.broadcast_to(0, shapes[ours].shape)).shape for ours, name in names.items()}
     tensors_lib.check(path, own, wanted)
@@ -89,7 +89,7 @@ def converted(
 
 
 def to_theirs(path: tuple[str, ...], value: Any) -> np.ndarray:
-    """Our kernels are [..., C, D], theirs [D, C, ...]."""
+    """Converts our kernels [..., C, D] to transformers' [D, C, ...]."""
     return np.moveaxis(np.asarray(value), (-1, -2), (0, 1)) if path[-1] == "kernel" else np.asarray(value)
 
 

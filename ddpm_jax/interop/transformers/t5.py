@@ -1,4 +1,4 @@
-"""T5's encoder: a `T5EncoderModel`, or the encoder of a whole T5, whose decoder is left aside."""
+"""Reads and writes T5's encoder: a `T5EncoderModel`, or the encoder of a whole T5, whose decoder is ignored."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from ddpm_jax.runtime.errors import UserError
 
 ARCHITECTURES = ("T5EncoderModel", "T5Model", "T5ForConditionalGeneration", "T5WithLMHeadModel")
 
-# Our attribute, their field and its default.
+# Our attribute, transformers' field and its default.
 _SIZES = {
     "vocab_size": ("vocab_size", 32_128),
     "width": ("d_model", 512),
@@ -28,7 +28,7 @@ _SIZES = {
     "max_distance": ("relative_attention_max_distance", 128),
 }
 _GATED = "gated-"
-_GATED_GELU = "gated-gelu"  # whose GELU is the approximation
+_GATED_GELU = "gated-gelu"  # with the approximate GELU
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # a file may have one or both, which are the same
 _OTHERS = ("decoder.", "lm_head.")
 _OUTER = {
@@ -52,7 +52,7 @@ _HIDDEN = {
 
 
 def to_module(config: Mapping[str, Any], where: str = "config.json") -> T5Encoder:
-    """The encoder that a transformers config stands for; UserError by field."""
+    """Converts a transformers config to an encoder; UserError by field."""
     kind = architecture(config)
     require(kind in ARCHITECTURES, "architectures", kind, where, ", ".join(ARCHITECTURES))
     options: dict[str, Any] = {ours: count(config, *theirs, where) for ours, theirs in _SIZES.items()}
@@ -76,8 +76,8 @@ def _hidden_layer(name: Any, where: str) -> tuple[str, bool]:
 
 
 def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: T5Encoder) -> dict[str, Any]:
-    """The encoder's parameters from the tensors of `path`; UserError unless they are exactly those it has, beside those
-    of a decoder."""
+    """The encoder's parameters from the tensors of `path`; UserError if any is missing or unexpected, except for a
+    decoder's."""
     own = {name: value for name, value in tensors.items() if not name.startswith(_OTHERS)}
     tables = [own.pop(name) for name in _EMBEDDINGS if name in own]
     if tables:
@@ -108,10 +108,10 @@ def _projection(net: T5Encoder) -> str:
 
 
 def write(folder: str | Path, net: T5Encoder, params: Mapping[str, Any]) -> Path:
-    """Writes a folder that transformers' `T5EncoderModel` opens, whole or not at all.
+    """Writes a folder that transformers' `T5EncoderModel` opens, atomically.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
     flat = flatten_dict(params)
     tensors = {theirs: to_theirs(ours, flat[ours]) for theirs, ours in paths(net).items()}
@@ -119,18 +119,18 @@ def write(folder: str | Path, net: T5Encoder, params: Mapping[str, Any]) -> Path
 
 
 def paths(net: T5Encoder) -> dict[str, tuple[str, ...]]:
-    """Where each tensor of the encoder lies in our tree."""
+    """The path in our tree of each tensor of the encoder."""
     return {_name(ours, net.gated): ours for ours in _shapes(net)}
 
 
 def _shapes(net: T5Encoder) -> dict[tuple[str, ...], Any]:
-    """Our paths of the encoder's parameters, with their shapes."""
+    """The paths in our tree of the encoder's parameters, with their shapes."""
     example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return flatten_dict(jax.eval_shape(net.init, jax.random.key(0), example)["params"])
 
 
 def _name(path: tuple[str, ...], gated: bool) -> str:
-    """Their name of a parameter of ours."""
+    """transformers' name of our parameter."""
     if path[0] != "transformer":
         return _OUTER[path[0]]
     return f"encoder.block.{path[1].removeprefix('block_')}.{(_PARTS | _HIDDEN[gated])[path[-2]]}.weight"

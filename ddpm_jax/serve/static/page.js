@@ -1,11 +1,11 @@
-// The page of the playground: a form, what it asks for, and the pictures that come back.
+// The playground's page: a form, its requests, and the resulting pictures.
 
 const MAX_FILE = 15 * 2 ** 20; // bytes; the server takes a little more
 const HINTS = {
   sample: "Images from noise. The same seed and settings give the same images.",
-  interpolate: "From one picture to another; both stand at the ends of the result.",
-  vary: "A picture is covered with noise up to t and denoised again: the larger t, the less is kept.",
-  inpaint: "A part of a picture is painted anew, fitting the rest.",
+  interpolate: "From one picture to another; the two are shown at the ends of the result.",
+  vary: "Adds noise to a picture up to t and denoises it again: the larger t, the less is kept.",
+  inpaint: "Repaints a part of a picture to fit the rest.",
 };
 
 const find = (selector, root = document) => root.querySelector(selector);
@@ -13,11 +13,11 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const form = find("#form");
 const field = (name) => form.elements.namedItem(name);
 
-let run; // what the server says of it
-let running = null; // AbortController of the request that is under way
-let ends = []; // pictures that stand before and after those of the result
-let frames = []; // the way from noise to picture: a list of pictures each
-let chosen = null; // number of the picture that is pressed
+let run; // the run's facts, from the server
+let running = null; // AbortController of the current request
+let ends = []; // pictures shown before and after the results
+let frames = []; // the steps from noise to picture: a list of pictures each
+let chosen = null; // index of the selected picture
 const pictures = { first: null, second: null }; // PNG as data URLs, of the run's size
 
 // ---------------------------------------------------------------------------------------------------- settings
@@ -106,20 +106,20 @@ function show() {
   find("#go").textContent = find("[name=mode]:checked + span").textContent;
   find("#t-value").textContent = `${field("t").value} of ${run.timesteps - 1}`;
   find("#first-title").textContent = mode() === "interpolate" ? "First picture" : "Picture";
-  find("[name=spacing] option").textContent = `usual (${isArc() ? "linspace" : sampler.spacing})`;
+  find("[name=spacing] option").textContent = `default (${isArc() ? "linspace" : sampler.spacing})`;
   showChoices();
   showTexts();
   find("[data-guidance]").hidden = !canGuide();
   showSlots();
 }
 
-// An edit of which nothing is said has nothing that guidance could go towards.
+// An edit without a prompt or class has nothing to guide it.
 const isSaid = () => run.controls.some(({ name, only_guided }) => !only_guided && field(name).value.trim());
 const canGuide = () => run.guidance && !isArc() && (mode() === "sample" || isSaid());
 const isGuided = () => canGuide() && Number(field("guidance_scale").value) !== 1;
 
 function showChoices() {
-  // Where nothing is chosen sampling takes all in turn; an edit needs a network that can do without.
+  // If nothing is chosen, sampling takes all in turn; an edit needs a network that works without a condition.
   const none = mode() === "sample" ? [option("", "all in turn")] : run.unconditional ? [option("", "none")] : [];
   for (const control of run.controls.filter((control) => !isText(control))) {
     const select = field(control.name);
@@ -136,19 +136,19 @@ function showTexts() {
     const input = field(control.name);
     input.disabled = control.only_guided && !isGuided();
     input.required = !control.only_guided && !nothing;
-    input.title = input.disabled ? "only with guidance" : ""; // where a text hides the placeholder
+    input.title = input.disabled ? "only with guidance" : ""; // since a text hides the placeholder
     input.placeholder = control.only_guided ? input.title || "none" : nothing;
   }
 }
 
 function settings() {
-  // What is seen of the form, and the pictures.
+  // The visible fields of the form, and the pictures.
   const data = new FormData();
   for (const element of form.elements) {
     const isLeftOut = !element.name || ["mode", "way"].includes(element.name) || element.disabled;
     if (!isLeftOut && !element.closest("[hidden]")) data.set(element.name, element.value);
   }
-  if (run.guidance && !canGuide()) data.set("guidance_scale", 1); // not the run's own
+  if (run.guidance && !canGuide()) data.set("guidance_scale", 1); // not the run's default
   if (mode() === "interpolate") {
     data.set("first", blob(pictures.first), "first.png");
     data.set("second", blob(pictures.second), "second.png");
@@ -161,8 +161,8 @@ function settings() {
 
 function missing() {
   if (mode() !== "sample" && !pictures.first) return "Choose a picture first.";
-  if (mode() === "interpolate" && !pictures.second) return "Choose the second picture, too.";
-  if (mode() === "inpaint" && painting.isEmpty()) return "Paint over the part that shall be made anew.";
+  if (mode() === "interpolate" && !pictures.second) return "Choose the second picture as well.";
+  if (mode() === "inpaint" && painting.isEmpty()) return "Paint over the part to repaint.";
   return "";
 }
 
@@ -175,7 +175,7 @@ function blob(url) {
 
 async function answer(response) {
   const found = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(found.error ?? `the server answers ${response.status}`);
+  if (!response.ok) throw new Error(found.error ?? `the server responded with status ${response.status}`);
   return found;
 }
 
@@ -207,7 +207,7 @@ function duration(seconds) {
 
 function waiting({ ahead, seconds }) {
   const time = seconds === null ? "" : `, about ${duration(seconds)}`;
-  return `Waiting: ${ahead} ${ahead === 1 ? "request comes" : "requests come"} before this${time}.`;
+  return `Waiting: ${ahead} ${ahead === 1 ? "request is" : "requests are"} ahead of this one${time}.`;
 }
 
 async function ask() {
@@ -233,7 +233,7 @@ async function ask() {
       last = event;
       if (event.state === "failed") throw new Error(event.error);
       if (event.state === "waiting" && event.ahead) say(waiting(event));
-      if (event.state === "compiling") say("Compiling the program for this, the first time only …");
+      if (event.state === "compiling") say("Compiling, the first time only …");
       if (event.state === "running") say("Denoising …");
       if (event.calls) bar.value = event.done / event.calls;
       if (event.pictures) {
@@ -241,9 +241,9 @@ async function ask() {
         draw(event.pictures);
       }
     }
-    if (last?.state !== "done") throw new Error("the answer broke off");
+    if (last?.state !== "done") throw new Error("the response was cut off");
     bar.value = 1;
-    say(`Done in ${((performance.now() - began) / 1000).toFixed(1)} s. Choose a picture to go on with it.`);
+    say(`Done in ${((performance.now() - began) / 1000).toFixed(1)} s. Select a picture to continue with it.`);
   } catch (error) {
     if (error.name === "AbortError") say("Cancelled.");
     else say(sentence(error), true);
@@ -341,7 +341,7 @@ function showSlots() {
 }
 
 async function bring(slot, file) {
-  // The server crops and scales it, so that what is seen is what the network will see.
+  // The server crops and scales it, so that the preview is what the network will see.
   try {
     if (file.size > MAX_FILE) throw new Error(`the file has ${(file.size / 2 ** 20).toFixed(0)} MiB; accepted: up to 15`);
     const body = new FormData();
@@ -421,7 +421,7 @@ find("#anywhere").addEventListener("click", () => training.page(Math.floor(Math.
 const painting = {
   canvas: find("#canvas"),
   image: null,
-  painted: null, // Uint8Array [H * W], 1 where it shall be made anew
+  painted: null, // Uint8Array [H * W], 1 where to repaint
   cursor: null, // of the keyboard, [x, y]
   before: null, // where the pointer was
 
@@ -447,7 +447,7 @@ const painting = {
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
     context.drawImage(this.image, 0, 0, canvas.width, canvas.height);
-    // Paint that is seen on dark and on light: a colour that covers most, with light corners.
+    // Paint that is visible on dark and on light: a nearly opaque colour with light corners.
     let count = 0;
     for (let y = 0; y < height; y++) {
       for (let x = 0; x < width; x++) {
@@ -464,7 +464,7 @@ const painting = {
       context.strokeRect(x * scale + 1.5, y * scale + 1.5, scale - 3, scale - 3);
     }
     const share = Math.round((100 * count) / (width * height));
-    canvas.setAttribute("aria-label", `The picture, ${share} in 100 of it painted over`);
+    canvas.setAttribute("aria-label", `The picture, ${share} % of it painted over`);
   },
 
   dab(x, y) {
@@ -532,7 +532,7 @@ find("#clear").addEventListener("click", () => {
   painting.draw();
 });
 
-// ---------------------------------------------------------------------------------------------------- beginning
+// ---------------------------------------------------------------------------------------------------- start
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -548,7 +548,7 @@ try {
   run = await answer(await fetch("api/run"));
   fill();
   show();
-  say("Nothing yet: press Sample.");
+  say("No pictures yet: press Sample.");
 } catch (error) {
   say(sentence(error), true);
 }

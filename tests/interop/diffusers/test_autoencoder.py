@@ -1,4 +1,4 @@
-"""diffusers' `AutoencoderKL`: what is read, written and refused, and, beside diffusers itself, what comes out."""
+"""diffusers' `AutoencoderKL`: reading, writing, refusals, and comparison with diffusers' outputs."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_layout():
 
 
 def test_stable_diffusion():
-    """As its first file has it, with fields that later ones leave out or add."""
+    """The config in its first file, and fields that later ones omit or add."""
     levels = 4
     fields = {
         "_class_name": "AutoencoderKL",
@@ -143,7 +143,7 @@ def shard(folder, tensors, index):
 
 
 def test_variants_and_shards(folder, params, tensors):
-    """Of half precision where the plain file is absent; in shards; and a shard that is cut off or missing."""
+    """Half precision if there is no plain file; shards; and a truncated or missing shard."""
     for dtype, variant in ((jnp.bfloat16, "bf16"), (np.float16, "fp16")):
         save_file(
             {name: value.astype(dtype) for name, value in tensors.items()},
@@ -187,7 +187,7 @@ def test_variants_and_shards(folder, params, tensors):
             "DownEncoderBlock2D for each of block_out_channels",
         ),
         ({"up_block_types": "UpDecoderBlock2D"}, "up_block_types is 'UpDecoderBlock2D' in {}; accepted: UpDecoder"),
-        ({"magic": 1}, "magic is 1 in {}, a field that this project does not know"),
+        ({"magic": 1}, "magic is 1 in {}, but this project does not support this field"),
     ],
 )
 def test_what_is_not_ours(fields, said):
@@ -243,7 +243,7 @@ NARROW = {
 
 
 def their_autoencoder(**fields):
-    """An `AutoencoderKL` with every parameter random, and large enough that attention is not the mean of all."""
+    """An `AutoencoderKL` with random parameters, large enough that attention is not nearly uniform."""
     why = "diffusers and PyTorch are not installed (pip install -e '.[peers]')"
     torch = pytest.importorskip("torch", reason=why)
     diffusers = pytest.importorskip("diffusers", reason=why)
@@ -261,7 +261,7 @@ def their_autoencoder(**fields):
 
 
 def largest(found, expected):
-    """The largest difference over the largest value."""
+    """The largest difference relative to the largest value."""
     return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
 
 

@@ -1,4 +1,4 @@
-"""The folders of DeepFloyd IF's stages: what they become, and what is refused."""
+"""The folders of DeepFloyd IF's stages: imports and refusals."""
 
 import json
 import shutil
@@ -25,9 +25,8 @@ def test_base(folder, tmp_path):
     notes = []
     run = load(workdirs.import_weights(str(folder / "base"), tmp_path / "run", notes.append))
     assert [note.split(" is")[0] for note in notes] == [
-        "prompts are taken in lower case and without spaces at their "
-        "ends; diffusers also clears them of links and some punctuation where beautifulsoup4 and ftfy are installed "
-        "(clean_caption)",
+        "prompts are lowercased and stripped of surrounding spaces; diffusers also removes links and some punctuation "
+        "if beautifulsoup4 and ftfy are installed (clean_caption)",
         "the safety checker",
     ]
     assert (run.shape, run.config.sample.guidance_scale, run.config.sample.num_steps) == ((8, 8, 3), 7.0, 100)
@@ -52,7 +51,7 @@ EDITS = (
     ("larger", "unet/config.json", {"class_embed_type": None}, "class_embed_type is None.*accepted: 'timestep'"),
     ("larger", "unet/config.json", {"sample_size": 30}, "sample_size is"),
     ("base", "unet/config.json", {"encoder_hid_dim": 12}, "encoder_hid_dim is 12"),
-    ("larger", "image_noising_scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "another noise schedule"),
+    ("larger", "image_noising_scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "a different noise"),
 )
 
 
@@ -69,5 +68,5 @@ def test_configs_that_are_refused(folder, tmp_path, stage, file, edit, said):
 def test_parts_that_are_not_there(folder, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "x")
     shutil.rmtree(tmp_path / "x" / "text_encoder")
-    with pytest.raises(UserError, match="has no text_encoder/, which a pipeline of diffusers' IFPipeline has"):
+    with pytest.raises(UserError, match="has no text_encoder/, which diffusers' IFPipeline has"):
         workdirs.import_weights(str(tmp_path / "x"), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Both stages of DeepFloyd IF, narrow, against diffusers' pipelines with the same noise."""
+"""Both stages of a narrow DeepFloyd IF against diffusers' pipelines with the same noise."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def larger(folder):
 
 
 def asked(steps, scale):
-    """The same for both, with noise that is far from what the network takes x_0 for."""
+    """The same request for both, with noise that is far from the predicted x_0."""
     ours = {"prompts": PROMPTS, "num_steps": steps, "guidance_scale": scale}
     theirs = {"prompt": [prompt.strip().lower() for prompt in PROMPTS], "clean_caption": False}
     theirs |= {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "pt"}

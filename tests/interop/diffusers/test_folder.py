@@ -1,4 +1,4 @@
-"""By command: folders as diffusers writes them, of other networks than the article's."""
+"""Importing and exporting diffusers folders of various networks, by command."""
 
 import json
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def write(path, num_classes=0, channels=3, **sample):
-    """A folder of a small network of diffusers' defaults, with random weights."""
+    """A folder with a small network with diffusers' defaults and random weights."""
     config, rng = config_lib.default_config(), np.random.default_rng(0)
     config.data.update(height=8, width=16, channels=channels)
     config.model.update(
@@ -45,7 +45,7 @@ def test_a_network_with_classes(call, tmp_path):
     assert json.loads((source / "scheduler/scheduler_config.json").read_text())["set_alpha_to_one"] is False
     status, output = call("--mode=import", f"--source={source}", f"--workdir={workdir}", config=None)
     assert status == 0, output
-    assert "DDIMScheduler: eps follows from the clipped x_0, diffusers' use_clipped_model_output" in output
+    assert "DDIMScheduler: eps is computed from the clipped x_0, like diffusers' use_clipped_model_output" in output
     run = load(workdir)
     assert run.dataset["class_names"] == ["0", "1", "2"]
     assert {name: run.config.sample[name] for name in sample} == sample
@@ -76,7 +76,7 @@ def test_images_of_two_channels(call, tmp_path):
 
 
 def test_files_of_the_hub():
-    """One form of each weight, and no safety checker."""
+    """One format of each weights file, and no safety checker."""
     wanted = [
         "feature_extractor/preprocessor_config.json",  # of Karlo's image encoder
         "model_index.json",
@@ -106,7 +106,7 @@ def test_files_of_the_hub():
 
 
 def test_located_on_the_hub(tmp_path, monkeypatch):
-    """Downloaded are the chosen files; where the hub cannot be reached, what the cache has."""
+    """The chosen files are downloaded, or taken from the cache if the hub cannot be reached."""
     hub, asked = pytest.importorskip("huggingface_hub"), []
 
     def download(name, **options):

@@ -1,4 +1,4 @@
-"""Against diffusers and PyTorch: every variant of the network, and whole sampling runs by each scheduler."""
+"""Comparison with diffusers and PyTorch: all variants of the network, and whole sampling runs with each scheduler."""
 
 import importlib
 import json
@@ -38,12 +38,12 @@ def save(net, folder, scheduler=None):
 
 
 def written(config):
-    """A config as a JSON file has it, without who wrote it."""
+    """A config as in a JSON file, without the metadata of its writer."""
     return {name: value for name, value in json.loads(json.dumps(dict(config))).items() if not name.startswith("_")}
 
 
 def compare(measure, name, theirs, folder):
-    """Outputs, gradients and the way back of the network that `folder` holds."""
+    """Checks outputs, gradients and the export of the network in `folder`."""
     described, params = folder_lib.read(folder)
     net = config_lib.make_model(described.config, of_classes(described.num_classes)).net
     size, rng = described.config.data, np.random.default_rng(0)
@@ -100,7 +100,7 @@ def test_networks(measure, name, tmp_path):
 
 @pytest.mark.slow
 def test_super_resolution(measure):
-    """Karlo's, narrow: an image is joined to the input."""
+    """A narrow version of Karlo's: an image is concatenated to the input."""
     theirs = their_network(NARROW_SUPER_RESOLUTION)
     config = config_lib.default_config()
     unet_lib.read(config, dict(theirs.config), "config.json", image_channels=3)
@@ -144,7 +144,7 @@ def test_sampled_by_command(call, tmp_path, name):
 
 
 def drawn(seed):
-    """A network of options drawn at random, all of which diffusers itself takes."""
+    """A network with random options, all supported by diffusers."""
     rng = random.Random(seed)
     levels = rng.choice([1, 2, 3])
     down, up = [], []
@@ -200,7 +200,7 @@ def compare_outputs(measure, theirs, folder):
 
 @pytest.mark.slow
 def test_ten_networks_drawn_at_random(measure, tmp_path):
-    """Each agrees or is refused by name."""
+    """Each agrees with diffusers, or is refused with the name of a field."""
     refused = []
     for seed in range(10):
         theirs = their_network(drawn(seed))
@@ -224,7 +224,7 @@ def smooth_network(x, t):
 
 
 def in_float64(scheduler, config):
-    """Rounding of their float32 schedule is not what is compared."""
+    """Replaces their float32 schedule, so that its rounding does not matter."""
     betas = torch.tensor(config_lib.make_betas_from(config))
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
     if "set_alpha_to_one" in scheduler.config:
@@ -234,7 +234,7 @@ def in_float64(scheduler, config):
 
 
 def replay(table, x, output, noise):
-    """A table in a NumPy loop, for a network of eps or v."""
+    """Runs a table in a NumPy loop, for a network that predicts eps or v."""
     kept, past = np.zeros_like(x), [np.zeros_like(x)] * 3
     for i, t in enumerate(table.t):
         predicted = smooth_network(x, t)
@@ -291,7 +291,7 @@ def test_their_sigmoid_schedule(measure):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_written_back(name):
-    """The same class with the same fields, where it is the method that the run samples by; else an equal one."""
+    """The same class and fields if the run samples with that method; otherwise an equivalent scheduler."""
     kind, fields, _ = SCHEDULERS[name]
     theirs, config = getattr(diffusers, kind)(**fields), config_lib.default_config()
     scheduler_lib.read(config, json.loads(theirs.to_json_string()), "scheduler_config.json")

@@ -76,7 +76,7 @@ def test_written_and_read(tmp_path, name):
 
 
 def test_karlo_s():
-    """The fields of its file; the rest are diffusers' defaults."""
+    """The fields in Karlo's file; the others have diffusers' defaults."""
     fields = {"_class_name": "PriorTransformer", "_diffusers_version": "0.15.0.dev0", "additional_embeddings": 4}
     fields |= {"attention_head_dim": 64, "dropout": 0.0, "embedding_dim": 768, "num_attention_heads": 32}
     net, widths = prior.to_module({**fields, "num_embeddings": 77, "num_layers": 20})
@@ -135,13 +135,13 @@ def test_what_diffusers_cannot_have(tmp_path):
     params = drawn(jax.eval_shape(NET.init, jax.random.key(0), x, t, cond)["params"])
     said = refusal(prior.write, tmp_path / "prior", NET, params, statistics(12))
     assert said == (
-        "the text's tokens have width 9; diffusers' PriorTransformer only has that of the image embeddings, 12"
+        "the text's tokens have width 9; accepted by diffusers' PriorTransformer: the image embeddings', 12"
     )
     assert not (tmp_path / "prior").exists()
     cond = {"tokens": jnp.zeros((1, 2, 6)), "vector": jnp.zeros((1, 5))}
     params = drawn(jax.eval_shape(MODULE.init, jax.random.key(0), jnp.zeros((1, 6)), cond)["params"])
     said = refusal(embedding_condition.write, tmp_path / "projection", MODULE, params)
-    assert said.startswith("the text's embedding has width 5; diffusers' UnCLIPTextProjModel only has")
+    assert said.startswith("the text's embedding has width 5; accepted by diffusers' UnCLIPTextProjModel: ")
 
 
 # What stands before the decoder.

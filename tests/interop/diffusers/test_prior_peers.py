@@ -96,7 +96,7 @@ def test_priors(measure, tmp_path, name):
 
 
 def test_karlo_s_prior_has_these_tensors():
-    """The full size, without its memory."""
+    """The full size, without allocating it."""
     with torch.device("meta"):
         theirs = diffusers.PriorTransformer()
     expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
@@ -192,7 +192,7 @@ def test_runs_of_unclip_s_scheduler(measure, monkeypatch, name, steps):
 
 
 def test_unclip_s_timesteps():
-    """Where one lies at an exact half, rounding errors say which of its neighbours it becomes; nothing else differs."""
+    """A timestep at an exact half may be rounded either way; there are no other differences."""
     theirs, schedule = diffusers.UnCLIPScheduler(), config_lib.make_schedule_from(config_lib.default_config())
     for steps in range(2, 1001):
         theirs.set_timesteps(steps)

@@ -61,18 +61,18 @@ def test_what_diffusers_passes_over():
         ("DDIMScheduler", {"timestep_spacing": "linspace"}, "num_train_timesteps // num_inference_steps"),
         ("DDIMScheduler", {"timestep_spacing": "trailing"}, "if the number of steps does not divide"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
-        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not one"),
+        ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not"),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "the result is x here, in diffusers x / a"),
         ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "abar 2^-24"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not one of this project's methods"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not supported"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type 'heun' is not"),
         (
             "DPMSolverMultistepScheduler",
             {"solver_order": 1, "algorithm_type": "sde-dpmsolver++", "variance_type": "learned_range"},
-            "solver_order 1 is not one of this project's methods; the run's is dpmpp_2m_sde",
+            "solver_order 1 is not supported; the run uses dpmpp_2m_sde",
         ),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver' is not"),
-        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1: sampling starts at"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1: ignored"),
         ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, "called at the nearest timestep here"),
         (
             "DPMSolverMultistepScheduler",
@@ -80,7 +80,7 @@ def test_what_diffusers_passes_over():
             "called at the nearest timestep here",
         ),
         ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "the last steps keep their order here"),
-        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type 'bh1' is not one of this project's methods"),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type 'bh1' is not supported"),
         ("UniPCMultistepScheduler", {"solver_order": 4}, "solver_order 4 is not"),
         ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector (0,) is not"),
         ("UniPCMultistepScheduler", {"rescale_betas_zero_snr": True}, "abar 2^-24"),
@@ -107,8 +107,8 @@ def test_what_is_sampled_otherwise_is_said(kind, fields, said):
         ("UnCLIPScheduler", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
         ("UnCLIPScheduler", {"variance_type": "fixed_large"}, "variance_type is 'fixed_large'"),
         ("DDPMScheduler", {"thresholding": True, "sample_max_value": 0.5}, "sample_max_value is 0.5"),
-        ("DDPMScheduler", {"num_train_timesteps": "many"}, "holds a value that does not fit"),
-        ("DDPMScheduler", {"magic": 1}, "magic is 1 in 'scheduler_config.json', a field that this project"),
+        ("DDPMScheduler", {"num_train_timesteps": "many"}, "has an invalid value"),
+        ("DDPMScheduler", {"magic": 1}, "magic is 1 in 'scheduler_config.json', but this project does not"),
         ("DDIMScheduler", {"timestep_spacing": "even"}, "timestep_spacing is 'even'"),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas is True"),
@@ -147,7 +147,7 @@ def test_clip_ranges():
     config.sample.update(sampler="dpmpp_2m", spacing="linspace", levels="logsnr")
     fields, notes = scheduler.to_fields(config)
     assert not fields["thresholding"]
-    assert "DPMSolverMultistepScheduler does not clip the predicted x_0 to 2.5, as this run does" in notes
+    assert "DPMSolverMultistepScheduler does not clip the predicted x_0 to 2.5, unlike this run" in notes
     assert read("DDPMScheduler", clip_sample=False, clip_sample_range=3.0)[0].diffusion.clip_range == 1.0
 
 
@@ -169,16 +169,16 @@ def test_unclip(fields):
 @pytest.mark.parametrize(
     ("part", "field", "value", "said"),
     [
-        ("diffusion", "schedule", "linear", "config.diffusion.schedule is 'linear'; diffusers' UnCLIPScheduler only"),
+        ("diffusion", "schedule", "linear", "config.diffusion.schedule is 'linear'; accepted by diffusers'"),
         ("diffusion", "betas", (0.1, 0.2), "config.diffusion.betas is (0.1, 0.2)"),
         ("diffusion", "schedule_options", {"offset": 0.1}, "config.diffusion.schedule_options is {'offset': 0.1}"),
         (
             "diffusion",
             "prediction",
             "v",
-            "config.diffusion.prediction is 'v'; diffusers' UnCLIPScheduler only has 'eps'",
+            "config.diffusion.prediction is 'v'; accepted by diffusers' UnCLIPScheduler: 'eps'",
         ),
-        ("diffusion", "variance", "fixed_large", "only has 'fixed_small' or 'learned'"),
+        ("diffusion", "variance", "fixed_large", "accepted by diffusers' UnCLIPScheduler: 'fixed_small' or 'learned'"),
         ("sample", "sampler", "ddim", "config.sample.sampler is 'ddim'"),
         ("sample", "spacing", "leading", "config.sample.spacing is 'leading'"),
     ],
@@ -248,7 +248,7 @@ def test_configs_there_and_back(name):
         ({"sampler": "heun"}, "HeunDiscreteScheduler has no spacing 'logsnr'; linspace is written"),
         ({"sampler": "heun", "spacing": "linspace"}, "HeunDiscreteScheduler starts from noise of the first level"),
         ({"sampler": "heun", "spacing": "linspace"}, "HeunDiscreteScheduler calls the network at fractional timesteps"),
-        ({"sampler": "ddim", "levels": "karras"}, "DDIMScheduler does not take the noise levels 'karras'"),
+        ({"sampler": "ddim", "levels": "karras"}, "DDIMScheduler does not support the noise levels 'karras'"),
         ({"sampler": "unipc", "levels": "logsnr"}, "calls the network at the timestep below, this run at the nearest"),
         ({"sampler": "unipc", "levels": "karras", "fractional": True}, "calls the network at whole timesteps"),
         ({"sampler": "plms"}, "PNDMScheduler does not clip the predicted x_0"),
@@ -257,7 +257,7 @@ def test_configs_there_and_back(name):
         ({"stop_at_first": True}, "DDPMScheduler ends at the clean image"),
         ({"skip_lowest": True}, "DDPMScheduler does not leave out the lowest timestep"),
         ({"sampler": "dpmpp_2m", "spacing": "linspace"}, "takes num_steps + 1 timesteps"),
-        ({"sampler": "dpmpp_2m"}, "takes the noise levels of spacing 'logsnr' between timesteps too"),
+        ({"sampler": "dpmpp_2m"}, "uses the noise levels of spacing 'logsnr' even between timesteps"),
     ],
 )
 def test_what_diffusers_samples_otherwise_is_said(sample, said):
@@ -270,9 +270,9 @@ def test_what_diffusers_samples_otherwise_is_said(sample, said):
 @pytest.mark.parametrize(
     ("sampler", "diffusion", "said"),
     [
-        ("ddim", {"variance": "learned", "loss": "hybrid"}, "DDIMScheduler does not take a learned variance"),
-        ("plms", {"prediction": "x_0"}, "PNDMScheduler does not take a network of x_0; DDPMScheduler is written"),
-        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not take pure noise at the last timestep"),
+        ("ddim", {"variance": "learned", "loss": "hybrid"}, "DDIMScheduler does not support a learned variance"),
+        ("plms", {"prediction": "x_0"}, "PNDMScheduler does not support prediction of x_0; DDPMScheduler is written"),
+        ("plms", {"prediction": "v", "zero_terminal_snr": True}, "not support pure noise at the last timestep"),
     ],
 )
 def test_what_a_scheduler_does_not_take_is_written_as_ddpm(sampler, diffusion, said):

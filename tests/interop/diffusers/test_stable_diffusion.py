@@ -1,4 +1,4 @@
-"""Whole pipelines of Stable Diffusion, narrow and of random weights, beside diffusers' own; and broken folders."""
+"""Whole narrow Stable Diffusion pipelines with random weights, against diffusers' own; and broken folders."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def folder(original, tmp_path):
 
 
 def test_an_imported_pipeline_is_a_run(folder, tmp_path):
-    """It samples after the folder is gone, at other sizes too, and each picture depends on its number alone."""
+    """It samples after the folder is gone, at other sizes too, and each picture depends only on its number."""
     run = ddpm_jax.load(workdirs.import_weights(str(folder), tmp_path / "run"))
     shutil.rmtree(folder)
     run = ddpm_jax.load(tmp_path / "run")
@@ -130,7 +130,7 @@ def change_tensors(path, change):
 
 
 def refused(folder, tmp_path):
-    """What is said of the folder, in one sentence; nothing is left behind."""
+    """The message about the folder; nothing is left behind."""
     with pytest.raises(UserError) as caught:
         workdirs.import_weights(str(folder), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -208,11 +208,11 @@ def test_parts_of_other_pipelines(folder, tmp_path, part, whose, there):
 
 
 def test_parts_that_are_named_and_empty(folder, tmp_path):
-    """diffusers writes [null, null] for what a pipeline leaves out."""
+    """diffusers writes [null, null] for parts that a pipeline omits."""
     change_json(folder / "model_index.json", text_encoder_2=[None, None], safety_checker=["stable_diffusion", "Some"])
     told = []
     workdirs.import_weights(str(folder), tmp_path / "run", tell=told.append)
-    assert told == ["the safety checker is left aside: the run does not check its pictures"]
+    assert told == ["the safety checker is ignored: the run does not check its pictures"]
 
 
 @pytest.mark.parametrize(
@@ -223,15 +223,15 @@ def test_parts_that_are_named_and_empty(folder, tmp_path):
             {"_class_name": "StableDiffusionXLPipeline"},
             "_class_name is 'StableDiffusionXLPipeline'",
         ),
-        ("vae/config.json", {"latent_channels": 3}, "out_channels is 4 in {unet}, and latent_channels 3 in {vae}"),
+        ("vae/config.json", {"latent_channels": 3}, "out_channels is 4 in {unet}, but latent_channels is 3 in {vae}"),
         (
             "unet/config.json",
             {"cross_attention_dim": 32},
-            "cross_attention_dim is 32 in {unet}, and hidden_size 24 in {text_encoder}; accepted: the same",
+            "cross_attention_dim is 32 in {unet}, but hidden_size is 24 in {text_encoder}; accepted: the same",
         ),
         ("unet/config.json", {"in_channels": 5}, "in_channels is 5 in {unet}; accepted: 4, 9"),
         ("unet/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {unet}; accepted: 'whole numbers"),
-        ("unet/config.json", {"block_out_channels": 16}, "holds a value that does not fit"),
+        ("unet/config.json", {"block_out_channels": 16}, "has an invalid value"),
         ("vae/config.json", {"layers_per_block": "x"}, "layers_per_block is 'x' in {vae}; accepted: whole numbers"),
         ("vae/config.json", {"down_block_types": ["Some"] * 2}, "down_block_types is ['Some', 'Some'] in {vae}"),
         ("scheduler/scheduler_config.json", {"_class_name": "Some"}, "_class_name is 'Some' in {scheduler}"),

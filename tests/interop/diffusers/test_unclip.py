@@ -1,4 +1,4 @@
-"""The folders of whole pipelines of Karlo: what they become, and what is refused."""
+"""The folders of whole Karlo pipelines: imports and refusals."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def imported(folder):
 
 
 def refusal(source, tmp_path):
-    """What an import says, which leaves nothing."""
+    """The message of an import that fails, and leaves nothing behind."""
     with pytest.raises(UserError) as caught:
         workdirs.import_weights(str(source), tmp_path / "run")
     assert not (tmp_path / "run").exists()

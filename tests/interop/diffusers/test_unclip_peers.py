@@ -41,9 +41,9 @@ def variations(tmp_path_factory):
 
 
 def patch(monkeypatch, stages, first, module):
-    """The noise of these stages, the first of them being number `first` of the pipeline, for a pipeline of `module`.
+    """Gives diffusers' pipeline in `module` the noise of these stages, which start at number `first` of our pipeline.
 
-    The small picture is rounded to 8 bits, as between the stages of a run; what it was is in the list returned.
+    The small picture is rounded to 8 bits, as between our stages; the returned list gets the unrounded one.
     """
     from diffusers.schedulers import scheduling_unclip
 

@@ -20,7 +20,7 @@ def read(fields):
 
 
 def written(fields):
-    """What is written back, as its file has it."""
+    """The exported config, as in a JSON file."""
     return json.loads(json.dumps(unet.to_fields(*read(fields))))
 
 
@@ -86,7 +86,7 @@ def test_other_options():
 
 
 def test_resampling_of_one_kind():
-    """UNetRes is a prefix of old; where all levels halve alike, one field says so."""
+    """UNetRes is an old prefix; if all levels use the same resampling, one field gives it."""
     fields = {"down_block_types": ("UNetResDownBlock2D", "AttnDownBlock2D"), "downsample_type": None}
     assert read(DEFAULT | fields)[0].model.downsample == "conv"
     fields = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
@@ -134,7 +134,7 @@ def test_half_precision(dtype):
     ("fields", "said"),
     [
         ({"act_fn": "elu"}, "act_fn is 'elu'"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier' in 'config.json', which takes the log"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier' in 'config.json', which divides by"),
         ({"time_embedding_type": "learned"}, "num_train_timesteps is None in 'config.json'; accepted: 1000"),
         ({"time_embedding_dim": 64}, "time_embedding_dim is 64"),
         ({"downsample_padding": 2}, "downsample_padding is 2 in 'config.json'; accepted: 0, 1"),
@@ -154,12 +154,12 @@ def test_half_precision(dtype):
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'"),
         ({"freq_shift": 2}, "config.model.time_frequency_shift is 2.0; accepted: 0 to 1"),
         ({"in_channels": 1}, "out_channels is 3 in 'config.json'; accepted: 1"),
-        ({"magic": 1}, "magic is 1 in 'config.json', a field that this project does not know"),
+        ({"magic": 1}, "magic is 1 in 'config.json', but this project does not support this field"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel'"),
         ({"sample_size": None}, "sample_size is None"),
         ({"sample_size": 9, "downsample_padding": 0}, "an image of 9x9 cannot be halved 1 times"),
         ({"layers_per_block": "two"}, "num_res_blocks"),
-        ({"block_out_channels": "ab"}, "holds a value that does not fit"),
+        ({"block_out_channels": "ab"}, "has an invalid value"),
     ],
 )
 def test_what_is_not_ours(fields, said):
@@ -172,12 +172,12 @@ def test_what_is_not_ours(fields, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"downsample": "avg_pool"}, "config.model.downsample is 'avg_pool'; diffusers' UNet2DModel only has conv and"),
+        ({"downsample": "avg_pool"}, "config.model.downsample is 'avg_pool'; diffusers' UNet2DModel only supports"),
         ({"upsample": "transposed"}, "config.model.upsample is 'transposed'"),
         ({"attention_patch_size": 2}, "config.model.attention_patch_size is 2"),
         ({"class_conditional": True}, "config.model.class_conditional is True"),
         ({"channel_multipliers": (2, 4)}, "config.model.channels is 8; .* begins with the 16 channels of the first"),
-        ({"middle_attention_groups": 0}, "leaves that norm out with scale_shift only"),
+        ({"middle_attention_groups": 0}, "only leaves out that norm with scale_shift"),
         ({"num_heads": 2, "attention_levels": (True, True)}, r"config.model.num_heads is 2; .*levels of \[8, 16\]"),
         (
             {

@@ -1,4 +1,4 @@
-"""Stable Diffusion's network against diffusers': narrow ones of every option, and 1.5 and 2.1 of full size."""
+"""Stable Diffusion's network against diffusers': narrow ones with every option, and 1.5 and 2.1 at full size."""
 
 import json
 from functools import partial
@@ -34,7 +34,7 @@ def read(fields):
 
 
 def inputs(net, layout, batch, size, tokens):
-    """x, t and cond of random numbers."""
+    """Random x, t and cond."""
     x, _, cond = unet_condition.example(net, layout, tokens)
     rng = np.random.default_rng(0)
 
@@ -51,7 +51,7 @@ def inputs(net, layout, batch, size, tokens):
 
 
 def call(theirs, x, t, cond):
-    """Their output, with the image, if there is one, behind the latents' channels."""
+    """Their output; an image, if there is one, is concatenated to the latents' channels."""
     joined = torch.cat([x, to_torch(cond["image"])], dim=1) if "image" in cond else x
     others = {
         "class_labels": cond.get("level", cond.get("vector")),

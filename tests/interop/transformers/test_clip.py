@@ -1,4 +1,4 @@
-"""Folders of transformers: what is read and refused, and, beside transformers itself, what comes out."""
+"""CLIP's transformers folders: reading, refusals, and comparison with transformers' outputs."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_written_and_read(tmp_path, end_token, projection):
 
 
 def test_the_text_half_of_a_whole_clip(folder, params):
-    """As older files have it: the image half beside it, the positions' numbers, and the fields a second time."""
+    """As in older files: with the image half, the position numbers, and the fields twice."""
     text = json.loads((folder / "config.json").read_text()) | {"projection_dim": 7}
     architectures = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 5}
     clip = {"text_config": text | {"hidden_act": "gelu"}, "text_config_dict": text}
@@ -85,7 +85,7 @@ def test_half_precision_in_shards_without_prefix(folder, params, dtype):
     (folder / file).unlink()
     assert refusal(interop.read, folder) == f"{str(folder / file)!r} is not a file"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    assert "names '../a.safetensors'; accepted: files of its own folder" in refusal(interop.read, folder)
+    assert "names '../a.safetensors'; accepted: files in the same folder" in refusal(interop.read, folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "has no weight_map" in refusal(interop.read, folder)
 
@@ -128,7 +128,7 @@ def test_refused_folders(folder):
     (folder / "model.safetensors").unlink()
     assert "has no weights; accepted: model.safetensors or pytorch_model.bin" in refusal(interop.read, folder)
     (folder / "config.json").write_text("[]")
-    assert "holds no JSON object" in refusal(interop.read, folder)
+    assert "is not a JSON object" in refusal(interop.read, folder)
     (folder / "config.json").write_text("{")
     assert "is not valid JSON" in refusal(interop.read, folder)
     assert "config.json' cannot be read: No such file or directory" in refusal(interop.read, folder / "elsewhere")
@@ -163,7 +163,7 @@ def test_a_whole_clip_written_and_read(clip, clip_folder):
 
 
 def test_an_older_clip_in_half_precision(clip, clip_folder):
-    """Fields a second time, sizes as numbers, no preprocessor_config.json but OpenAI's."""
+    """With the fields twice, sizes as numbers, and OpenAI's defaults without a preprocessor_config.json."""
     config = json.loads((clip_folder / "config.json").read_text())
     vision = config["vision_config"]
     edit_config(clip_folder, vision_config=vision | {"num_hidden_layers": 9}, vision_config_dict=vision)

@@ -1,4 +1,4 @@
-"""T5's folders: what is read and refused, and, beside transformers itself, what comes out."""
+"""T5's folders: reading, refusals, and comparison with transformers' outputs."""
 
 import json
 
@@ -195,7 +195,7 @@ def test_narrow_encoders(measure, tmp_path, kind, model):
 @pytest.mark.peers
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_whole_t5(tmp_path, legacy):
-    """A T5ForConditionalGeneration in bfloat16 with PyTorch's pickles, in which the table of tokens is there thrice."""
+    """A T5ForConditionalGeneration in bfloat16 with PyTorch's pickles, with the embedding table three times."""
     peer = Peer("T5ForConditionalGeneration", tmp_path, **NARROW)
     (tmp_path / "model.safetensors").unlink()
     state, path = peer.net.bfloat16().state_dict(), tmp_path / "pytorch_model.bin"
