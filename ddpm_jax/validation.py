@@ -1,6 +1,7 @@
 """Everything in a config that could not run, said before anything is compiled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config.limits import check_types, check_values
 from ddpm_jax.data import digits
 from ddpm_jax.diffusion import losses
-from ddpm_jax.diffusion.schedules import BETAS_OF
+from ddpm_jax.diffusion.schedules import BETAS_OF, Schedule
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.runtime.parallel import mesh_shape
 from ddpm_jax.sampling.condition import check_guidance
+from ddpm_jax.sampling.generate import Model
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mapping[str, Any] | None = None) -> None:
@@ -23,20 +25,42 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
 
     With num_devices, also for what so many devices could not train. `dataset` is what the workdir has of the data.
     """
-    check_types(config)
-    check_values(config)
-    _check_together(config)
+    _check_fields(config)
     if num_devices is not None:
         _check_training(config)
         _check_devices(config, num_devices)
-    try:
+    with _as_config_errors():
         _trace(config, dataset)
+
+
+def make_valid_model(
+    config: ConfigDict, dataset: Mapping[str, Any] | None, dtype: str | None = None
+) -> tuple[Model, Any]:
+    """The model of a run that exists and the shapes of its parameters, for a process that does not train it.
+
+    Raises UserError as `validate` does, except for what only training needs, which takes longer to trace.
+    """
+    _check_fields(config)
+    with _as_config_errors():
+        _check_schedule_and_sampling(config)
+        model = config_lib.make_model(config, dataset, dtype)
+        check_guidance(model.condition, config_lib.guidance(config))
+        return model, model.param_shapes()
+
+
+@contextmanager
+def _as_config_errors() -> Iterator[None]:
+    """Turns the errors of the parts that a config builds into UserErrors."""
+    try:
+        yield
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"config: {first_line(error)}") from None
 
 
-def _check_together(config: ConfigDict) -> None:
-    """What cannot be together in one config."""
+def _check_fields(config: ConfigDict) -> None:
+    """Each field, and what cannot be together in one config."""
+    check_types(config)
+    check_values(config)
     _check_condition(config)
     if config.autoencoder.source:
         _check_latents(config)
@@ -262,14 +286,20 @@ def _check_devices(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
-    """Traces the first step of training, of an autoencoder or a CLIP the start alone; errors are those of the parts."""
+def _check_schedule_and_sampling(config: ConfigDict) -> Schedule:
+    """The schedule, if its last timestep and its sampling steps can be used."""
     schedule = config_lib.make_schedule_from(config)
     if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             "diffusion.prediction 'eps' says nothing at the last timestep, which is pure noise; accepted there: x_0, v"
         )
     config_lib.sampling_calls(config, schedule)
+    return schedule
+
+
+def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
+    """Traces the first step of training, of an autoencoder or a CLIP the start alone; errors are those of the parts."""
+    schedule = _check_schedule_and_sampling(config)
     optimizer = config_lib.make_optimizer(config)
     if config.train.objective == "clip":
         text, image = config_lib.make_clip_encoders(config, dataset)

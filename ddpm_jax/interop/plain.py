@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.validation import validate
+from ddpm_jax.validation import make_valid_model
 
 _FORMAT = "ddpm_jax"
 
@@ -67,7 +67,6 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
             raise ValueError("a valid step or a complete description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
-    validate(config, dataset=dataset)
-    shapes = flatten_dict(config_lib.make_model(config, dataset).param_shapes(), sep=".")
+    shapes = flatten_dict(make_valid_model(config, dataset)[1], sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
     return config, dataset, step, unflatten_dict(tensors, sep=".")

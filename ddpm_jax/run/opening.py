@@ -21,7 +21,7 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.captions import CaptionCondition
 from ddpm_jax.sampling.generate import Model
 from ddpm_jax.text.encoders import FrozenTexts
-from ddpm_jax.validation import validate
+from ddpm_jax.validation import make_valid_model
 
 
 def open_run(
@@ -50,15 +50,14 @@ def open_run(
     config, dataset = workdir.read_config(path), workdir.read_dataset(path)
     if dtype is not None:
         config.model.dtype = dtype
-    validate(config, dataset=dataset)
     _check_draws(config, path)
     ema_decay = None if raw else _decay(config, ema_decay)
     if dataset is None:
         raise UserError(f"{str(path)!r} has no checkpoint yet")
+    model, shapes = make_valid_model(config, dataset, dtype)
     devices, fsdp = jax.device_count(), config.mesh.fsdp
     mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))
-    model = config_lib.make_model(config, dataset, dtype)
-    folder, shapes, part = Path(path).expanduser(), model.param_shapes(), _part(dataset, ema_decay)
+    folder, part = Path(path).expanduser(), _part(dataset, ema_decay)
     if config.lora.rank:
         _, base = _restored(folder / workdir.BASE, None, "params", shapes, mesh, dtype)
         found, adapted = _restored(folder, step, part, _adapter_shapes(config, shapes), mesh, None)
