@@ -111,7 +111,7 @@ def test_precision(runs):
 def test_no_start_of_another_run(runs):
     config = finetune.get_config(str(runs / "adapted"))
     assert (config.lora.rank, config.lora.text_encoder) == (0, False)
-    with pytest.raises(UserError, match=r"adapted its text encoder .* does not take over"):
+    with pytest.raises(UserError, match=r"adapted its text encoder .* cannot be taken over"):
         start_weights(config, None)
 
 
