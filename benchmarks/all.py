@@ -23,6 +23,7 @@ PEERS = ("torch", "diffusers")
 BENCHMARKS = [
     ("train_step.py", PEERS, None),
     ("train_step.py --network=cifar10_64", PEERS, None),
+    ("train_step.py --network=small", PEERS, None),
     ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
     ("cores.py", (), ["--config", "digits", "--rounds", "5"]),
     ("stable_diffusion.py", (*PEERS, "transformers"), None),

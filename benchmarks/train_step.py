@@ -1,6 +1,6 @@
 """A whole training step: forward, backward, clipping, Adam, EMA.
 
-    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|digits]
+    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|small|digits]
     python benchmarks/train_step.py --batch 128 --dtype bfloat16 --steps 20      # on a GPU
 
 Ours against diffusers' UNet2DModel of equal size in PyTorch, eager and with torch.compile, on the same device:
@@ -20,6 +20,7 @@ from common import alternate, planned, report
 NETWORKS = {
     "cifar10": {"parameters": 35_746_307, "batch": 16, "shape": (32, 32, 3)},
     "cifar10_64": {"parameters": 8_952_067, "batch": 16, "shape": (32, 32, 3)},
+    "small": {"parameters": 1_062_497, "batch": 64, "shape": (28, 28, 1)},
     "digits": {"parameters": 701_345, "batch": 64, "shape": (8, 8, 1)},
 }
 
@@ -34,14 +35,19 @@ def ours(network, batch_size, dtype, steps):
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from configs import cifar10, digits
     from ddpm_jax import config as config_lib
+    from ddpm_jax.runtime import cores
     from ddpm_jax.training.objectives import make_objective
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step
 
-    config = digits.get_config() if network == "digits" else cifar10.get_config()
+    config = digits.get_config() if network in ("digits", "small") else cifar10.get_config()
+    if network == "small":
+        config.data.update(height=28, width=28)
+        config.model.update(channel_multipliers=(1, 2, 2), attention_resolutions=(14,))
     if network == "cifar10_64":
         config.model.channels = 64
     config.model.dtype = dtype
+    cores.use(config)
     shape, count = (NETWORKS[network][name] for name in ("shape", "parameters"))
     objective, mesh = make_objective(config), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
@@ -82,6 +88,13 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
             "layers_per_block": 1,
             "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
             "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
+    elif network == "small":
+        options = {
+            "block_out_channels": (32, 64, 64),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         }
     else:
         base = 64 if network == "cifar10_64" else 128

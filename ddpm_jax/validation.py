@@ -116,7 +116,7 @@ def _check_schedule(config: ConfigDict) -> None:
     diffusion = config.diffusion
     for name in () if diffusion.betas else BETAS_OF.get(diffusion.schedule, ()):
         if not 0.0 < diffusion[name] <= 1.0:
-            raise UserError(f"config.diffusion.{name} is {diffusion[name]}; accepted: above 0, to 1")
+            raise UserError(f"config.diffusion.{name} is {diffusion[name]}; accepted: above 0 and at most 1")
     steps_of = {"sample.num_steps": config.sample.num_steps}
     if config.log.sample_every_steps:
         steps_of["log.sample_steps"] = config.log.sample_steps

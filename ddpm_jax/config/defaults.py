@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     model.class_conditional = False  # learn the classes of the data set
     model.null_class = True  # a class-conditional network also knows no class, which guidance needs
     model.masked_picture = False  # it is given a mask and the latents of the picture without what is under it
-    model.dtype = "float32"  # or bfloat16: what convolutions and matrix products compute in
+    model.dtype = "float32"  # or bfloat16: the dtype of convolutions and matrix products
     model.remat = "none"  # norms or blocks: recompute those instead of keeping them, for memory
 
     config.text = text = ConfigDict()

@@ -183,6 +183,6 @@ def check_values(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {values[name]}; accepted: 0 to 1")
     limit = config.diffusion.threshold_limit
     if limit and not limit >= 1:
-        raise UserError(f"config.diffusion.threshold_limit is {limit}; accepted: 0, or 1 and more")
+        raise UserError(f"config.diffusion.threshold_limit is {limit}; accepted: 0, or at least 1")
     if 1 in (config.evaluate.likelihood_images, config.evaluate.num_images):
         raise UserError("config.evaluate has likelihood_images or num_images of 1; accepted: 0, or 2 and more")

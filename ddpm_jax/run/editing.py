@@ -35,8 +35,8 @@ class EditingRun(SamplingRun):
           pictures: uint8 [N, H, W, C].
           t: how far; the larger, the less is kept.
           seed: picture i's noise depends on the seed and i.
-          strength: instead of t, the share of the sampling steps to take, above 0 to 1: 0.75 takes 15 of 20, as
-            diffusers' image to image does.
+          strength: instead of t, the share of the sampling steps to take, above 0 and at most 1: 0.75 takes 15 of 20,
+            as diffusers' image to image does.
           batch_size, options: as in `sample`, among them progress, watch and snapshots_of.
         """
         if (t is None) == (strength is None):

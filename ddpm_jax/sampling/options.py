@@ -84,10 +84,10 @@ def last_timesteps(steps: Steps, schedule: Schedule, strength: float) -> np.ndar
     """Of the timesteps that sampling takes, the lowest share that `strength` names.
 
     Raises:
-      UserError: a strength that is not above 0 to 1, or leaves no timestep; steps that do not fit.
+      UserError: a strength that is not above 0 and at most 1, or leaves no timestep; steps that do not fit.
     """
     if not 0 < strength <= 1:
-        raise UserError(f"strength is {strength}; accepted: above 0 to 1")
+        raise UserError(f"strength is {strength}; accepted: above 0 and at most 1")
     with as_user_errors():
         # Only timesteps themselves can be taken from; levels between them are left aside.
         timesteps = dataclasses.replace(steps, levels=None, fractional=False).levels_of(schedule).t[:-1]

@@ -16,7 +16,7 @@ from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_CHUNK = 4  # batch size of a frozen encoder; smaller batches are padded to it
+_CHUNK = 2  # batch size of a frozen encoder, as for a prompt and its negative; a single text is padded to it
 
 
 class Texts(Protocol):

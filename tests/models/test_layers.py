@@ -44,6 +44,10 @@ CONVOLUTIONS = [
     ((2, 5, 9, 2), (3, 1), ((2, 0), (0, 0))),
     ((2, 9, 5, 2), (2, 5), ((0, 1), (3, 4))),
     ((3, 4, 6, 1), (4, 4), ((1, 2), (1, 2))),
+    # Images of fewer pixels than the kernel has taps.
+    ((3, 2, 4, 5), (3, 3), ((1, 1), (1, 1))),
+    ((2, 1, 1, 3), (3, 3), ((1, 1), (1, 1))),
+    ((2, 2, 2, 3), (2, 2), ((1, 0), (0, 1))),
 ]
 
 
@@ -69,7 +73,7 @@ def test_conv_gradients(shape, size, padding):
 
     got, expected = gradients(layers.conv), gradients(lax_conv)
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(g, e, atol=2e-6 * float(jnp.abs(e).max()))
+        np.testing.assert_allclose(g, e, atol=4e-6 * float(jnp.abs(e).max()))
 
 
 @pytest.mark.parametrize(("shape", "size", "padding"), CONVOLUTIONS)

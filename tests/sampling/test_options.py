@@ -74,7 +74,7 @@ class TestLastTimesteps:
     @pytest.mark.parametrize(
         ("steps", "strength", "message"),
         [
-            (Steps("ddim", 10), 0.0, "strength is 0.0; accepted: above 0 to 1"),
+            (Steps("ddim", 10), 0.0, "strength is 0.0; accepted: above 0 and at most 1"),
             (Steps("ddim", 10), 0.05, "strength is 0.05, which leaves none of 10 steps"),
             (Steps("ddim", 41), 0.5, "num_steps is 41; accepted: 1 to 40"),
         ],
