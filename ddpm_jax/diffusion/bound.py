@@ -12,6 +12,7 @@ t counted from 0, entry t of an array of terms is L_0 for t = 0 and the KL betwe
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,9 @@ def vb_term_bpd(
 # The bound of given images: all terms, or a random few.
 
 
-def _term(schedule, model_fn, x_0, t, noise, **options):
+def _term(
+    schedule: Schedule, model_fn: ModelFn, x_0: Images, t: Timesteps, noise: Images, **options: Any
+) -> tuple[PerExample, Images]:
     """The bound's term at each example's t and the x_0 predicted there, with one network call."""
     x_t = q_sample(schedule, x_0, t, noise)
     output = model_fn(x_t, t)
@@ -129,8 +132,10 @@ def _term(schedule, model_fn, x_0, t, noise, **options):
 
 
 @partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
-def _bound_terms(schedule, model_fn, key, x_0, timesteps, **options):
-    def term(_, t):
+def _bound_terms(
+    schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, timesteps: Array, **options: Any
+) -> dict[str, Array]:
+    def term(_: None, t: Array) -> tuple[None, dict[str, Array]]:
         noise = normal(fold_in(key, t), x_0.shape)
         bound, predicted = _term(schedule, model_fn, x_0, jnp.full(x_0.shape[:1], t), noise, **options)
         mse, clipped_mse = (mean_flat((x - x_0) ** 2) for x in (predicted, clip_x_0(predicted)))
@@ -174,9 +179,10 @@ def bound_terms(
     timesteps = np.arange(schedule.num_timesteps) if timesteps is None else np.asarray(timesteps)
     timesteps = timesteps.astype(np.int32)
     if not progress:
-        return _bound_terms(
+        terms: dict[str, Array] = _bound_terms(
             schedule, as_argument(model_fn), key, x_0, timesteps, prediction=prediction, variance=variance, clip=clip
         )
+        return terms
     calls = len(timesteps)
     parts = []
     for first, rows in segments(calls):
@@ -314,7 +320,7 @@ def sampled_bound(
         raise ValueError(f"the proposal has shape {p.shape}; accepted: ({T},), above 0 from entry 1 on")
     # Drawing uses differences of sums rounded to float32; weighting by exactly these keeps the estimate unbiased.
     cumulative = np.cumsum(p[1:] / p[1:].sum()).astype(np.float32)
-    return _sampled_bound(
+    bound: dict[str, Array] = _sampled_bound(
         schedule,
         as_argument(model_fn),
         key,
@@ -325,10 +331,19 @@ def sampled_bound(
         variance=variance,
         clip=clip,
     )
+    return bound
 
 
 @partial(jax.jit, static_argnames=("num_terms", "prediction", "variance", "clip"))
-def _sampled_bound(schedule, model_fn, key, x_0, cumulative, num_terms, **options):
+def _sampled_bound(
+    schedule: Schedule,
+    model_fn: ModelFn,
+    key: Keys,
+    x_0: Images,
+    cumulative: Array,
+    num_terms: int,
+    **options: Any,
+) -> dict[str, Array]:
     size, strata = x_0.shape[0], num_terms // 2
     cumulative = cumulative.at[-1].set(1.0)
     p = jnp.diff(cumulative, prepend=0.0)
@@ -339,7 +354,7 @@ def _sampled_bound(schedule, model_fn, key, x_0, cumulative, num_terms, **option
     drawn = jnp.minimum(jnp.searchsorted(cumulative, u, side="right"), len(p) - 1).astype(jnp.int32)
     t = jnp.concatenate([jnp.zeros((1, size), jnp.int32), drawn + 1])
 
-    def call(_, t_and_index):
+    def call(_: None, t_and_index: tuple[Array, Array]) -> tuple[None, Array]:
         t, index = t_and_index
         return None, _term(schedule, model_fn, x_0, t, normal(fold_in(key, index), x_0.shape), **options)[0]
 

@@ -37,7 +37,8 @@ def vary(schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, t: int, 
     If the options of `sample` include `timesteps`, those are used and t is the first of them.
     """
     start: dict[str, Any] = {"t_start": t} if options.get("timesteps") is None else {}
-    return sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), **start, **options)
+    images: Images = sample(schedule, model_fn, key, x_0.shape, x_t=diffuse(schedule, key, x_0, t), **start, **options)
+    return images
 
 
 def interpolate(
@@ -68,7 +69,8 @@ def interpolate(
     mix = weights.reshape(-1, 1, 1, 1)
     x_t = (1 - mix) * ends[0] + mix * ends[1]
     keys = jnp.repeat(key[None], len(weights), axis=0)
-    return sample(schedule, model_fn, keys, x_t.shape, x_t=x_t, t_start=t, **options)
+    images: Images = sample(schedule, model_fn, keys, x_t.shape, x_t=x_t, t_start=t, **options)
+    return images
 
 
 def slerp(a: Array, b: Array, weights: ArrayLike | Sequence[float]) -> Array:
@@ -81,7 +83,8 @@ def slerp(a: Array, b: Array, weights: ArrayLike | Sequence[float]) -> Array:
     share_a = jnp.where(small, 1 - weights, jnp.sin((1 - weights) * angle) / sine)
     share_b = jnp.where(small, weights, jnp.sin(weights * angle) / sine)
     norm = (1 - weights) * norm_a + weights * norm_b
-    return norm * (share_a * a / norm_a + share_b * b / norm_b)
+    mixed: Array = norm * (share_a * a / norm_a + share_b * b / norm_b)
+    return mixed
 
 
 def encode(
@@ -126,7 +129,7 @@ def encode(
     )
     table = ddim_inverse(steps)
     # The method draws no noise, so any key will do.
-    return run_table(
+    encoded: Images = run_table(
         table,
         model_fn,
         jax.random.key(0),
@@ -135,6 +138,7 @@ def encode(
         observer=Observer(progress),
         x_t=x_0,
     )
+    return encoded
 
 
 def nearest_timestep(schedule: Schedule, sigma: float) -> int:
@@ -162,7 +166,8 @@ def denoise(schedule: Schedule, model_fn: ModelFn, key: Keys, x: Images, t: int,
     """
     _check_t(schedule, t)
     x_t = schedule.sqrt_alphas_cumprod[t] * x
-    return sample(schedule, model_fn, key, x.shape, x_t=x_t, t_start=t, **options)
+    images: Images = sample(schedule, model_fn, key, x.shape, x_t=x_t, t_start=t, **options)
+    return images
 
 
 def inpaint(
@@ -193,7 +198,8 @@ def inpaint(
     known = (x_0, jnp.logical_not(mask))
     resampling = (jump, times) if times > 1 else None
     options |= {"known": known, "known_noise": known_noise, "resampling": resampling}
-    return sample(schedule, model_fn, key, x_0.shape, **options)
+    images: Images = sample(schedule, model_fn, key, x_0.shape, **options)
+    return images
 
 
 def coarse_to_fine(
@@ -223,4 +229,5 @@ def coarse_to_fine(
     else:
         shared = normal(keys, shape)
     x_t = jnp.broadcast_to(shared[:1], shape)
-    return sample(schedule, model_fn, apart, shape, x_t=x_t, t_start=t, num_steps=steps(t, -1), **options)
+    images: Images = sample(schedule, model_fn, apart, shape, x_t=x_t, t_start=t, num_steps=steps(t, -1), **options)
+    return images

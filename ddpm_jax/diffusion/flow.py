@@ -52,6 +52,8 @@ METHODS = {
     "heun": ((0.0, 1.0), (1 / 2, 1 / 2), (1.0,)),
     "rk4": ((0.0, 1 / 2, 1 / 2, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (1 / 2, 1 / 2, 1.0)),
 }
+_State = tuple[Array, Array, Array]  # the start of a step, x, and the result of the step so far
+
 DIVERGENCES = ("hutchinson", "exact")
 
 
@@ -154,7 +156,7 @@ def flow_log_density(
     table = flow_table(schedule, num_steps, method, prediction)
     table = jax.tree.map(lambda c: np.asarray(c, np.float32) if c.dtype == np.float64 else c, table)
     calls = len(table.t)
-    state: tuple[Array, Array, Array] = (x, x, x)
+    state: _State = (x, x, x)
     growth = []
     for first, rows in segments(calls, _calls_at_once()):
         part = jax.tree.map(lambda c: c[rows], table)  # noqa: B023
@@ -180,15 +182,18 @@ def _standard_normal(x: Images) -> Array:
 
 
 @partial(jax.jit, static_argnames=("divergence", "learned"))
-def _integrate(model_fn, table, key, state, divergence, learned):
+def _integrate(
+    model_fn: ModelFn, table: FlowTable, key: Keys, state: _State, divergence: str, learned: bool
+) -> tuple[_State, Array]:
     """Takes the rows' steps: returns the new state and the integral of the divergence [B]."""
 
-    def row(state, row):
+    def row(state: _State, row: Any) -> tuple[_State, Array]:
         start, x, result = state
 
-        def field(x):
+        def field(x: Array) -> Array:
             output, _ = split_output(model_fn(x, jnp.full(x.shape[:1], row.t)), "learned" if learned else "fixed_large")
-            return row.of_x * x + row.of_output * output
+            slope: Array = row.of_x * x + row.of_output * output
+            return slope
 
         slope, pull_back = jax.vjp(field, x)
         if divergence == "exact":
@@ -213,16 +218,17 @@ def _signs(key: Keys, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda k: jax.random.rademacher(k, shape[1:], jnp.float32))(key)
 
 
-def _trace(pull_back: Callable[[Array], Any], x: Images) -> Array:
+def _trace(pull_back: Callable[[Array], tuple[Array]], x: Images) -> Array:
     """The trace of each example's Jacobian, [B], computed row by row."""
     size = math.prod(x.shape[1:])
 
-    def entry(i):
+    def entry(i: Array) -> Array:
         v = jax.nn.one_hot(i, size, dtype=x.dtype).reshape(x.shape[1:])
         (pulled,) = pull_back(jnp.broadcast_to(v, x.shape))
         return pulled.reshape(x.shape[0], size)[:, i]
 
-    return jax.lax.map(entry, jnp.arange(size), batch_size=min(size, 16)).sum(0)
+    diagonal: Array = jax.lax.map(entry, jnp.arange(size), batch_size=min(size, 16))
+    return diagonal.sum(0)
 
 
 def flow_bound(
@@ -278,7 +284,9 @@ def flow_bound(
 
 
 @partial(jax.jit, static_argnames=("prediction", "variance", "clip"))
-def _dequantize(schedule, model_fn, key, x_0, **options):
+def _dequantize(
+    schedule: Schedule, model_fn: ModelFn, key: Keys, x_0: Images, **options: Any
+) -> tuple[Images, Array, Array]:
     """x ~ q(x_{t=0} | x_0), its log q in nats, and L_0 in bits/dim."""
     t = jnp.zeros(x_0.shape[:1], jnp.int32)
     noise = normal(fold_in(key, 0), x_0.shape)

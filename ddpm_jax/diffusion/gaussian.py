@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ddpm_jax.diffusion.schedules import Schedule, extract
 from ddpm_jax.diffusion.shapes import Factors, Images, Keys, Outputs, Timesteps
@@ -82,7 +83,7 @@ def check_option(name: str, value: str, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
 
 
-def normal(key: Keys, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+def normal(key: Keys, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Standard normal noise of `shape`, from one key or from one key per example ([B] keys).
 
     With one key per example, an image's noise does not depend on which other images share its batch.
@@ -94,7 +95,10 @@ def normal(key: Keys, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
 
 def fold_in(key: Keys, number: Array | int) -> Array:
     """`jax.random.fold_in` for one key, or for each of [B] keys."""
-    fold = lambda k: jax.random.fold_in(k, number)  # noqa: E731
+
+    def fold(k: Array) -> Array:
+        return jax.random.fold_in(k, number)
+
     return jax.vmap(fold)(key) if key.ndim else fold(key)
 
 
@@ -304,11 +308,14 @@ def p_sample(
     """
     output = Parameterization(prediction, variance, clip, dynamic_threshold, clip_range, threshold_limit)
     output.check()
-    return _p_sample(schedule, as_argument(model_fn), key, x_t, t, output)
+    x: Images = _p_sample(schedule, as_argument(model_fn), key, x_t, t, output)
+    return x
 
 
 @partial(jax.jit, static_argnames="output")
-def _p_sample(schedule, model_fn, key, x_t, t, output):
+def _p_sample(
+    schedule: Schedule, model_fn: ModelFn, key: Keys, x_t: Images, t: Timesteps, output: Parameterization
+) -> Images:
     p = p_mean_variance(schedule, model_fn(x_t, t), x_t, t, **dataclasses.asdict(output))
     last = (t == 0).reshape(-1, *(1,) * (x_t.ndim - 1))
     scale = jnp.where(last, 0.0, jnp.exp(0.5 * p.log_variance))

@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from ddpm_jax.diffusion.gaussian import Array, as_argument
 
+ConditionalFn = Callable[[Array, Array, Any], Array]  # (x_t, t, cond) -> output
+
 NO_LIMIT = (0, 2**31 - 1)
 
 
@@ -39,7 +41,7 @@ class Guidance:
 
 
 def guided(
-    model_fn: Callable[[Array, Array, Any], Array],
+    model_fn: ConditionalFn,
     cond: Any,
     null_cond: Any,
     scale: ArrayLike = 1.0,
@@ -66,7 +68,7 @@ def guided(
     return jax.tree_util.Partial(_guided, as_argument(model_fn), cond, null_cond, *numbers)
 
 
-def between(model_fn: Callable[[Array, Array, Any], Array], x: Array, t: Array, cond: tuple[Any, Any, Array]) -> Array:
+def between(model_fn: ConditionalFn, x: Array, t: Array, cond: tuple[Any, Any, Array]) -> Array:
     """The model function between two conditions: (1 - w) first + w second, with one network call on the doubled batch.
 
     For a given x and t, eps, x_0 and v are affine functions of the score. So at each t the mixture corresponds to the
@@ -83,13 +85,26 @@ def between(model_fn: Callable[[Array, Array, Any], Array], x: Array, t: Array, 
     return one + share.reshape(-1, *[1] * (x.ndim - 1)) * (other - one)
 
 
-def _guided(model_fn, cond, null_cond, scale, rescale, lowest, highest, x, t):
+def _guided(
+    model_fn: ConditionalFn,
+    cond: Any,
+    null_cond: Any,
+    scale: Array,
+    rescale: Array,
+    lowest: Array,
+    highest: Array,
+    x: Array,
+    t: Array,
+) -> Array:
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, null_cond)
     output = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
     (with_cond, rest), (without, _) = (
         (half[..., : x.shape[-1]], half[..., x.shape[-1] :]) for half in jnp.split(output, 2)
     )
-    wide = lambda value: value.reshape(value.shape + (1,) * (x.ndim - value.ndim))  # noqa: E731
+
+    def wide(value: Array) -> Array:
+        return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
     result = without + wide(scale) * (with_cond - without)
     axes = tuple(range(1, x.ndim))
     ratio = jnp.std(with_cond, axes, keepdims=True) / jnp.maximum(jnp.std(result, axes, keepdims=True), 1e-12)

@@ -39,6 +39,8 @@ from ddpm_jax.diffusion.tables import (
 
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, Array], None]
+# x, the kept image, the prediction of x_0, what earlier calls remembered, and the snapshots.
+_Carry = tuple[Array, Array, Array, tuple[Array, ...], Array | None]
 
 SNAPSHOTS = ("x", "x_0")
 _PORTION = 10  # network calls per call of the compiled program
@@ -454,7 +456,8 @@ def _filled(rows: _Rows, length: int) -> _Rows:
     def fill(column: np.ndarray) -> np.ndarray:
         return np.pad(column, [(0, length - len(column))] + [(0, 0)] * (column.ndim - 1))
 
-    return jax.tree.map(fill, rows)
+    filled: _Rows = jax.tree.map(fill, rows)
+    return filled
 
 
 def _noise(keys: Array, shape: tuple[int, ...], *purpose: int | Array) -> Array:
@@ -491,12 +494,20 @@ def _laid(carry: Any, sharding: NamedSharding | None) -> Any:
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
-def _start(keys, x_t, scale, shape, num_snapshots, sharding):
-    """The initial carry: x, the kept image, the prediction of x_0, what earlier calls remembered, and the snapshots."""
+def _start(
+    keys: Array,
+    x_t: Array | None,
+    scale: Array,
+    shape: tuple[int, ...],
+    num_snapshots: int,
+    sharding: NamedSharding | None,
+) -> _Carry:
+    """The initial carry."""
     x = scale * _noise(keys, shape, 0) if x_t is None else x_t.astype(jnp.float32)
     snapshots = jnp.zeros((num_snapshots, *shape)).at[:1].set(x) if num_snapshots else None
     kept, x_0, *past = (jnp.zeros_like(x) for _ in range(5))
-    return _laid((x, kept, x_0, tuple(past), snapshots), sharding)
+    carry: _Carry = _laid((x, kept, x_0, tuple(past), snapshots), sharding)
+    return carry
 
 
 @partial(
@@ -504,10 +515,20 @@ def _start(keys, x_t, scale, shape, num_snapshots, sharding):
     static_argnames=("output", "snapshots_of", "sharding"),
     donate_argnames="carry",
 )
-def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding):
+def _scan(
+    model_fn: ModelFn,
+    rows: _Rows,
+    keys: Array,
+    carry: _Carry,
+    known: tuple[Array, Array, Array | None] | None,
+    *,
+    output: Parameterization,
+    snapshots_of: str,
+    sharding: NamedSharding | None,
+) -> tuple[_Carry, Array]:
     shape = carry[0].shape
 
-    def call(carry, row):
+    def call(carry: _Carry, row: Any) -> _Carry:
         x, kept, _, past, snapshots = carry
         row, number, slot = row.table, row.number, row.slot
         if known is not None:
@@ -533,7 +554,7 @@ def _scan(model_fn, rows, keys, carry, known, *, output, snapshots_of, sharding)
             snapshots = snapshots.at[slot].set(x if snapshots_of == "x" else x_0)
         return x, kept, x_0, (remembered, *past[:-1]), snapshots
 
-    def step(carry, row):
+    def step(carry: _Carry, row: Any) -> tuple[_Carry, None]:
         return jax.lax.cond(row.is_row, call, lambda carry, _: carry, carry, row), None
 
     carry, _ = jax.lax.scan(step, carry, rows)

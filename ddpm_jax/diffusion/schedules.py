@@ -86,7 +86,8 @@ def _warmup(fraction: float) -> Callable[..., np.ndarray]:
 def _from_alphas_cumprod(f: Callable[[np.ndarray], np.ndarray], T: int, max_beta: float) -> np.ndarray:
     """Betas of abar(u) = f(u) / f(0), u = (t + 1) / T: 1 - abar_t / abar_{t-1}, at most max_beta."""
     values = f(np.arange(T + 1) / T)
-    return np.minimum(1.0 - values[1:] / values[:-1], max_beta)
+    betas: np.ndarray = np.minimum(1.0 - values[1:] / values[:-1], max_beta)
+    return betas
 
 
 def _cosine(T: int, offset: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
@@ -98,9 +99,10 @@ def _sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, ma
     """abar falls as a logistic curve between start and end (Jabri et al. 2022, appendix B)."""
 
     def f(u: np.ndarray) -> np.ndarray:
-        logistic = lambda x: 1.0 / (1.0 + np.exp(-x))  # noqa: E731
+        logistic: Callable[[Any], Any] = lambda x: 1.0 / (1.0 + np.exp(-x))  # noqa: E731
         last = logistic(end / tau)
-        return (last - logistic((u * (end - start) + start) / tau)) / (last - logistic(start / tau))
+        share: np.ndarray = (last - logistic((u * (end - start) + start) / tau)) / (last - logistic(start / tau))
+        return share
 
     return _from_alphas_cumprod(f, T, max_beta)
 
@@ -168,7 +170,8 @@ def rescale_to_zero_terminal_snr(betas: ArrayLike) -> np.ndarray:
     if len(root) < 2 or root[0] == root[-1]:
         raise ValueError("a zero terminal SNR needs at least two timesteps")
     abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return 1.0 - abar / np.append(1.0, abar[:-1])
+    rescaled: np.ndarray = 1.0 - abar / np.append(1.0, abar[:-1])
+    return rescaled
 
 
 def make_schedule(

@@ -70,7 +70,8 @@ class SamplerTable:
 def log_alphas_cumprod(schedule: Schedule) -> np.ndarray:
     """log abar_t, float64 [T], from the betas: from a float32 abar_t, 1 - abar_t would be imprecise."""
     with np.errstate(divide="ignore"):
-        return np.cumsum(np.log1p(-np.asarray(schedule.betas, np.float64)))
+        log_abar: np.ndarray = np.cumsum(np.log1p(-np.asarray(schedule.betas, np.float64)))
+    return log_abar
 
 
 def spaced_timesteps(
@@ -118,7 +119,8 @@ def spaced_timesteps(
         return np.array([last], np.int32)
     if spacing == "leading":
         ascending = first + np.arange(num_steps) * (there // num_steps)
-        return (ascending + min(offset, last - ascending[-1]))[::-1].astype(np.int32)
+        shifted: np.ndarray = ascending + min(offset, last - ascending[-1])
+        return shifted[::-1].astype(np.int32)
     if spacing == "trailing":
         return (first + np.round(np.arange(num_steps, 0, -1) * (there / num_steps)) - 1).astype(np.int32)
     if spacing == "linspace":
@@ -215,21 +217,24 @@ class Levels:
     @property
     def to_clean(self) -> bool:
         """Whether sampling ends at the clean image."""
-        return self.t[-1] < 0
+        return bool(self.t[-1] < 0)
 
     @property
     def a(self) -> np.ndarray:
-        return np.exp(0.5 * self.log_abar)
+        a: np.ndarray = np.exp(0.5 * self.log_abar)
+        return a
 
     @property
     def s(self) -> np.ndarray:
-        return np.sqrt(-np.expm1(self.log_abar))
+        s: np.ndarray = np.sqrt(-np.expm1(self.log_abar))
+        return s
 
     @property
     def lambdas(self) -> np.ndarray:
         """log(a / s): infinite at the clean image, minus infinite at pure noise."""
         with np.errstate(divide="ignore"):
-            return 0.5 * self.log_abar - np.log(self.s)
+            lambdas: np.ndarray = 0.5 * self.log_abar - np.log(self.s)
+        return lambdas
 
 
 def factors(rows: int, columns: Mapping[int, Any]) -> np.ndarray:
@@ -356,7 +361,10 @@ def heun(levels: Levels) -> SamplerTable:
         {KEPT: np.where(ratio > 0, s_next / s * (1 + back), 0.0), D1: a_next * safe * back, X: -back, D: a_next * back},
     )
     mean[ratio == 0, X] = 1.0
-    interleave = lambda first, second: np.stack([first, second], axis=1).reshape(2 * S, *first.shape[1:])  # noqa: E731
+
+    def interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.stack([first, second], axis=1).reshape(2 * S, *first.shape[1:])
+
     calls = Levels(interleave(levels.t[:-1], levels.t[1:]), interleave(levels.log_abar[:-1], levels.log_abar[1:]))
     rows = 2 * S - 1 if levels.to_clean else 2 * S
     keep_x = factors(S, {X: 1.0})
@@ -395,7 +403,7 @@ def _unipc_step(
     a, s, lambdas = levels.a, levels.s, levels.lambdas
     h = lambdas[i + 1] - lambdas[i]
     gain = a[i + 1] - a[i] * s[i + 1] / s[i]  # a_next (1 - exp(-h)), also a_next B(-h)
-    point = s[i + 1] / s[i] * start
+    point: np.ndarray = s[i + 1] / s[i] * start
     point[past[0]] += gain
     distances = {column: (lambdas[i - k] - lambdas[i]) / h for k, column in enumerate(past) if k}
     distances = {column: r for column, r in distances.items() if np.isfinite(r)}  # not from pure noise
@@ -546,7 +554,8 @@ def with_resampling(table: SamplerTable, levels: Levels, jump: int, times: int) 
         for time in range(times):
             order += range(first, last)
             share += [1.0] * (last - first - 1) + [again if time < times - 1 else 1.0]
-    chosen, ratio = jax.tree.map(lambda column: column[order], table), np.array(share)
+    chosen: SamplerTable = jax.tree.map(lambda column: column[order], table)
+    ratio = np.array(share)
     return dataclasses.replace(
         chosen,
         next=chosen.next * np.sqrt(ratio)[:, None],

@@ -89,5 +89,5 @@ def _in_chunks(
         return (attended / total).astype(value.dtype)
 
     places = jnp.arange(count * size).reshape(count, size)
-    attended = lax.map(attend_some, (places, chunks, bias))  # [count, B, heads, size, width]
+    attended: jax.Array = lax.map(attend_some, (places, chunks, bias))  # [count, B, heads, size, width]
     return attended.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, width)[:, :length]

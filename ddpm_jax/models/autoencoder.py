@@ -112,7 +112,8 @@ class Autoencoder(nn.Module):
     @property
     def downscaling(self) -> int:
         """The ratio of a picture's side to that of its latents."""
-        return 2 ** (len(self.widths) - 1)
+        ratio: int = 2 ** (len(self.widths) - 1)
+        return ratio
 
 
 def _check(name: str, x: jax.Array, channels: int) -> None:
@@ -179,4 +180,5 @@ class _Decoder(_Half):
 def param_shapes(net: Autoencoder) -> dict[str, Any]:
     """The parameters as `jax.ShapeDtypeStruct`s."""
     example = jax.ShapeDtypeStruct((1, net.downscaling, net.downscaling, net.channels), jnp.float32)
-    return jax.eval_shape(net.init, jax.random.key(0), example)["params"]
+    shapes: dict[str, Any] = jax.eval_shape(net.init, jax.random.key(0), example)["params"]
+    return shapes

@@ -80,7 +80,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", kernel_init(self.init_scale), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return checkpoint_name(layers.dense(x, kernel) + bias, layers.KEPT)
+        y: jax.Array = checkpoint_name(layers.dense(x, kernel) + bias, layers.KEPT)
+        return y
 
 
 class Conv(nn.Module):
@@ -95,7 +96,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init(self.init_scale), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return checkpoint_name(layers.conv(x, kernel, ((1, 1), (1, 1))) + bias, layers.KEPT)
+        y: jax.Array = checkpoint_name(layers.conv(x, kernel, ((1, 1), (1, 1))) + bias, layers.KEPT)
+        return y
 
 
 class GroupNorm(nn.Module):
@@ -120,7 +122,8 @@ class GroupNorm(nn.Module):
         if scale_shift is not None:
             factor, shift = jnp.split(scale_shift.astype(jnp.float32), 2, axis=-1)
             scale, bias = scale * (1 + factor), bias * (1 + factor) + shift
-        return layers.group_norm(x, scale, bias, self.num_groups, self.epsilon)
+        normed: jax.Array = layers.group_norm(x, scale, bias, self.num_groups, self.epsilon)
+        return normed
 
 
 class ResBlock(nn.Module):
@@ -273,10 +276,9 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.method == "avg_pool":
-            return nn.avg_pool(x, (2, 2), strides=(2, 2))
-        if self.method == "max_pool":
-            return nn.max_pool(x, (2, 2), strides=(2, 2))
+        if self.method in ("avg_pool", "max_pool"):
+            pool: Callable[..., jax.Array] = nn.avg_pool if self.method == "avg_pool" else nn.max_pool
+            return pool(x, (2, 2), strides=(2, 2))
         padding = 1 if self.symmetric else "SAME"
         return nn.Conv(x.shape[-1], (3, 3), 2, padding, kernel_init=kernel_init(), dtype=self.dtype, name="conv")(x)
 

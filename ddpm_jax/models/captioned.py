@@ -31,7 +31,8 @@ class Captioned(nn.Module):
           x, t, train: passed to the network.
           cond: "ids" int32 [B, L] and "ids_mask" bool [B, L] of texts, or the result of `encode`.
         """
-        return self.net(x, t, self.encode(cond) if "ids" in cond else cond, train=train)
+        output: jax.Array = self.net(x, t, self.encode(cond) if "ids" in cond else cond, train=train)
+        return output
 
     def encode(self, cond: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Converts the texts to the network's own condition, so that sampling runs the encoder once: "tokens" and, if

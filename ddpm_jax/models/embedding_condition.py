@@ -77,4 +77,6 @@ class Embedded(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         """The network's output; `cond` has "embedding" [B, D], "embedding_dropped" bool [B], and a text's entries."""
         rest = {name: value for name, value in cond.items() if name not in ("embedding", "embedding_dropped")}
-        return self.net(x, t, self.condition(cond["embedding"], rest, cond["embedding_dropped"]), train=train)
+        whole = self.condition(cond["embedding"], rest, cond["embedding_dropped"])
+        output: jax.Array = self.net(x, t, whole, train=train)
+        return output

@@ -32,5 +32,9 @@ class OwnLastStep(nn.Module):
             raise ValueError("a network with upscale.own_last_step cannot be trained, only sampled from")
         if self.is_initializing():
             self.last(x, t, cond)
-            return self.net(x, t, cond)
-        return nn.cond(jnp.all(t == 0), lambda nets: nets.last(x, t, cond), lambda nets: nets.net(x, t, cond), self)
+            output: jax.Array = self.net(x, t, cond)
+        else:
+            output = nn.cond(
+                jnp.all(t == 0), lambda nets: nets.last(x, t, cond), lambda nets: nets.net(x, t, cond), self
+            )
+        return output

@@ -4,6 +4,7 @@ They are pure functions on NHWC arrays, written so that XLA compiles them well o
 parameters. None changes the mathematics of its layer: the tests compare each with `jax.lax` or Flax.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,12 +16,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from ddpm_jax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+_Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
 _LARGE_KERNEL = 2**19  # elements
 
-_identity = jax.jit(lambda x: x)
+_identity: Callable[[jax.Array], jax.Array] = jax.jit(lambda x: x)
 
 
 def _materialize(x: jax.Array) -> jax.Array:
@@ -73,33 +75,36 @@ def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
       [B, H', W', D].
     """
 
-    def cpu(x, kernel):
+    def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if winograd.suits(x, kernel, padding):
-            return winograd.conv(x, kernel)
+            y: jax.Array = winograd.conv(x, kernel)
+            return y
         return _conv_on_cpu(x, _waiting(kernel, x), padding)
 
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=partial(_conv, padding=padding))
+    y: jax.Array = lax.platform_dependent(x, kernel, cpu=cpu, default=partial(_conv, padding=padding))
+    return y
 
 
-def _conv_forward(x, kernel, padding):
+def _conv_forward(x: jax.Array, kernel: jax.Array, padding: Padding) -> tuple[jax.Array, _Pair]:
     return conv(x, kernel, padding), (x, kernel)
 
 
-def _conv_backward(padding, residuals, g):
+def _conv_backward(padding: Padding, residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
 
-    def default(x, kernel, g, conv=_conv):
+    def default(x: jax.Array, kernel: jax.Array, g: jax.Array, conv: Callable[..., jax.Array] = _conv) -> _Pair:
         (dx,) = jax.linear_transpose(lambda x: conv(x, kernel, padding), x)(g)
         (dkernel,) = jax.linear_transpose(lambda kernel: conv(x, kernel, padding), kernel)(g)
         return dx, dkernel
 
-    def cpu(x, kernel, g):
+    def cpu(x: jax.Array, kernel: jax.Array, g: jax.Array) -> _Pair:
         g = _materialize(g)
         if winograd.suits(x, kernel, padding):
             return winograd.input_gradient(kernel, g), winograd.kernel_gradient(x, g)
         return default(x, kernel, g, _conv_on_cpu)
 
-    return lax.platform_dependent(x, kernel, g, cpu=cpu, default=default)
+    gradients: _Pair = lax.platform_dependent(x, kernel, g, cpu=cpu, default=default)
+    return gradients
 
 
 conv.defvjp(_conv_forward, _conv_backward)
@@ -108,16 +113,17 @@ conv.defvjp(_conv_forward, _conv_backward)
 @jax.custom_vjp
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., C] times a kernel [C, D], with a gradient that is fast on CPUs too; the same restriction as `conv`'s."""
-    return lax.platform_dependent(
+    y: jax.Array = lax.platform_dependent(
         x, kernel, cpu=lambda x, kernel: x @ _waiting(kernel, x), default=lambda x, kernel: x @ kernel
     )
+    return y
 
 
-def _dense_forward(x, kernel):
+def _dense_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return dense(x, kernel), (x, kernel)
 
 
-def _dense_backward(residuals, g):
+def _dense_backward(residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
     g = lax.platform_dependent(g, cpu=_materialize, default=lambda g: g)
     pixels, g_pixels = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])

@@ -36,7 +36,8 @@ def init(params: Any, rank: int, key: jax.Array) -> dict[str, Any]:
             adapters |= {(*path[:-1], "down"): down, (*path[:-1], "up"): jnp.zeros((rank, outputs))}
     if not adapters:
         raise ValueError("lora.rank needs a network with attention, and this one has none")
-    return unflatten_dict(adapters)
+    tree: dict[str, Any] = unflatten_dict(adapters)
+    return tree
 
 
 def _is_adapted(path: tuple[str, ...]) -> bool:
@@ -56,4 +57,5 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float |
         kernel = merged[*path, "kernel"]
         change = scale * (flat[*path, "down"] @ flat[*path, "up"])
         merged[*path, "kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-    return unflatten_dict(merged)
+    tree: dict[str, Any] = unflatten_dict(merged)
+    return tree

@@ -55,4 +55,5 @@ class TokenPooling(nn.Module):
 
         pooled = attend(project("query", mean), project("key", sources), project("value", sources), mask)
         pooled = Dense(self.features, dtype=self.dtype, name="project")(pooled.reshape(batch, width))
-        return layer_norm(1e-5, self.dtype, "norm_1")(pooled)
+        normed: jax.Array = layer_norm(1e-5, self.dtype, "norm_1")(pooled)
+        return normed

@@ -101,4 +101,5 @@ def distance_buckets(distances: np.ndarray, num_buckets: int, max_distance: int)
     # In float32, as in the training of the weights, since rounding the logarithm can decide.
     share = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
     far = np.minimum(exact + (share * (each - exact)).astype(np.int32), each - 1)
-    return (np.where(distances > 0, each, 0) + np.where(size < exact, size, far)).astype(np.int32)
+    buckets: np.ndarray = np.where(distances > 0, each, 0) + np.where(size < exact, size, far)
+    return buckets.astype(np.int32)

@@ -4,6 +4,7 @@ Parameters are float32. `dtype` is the compute dtype of matrix products; the sta
 in float32. A mask is boolean and selects the tokens to attend to, at least one per row.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 
 from ddpm_jax.models.attention import attend
 from ddpm_jax.models.blocks import Dense, Dtype, kernel_init
+
+Layer = Callable[[jax.Array], jax.Array]
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -60,7 +63,7 @@ def rms_norm(epsilon: float, dtype: Dtype, name: str) -> nn.RMSNorm:
 NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
-def dense(features: int, bias: bool, dtype: Dtype, name: str, init_scale: float = 1.0) -> nn.Module:
+def dense(features: int, bias: bool, dtype: Dtype, name: str, init_scale: float = 1.0) -> Layer:
     """A linear layer, with or without a bias."""
     if bias:
         return Dense(features, init_scale, dtype, name=name)

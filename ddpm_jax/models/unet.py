@@ -33,6 +33,8 @@ REMAT = ("none", "norms", "blocks")
 VECTOR_EMBEDDINGS = ("linear", "mlp", "none")
 CONDITIONING = ("label", "vector", "image", "tokens", "tokens_mask", "level")
 
+_Layer = Callable[..., jax.Array]
+
 
 class UNet(nn.Module):
     """eps_theta(x_t, t).
@@ -183,18 +185,18 @@ class UNet(nn.Module):
             spatial_transformer = nn.remat(SpatialTransformer)
         common: dict[str, Any] = {"num_groups": self.num_groups, "epsilon": self.norm_epsilon, "dtype": self.dtype}
         options: dict[str, Any] = {"scale_shift": self.scale_shift, "activation": self.activation, "train": train}
-        residual: Any = partial(
+        residual: Callable[..., _Layer] = partial(
             res_block, dropout=self.dropout, residual_scale=self.residual_scale, **options, **common
         )
         heads: dict[str, Any] = {"num_heads": self.num_heads, "head_channels": self.head_channels}
-        attention: Any = partial(
+        attention: Callable[..., _Layer] = partial(
             attention_block,
             patch_size=self.attention_patch_size,
             cross_attention=self.cross_attention,
             context_groups=self.context_groups,
             **heads,
         )
-        transformer: Any = partial(
+        transformer: Callable[..., _Layer] = partial(
             spatial_transformer,
             self.transformer_depth,
             num_heads=None if self.head_channels else self.num_heads,
