@@ -20,7 +20,7 @@ from common import alternate, planned, report
 NETWORKS = {
     "cifar10": {"parameters": 35_746_307, "batch": 16, "shape": (32, 32, 3)},
     "cifar10_64": {"parameters": 8_952_067, "batch": 16, "shape": (32, 32, 3)},
-    "small": {"parameters": 1_062_497, "batch": 64, "shape": (28, 28, 1)},
+    "small": {"parameters": 1_112_801, "batch": 64, "shape": (28, 28, 1)},
     "digits": {"parameters": 701_345, "batch": 64, "shape": (8, 8, 1)},
 }
 
