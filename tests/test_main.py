@@ -265,7 +265,7 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"step": 7}, "no checkpoint of step 7; it has [12, 18, 24]"),
+            ({"step": 7}, "no checkpoint of step 7; accepted: [12, 18, 24]"),
             ({"ema_decay": 0.5}, "no average of decay 0.5; it has 0.99"),
         ],
     )
