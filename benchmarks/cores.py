@@ -1,4 +1,4 @@
-"""A training step on a CPU as one device, and with its cores as devices (`ddpm_jax.runtime.cores`), in turn.
+"""A training step on a CPU as one device, and with its cores as devices (`ddpm_jax.commands.cores`), in turn.
 
     python benchmarks/cores.py
     python benchmarks/cores.py --config numbers --devices 1 2

@@ -35,7 +35,7 @@ def ours(network, batch_size, dtype, steps):
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from configs import cifar10, digits
     from ddpm_jax import config as config_lib
-    from ddpm_jax.runtime import cores
+    from ddpm_jax.commands import cores
     from ddpm_jax.training.objectives import make_objective
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step

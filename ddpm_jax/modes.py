@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from ddpm_jax.commands import (
     closing,
     compose,
+    cores,
     doctor,
     editing,
     evaluation,
@@ -23,7 +24,7 @@ from ddpm_jax.commands import (
 )
 from ddpm_jax.commands.job import Job, parse_loras, parse_numbers, read_lines
 from ddpm_jax.pipeline import load
-from ddpm_jax.runtime import cores, workdir
+from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS

@@ -1,8 +1,8 @@
-"""Pipelines: runs one after the other, each of which is given the result of the one before it.
+"""Pipelines: several runs, each of which takes the result of the previous one.
 
-Imagen is one (Saharia et al. 2022): a run draws a small picture of a text, and super-resolution runs enlarge it. A
-pipeline is a workdir that names its stages and has no weights of its own. Opened, it is a `Run` that samples, makes
-shards, is evaluated and played with as any other.
+Imagen is one (Saharia et al. 2022): a run draws a small picture for a text, and super-resolution runs enlarge it. A
+pipeline is a workdir that names its stages and has no weights of its own. Opened, it is a `Run`: sampling, shards,
+evaluation and the playground work as for any other.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _PER_STAGE = ("guidance_scale", "guidance_rescale", "num_steps", "sampler", "dyn
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pipeline(Run):
-    """Runs one after the other. The fields that it shares with `Run` are those of the last stage.
+    """Several runs in order. The attributes that it shares with `Run` are those of the last stage.
 
     Attributes:
       before: the stages before the last, in order.
@@ -46,7 +46,7 @@ class Pipeline(Run):
 
     @property
     def condition(self) -> Condition:
-        """What can be said to the first stage; the others are told the same, as far as they take it."""
+        """The condition of the first stage; the other stages get the same request, as far as they accept it."""
         return self.before[0].condition
 
     @property
@@ -54,7 +54,7 @@ class Pipeline(Run):
         return "; ".join(stage.weights for stage in self.stages)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """The pipeline, whose size is fixed; UserError for another."""
+        """The pipeline itself, whose size is fixed; UserError for another size."""
         own = self.shape[:2]
         wanted = (height or own[0], width or own[1])
         if wanted != own:
@@ -64,11 +64,11 @@ class Pipeline(Run):
         return self
 
     def request(self, **options: Any) -> Request:
-        """What these options of `sample` ask of the first stage, and of the others behind it, in `Request.then`.
+        """The request that these options of `sample` make of the first stage, with those of the others in `then`.
 
-        An option holds for all stages. guidance_scale, guidance_rescale, num_steps, sampler and dynamic_threshold may
-        be lists of one value a stage, None for its own. What a stage does not take, such as a prompt or guidance
-        without one, it is not told.
+        An option applies to all stages. guidance_scale, guidance_rescale, num_steps, sampler and dynamic_threshold may
+        be lists with a value for each stage; None keeps the stage's own. A stage does not get options that it does not
+        accept, such as a prompt, or guidance without one.
         """
         count = len(self.stages)
         for name in _PER_STAGE:
@@ -79,11 +79,11 @@ class Pipeline(Run):
         return dataclasses.replace(first, then=tuple(rest))
 
     def calls(self, **options: Any) -> int:
-        """How often `sample` calls the networks for an image, with these of its options."""
+        """How often `sample` calls the networks for an image, with these options."""
         return sum(stage.calls(**_of_stage(stage, number, options)) for number, stage in enumerate(self.stages))
 
     def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
-        self.request(**options)  # which refuses a list of another length
+        self.request(**options)  # refuses a list of another length
         first, *rest = (
             stage.settings(seed=seed, batch_size=batch_size, **_of_stage(stage, number, options))
             for number, stage in enumerate(self.stages)
@@ -116,14 +116,14 @@ class Pipeline(Run):
                 continue
             progress = part_of(observer.progress, number - begin, count - begin)
             watching = dataclasses.replace(observer, progress=progress) if number == count - 1 else Observer(progress)
-            # Stages of one size would draw the same noise otherwise.
+            # Stages of the same size would otherwise draw the same noise.
             noise = f"{purpose} of stage {number + 1}" if number else purpose
             images, snapshots = stage._generated(asked, indices, seed, batch_size, watching, inputs, noise)
             inputs = Inputs(images, self._said_to(number + 1, inputs, len(images)))
         return images, snapshots
 
     def _said_to(self, number: int, inputs: Inputs | None, count: int) -> Mapping[str, np.ndarray] | None:
-        """Nothing is said to a stage if nothing was said to the one before it."""
+        """The null condition for the next stage if this one has no request either; None: the request's."""
         if inputs is None or inputs.cond is None or number == len(self.stages):
             return None
         return self.stages[number].condition.null(count)
@@ -133,7 +133,7 @@ class Pipeline(Run):
         return self.stages[self._of_given_embedding()].embedder
 
     def _of_given_embedding(self) -> int:
-        """The number of the stage that is given an image embedding."""
+        """The number of the stage that takes an image embedding."""
         for number, stage in enumerate(self.stages):
             if isinstance(stage.model.given, ImageEmbedding):
                 return number
@@ -143,13 +143,13 @@ class Pipeline(Run):
 
 
 def _of_stage(stage: Run, number: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a stage is told."""
+    """The options for a stage."""
     found = {
         name: value[number] if name in _PER_STAGE and isinstance(value, list | tuple) else value
         for name, value in options.items()
     }
     if number == 0:
-        return found  # which refuses what it does not take
+        return found  # refuses what it does not accept
     controls = {FIELDS[control.name] for control in stage.condition.controls()}
     found = {name: value for name, value in found.items() if name not in KEYWORDS or name in controls}
     if stage.condition.cannot_guide:
@@ -161,11 +161,11 @@ def compose(stages: Sequence[str | Path], path: str | Path) -> Path:
     """Writes the workdir of a pipeline.
 
     Args:
-      stages: workdirs of runs, or of pipelines, whose stages they stand for, in order.
+      stages: workdirs in order, of runs or of pipelines; a pipeline stands for its stages.
       path: of the new workdir.
 
     Raises:
-      UserError: a stage that is no run, or is not given what the one before it makes; a folder that holds something.
+      UserError: a stage that is not a run, or does not take the output of the previous one; a folder that is not empty.
     """
     target = Path(path).expanduser()
     folders = [folder for stage in stages for folder in _expanded(Path(stage).expanduser(), target)]
@@ -186,9 +186,9 @@ def record(folder: Path, stages: Sequence[tuple[str, int, Sequence[int]]], last:
     """Writes the files of a pipeline into its folder.
 
     Args:
-      folder: is there.
-      stages: each one's workdir, as seen from the folder, its step and the shape of what it makes.
-      last: the workdir of the last stage; None: as `stages` says.
+      folder: an existing one.
+      stages: for each stage its workdir, relative to the folder, its step and the shape of its output.
+      last: the workdir of the last stage; None: the one in `stages`.
     """
     last = folder / stages[-1][0] if last is None else last
     workdir.record(folder, workdir.read_config(last), workdir.read_dataset(last) or {})
@@ -200,7 +200,7 @@ def load(path: str | Path, step: int | None = None, **options: Any) -> Run:
     """Opens a workdir, of a run or of a pipeline; see `ddpm_jax.run.open_run` for the options.
 
     Raises:
-      UserError: as `open_run`; a pipeline of which a stage is missing or was trained on since.
+      UserError: as in `open_run`; a pipeline with a stage that is missing or has been trained further.
     """
     folder = Path(path).expanduser()
     if not (folder / workdir.STAGES).is_file():
@@ -226,7 +226,7 @@ def load(path: str | Path, step: int | None = None, **options: Any) -> Run:
 
 
 def _expanded(folder: Path, target: Path) -> list[Path]:
-    """The runs that a stage stands for."""
+    """The runs of a stage, which may be a pipeline."""
     if folder.resolve() == target.resolve():
         raise UserError(f"--stages has {str(folder)!r}, which is the --workdir of the pipeline itself")
     if not (folder / workdir.STAGES).is_file():
@@ -236,7 +236,7 @@ def _expanded(folder: Path, target: Path) -> list[Path]:
 
 
 def _check(folders: Sequence[Path], runs: Sequence[Run]) -> None:
-    """UserError unless each run is given what the one before it makes."""
+    """Raises UserError unless each run takes the output of the previous one."""
     for number in range(1, len(runs)):
         given, name = runs[number].model.given, str(folders[number])
         if given is None or given.needs:

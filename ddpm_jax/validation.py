@@ -1,4 +1,4 @@
-"""Everything in a config that could not run, said before anything is compiled."""
+"""Checks a config before anything is compiled."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +21,12 @@ from ddpm_jax.sampling.generate import Model
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mapping[str, Any] | None = None) -> None:
-    """Raises UserError, in one sentence, for anything in the config that could not run; compiles nothing.
+    """Raises UserError, with one sentence, for anything in the config that cannot run; compiles nothing.
 
-    With num_devices, also for what so many devices could not train. `dataset` is what the workdir has of the data.
+    With num_devices, also for anything that cannot be trained on that many devices. `dataset` is the workdir's
+    description of the training set.
     """
-    _check_fields(config)
+    check_fields(config)
     if num_devices is not None:
         _check_training(config)
         _check_devices(config, num_devices)
@@ -36,11 +37,11 @@ def validate(config: ConfigDict, num_devices: int | None = None, dataset: Mappin
 def make_valid_model(
     config: ConfigDict, dataset: Mapping[str, Any] | None, dtype: str | None = None
 ) -> tuple[Model, Any]:
-    """The model of a run that exists and the shapes of its parameters, for a process that does not train it.
+    """The model of an existing run and the shapes of its parameters, for a process that does not train.
 
-    Raises UserError as `validate` does, except for what only training needs, which takes longer to trace.
+    Raises UserError like `validate`, but does not check what only training needs, since tracing that takes longer.
     """
-    _check_fields(config)
+    check_fields(config)
     with _as_config_errors():
         _check_schedule_and_sampling(config)
         model = config_lib.make_model(config, dataset, dtype)
@@ -50,15 +51,15 @@ def make_valid_model(
 
 @contextmanager
 def _as_config_errors() -> Iterator[None]:
-    """Turns the errors of the parts that a config builds into UserErrors."""
+    """Turns errors of the parts that are built from a config into UserErrors."""
     try:
         yield
     except (ValueError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"config: {first_line(error)}") from None
 
 
-def _check_fields(config: ConfigDict) -> None:
-    """Each field, and what cannot be together in one config."""
+def check_fields(config: ConfigDict) -> None:
+    """Raises UserError for an invalid field, or for fields that contradict each other; traces nothing."""
     check_types(config)
     check_values(config)
     _check_condition(config)
@@ -79,7 +80,7 @@ def _check_fields(config: ConfigDict) -> None:
 
 
 def _check_condition(config: ConfigDict) -> None:
-    """What classes and captions cannot have."""
+    """Checks classes and captions."""
     train = config.train
     if train.label_dropout and not config.model.class_conditional:
         raise UserError("config.train.label_dropout is for config.model.class_conditional=True")
@@ -98,7 +99,7 @@ def _check_condition(config: ConfigDict) -> None:
 
 
 def _check_lora(config: ConfigDict) -> None:
-    """What adapters cannot have."""
+    """Checks LoRA adapters."""
     train = config.train
     if config.lora.rank and (train.objective != "diffusion" or config.text.encoder == config_lib.TRAINED):
         trained = "an encoder of text that is trained along"
@@ -112,7 +113,7 @@ def _check_lora(config: ConfigDict) -> None:
 
 
 def _check_schedule(config: ConfigDict) -> None:
-    """Betas that are none, and more steps than there are timesteps."""
+    """Checks the betas, and that no number of steps exceeds the timesteps."""
     diffusion = config.diffusion
     for name in () if diffusion.betas else BETAS_OF.get(diffusion.schedule, ()):
         if not 0.0 < diffusion[name] <= 1.0:
@@ -133,7 +134,7 @@ def _check_schedule(config: ConfigDict) -> None:
 
 
 def _check_latents(config: ConfigDict) -> None:
-    """What a run of latents cannot have."""
+    """Checks a run that diffuses latents."""
     if config.train.objective == "autoencoder":
         raise UserError(
             f"config.autoencoder.source is {config.autoencoder.source!r} and config.train.objective is 'autoencoder'; "
@@ -153,7 +154,7 @@ def _check_latents(config: ConfigDict) -> None:
 
 
 def _check_embeddings(config: ConfigDict) -> None:
-    """What a run that draws embeddings, or is given one, cannot have."""
+    """Checks a run that draws embeddings or takes one as an input."""
     name = "prior.clip" if config.prior.clip else "embedding.clip"
     others = {
         "embedding.clip": config.embedding.clip if config.prior.clip else "",
@@ -182,7 +183,7 @@ def _check_embeddings(config: ConfigDict) -> None:
 
 
 def _check_clip(config: ConfigDict) -> None:
-    """What a CLIP must have."""
+    """Checks a CLIP."""
     text, train = config.text, config.train
     if text.encoder != config_lib.TRAINED:
         raise UserError(
@@ -215,7 +216,7 @@ def _check_clip(config: ConfigDict) -> None:
 
 
 def _check_upscale(config: ConfigDict) -> None:
-    """What a run that enlarges pictures must have."""
+    """Checks a super-resolution run."""
     data, upscale = config.data, config.upscale
     small, large = (f"{size.height}x{size.width}" for size in (upscale, data))
     fits = 0 < upscale.height < data.height and upscale.height * data.width == upscale.width * data.height
@@ -240,7 +241,7 @@ def _check_upscale(config: ConfigDict) -> None:
 
 
 def _check_training(config: ConfigDict) -> None:
-    """What only a run that is trained must have: another is opened without."""
+    """Checks what only training needs."""
     diffusion, evaluate, data, train = config.diffusion, config.evaluate, config.data, config.train
     if config.model.masked_picture:
         raise UserError(
@@ -287,7 +288,7 @@ def _check_devices(config: ConfigDict, num_devices: int) -> None:
 
 
 def _check_schedule_and_sampling(config: ConfigDict) -> Schedule:
-    """The schedule, if its last timestep and its sampling steps can be used."""
+    """The schedule; ValueError if its last timestep or the sampling steps cannot be used."""
     schedule = config_lib.make_schedule_from(config)
     if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
@@ -298,7 +299,7 @@ def _check_schedule_and_sampling(config: ConfigDict) -> Schedule:
 
 
 def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
-    """Traces the first step of training, of an autoencoder or a CLIP the start alone; errors are those of the parts."""
+    """Traces the first step of training, or only the initialisation of an autoencoder or a CLIP."""
     schedule = _check_schedule_and_sampling(config)
     optimizer = config_lib.make_optimizer(config)
     if config.train.objective == "clip":

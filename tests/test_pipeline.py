@@ -256,7 +256,7 @@ class TestCommands:
             save_reference=None,
         )
         assert result["stages"][0]["step"] == 2
-        assert "what another stage gives" in result["not computed"]
+        assert "the output of another stage" in result["not computed"]
         page = report.write(folder).read_text()
         assert "a pipeline of 2 runs" in page
         assert "../base, step 2, makes 4x4x1" in page

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from ddpm_jax.commands import cores
 from ddpm_jax.planning.compiled import estimate, open_topology
 from ddpm_jax.planning.measured import measure
 from ddpm_jax.planning.programs import names_of
 from ddpm_jax.planning.table import table
-from ddpm_jax.runtime import cores, parallel
+from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime import workdir as workdir_lib
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text

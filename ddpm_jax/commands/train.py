@@ -4,9 +4,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ddpm_jax.commands import cores
 from ddpm_jax.report import write
 from ddpm_jax.report.page import REPORT
-from ddpm_jax.runtime import cores
 from ddpm_jax.runtime import workdir as workdir_lib
 
 

@@ -1,7 +1,8 @@
-"""A run's config: every field with its default, and the objects that a config stands for.
+"""A run's config: every field with its default, and the objects that are made from a config.
 
-`defaults` has the fields with their meaning, `values` what is done with a config as a whole. The other modules make the
-arguments that `diffusion/`, `models/`, `sampling/` and `training/` take; none of these knows a config.
+`defaults` documents the fields, `limits` has the values that they accept, and `values` has functions of whole configs.
+The other modules make objects and arguments for `diffusion/`, `models/`, `sampling/` and `training/`, which do not know
+a config.
 """
 
 from ddpm_jax.config.defaults import DECAYS, DTYPES, OBJECTIVES, TRAINED, default_config

@@ -1,4 +1,4 @@
-"""The diffusion that a config stands for: its schedule, what the network's output means, and the loss."""
+"""The diffusion of a config: its schedule, the meaning of the network's output, and the loss."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The encoders of texts and pictures that a config names: trained along with the run, or frozen and read from files."""
+"""The encoders of texts and pictures of a config: trained along with the run, or frozen and read from files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,13 +61,13 @@ def make_texts(config: ConfigDict, dataset: Mapping[str, Any], dtype: str | None
 
 
 def train_tokenizer(config: ConfigDict, captions: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the config asks for where it names none."""
+    """Trains the tokenizer of a config that names none."""
     text, end_last = config.text, config.train.objective == "clip"
     return Tokenizer.train(captions, text.vocab_size, text.max_length or 64, end_last=end_last)
 
 
 def _end_token(config: ConfigDict, tokenizer: Tokenizer) -> int:
-    """The id of the token at which a CLIP's text encoder has the state of the whole text."""
+    """The id of the token whose state represents the whole text in a CLIP's text encoder."""
     end = tokenizer.end_id
     if end is None or end == 2:
         what = "ends texts with the token 2, by which transformers means the largest one" if end else "ends no text"
@@ -132,14 +132,14 @@ def make_autoencoder(config: ConfigDict) -> Autoencoder:
 
 
 def autoencoder_folder(path: str | Path) -> Path:
-    """Where the autoencoder lies in a diffusers folder, which may be a whole pipeline's."""
+    """The folder of the autoencoder in a diffusers folder, which may be a whole pipeline's."""
     folder = Path(path).expanduser()
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def open_autoencoder(path: str | Path) -> tuple[Autoencoder, float]:
     """The autoencoder of a workdir or of a diffusers folder, without its parameters, and the scaling factor of its
-    latents, 1 where that is not known yet.
+    latents, or 1 if that is not known yet.
 
     Raises:
       UserError: no autoencoder there, or one that is not supported.
@@ -156,7 +156,7 @@ def open_autoencoder(path: str | Path) -> tuple[Autoencoder, float]:
 
 
 def make_embedder(config: ConfigDict, dataset: Mapping[str, Any] | None = None) -> Embedder:
-    """The CLIP whose image embeddings the run draws, or is given; `dataset` as in `make_condition`."""
+    """The CLIP whose image embeddings the run draws or takes as an input; `dataset` as in `make_condition`."""
     dataset, units = dataset or {}, None
     if config.prior.mean:
         units = Units(np.array(config.prior.mean, np.float32), np.array(config.prior.std, np.float32))
@@ -180,10 +180,10 @@ def _refuse_pictures() -> CLIP:
 
 
 def is_workdir(path: str | Path) -> bool:
-    """Whether a folder holds a run, not another project's files."""
+    """Whether a folder contains a run, not another project's files."""
     return (Path(path).expanduser() / "dataset.json").is_file()
 
 
 def held_in(dtype: str | None, params: Any) -> Any:
-    """The parameters in this dtype; None: as they are."""
+    """The parameters in this dtype; None: in their own."""
     return params if dtype is None else jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

@@ -1,4 +1,4 @@
-"""What each field of a config accepts, whatever the others are."""
+"""The values that each field of a config accepts, independently of the others."""
 
 from typing import Any
 

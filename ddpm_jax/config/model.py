@@ -1,4 +1,4 @@
-"""The model that a config stands for: its condition, network, schedule and decoder, and what it is given besides."""
+"""The model of a config: its condition, network, schedule and decoder, and its further input."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,24 +23,24 @@ from ddpm_jax.sampling.generate import Model
 from ddpm_jax.sampling.given import Given, LowResolution, MaskedPicture
 from ddpm_jax.sampling.latents import Latents
 
-_ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run whose images have not been opened yet
+_ANY_CLASSES = tuple(map(str, range(10)))  # of a class-conditional run before its images are opened
 
 
 def make_model(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Model:
-    """The parts of the run's system; `dataset` and `dtype` as in `make_condition`."""
+    """The model of the run; `dataset` and `dtype` as in `make_condition`."""
     condition, decoder = make_condition(config, dataset, dtype), make_decoder(config, dataset, dtype)
     net, schedule = make_network(config, condition), make_schedule_from(config)
     return Model(condition, net, schedule, decoder, make_given(config, schedule, decoder, dataset))
 
 
 def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Condition:
-    """What can be said to the run.
+    """The condition of the run.
 
     Args:
       config: of the run.
-      dataset: the description of its images, with what the workdir keeps of its texts; None: there is none yet, and
-        classes and captions are any.
-      dtype: what the weights of frozen parts are held in; None: float32.
+      dataset: the workdir's description of the training set and of its texts; None: there is none yet, and classes
+        and captions are not known.
+      dtype: of the weights of frozen parts; None: float32.
     """
     if config.text.encoder:
         return CaptionCondition(
@@ -56,7 +56,7 @@ def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None,
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
-    """The network; None: of any condition that the config can have."""
+    """The network; a condition of None stands for the config's."""
     condition = make_condition(config) if condition is None else condition
     if config.prior.clip:
         return condition.network(_make_prior(config, condition))
@@ -102,7 +102,7 @@ def make_pixels(config: ConfigDict) -> Pixels:
 
 
 def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, dtype: str | None = None) -> Decoder:
-    """What lies between pictures and what the run diffuses; `dataset` and `dtype` as in `make_condition`."""
+    """The decoder between pictures and what the run diffuses; `dataset` and `dtype` as in `make_condition`."""
     if config.prior.clip:
         return Embeddings(make_embedder(config, dataset))
     if not config.autoencoder.source:
@@ -122,7 +122,7 @@ def make_decoder(config: ConfigDict, dataset: Mapping[str, Any] | None = None, d
 def make_given(
     config: ConfigDict, schedule: Schedule, decoder: Decoder, dataset: Mapping[str, Any] | None = None
 ) -> Given | None:
-    """What the run is given besides its condition; None: nothing. `dataset` as in `make_condition`."""
+    """The further input of the run; None: there is none. `dataset` as in `make_condition`."""
     data, upscale = config.data, config.upscale
     if config.embedding.clip:
         return ImageEmbedding(make_embedder(config, dataset), config.embedding.dropout)

@@ -1,4 +1,4 @@
-"""How a run samples, as its config says."""
+"""The sampling of a config."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def sampling_steps(config: ConfigDict) -> Steps:
 
 
 def sampling_calls(config: ConfigDict, schedule: Schedule) -> int:
-    """How often sampling calls the network; ValueError for sampler options that do not go together."""
+    """How often sampling calls the network; ValueError for sampler options that contradict each other."""
     return len(sampling_steps(config).table(schedule, config.diffusion.variance).t)
 
 
@@ -41,7 +41,7 @@ def guidance(config: ConfigDict) -> Guidance:
 
 
 def sampling_request(config: ConfigDict, condition: Condition) -> Request:
-    """How the run samples where nothing else is asked for."""
+    """How the run samples by default."""
     candidates = config.prior.candidates if config.prior.clip else 1
     return Request(condition, sampling_steps(config), parameterization(config), guidance(config), candidates=candidates)
 

@@ -1,4 +1,4 @@
-"""How a run trains, as its config says: the optimiser and the options of a step."""
+"""The training of a config: the optimiser and the options of a step."""
 
 import inspect
 from typing import Any
@@ -35,7 +35,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     parameters = list(inspect.signature(factory).parameters) if callable(factory) else []
     if "learning_rate" not in parameters or name.startswith("scale_by"):
         raise UserError(
-            f"config.optimizer.name is {name!r}, which is no optimiser of optax.{nearest(name, _COMMON_OPTIMIZERS)}"
+            f"config.optimizer.name is {name!r}, which is not an optimiser of optax.{nearest(name, _COMMON_OPTIMIZERS)}"
         )
     unknown = [option for option in options if option not in parameters or option == "learning_rate"]
     if unknown:
@@ -50,12 +50,12 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def step_options(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `make_train_step` that the config fixes, but for the steps per dispatch."""
+    """The keyword arguments of `make_train_step` from the config, except the steps per dispatch."""
     return {"seed": config.seed, "accumulation": config.train.accumulation}
 
 
 def lora_scale(config: ConfigDict) -> float:
-    """What LoRA's adapters are multiplied by."""
+    """The factor of LoRA's adapters."""
     return (config.lora.alpha or config.lora.rank) / config.lora.rank
 
 

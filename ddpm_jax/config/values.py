@@ -1,4 +1,4 @@
-"""A config as values: its fields one by one, as JSON, and what may change while a run goes on."""
+"""Functions of whole configs: their fields, JSON, and the differences that a resumed run may have."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.config.defaults import default_config
 
-# Fields that may differ when a run goes on: they change how long and how it is watched, not what is learned.
+# Fields that may change when a run is resumed: they do not affect what is learned.
 MAY_CHANGE = (
     "train.num_steps",
     "train.steps_per_dispatch",
@@ -41,9 +41,9 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote; ValueError if the text is something else.
+    """The config that `to_json` wrote; ValueError for any other text.
 
-    A field that came after the run was started has its default, which is to change nothing.
+    A field that was added after the run had started gets its default, which must not change the run.
     """
 
     def tuples(value: Any) -> Any:
@@ -53,7 +53,7 @@ def from_json(text: str) -> ConfigDict:
 
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it is not a JSON object")
     config = default_config()
     with config.ignore_type():
         config.update(tuples(value))
@@ -61,7 +61,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """What differs in fields that may not change while a run goes on, as "field: old -> new"."""
+    """The differences in fields that a resumed run may not change, as "field: old -> new"."""
     old_fields, new_fields = dict(fields(old)), dict(fields(new))
     return [
         f"{name}: {old_fields.get(name)!r} -> {new_fields.get(name)!r}"

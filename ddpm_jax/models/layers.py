@@ -20,7 +20,7 @@ _Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
-_LARGE_KERNEL = 2**19  # elements
+_LARGE_KERNEL = 2**20  # elements
 
 _identity: Callable[[jax.Array], jax.Array] = jax.jit(lambda x: x)
 
@@ -36,8 +36,12 @@ def _materialize(x: jax.Array) -> jax.Array:
 
 
 def _waiting(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """A large kernel of bfloat16, which CPUs compute with as float32, is converted when x is there."""
-    return winograd.waiting(kernel, x) if kernel.dtype == jnp.bfloat16 and kernel.size > _LARGE_KERNEL else kernel
+    """The kernel, but a large one not before x has been computed.
+
+    XLA would otherwise transform the kernels of a whole network at once, or convert them from bfloat16 to float32, in
+    which CPUs compute, and hold them all. An optimization_barrier does not prevent that on CPUs.
+    """
+    return kernel if kernel.size <= _LARGE_KERNEL else kernel + (0.0 * x.reshape(-1)[0]).astype(kernel.dtype)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
@@ -45,9 +49,9 @@ def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
 
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """`_conv`, of an image of fewer pixels than the kernel has taps as one matrix product over all of them.
+    """`_conv`, but as one matrix product if the image has no more pixels than the kernel has taps.
 
-    XLA exchanges such an image with its kernel, and then computes the convolution 30 times slower.
+    XLA swaps such an image and its kernel, and then takes many times as long (`benchmarks/layers.py`).
     """
     (height, width), taps = kernel.shape[:2], kernel.shape[0] * kernel.shape[1]
     if taps == 1 or x.shape[1] * x.shape[2] > taps:
@@ -77,9 +81,11 @@ def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if winograd.suits(x, kernel, padding):
-            y: jax.Array = winograd.conv(x, kernel)
+            y: jax.Array = winograd.conv(x, _waiting(kernel, x))
             return y
-        return _conv_on_cpu(x, _waiting(kernel, x), padding)
+        if kernel.dtype == jnp.bfloat16:
+            kernel = _waiting(kernel, x)
+        return _conv_on_cpu(x, kernel, padding)
 
     y: jax.Array = lax.platform_dependent(x, kernel, cpu=cpu, default=partial(_conv, padding=padding))
     return y
@@ -92,9 +98,9 @@ def _conv_forward(x: jax.Array, kernel: jax.Array, padding: Padding) -> tuple[ja
 def _conv_backward(padding: Padding, residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
 
-    def default(x: jax.Array, kernel: jax.Array, g: jax.Array, conv: Callable[..., jax.Array] = _conv) -> _Pair:
-        (dx,) = jax.linear_transpose(lambda x: conv(x, kernel, padding), x)(g)
-        (dkernel,) = jax.linear_transpose(lambda kernel: conv(x, kernel, padding), kernel)(g)
+    def default(x: jax.Array, kernel: jax.Array, g: jax.Array, plain: Callable[..., jax.Array] = _conv) -> _Pair:
+        (dx,) = jax.linear_transpose(lambda x: plain(x, kernel, padding), x)(g)
+        (dkernel,) = jax.linear_transpose(lambda kernel: plain(x, kernel, padding), kernel)(g)
         return dx, dkernel
 
     def cpu(x: jax.Array, kernel: jax.Array, g: jax.Array) -> _Pair:
@@ -112,11 +118,10 @@ conv.defvjp(_conv_forward, _conv_backward)
 
 @jax.custom_vjp
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., C] times a kernel [C, D], with a gradient that is fast on CPUs too; the same restriction as `conv`'s."""
-    y: jax.Array = lax.platform_dependent(
-        x, kernel, cpu=lambda x, kernel: x @ _waiting(kernel, x), default=lambda x, kernel: x @ kernel
-    )
-    return y
+    """x [..., C] times a kernel [C, D], with a gradient that is fast on CPUs too; reverse mode only, like `conv`."""
+    if kernel.dtype == jnp.bfloat16:
+        kernel = lax.platform_dependent(x, kernel, cpu=lambda x, kernel: _waiting(kernel, x), default=lambda _, k: k)
+    return x @ kernel
 
 
 def _dense_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:

@@ -24,8 +24,6 @@ _B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 
-_LARGE_KERNEL = 2**19  # channels in times channels out
-
 Grid = list[list[jax.Array]]  # a matrix of arrays
 
 
@@ -47,15 +45,8 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
 @jax.jit
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of x [B, H, W, C] with a kernel [3, 3, C, D] that keeps the size: [B, H, W, D]."""
-    if kernel.shape[2] * kernel.shape[3] > _LARGE_KERNEL:
-        kernel = waiting(kernel, x)  # what is made of all kernels of a network is 16/9 of their memory
     places = _matmuls(_tiles(x), _sandwich(_G, _taps(kernel)), contract=(1, 0))
     return _image(_sandwich(_A_T, places), x.shape)
-
-
-def waiting(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The kernel, but not before x is there: else XLA transforms all kernels of a network at once, and holds them."""
-    return kernel + (0.0 * x.reshape(-1)[0]).astype(kernel.dtype)  # an optimization_barrier has no effect on CPUs
 
 
 @jax.jit

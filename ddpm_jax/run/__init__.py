@@ -1,7 +1,7 @@
-"""A workdir opened for use: its config, its weights on this machine's devices, and what one does with them.
+"""A workdir opened for use: its config, its weights on this machine's devices, and what one can do with them.
 
-`Run` is one class in three files: `sampling` has what a run is and the images that it draws from noise, `editing` the
-edits of pictures, `run` what it makes of pictures and embeddings that it is given. `opening` opens a workdir.
+`Run` is one class in three files: `sampling` has its attributes and draws images from noise, `editing` edits pictures,
+and `run` draws from the inputs of super-resolution and of DALL-E 2's decoder. `opening` opens a workdir.
 """
 
 from ddpm_jax.run.opening import load_adapters, open_run

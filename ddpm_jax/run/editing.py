@@ -1,4 +1,4 @@
-"""The edits of a run: pictures made of pictures."""
+"""The methods of a run that edit pictures."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ class EditingRun(SamplingRun):
         batch_size: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Other pictures like these, uint8 like `pictures`: diffused to t and denoised again.
+        """Draws variations of pictures, uint8 like `pictures`: diffuses them to t and denoises them.
 
         Args:
           pictures: uint8 [N, H, W, C].
-          t: how far; the larger, the less is kept.
+          t: the timestep to diffuse to; the larger, the less of a picture is kept.
           seed: picture i's noise depends on the seed and i.
           strength: instead of t, the share of the sampling steps to take, above 0 and at most 1: 0.75 takes 15 of 20,
             as diffusers' image to image does.
@@ -58,18 +58,18 @@ class EditingRun(SamplingRun):
         batch_size: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Clean pictures of noisy ones, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
+        """Removes the noise of pictures, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
 
         Args:
           pictures: uint8 [N, H, W, C].
-          t: of their noise; None: estimated, see `estimate_t`.
+          t: the timestep with as much noise; None: an estimate, see `estimate_t`.
           seed, batch_size, options: as in `vary`.
         """
         t = self.estimate_t(pictures) if t is None else t
         return self._editor(options, batch_size).denoise(pictures, t, seed)
 
     def estimate_t(self, pictures: np.ndarray) -> int:
-        """The timestep whose noise is as strong as that in the pictures, uint8 [N, H, W, C]."""
+        """The timestep with as much noise as the pictures, uint8 [N, H, W, C], have."""
         sigma = editing.estimate_sigma(self.model.decoder.encode(check_pictures(pictures, self.shape)))
         return editing.nearest_timestep(self.schedule, sigma)
 
@@ -88,17 +88,17 @@ class EditingRun(SamplingRun):
         snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
-        """Paints anew where the mask is true, uint8 like `pictures`; the rest stays as it is, to the bit.
+        """Repaints pictures where the mask is true, uint8 like `pictures`; all other pixels stay the same, to the bit.
 
-        A run whose network is given the masked picture (model.masked_picture) samples what is under the mask from
-        noise. Any other has the rest restored before each step (RePaint).
+        A network that takes the masked picture as an input (model.masked_picture) samples the part under the mask from
+        noise. With any other network, the known part is restored before each step (RePaint).
 
         Args:
           pictures: uint8 [N, H, W, C].
-          mask: bool [H, W], or one a picture, [N, H, W].
+          mask: bool [H, W], or [N, H, W] with a mask for each picture.
           jump, times: of RePaint's resampling, see `ddpm_jax.diffusion.editing.inpaint`; None: 10 and 1.
-          fixed_noise: instead of RePaint's noise of its own at each step, the known part has the noise that sampling
-            starts from at all steps, as in diffusers.
+          fixed_noise: the known part has the noise that sampling starts from at all steps, as in diffusers, instead of
+            new noise at each step.
           seed: picture i's noise depends on the seed and i.
           batch_size, progress, watch, snapshots_of, options: as in `sample`.
         """
@@ -114,14 +114,14 @@ class EditingRun(SamplingRun):
         seed: int = 0,
         **options: Any,
     ) -> np.ndarray:
-        """From one picture to another, uint8 [len(weights), H, W, C] (DDPM, section 4.3 and figure 8).
+        """Interpolates between two pictures, uint8 [len(weights), H, W, C] (DDPM, section 4.3 and figure 8).
 
         Args:
           first, second: uint8 [H, W, C].
           weights: of the second, 0 to 1.
-          t: how far both are diffused; None: half of the timesteps.
-          seed: of the noise, which all share.
-          options: of `sample`.
+          t: the timestep that both are diffused to; None: half of the timesteps.
+          seed: of the noise, which is the same for all.
+          options: as in `sample`.
         """
         t = self.schedule.num_timesteps // 2 if t is None else t
         return self._editor(options).interpolate(first, second, weights, t, seed)
@@ -136,15 +136,15 @@ class EditingRun(SamplingRun):
         progress: Progress | None = None,
         watch: Watch | None = None,
     ) -> np.ndarray:
-        """From one picture to another along the arc between the noises that deterministic DDIM makes them of, uint8
+        """Interpolates between two pictures along the arc between their noises under deterministic DDIM, uint8
         [len(weights), H, W, C] (DDIM, section 5.3).
 
         Args:
           first, second: uint8 [H, W, C].
           weights: of the second, 0 to 1.
-          num_steps, spacing: of both ways; None: the config's.
-          progress: as in `sample`; of both ways.
-          watch: as in `sample`; of the way from the noises.
+          num_steps, spacing: of encoding and of decoding; None: the config's.
+          progress: as in `sample`, over both.
+          watch: as in `sample`, during decoding.
         """
         check_ends(first, second, self.shape)
         noise = self.encode(np.stack([first, second]), num_steps, spacing, part_of(progress, 0, 2))
@@ -158,12 +158,12 @@ class EditingRun(SamplingRun):
         spacing: str | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """The noises that deterministic DDIM makes these pictures of, float32 like `pictures`; see
-        `ddpm_jax.diffusion.editing.encode`. `decode` makes pictures of them.
+        """The noises from which deterministic DDIM draws these pictures, float32 like `pictures`; see
+        `ddpm_jax.diffusion.editing.encode`. `decode` is the inverse.
 
         Args:
           pictures: uint8 [N, H, W, C].
-          num_steps, spacing: of the way; None: the config's.
+          num_steps, spacing: of DDIM; None: the config's.
           progress: as in `sample`.
         """
         return self._editor({**deterministic(num_steps, spacing), "progress": progress}).encode(pictures)
@@ -176,11 +176,11 @@ class EditingRun(SamplingRun):
         progress: Progress | None = None,
         watch: Watch | None = None,
     ) -> np.ndarray:
-        """The pictures that deterministic DDIM makes of noises, uint8 [N, H, W, C].
+        """The pictures that deterministic DDIM draws from these noises, uint8 [N, H, W, C].
 
         Args:
-          noise: float32 [N, H, W, C], such as `encode` gives.
-          num_steps, spacing: of the way; None: the config's.
+          noise: float32 [N, H, W, C], such as the result of `encode`.
+          num_steps, spacing: of DDIM; None: the config's.
           progress, watch: as in `sample`.
         """
         options = {**deterministic(num_steps, spacing), "progress": progress, "watch": watch}
@@ -190,14 +190,14 @@ class EditingRun(SamplingRun):
         """Images that share their x_t, uint8 [num_images, H, W, C] (DDPM, figure 7).
 
         Args:
-          num_images, seed: how many, of which seed.
-          t: of the shared x_t: the larger, the less they have in common.
-          options: of `sample`.
+          num_images, seed: how many images of which seed.
+          t: of the shared x_t; the larger, the less the images have in common.
+          options: as in `sample`.
         """
         return self._editor(options).coarse_to_fine(num_images, t, seed)
 
     def _editor(self, options: Mapping[str, Any], batch_size: int | None = None) -> Editor:
-        """Of the options of `sample`, among them who watches."""
+        """The editor for these options of `sample`, among them progress, watch and snapshots_of."""
         options = dict(options)
         watching = {name: options.pop(name) for name in ("progress", "watch", "snapshots_of") if name in options}
         return Editor(

@@ -1,4 +1,4 @@
-"""A run from its workdir: a checkpoint's weights on this machine's devices."""
+"""Opens a workdir: restores a checkpoint's weights onto this machine's devices."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def open_run(
         the text encoder.
 
     Raises:
-      UserError: no run there, no such checkpoint, or no such average; a LoRA that does not fit.
+      UserError: no run in the folder, no such checkpoint or average, or a LoRA file that does not fit.
     """
     config, dataset = workdir.read_config(path), workdir.read_dataset(path)
     if dtype is not None:
@@ -71,7 +71,7 @@ def open_run(
 
 
 def _check_draws(config: ConfigDict, path: str | Path) -> None:
-    """UserError for what was trained for other runs and draws no pictures."""
+    """Raises UserError for an autoencoder or a CLIP, which draws no pictures itself."""
     if config.train.objective == "autoencoder":
         raise UserError(
             f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
@@ -85,7 +85,7 @@ def _check_draws(config: ConfigDict, path: str | Path) -> None:
 
 
 def _decay(config: ConfigDict, wanted: float | None) -> float:
-    """Of the average that is wanted; None: the first."""
+    """The decay of the average that is wanted; None: the first."""
     decays = config.train.ema_decays
     decay = decays[0] if wanted is None else wanted
     if decay not in decays:
@@ -94,11 +94,11 @@ def _decay(config: ConfigDict, wanted: float | None) -> float:
 
 
 def load_adapters(run: Run, path: str | Path) -> Any:
-    """The adapters that a run of lora.rank above 0 trained, which `load` added to its weights.
+    """The adapters of a run with lora.rank above 0, which `load` merged into its weights.
 
     Args:
-      run: of `load`.
-      path: its workdir.
+      run: from `load`.
+      path: the workdir of the run.
     """
     folder, part = Path(path).expanduser(), _part(run.dataset, run.ema_decay)
     shapes = config_lib.make_model(run.config, run.dataset).param_shapes()
@@ -108,7 +108,7 @@ def load_adapters(run: Run, path: str | Path) -> Any:
 def _with_texts_frozen(
     config: ConfigDict, dataset: Mapping[str, Any], model: Model, params: Mapping[str, Any]
 ) -> tuple[Model, Any]:
-    """A model whose text encoder was adapted along with the network, as one whose encoder is frozen in this state."""
+    """Freezes the text encoder of a model in which it was adapted along with the network."""
     encoder = jax.tree.map(parallel.to_host, params["encoder"])
     config = config.copy_and_resolve_references()
     config.lora.text_encoder = False
@@ -122,7 +122,7 @@ def _with_texts_frozen(
 
 
 def _part(dataset: Mapping[str, Any], ema_decay: float | None) -> str:
-    """Which weights of a checkpoint; of imported ones there is no average, or it is the same."""
+    """Which weights of a checkpoint to read. Imported weights have no average of their own."""
     return "params" if ema_decay is None or "imported" in dataset else f"ema_{ema_decay}"
 
 
@@ -131,7 +131,7 @@ def _adapter_shapes(config: ConfigDict, shapes: Any) -> Any:
 
 
 def _restored(folder: Path, step: int | None, part: str, shapes: Any, mesh: Mesh, dtype: str | None) -> tuple[int, Any]:
-    """The step and the weights of a checkpoint, on the mesh and in the dtype; None: as they are."""
+    """The step and the weights of a checkpoint, on the mesh and in this dtype; None: in their own."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
     checkpoints = Checkpoints(folder, read_only=True)
     try:

@@ -1,4 +1,4 @@
-"""A trained run, whole: what it draws from noise, edits, and makes of pictures and embeddings that it is given."""
+"""The whole class of a trained run, with the methods of super-resolution and of DALL-E 2's decoder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from ddpm_jax.sampling.given import Inputs, LowResolution
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Run(EditingRun):
-    """A trained run. What it draws from noise is in `SamplingRun`, its edits are in `EditingRun`.
+    """A trained run. `SamplingRun` draws from noise, `EditingRun` edits pictures.
 
     Attributes:
-      config: what it was told.
-      dataset: the description of what it learned from.
+      config: the config that it was trained with.
+      dataset: the description of its training set.
       step: of the checkpoint.
-      ema_decay: of the weights, or None for the weights as trained.
+      ema_decay: of the moving average of the weights; None: the weights as trained.
       model: its condition, network, diffusion and decoder.
       params: the weights, on all devices of `mesh`.
       mesh: this machine's devices.
-      loras: the files that were added to the weights.
+      loras: the LoRA files that were added to the weights.
     """
 
     def pictures(self, *names: str | Path) -> np.ndarray:
-        """uint8 [N, H, W, C] of pictures, as the edits take them.
+        """Opens pictures for the edits, uint8 [N, H, W, C].
 
         Args:
-          names: files, which are scaled to cover the run's size and cropped; or "data:17", the training image of that
-            number, counted from 0 in the order of the data set or, in a folder, of the files' names.
+          names: files, which are scaled to cover the run's size and cropped; or "data:17", the training image with
+            that number, counted from 0 in the order of the data set or, in a folder, of the file names.
 
         Raises:
           UserError: a picture that cannot be read, or an image that the data set does not have.
@@ -49,12 +49,12 @@ class Run(EditingRun):
                 continue
             source = training_images(self.config, self.dataset) if source is None else source
             if not number.isdecimal() or int(number) >= len(source):
-                raise UserError(f"{name!r} is no training image; the data set has data:0 to data:{len(source) - 1}")
+                raise UserError(f"{name!r} is not a training image; the data set has data:0 to data:{len(source) - 1}")
             found.append(source[int(number)]["image"])
         return np.stack(found) if found else np.zeros((0, *self.shape), np.uint8)
 
     def low_resolution_pictures(self, *names: str | Path) -> np.ndarray:
-        """uint8 [N, h, w, C] of picture files, as `upscale` takes them; see `pictures`."""
+        """Opens picture files for `upscale`, uint8 [N, h, w, C]; see `pictures`."""
         return np.stack([_opened(name, Fit(*self._given().shape)) for name in names])
 
     def _given(self) -> LowResolution:
@@ -72,10 +72,10 @@ class Run(EditingRun):
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Enlarges pictures, uint8 [N, H, W, C], of a run that was trained to (config.upscale).
+        """Enlarges pictures with a super-resolution run (config.upscale): uint8 [N, H, W, C].
 
         Args:
-          pictures: uint8 [N, h, w, C], of the size that the run enlarges; see `low_resolution_pictures`.
+          pictures: uint8 [N, h, w, C], of the low resolution of the run; see `low_resolution_pictures`.
           seed: picture i's noise depends on the seed and i.
           batch_size, progress, options: as in `sample`.
         """
@@ -87,11 +87,11 @@ class Run(EditingRun):
     def variations(
         self, pictures: np.ndarray, seed: int = 0, *, progress: Progress | None = None, **options: Any
     ) -> np.ndarray:
-        """Other pictures with the image embeddings of these, uint8 [N, H, W, C] (DALL-E 2, section 3.1).
+        """Draws pictures with the image embeddings of given ones, uint8 [N, H, W, C] (DALL-E 2, section 3.1).
 
         Args:
           pictures: uint8 [N, H, W, C].
-          seed, progress, options: as in `sample`; without prompts, the network is told the embedding alone.
+          seed, progress, options: as in `sample`; without prompts, the embedding is the only condition.
         """
         return self.of_embeddings(self.embedder.of_pictures(pictures), seed, progress=progress, **options)
 
@@ -105,8 +105,8 @@ class Run(EditingRun):
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Pictures along the arc between two pictures' embeddings, uint8 [len(weights), H, W, C] (DALL-E 2, section
-        3.2); all share their noise.
+        """Draws pictures along the arc between the embeddings of two, uint8 [len(weights), H, W, C] (DALL-E 2, section
+        3.2); all start from the same noise.
 
         Args:
           first, second: uint8 [H, W, C].
@@ -127,14 +127,14 @@ class Run(EditingRun):
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """A picture moved by what one caption has over another, uint8 [len(weights), H, W, C] (DALL-E 2, section 3.3);
-        all share their noise.
+        """Changes a picture by the difference of two captions, uint8 [len(weights), H, W, C] (DALL-E 2, section 3.3);
+        all results start from the same noise.
 
         Args:
           picture: uint8 [H, W, C].
           caption: of the picture.
-          target: a caption of what it shall become.
-          weights: how far its embedding is turned towards the difference of both captions' embeddings, 0 to 1.
+          target: a caption of the picture that is wanted.
+          weights: how far to rotate the picture's embedding towards the difference of the captions', 0 to 1.
           seed, progress, options: as in `variations`.
         """
         turned = self.embedder.turned(picture, caption, target, weights)
@@ -142,7 +142,7 @@ class Run(EditingRun):
 
     @property
     def embedder(self) -> Embedder:
-        """The CLIP of a run that is given image embeddings."""
+        """The CLIP of a run whose network takes image embeddings."""
         if not isinstance(self.model.given, ImageEmbedding):
             raise UserError("this run is given no image embedding; accepted: one that was trained with embedding.clip")
         return self.model.given.embedder
@@ -157,12 +157,12 @@ class Run(EditingRun):
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Pictures of CLIP's image embeddings, uint8 [N, H, W, C].
+        """Draws pictures with these CLIP image embeddings, uint8 [N, H, W, C].
 
         Args:
           embeddings: float32 [N, D].
-          seed, batch_size, progress, options: as in `sample`; without prompts, the network is told the embedding alone.
-          same_noise: all are drawn from the noise of image 0.
+          seed, batch_size, progress, options: as in `sample`; without prompts, the embedding is the only condition.
+          same_noise: all start from the noise of image 0.
         """
         request = self.request(**options)
         values = np.asarray(embeddings, np.float32)[:, None, None]
@@ -174,5 +174,5 @@ class Run(EditingRun):
 def _opened(name: str | Path, fit: Fit) -> np.ndarray:
     try:
         return open_picture(Path(name).expanduser(), fit)
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise UserError(f"{str(name)!r} cannot be read as a picture: {reason(error)}") from None

@@ -1,4 +1,4 @@
-"""What a run is, and the images that it draws from noise."""
+"""The attributes of a run, and the methods that draw images from noise."""
 
 import dataclasses
 import inspect
@@ -49,7 +49,7 @@ class SamplingRun:
 
     @property
     def condition(self) -> Condition:
-        """What can be said to the run."""
+        """The condition: nothing, classes or captions."""
         return self.model.condition
 
     @property
@@ -64,7 +64,7 @@ class SamplingRun:
 
     @property
     def model_fn(self) -> jax.tree_util.Partial:
-        """(x_t, t) -> the network's output where nothing is said, for the functions of `ddpm_jax.diffusion`."""
+        """(x_t, t) -> the network's output with the null condition, for the functions of `ddpm_jax.diffusion`."""
         return self.model.model_fn_of_null(self.params)
 
     @property
@@ -74,10 +74,10 @@ class SamplingRun:
         return ", ".join([f"step {self.step}", which, *(f"LoRA {file.name} at {file.weight:g}" for file in self.loras)])
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """The same run for pictures of another size; None: the size that it has.
+        """The same run for pictures of another size; None: the run's own.
 
         Raises:
-          UserError: a size that its decoder or its network cannot have.
+          UserError: a size that the decoder or the network does not support.
         """
         size = self.shape[0] if height is None else height, self.shape[1] if width is None else width
         if size == self.shape[:2]:
@@ -108,18 +108,18 @@ class SamplingRun:
         """Images 0 .. num_images - 1 of a seed; each depends on the seed, its number and the settings alone.
 
         Args:
-          num_images, seed: how many of which seed.
-          height, width: of the images; None: the run's. See `at`, which gives the other methods another size.
-          indices: the images' numbers, in the place of num_images.
+          num_images, seed: how many images of which seed.
+          height, width: of the images; None: the run's own. `at` sets the size for the other methods.
+          indices: the images' numbers, instead of num_images.
           batch_size: images at a time; None: the config's.
-          progress: told (network calls done, calls in all).
-          watch, snapshots_of: told of each batch as `ddpm_jax.sample` says.
-          options: labels, the classes of a class-conditional run, or prompts, of a run that learned from captions,
-            repeated as needed (without them every class, or captions of the data set, come in turn);
-            negative_prompts, which guidance leads away from; and in place of the config's: sampler, num_steps, spacing,
-            spacing_offset, skip_lowest, stop_at_first, levels, fractional, scaled_start, timesteps, eta, order, clip,
-            clip_range, dynamic_threshold, threshold_limit (see `ddpm_jax.sample`), x_0_mse [T] (see
-            `ddpm_jax.diffusion.tables.ddpm`), guidance_scale, guidance_rescale, guidance_interval (see `guided`).
+          progress: called with (network calls done, all calls).
+          watch, snapshots_of: as in `ddpm_jax.sample`, for each batch.
+          options: labels of a class-conditional run, or prompts of a text-conditional one, repeated as needed (the
+            default takes the classes, or captions of the training set, in turn); negative_prompts for guidance; and
+            these, which replace the config's: sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first,
+            levels, fractional, scaled_start, timesteps, eta, order, clip, clip_range, dynamic_threshold,
+            threshold_limit (see `ddpm_jax.sample`), x_0_mse [T] (see `ddpm_jax.diffusion.tables.ddpm`),
+            guidance_scale, guidance_rescale, guidance_interval (see `guided`).
 
         Returns:
           uint8 [num_images, H, W, C].
@@ -141,12 +141,12 @@ class SamplingRun:
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """The way from noise to image in `num_stages`, uint8 [num_stages, num_images, H, W, C] (DDPM, figure 6).
+        """Shows the way from noise to image in `num_stages`, uint8 [num_stages, num_images, H, W, C] (DDPM, figure 6).
 
         Args:
           num_images, seed, progress: as in `sample`; all images are one batch.
-          num_stages: evenly spaced over the network's calls, the last the result; at most as many as there are calls.
-          of: "x_0", what the network takes the image for, or "x", the image with its noise.
+          num_stages: evenly spaced over the network's calls, at most one for each; the last is the result.
+          of: "x_0", the predicted image, or "x", the noisy one.
           options: as in `sample`.
         """
         observer = Observer(progress, num_snapshots=num_stages, snapshots_of=of)
@@ -165,13 +165,13 @@ class SamplingRun:
         progress: Progress | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """From one prompt or class to another on the same noise, uint8 [num_images, len(weights), H, W, C].
+        """Interpolates between two prompts or classes with the same noise, uint8 [num_images, len(weights), H, W, C].
 
         Args:
           num_images, seed, batch_size, progress: as in `sample`; at a weight of 0 or 1 the images are those of `sample`
             with the first or the second alone.
           weights: of the second, 0 to 1; see `ddpm_jax.diffusion.guidance.between`.
-          options: as in `sample`; prompts, or labels, are two.
+          options: as in `sample`, with two prompts or two labels.
         """
         request = self.request(**options)
         if request.condition.rows != 2:
@@ -186,13 +186,13 @@ class SamplingRun:
         return images.reshape(num_images, len(weights), *self.shape)
 
     def calls(self, **options: Any) -> int:
-        """How often `sample` calls the network for an image, with these of its options."""
+        """How often `sample` calls the network for an image, with these options."""
         request = self.request(**options)
         with as_user_errors():
             return request.candidates * len(request.steps.table(self.schedule, request.output.variance).t)
 
     def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
-        """All that decides what `sample` makes of an image's number, as JSON values."""
+        """Everything that determines the image of a number, as JSON values."""
         weights = 0
         for leaf in jax.tree.leaves(self.params):
             weights = zlib.crc32(parallel.to_host(leaf).tobytes(), weights)
@@ -213,7 +213,7 @@ class SamplingRun:
         }
 
     def request(self, **options: Any) -> Request:
-        """What these options of `sample` ask for; one that is None, or not there, is the config's.
+        """The request that these options of `sample` make; an option that is None or missing is the config's.
 
         Raises:
           UserError: an option that does not exist or does not fit.
@@ -222,7 +222,7 @@ class SamplingRun:
         return with_options(request, options, inspect.signature(self.sample).parameters)
 
     def _inputs(self, request: Request, indices: Sequence[int]) -> Inputs | None:
-        """What the images of these numbers are given where nobody gives anything, made of training images."""
+        """Default inputs for the images with these numbers, from training images; None: the network takes none."""
         if self.model.given is None:
             return None
         if self.model.given.needs:

@@ -1,4 +1,4 @@
-"""Rows that come in any portions, in batches of one size, and through a network over all devices."""
+"""Regroups portions of rows into batches of equal size, and applies a network to them on all devices."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ Output = dict[str, jax.Array]
 
 
 def regroup(portions: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same rows in portions of `size`, the last one smaller."""
+    """Yields the same rows in portions of `size`; the last one may be smaller."""
     left: list[np.ndarray] = []
     for portion in portions:
         while sum(map(len, left)) + len(portion) >= size:
@@ -31,23 +31,23 @@ def regroup(portions: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def in_batches(
     apply: Partial, portions: Iterable[np.ndarray], mesh: Mesh, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What a network gives for rows that come in any portions, in batches of one size divided over the mesh.
+    """Applies a network to rows, in batches of equal size sharded over the mesh.
 
     Args:
       apply: ([B, ...]) -> arrays [B, ...] by name; its weights are put on every device.
-      portions: [N, ...] each, the same on all processes of the mesh.
-      mesh: of `parallel.make_mesh`, or this process's alone.
-      batch_size: rows at a time, rounded up to a multiple of the devices.
+      portions: of any size, [N, ...] each, the same on all processes of the mesh.
+      mesh: from `parallel.make_mesh`, or this process's own.
+      batch_size: rows at a time, rounded up to a multiple of the number of devices.
 
     Yields:
-      float32 [n, ...] by name, of all rows in their order.
+      float32 [n, ...] by name, for all rows in order.
     """
     size, rows = parallel.rounded(batch_size, mesh), parallel.batch_sharding(mesh)
     apply = jax.tree.map(functools.partial(parallel.place, sharding=parallel.replicated(mesh)), apply)
     waiting: tuple[Output, int] | None = None
     for portion in regroup(portions, size):
         padded = np.resize(portion, (size, *portion.shape[1:])) if len(portion) < size else portion
-        # The devices work on this batch while the one before it is fetched and used.
+        # The devices work on this batch while the previous one is fetched and used.
         started = run_batch(apply, parallel.place(padded, rows), mesh)
         if waiting:
             yield _fetched(*waiting)
@@ -62,6 +62,6 @@ def _fetched(output: Output, count: int) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def run_batch(apply: Partial, batch: jax.Array, mesh: Mesh) -> Output:
-    """The compiled program: what a network gives for a batch divided over the mesh, whole on every device."""
+    """The compiled program: the output for a batch that is sharded over the mesh, replicated on every device."""
     output = {name: value.astype(jnp.float32) for name, value in apply(batch).items()}
     return jax.lax.with_sharding_constraint(output, parallel.replicated(mesh))

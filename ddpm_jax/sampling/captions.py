@@ -1,4 +1,4 @@
-"""The condition of runs that learned from captions: texts, which an encoder turns into what the network attends to."""
+"""The condition of runs that were trained on captions: texts, whose states the network attends to."""
 
 import dataclasses
 import functools
@@ -18,20 +18,20 @@ from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.condition import Batch, Cond, Control, refuse_others
 from ddpm_jax.text.encoders import Texts
 
-_MOST_LISTED = 64  # prompts that settings list; of more they have a digest
-_MOST_TOLD = 8  # prompts whose cut is told; more are counted
+_MOST_LISTED = 64  # prompts listed in the settings; for more, they have a digest
+_MOST_TOLD = 8  # cut prompts that are named; more are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionCondition:
-    """A text; the empty one is the null condition.
+    """A text; the empty text is the null condition.
 
     Attributes:
       texts: the tokenizer and the encoder.
       dropout: the share of training examples whose caption is dropped.
-      shown: captions of the data set, for images of which nothing is said, in turn.
-      prompts: what was said, repeated for as long as there are images.
-      negative_prompts: the same of what guidance leads away from, in the place of the empty text.
+      shown: captions of the training set, for images without a prompt, in turn.
+      prompts: of the request, repeated for all images.
+      negative_prompts: the same for the null side of guidance, instead of the empty text.
     """
 
     texts: Texts
@@ -105,7 +105,7 @@ class CaptionCondition:
             raise UserError("guidance needs the prompts that it goes towards; give one")
 
     def of_images(self, numbers: np.ndarray) -> Cond:
-        """Where nothing was said, the captions that are shown, in turn."""
+        """Without prompts, the captions `shown`, in turn."""
         return self._rows(self.prompts or self.shown, numbers)
 
     def null(self, count: int) -> Cond:
@@ -155,7 +155,7 @@ def _tell_what_is_cut(texts: Texts, prompts: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _tell_once(sentence: str) -> None:
-    """A request is read several times on its way."""
+    """Warns once, though a request is read several times."""
     logging.warning("%s", sentence)
 
 

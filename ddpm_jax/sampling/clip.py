@@ -1,9 +1,9 @@
-"""Pictures and texts in the space that a CLIP gives both.
+"""Embeds pictures and texts in the shared space of a CLIP.
 
     clip = load_clip("path/to/clip-vit-large-patch14")
     similarities = embed_pictures(clip, pictures) @ embed_texts(clip, captions).T
 
-`ddpm_jax.evaluation.agreement` judges by them.
+`ddpm_jax.evaluation.agreement` computes scores from them.
 """
 
 import functools
@@ -35,22 +35,22 @@ def embed_pictures(
     progress: Progress | None = None,
     normalized: bool = True,
 ) -> np.ndarray:
-    """Pictures in the space that CLIP shares with texts.
+    """Embeds pictures in the space that CLIP shares with texts.
 
-    Grey pictures become RGB, or coloured ones grey, as CLIP takes them. Pictures are prepared as transformers'
-    CLIPImageProcessorPil does it: resized by Pillow's bicubic filter to the smallest size that covers CLIP's, cropped
+    Grey pictures become RGB, or coloured ones grey, as the CLIP needs them. Pictures are prepared as by transformers'
+    CLIPImageProcessorPil: resized by Pillow's bicubic filter to the smallest size that covers CLIP's, cropped
     at the centre, and normalised.
 
     Args:
-      clip: of `load_clip`.
+      clip: from `load_clip`.
       pictures: uint8 [N, H, W, 1 or 3].
-      mesh: of `parallel.make_mesh`, all processes giving the same pictures; None: all devices.
-      batch_size: pictures at a time, rounded up to a multiple of the devices.
-      progress: called with how many pictures are encoded, and N.
-      normalized: scaled to length 1.
+      mesh: from `parallel.make_mesh`; all processes pass the same pictures. None: all devices.
+      batch_size: pictures at a time, rounded up to a multiple of the number of devices.
+      progress: called with (pictures encoded, N).
+      normalized: scale each embedding to length 1.
 
     Returns:
-      float32 [N, P], if normalized of length 1 each; the dot product of two is their cosine similarity.
+      float32 [N, P]; the dot product of two normalized embeddings is their cosine similarity.
 
     Raises:
       UserError: pictures of another type or shape, or none at all.
@@ -71,17 +71,17 @@ def embed_texts(
     progress: Progress | None = None,
     normalized: bool = True,
 ) -> np.ndarray:
-    """Texts in the space that CLIP shares with pictures; equal texts are encoded once.
+    """Embeds texts in the space that CLIP shares with pictures; equal texts are encoded once.
 
     Args:
-      clip: of `load_clip`.
-      texts: N of them; those longer than CLIP takes are cut.
+      clip: from `load_clip`.
+      texts: N of them; texts that are too long for CLIP are cut.
       mesh, batch_size: as in `embed_pictures`.
-      progress: called with how many different texts are encoded, and how many there are.
-      normalized: scaled to length 1.
+      progress: called with (different texts encoded, all different texts).
+      normalized: scale each embedding to length 1.
 
     Returns:
-      float32 [N, P], if normalized of length 1 each.
+      float32 [N, P].
 
     Raises:
       UserError: no texts, or one that is not Unicode.
@@ -133,7 +133,7 @@ def _embedded(
     progress: Progress | None,
 ) -> np.ndarray:
     done: list[np.ndarray] = []
-    # Scores must not depend on the device: by default, GPUs and TPUs round what they multiply.
+    # Scores must not depend on the device: by default, GPUs and TPUs round the factors of matrix products.
     with jax.default_matmul_precision("highest"):
         for output in in_batches(apply, portions, mesh or parallel.make_mesh(), batch_size):
             done.append(output["unit"])
@@ -147,7 +147,7 @@ def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def check_pictures(pictures: np.ndarray) -> None:
-    """UserError unless these are pictures, uint8 [N, H, W, 1 or 3]."""
+    """Raises UserError unless the pictures are uint8 [N, H, W, 1 or 3]."""
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] not in (1, 3):
         raise UserError(
             f"the pictures are {pictures.dtype} of shape {pictures.shape}; accepted: uint8 [N, H, W, 1 or 3], from 0 "
@@ -158,8 +158,10 @@ def check_pictures(pictures: np.ndarray) -> None:
 
 
 def prepare(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 [N, *shape] of uint8 [N, H, W, 1 or 3]: bicubically resized to cover the shape's size, the centre cropped.
-    The side that is longer than it has to be is rounded down, as transformers does it."""
+    """Resizes uint8 [N, H, W, 1 or 3] bicubically to cover the shape, and crops the centre: uint8 [N, *shape].
+
+    The longer side is rounded down, as in transformers.
+    """
     if pictures.shape[1:] == shape:
         return pictures
     (height, width), (rows, columns, channels) = pictures.shape[1:3], shape

@@ -1,8 +1,8 @@
-"""Conditions: what a person asks the images to be, as the arrays that the network takes as `cond`.
+"""Conditions: what the user asks of the images, as the arrays that the network takes as `cond`.
 
 A run's condition is made from its config (`ddpm_jax.config.make_condition`). In training it turns a batch into `cond`,
 and replaces some of it by the null condition, which stands for no request. In sampling, `say` returns the condition
-with a request, and `of_images` gives the arrays for each image. A kind of condition is one class here and one line in
+with a request, and `of_images` returns the arrays for each image. A kind of condition is one class here and one line in
 `make_condition`; the loop, the samplers, the edits, the playground and the plans do not depend on the kind.
 """
 
@@ -22,19 +22,19 @@ from ddpm_jax.runtime.errors import UserError, as_user_errors
 Cond = Mapping[str, Any] | None
 Batch = Mapping[str, Any]
 
-# What can be said to a run of any kind, by the keyword of `say`; and why a run of another kind refuses it.
+# The keywords of `say`, with the reason why a run of another kind refuses them.
 KEYWORDS = {
     "labels": "this run is not class-conditional, so there are no classes to choose",
     "prompts": "this run did not learn from captions, so it takes no prompt",
     "negative_prompts": "this run did not learn from captions, so it takes no negative prompt",
 }
 _UNTRAINED = "it needs a run with model.class_conditional and a train.label_dropout above 0"
-# The fields of the playground's page, and the keyword that a value of each is.
+# The fields of the playground's page, each with its keyword.
 FIELDS = {"label": "labels", "prompt": "prompts", "negative_prompt": "negative_prompts"}
 
 
 def refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
-    """UserError for what only a run of another kind can be told."""
+    """Raises UserError for keywords of another kind of condition."""
     for keyword, values in said.items():
         if keyword not in own and len(values):
             raise UserError(KEYWORDS[keyword])
@@ -47,9 +47,9 @@ class Control:
     Attributes:
       name: of the field in the page's form, of FIELDS.
       title: what the page calls it.
-      choices: the names of the values 0, 1, ... that it may have; none: it is any text.
-      suggestions: of such a text.
-      only_guided: whether it does nothing without guidance.
+      choices: the names of its values 0, 1, ...; empty: any text.
+      suggestions: for such a text.
+      only_guided: whether it needs guidance to have an effect.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Control:
 
 
 class Condition(Protocol):
-    """One kind of condition, with what was said of it.
+    """One kind of condition, with a request or without.
 
     Attributes:
       reads: the entries of a training batch, beside "image", that it needs.
-      is_said: whether anything was said.
-      rows: how many things were said; a grid has a row for each. 0: nothing was said.
-      can_be_left_out: whether the network can be called with nothing said.
-      cannot_guide: why there is no guidance, which needs a network that knows images with the condition and without;
-        "": there is.
-      only_guided: what was said that does nothing without guidance; "": nothing.
+      is_said: whether there is a request.
+      rows: the number of classes or prompts in the request, each a row of a grid; 0: there is no request.
+      can_be_left_out: whether the network knows the null condition.
+      cannot_guide: why guidance is not possible, which needs a network that knows images with and without the
+        condition; "": it is possible.
+      only_guided: a part of the request that has no effect without guidance; "": there is none.
     """
 
     @property
@@ -91,25 +91,25 @@ class Condition(Protocol):
     def only_guided(self) -> str: ...
 
     def network_options(self) -> dict[str, Any]:
-        """The arguments of `UNet` that it decides."""
+        """The arguments of `UNet` that depend on it."""
         ...
 
     def network(self, net: nn.Module) -> nn.Module:
-        """The network that is trained, around a `UNet` with these options."""
+        """The network to train, around a `UNet` with these options."""
         ...
 
     def read(self, batch: Batch, source: Source, draws: np.ndarray | None = None) -> Batch:
-        """A batch of a source's examples, on the host, with all that `reads` names.
+        """The entries of a batch that `reads` names, on the host.
 
         Args:
           batch: of `host_batches`.
           source: of its examples.
-          draws: uint64 [B], by which it chooses among what describes an example; None: always the first.
+          draws: uint64 [B], random numbers that choose among several captions of an example; None: the first.
         """
         ...
 
     def of_batch(self, batch: Batch) -> Cond:
-        """`cond` of the examples of a batch."""
+        """`cond` for the examples of a batch."""
         ...
 
     def of_training(self, batch: Batch, key: Callable[[str], jax.Array]) -> Cond:
@@ -117,38 +117,38 @@ class Condition(Protocol):
         ...
 
     def say(self, **said: Sequence[Any]) -> "Condition":
-        """The condition with what a person said, by KEYWORDS; nothing said leaves it as it is. UserError for what does
-        not fit."""
+        """The condition with a request, by KEYWORDS; without keywords it stays the same. UserError for a request that
+        does not fit."""
         ...
 
     def require(self) -> None:
-        """UserError if nothing was said that guidance could go towards."""
+        """Raises UserError if there is no request to guide towards."""
         ...
 
     def of_images(self, numbers: np.ndarray) -> Cond:
-        """`cond` for the images of these numbers, on the host; where nothing was said, a choice of its own."""
+        """`cond` for the images with these numbers, on the host; without a request, classes or captions in turn."""
         ...
 
     def null(self, count: int) -> Cond:
-        """`cond` of so many images of which nothing is said; UserError where the network does not know that."""
+        """The null condition of `count` images; UserError if the network does not know it."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What was said, as JSON values."""
+        """The request, as JSON values."""
         ...
 
     def record(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """What each of these images was asked to be, to be stored beside it."""
+        """The request for each of these images, to be stored with it."""
         ...
 
     def controls(self) -> list[Control]:
-        """The inputs with which the playground asks for it."""
+        """The inputs of the playground for it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoCondition:
-    """Images like the training images, and nothing said of them: the plain DDPM."""
+    """Images like the training images, without a condition: the plain DDPM."""
 
     reads: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
     is_said: bool = False
@@ -203,7 +203,7 @@ class ClassCondition:
       class_names: of the data set.
       dropout: the share of training examples whose class is dropped.
       null_class: whether the network has one.
-      labels: the classes that were said, repeated for as long as there are images.
+      labels: the classes of the request, repeated for all images.
     """
 
     class_names: Sequence[str]
@@ -267,7 +267,7 @@ class ClassCondition:
             raise UserError("guidance needs the classes that it goes towards; name them")
 
     def of_images(self, numbers: np.ndarray) -> Cond:
-        """Where no class was said, every class in turn."""
+        """Without a request, every class in turn."""
         classes = np.array(self.labels or range(len(self.class_names)), np.int32)
         return {"label": classes[np.asarray(numbers) % len(classes)]}
 
@@ -288,8 +288,8 @@ class ClassCondition:
 
 
 def check_guidance(condition: Condition, guidance: Guidance) -> None:
-    """UserError for guidance that does nothing or that this condition does not allow, and for what was said that needs
-    guidance where there is none."""
+    """Raises UserError for guidance that has no effect or is not possible, and for a request that needs guidance if
+    there is none."""
     with as_user_errors():
         guidance.check()
     if guidance.is_on and condition.cannot_guide:

@@ -1,8 +1,8 @@
-"""Between pictures and what is diffused, both ways: the last part of condition -> generation -> decoder.
+"""Converts between pictures and what is diffused: the last part of condition -> generation -> decoder.
 
-The diffusion sees arrays of any meaning. A decoder says what they are: here the pixels themselves, scaled to [-1, 1],
-in `latents.py` an autoencoder's latents. It is made once from a run's config (`ddpm_jax.config.make_decoder`); a kind
-of decoder is one class and one line there.
+A decoder gives the arrays of the diffusion their meaning: here they are the pixels themselves, scaled to [-1, 1], in
+`latents.py` an autoencoder's latents. `ddpm_jax.config.make_decoder` makes it from a run's config; a kind of decoder is
+one class and one line there.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ class Decoder(Protocol):
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
 
     def of_size(self, height: int, width: int) -> "Decoder":
-        """The same for pictures of another size; UserError for one that it cannot have."""
+        """The same for pictures of another size; UserError for a size that is not supported."""
         ...
 
     def read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries that `reads` names, of a batch of `host_batches`, on the host."""
+        """The entries of a batch of `host_batches` that `reads` names, on the host."""
         ...
 
     def of_batch(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> jax.Array:
@@ -51,11 +51,11 @@ class Decoder(Protocol):
         ...
 
     def encode_mask(self, masks: np.ndarray) -> np.ndarray:
-        """bool masks [N, H, W, 1] of pictures, as masks of what is diffused."""
+        """Turns bool masks [N, H, W, 1] of pictures into masks of what is diffused."""
         ...
 
     def decode(self, x_0: Any) -> np.ndarray:
-        """uint8 pictures [..., H, W, C] of x_0 [..., *shape], the whole on every process."""
+        """uint8 pictures [..., H, W, C] of x_0 [..., *shape]; every process gets all of them."""
         ...
 
 

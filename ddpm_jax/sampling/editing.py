@@ -1,4 +1,4 @@
-"""Edits of 8-bit pictures by a model with its weights: encode, `ddpm_jax.diffusion.editing`, decode; in batches."""
+"""Edits 8-bit pictures in batches: encodes them, calls `ddpm_jax.diffusion.editing`, and decodes the results."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ _ENCODING = (
 
 
 def check_pictures(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """UserError unless the pictures are uint8 [N, *shape]."""
+    """The pictures; UserError unless they are uint8 [N, *shape]."""
     pictures = np.asarray(pictures)
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != shape:
         raise UserError(
@@ -41,7 +41,7 @@ def check_pictures(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndar
 
 
 def check_ends(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The two pictures of an interpolation, uint8 [2, *shape]; UserError if they are something else."""
+    """The two pictures of an interpolation, stacked: uint8 [2, *shape]; UserError for another shape or type."""
     for picture in (first, second):
         if np.shape(picture) != shape:
             raise UserError(
@@ -51,7 +51,7 @@ def check_ends(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int
 
 
 def check_masks(mask: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """bool [N, H, W, 1] of a mask [H, W], or one for each of the pictures; UserError for another shape."""
+    """bool [N, H, W, 1] from one mask [H, W], or from one for each picture; UserError for another shape."""
     mask = np.asarray(mask, bool)
     if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
         raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
@@ -60,14 +60,14 @@ def check_masks(mask: np.ndarray, pictures: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Editor:
-    """A model that edits pictures, and what is asked of it. `ddpm_jax.run.Run` says what each edit does.
+    """A model that edits pictures by a request. `ddpm_jax.run.Run` documents the edits.
 
     Attributes:
       model, params: params on every device of the mesh.
       mesh: the devices to divide each batch over.
-      request: what is asked for.
-      batch_size: pictures at a time, rounded up to a multiple of the devices.
-      observer: who watches.
+      request: how to sample.
+      batch_size: pictures at a time, rounded up to a multiple of the number of devices.
+      observer: of the progress.
     """
 
     model: Model
@@ -109,7 +109,7 @@ class Editor:
         return np.where(masks, found, pictures)
 
     def _painted_as_given(self, given: MaskedPicture, pictures: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
-        """By a network that is given the masked picture."""
+        """With a network that takes the masked picture as an input."""
         assert isinstance(self.model.decoder, Latents)
         with as_user_errors():
             return generate(
@@ -127,10 +127,10 @@ class Editor:
     def _repainted(
         self, pictures: np.ndarray, masks: np.ndarray, seed: int, jump: int, times: int, fixed_noise: bool
     ) -> np.ndarray:
-        """By RePaint."""
+        """With RePaint."""
 
         def paint(schedule: Schedule, model_fn: Any, keys: jax.Array, x_0: jax.Array, *rest: Any, **said: Any) -> Any:
-            noise = normal(fold_in(keys, 0), x_0.shape) if fixed_noise else None  # 0: as where no noise is given
+            noise = normal(fold_in(keys, 0), x_0.shape) if fixed_noise else None  # 0, as in sampling
             said |= {"jump": jump, "times": times, "known_noise": noise}
             return editing.inpaint(schedule, model_fn, keys, x_0, *rest, **said)
 
@@ -175,9 +175,9 @@ class Editor:
         return self._called(draw, np.arange(len(noise)))
 
     def _called(self, function: Callable[..., jax.Array], numbers: np.ndarray, t: int | None = None) -> np.ndarray:
-        """uint8 of function(schedule, model_fn, **options of sample), whose batch has images of these numbers.
+        """The pictures, uint8, of function(schedule, model_fn, **options of sample) for images with these numbers.
 
-        Where sampling starts from t, num_steps are at most the timesteps from there.
+        If sampling starts from t, it takes at most as many steps as there are timesteps from there.
         """
         self.model.check_alone()
         condition, guidance = self.request.condition, self.request.guidance
@@ -202,7 +202,7 @@ class Editor:
         *per_picture: np.ndarray,
         t: int | None = None,
     ) -> np.ndarray:
-        """function(schedule, model_fn, keys, x_0, ...) of all pictures, in batches divided over the devices."""
+        """Calls function(schedule, model_fn, keys, x_0, ...) for all pictures, in batches sharded over the devices."""
         x_0 = self.model.decoder.encode(check_pictures(pictures, self.model.decoder.picture_shape))
         size = parallel.rounded(min(self.batch_size, len(x_0)), self.mesh)
         place = functools.partial(parallel.place, sharding=parallel.batch_sharding(self.mesh))

@@ -1,8 +1,8 @@
-"""DALL-E 2's image embeddings (Ramesh et al. 2022): the prior diffuses them, and the decoder draws pictures of them.
+"""DALL-E 2's image embeddings (Ramesh et al. 2022): the prior diffuses them, and the decoder draws pictures from them.
 
-Between stages and in what people handle, an embedding is CLIP's, of length 1. Networks see it scaled by the root of its
-width, so that its entries have about unit variance. Karlo's networks, which are imported, were trained on embeddings of
-CLIP's own length; `Units` says so.
+Between stages and for users, an embedding is CLIP's, with length 1. Networks see it times the root of its width, so
+its entries have about unit variance. Karlo's networks were trained on embeddings of CLIP's own length, for which there
+is `Units`.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.clip import embed_pictures, embed_texts
 
-_MOST = 1 << 20  # embeddings of training images that are kept
+_MOST = 1 << 20  # embeddings of training images in the cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Units:
-    """Of embeddings of CLIP's own length: networks see (embedding - mean) / std.
+    """The scale of embeddings of CLIP's own length: networks see (embedding - mean) / std.
 
     Attributes:
       mean, std: numbers, or float32 [D].
@@ -43,7 +43,7 @@ class Embedder:
 
     Attributes:
       width: of its embeddings, D.
-      open: reads it when it is first needed.
+      open: reads it at its first use.
       units: None: embeddings have length 1, and networks see them times the root of D.
     """
 
@@ -52,12 +52,12 @@ class Embedder:
     units: Units | None = None
 
     def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """float32 [N, D], each of length 1 without `units`, of uint8 pictures [N, H, W, C]."""
+        """The embeddings of uint8 pictures [N, H, W, C]: float32 [N, D], of length 1 without `units`."""
         with jax.transfer_guard("allow"):
             return embed_pictures(self._clip, pictures, mesh=_local(), normalized=self.units is None)
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [N, D], each of length 1 without `units`."""
+        """The embeddings of texts: float32 [N, D], of length 1 without `units`."""
         with jax.transfer_guard("allow"):
             return embed_texts(self._clip, texts, mesh=_local(), normalized=self.units is None)
 
@@ -67,10 +67,10 @@ class Embedder:
         return np.asarray(slerp(jnp.asarray(ends[0]), jnp.asarray(ends[1]), weights))
 
     def turned(self, picture: np.ndarray, caption: str, target: str, weights: Sequence[float]) -> np.ndarray:
-        """float32 [len(weights), D]: a picture's embedding turned towards the difference of two captions' embeddings.
+        """float32 [len(weights), D]: a picture's embedding rotated towards the difference of two captions' embeddings.
 
         Raises:
-          UserError: the captions have one embedding.
+          UserError: both captions have the same embedding.
         """
         old, new = self.of_texts([caption, target])
         length = np.linalg.norm(new - old)
@@ -81,7 +81,7 @@ class Embedder:
         return np.asarray(slerp(jnp.asarray(start), jnp.asarray(difference), weights))
 
     def of_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """float32 [B, 1, 1, D] of a batch of `host_batches`; each picture is embedded once."""
+        """float32 [B, 1, 1, D] for a batch of `host_batches`; each picture is embedded once."""
         pictures = dict(zip(batch["index"].tolist(), batch["image"], strict=True))
         rows = self._cache(
             batch["index"].tolist(),
@@ -90,13 +90,13 @@ class Embedder:
         return np.stack(rows)[:, None, None]
 
     def scaled(self, embeddings: Any) -> Any:
-        """As networks see them."""
+        """Scales embeddings for the network."""
         if self.units is not None:
             return (embeddings - self.units.mean) / self.units.std
         return np.float32(self.width**0.5) * embeddings
 
     def unscaled(self, values: np.ndarray) -> np.ndarray:
-        """Of what networks see, or draw, the embeddings."""
+        """The inverse of `scaled`."""
         if self.units is not None:
             return values * self.units.std + self.units.mean
         return values / np.linalg.norm(values, axis=-1, keepdims=True)
@@ -117,7 +117,7 @@ def _local() -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """The decoder of a prior: what is diffused are embeddings, and they stay what they are.
+    """The decoder of a prior, which diffuses embeddings: it returns them as they are.
 
     Attributes:
       embedder: of the training pictures.
@@ -159,7 +159,7 @@ class Embeddings:
 
 @dataclasses.dataclass(frozen=True)
 class ImageEmbedding:
-    """What DALL-E 2's decoder is given: the embedding of the image that it draws.
+    """The further input of DALL-E 2's decoder: the embedding of the image to draw.
 
     Attributes:
       embedder: of the training pictures.

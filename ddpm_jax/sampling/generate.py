@@ -1,6 +1,6 @@
-"""Images from trained weights: condition -> generation -> decoder, in batches over all devices.
+"""Draws images with trained weights: condition -> generation -> decoder, in batches over all devices.
 
-What training, `Run`, the plans and the command line share.
+Training, `Run`, the plans and the command line share it.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from ddpm_jax.sampling.given import Given, Inputs
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model.
+    """How to sample from a model.
 
     Attributes:
-      condition: with what a person said.
-      steps: that sampling takes.
+      condition: with its classes or prompts.
+      steps: of sampling.
       output: what the network's output means, and how its x_0 is clipped.
       guidance: towards the condition.
       between: for interpolation between two prompts or classes, the shares of the second; each noise gives
         len(between) images, one for each share. Empty: no interpolation.
-      candidates: results that are drawn for each image, of which the one that suits its condition best is kept.
-      then: what is asked of the later stages of a pipeline.
+      candidates: results to draw for each image; the one that matches its condition best is kept.
+      then: the requests for the later stages of a pipeline.
     """
 
     condition: Condition
@@ -63,7 +63,7 @@ class Request:
         values: dict[str, Any] = self.keywords() | {
             f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()
         }
-        # Of these only what is given, and last: files of earlier versions are recognised by the others.
+        # Of these, only values that differ from the default, and last: files of earlier versions lack them.
         plain = Steps()
         for name in (
             "spacing_offset",
@@ -91,10 +91,10 @@ class Model:
     """The three parts of a system, without weights.
 
     Attributes:
-      condition: what a person may say.
-      net, schedule: the generation, a network and its diffusion.
+      condition: nothing, classes or captions.
+      net, schedule: the generation: a network and its diffusion.
       decoder: between what is diffused and pictures.
-      given: what another stage, or a person, gives besides; None: nothing.
+      given: a further input, from another stage or the user; None: there is none.
     """
 
     condition: Condition
@@ -116,9 +116,9 @@ class Model:
 
         Args:
           params: of the network.
-          cond: of each image; None: of a network without condition.
-          null: the null condition of each image, where there is guidance.
-          guidance: towards cond; None or a scale of 1 costs nothing.
+          cond: of each image; None: the network has no condition.
+          null: the null condition of each image, for guidance.
+          guidance: towards cond; None or a scale of 1 takes no extra call.
           other, share: another condition of each image and its share [B]; see `ddpm_jax.diffusion.guidance.between`.
         """
         cond, null, other = (self._encoded(params, said) for said in (cond, null, other))
@@ -140,7 +140,7 @@ class Model:
         return Partial(_of_row, network, self._encoded(params, self.condition.null(1)))
 
     def check_alone(self) -> None:
-        """UserError for a model that is given something besides its condition, where nothing can be given."""
+        """Raises UserError for a model with a further input, for callers that have none."""
         if self.given is not None:
             raise UserError(
                 self.given.needs
@@ -149,7 +149,7 @@ class Model:
             )
 
     def _encoded(self, params: Any, cond: Cond) -> Cond:
-        """What the network takes at every call: texts are encoded here, once."""
+        """The condition as the network takes it at every call: texts are encoded here, once."""
         is_text = isinstance(self.net, Captioned) and cond is not None and "ids" in cond
         return _encode(self.net, params, cond) if is_text else cond
 
@@ -158,7 +158,7 @@ class Model:
         return self.net.init(named_key(seed, "init"), *self.example())["params"]
 
     def example(self, count: int = 1) -> tuple[jax.Array, jax.Array, Cond]:
-        """x, t and cond of the shapes that the network is called with for so many images; all zeros."""
+        """x, t and cond, all zeros, in the shapes of a network call for `count` images."""
         shapes = {**self.condition.reads, **(self.given.cond if self.given else {})}
         cond = {name: jnp.zeros((count, *x.shape), x.dtype) for name, x in shapes.items()} if shapes else None
         return jnp.zeros((count, *self.decoder.shape)), jnp.zeros(count, jnp.int32), cond
@@ -181,15 +181,15 @@ def _encode(net: Captioned, params: Any, cond: Cond) -> Cond:
 def asked(
     model: Model, params: Any, request: Request, numbers: np.ndarray, mesh: Mesh, given: Cond = None, said: Cond = None
 ) -> Partial:
-    """The model function of a batch of images, each with its condition, divided over the mesh.
+    """The model function for a batch of images, each with its condition, sharded over the mesh.
 
     Args:
       model, params: params on every device of the mesh.
-      request: what is asked of them.
+      request: how to sample.
       numbers: of the images.
-      mesh: whose number of devices divides that of the images.
-      given: further entries of `cond` for each image, of a model that is given something.
-      said: the condition of each image, in the place of the request's; None: the request's.
+      mesh: the number of its devices divides the number of images.
+      given: further entries of `cond` for each image, if the model has a further input.
+      said: the condition of each image, which replaces the request's; None: the request's.
     """
     place = partial(parallel.place, sharding=parallel.batch_sharding(mesh))
     condition, between = request.condition, request.between
@@ -218,24 +218,24 @@ def generate(
     given: Inputs | None = None,
     purpose: str = "image",
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Samples images of a seed by their numbers; image i depends on (seed, i), what is given for it and the request.
+    """Samples images of a seed by their numbers; image i depends on the seed, i, its further input and the request.
 
     Args:
       model, params: params on every device of the mesh.
-      mesh: the devices to divide each batch over.
-      request: what is asked for.
+      mesh: the devices to shard each batch over.
+      request: how to sample.
       indices: the images' numbers.
       seed: of the images.
-      batch_size: images at a time, rounded up to a multiple of the devices.
-      observer: who watches; snapshots are taken of the first batch and candidate, and progress counts all of them.
-      given: for each image, of a model that is given something.
-      purpose: of the noise; stages of a pipeline have one each.
+      batch_size: images at a time, rounded up to a multiple of the number of devices.
+      observer: of the progress, which counts all batches and candidates; it gets snapshots of the first of them.
+      given: the further inputs of the images, if the model has such an input.
+      purpose: names the stream of noise; each stage of a pipeline has its own.
 
     Returns:
       uint8 [N, H, W, C], and the snapshots uint8 [num_snapshots, first batch, H, W, C] or None.
 
     Raises:
-      UserError: nothing is given to a model that needs it.
+      UserError: the model needs a further input and there is none.
     """
     observer = observer or Observer()
     numbers = np.asarray(indices)
@@ -282,14 +282,14 @@ def _part_of(observer: Observer, number: int, count: int) -> Observer:
 
 
 def _best(model: Model, request: Request, numbers: np.ndarray, candidates: Sequence[np.ndarray]) -> np.ndarray:
-    """Of several embeddings for each text the one nearest to the text's by the dot product (DALL-E 2, section 2.2)."""
+    """For each text, the embedding with the largest dot product with the text's (DALL-E 2, section 2.2)."""
     cond = request.condition.of_images(numbers) or {}
     scores = [np.sum(embeddings[:, 0, 0] * cond["vector"], axis=-1) for embeddings in candidates]
     return np.stack(candidates)[np.argmax(scores, axis=0), np.arange(len(numbers))]
 
 
 def image_keys(mesh: Mesh, seed: int, purpose: str, numbers: np.ndarray) -> jax.Array:
-    """`named_key` of each number, divided over the mesh."""
+    """`named_key` of each number, sharded over the mesh."""
     return _keys_of(np.uint32(seed), purpose, parallel.place(numbers.astype(np.int32), parallel.batch_sharding(mesh)))
 
 

@@ -1,9 +1,9 @@
-"""What a run is given besides its condition: the result of the stage before it in a pipeline, or a picture to mend.
+"""The further input of some runs, beside the condition: the result of the previous stage, or a picture to inpaint.
 
-A super-resolution run is given a low-resolution picture. In training it is made from the training picture, so that the
-run needs no other stage; in sampling it comes from another run or from a file. An inpainting run is given a picture and
-a mask. It is one more part of a `ddpm_jax.sampling.generate.Model`, which most models do without, and is made once from
-a run's config (`ddpm_jax.config.make_given`).
+A super-resolution run takes a low-resolution picture. In training it is made from the training picture, so the run
+needs no other stage; in sampling it comes from another run or from a file. An inpainting run takes a picture and a
+mask. This input is a part of a `ddpm_jax.sampling.generate.Model` that most models lack; `ddpm_jax.config.make_given`
+makes it from a run's config.
 """
 
 import dataclasses
@@ -28,18 +28,18 @@ from ddpm_jax.sampling.condition import Condition
 from ddpm_jax.sampling.decoder import random_flip
 from ddpm_jax.sampling.latents import Latents
 
-# How pictures are enlarged: linearly, the same with the corner pixels of both at the same places, or by the cubic
-# filter of Keys (1981) with a = -0.5.
+# How to enlarge pictures: linearly, linearly with the corner pixels aligned, or by the cubic filter of Keys (1981)
+# with a = -0.5.
 ENLARGING = ("linear", "corners", "cubic")
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is given for some images, a row each.
+    """The further inputs of some images, one row each.
 
     Attributes:
       values: [N, *shape], see `Given`.
-      cond: of each image, in the place of what the request says; None: what it says.
+      cond: of each image, which replaces the request's condition; None: the request's.
     """
 
     values: np.ndarray
@@ -47,17 +47,17 @@ class Inputs:
 
 
 def from_examples(given: "Given | None", condition: Condition, source: Source, numbers: Sequence[int]) -> Inputs | None:
-    """What the images of these numbers are given where nobody gives anything: training examples, spread over the set.
+    """Default inputs for the images with these numbers: training examples, spread over the set.
 
     Args:
-      given: of the model; None: it is given nothing.
-      condition: of the request; if nothing is said, that of the examples takes its place.
+      given: of the model; None: it has no further input.
+      condition: of the request; if it is empty, the examples' own condition replaces it.
       source: of the examples.
       numbers: of the images.
     """
     if given is None:
         return None
-    golden = 0.5 * (np.sqrt(5.0) - 1.0)  # the multiples of which are spread evenly, however many there are
+    golden = 0.5 * (np.sqrt(5.0) - 1.0)  # whose multiples are spread evenly, for any number of images
     places = (np.asarray(numbers) * golden % 1.0 * len(source)).astype(int)
     batch = stacked((source[place] for place in places.tolist()), len(places)) | {"index": places}
     cond = None if condition.is_said else condition.of_batch(condition.read(batch, source))
@@ -65,14 +65,14 @@ def from_examples(given: "Given | None", condition: Condition, source: Source, n
 
 
 class Given(Protocol):
-    """One kind of what a run is given.
+    """One kind of further input.
 
     Attributes:
-      shape: of it, for one image.
+      shape: of the input of one image.
       reads: the entry of a training batch that it needs, beside "image".
       cond: the entries of the network's `cond` that it becomes, without the batch's axis.
-      needs: what is said where nothing is given of what only a person can give; "": another stage gives it, and
-        training images stand in for it.
+      needs: the error message if only the user can give the input and has not; "": another stage gives it, and
+        training images can replace it.
     """
 
     @property
@@ -88,11 +88,11 @@ class Given(Protocol):
     def needs(self) -> str: ...
 
     def of_size(self, height: int, width: int) -> "Given":
-        """The same for images of another size; UserError for one that it cannot have."""
+        """The same for images of another size; UserError for a size that is not supported."""
         ...
 
     def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """What is given for the examples of a batch of `host_batches`, on the host; in training, the entry `reads`."""
+        """The inputs for a batch of `host_batches`, on the host; in training, the entry `reads`."""
         ...
 
     def of_training(self, batch: Mapping[str, jax.Array], key: Callable[[str], jax.Array]) -> dict[str, jax.Array]:
@@ -100,38 +100,38 @@ class Given(Protocol):
         ...
 
     def check(self, values: Any) -> np.ndarray:
-        """What was given for some images; UserError if it has another shape or type."""
+        """The inputs of some images; UserError for another shape or type."""
         ...
 
     def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
-        """The entries of `cond` for the images of these numbers of a seed, of what is given for each."""
+        """The entries of `cond` for the images with these numbers, from their inputs and the seed's noise."""
         ...
 
     def null(self, cond: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries that guidance leads away from; they are those of `cond` where it is never left out."""
+        """The entries for the null side of guidance; the same as `cond` if the input is never dropped."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What decides how it is used, as JSON values."""
+        """The settings of sampling, as JSON values."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LowResolution:
-    """A low-resolution picture, enlarged and noised, for a run that enlarges pictures (Ho et al. 2022, Cascaded
+    """A low-resolution picture, enlarged and noised, for super-resolution runs (Ho et al. 2022, Cascaded
     Diffusion Models; Saharia et al. 2022, Imagen).
 
-    Noise conditioning augmentation: in training the enlarged picture is diffused to a random level, which the network
-    is told; in sampling to a chosen one. So the network learns to trust the picture only so far, and mends the faults
-    of the stage before it.
+    Noise conditioning augmentation: the enlarged picture is diffused to a level that the network gets as an input; the
+    level is random in training and fixed in sampling. The network therefore learns how far to trust the picture, and
+    corrects the errors of the previous stage.
 
     Attributes:
       shape: (h, w, C) of the low-resolution pictures.
       picture_shape: (H, W, C) of the enlarged ones.
-      schedule: whose timesteps are the levels.
-      most: the share of the timesteps from which training draws the level; 0: there is no noise, and no level.
+      schedule: its timesteps are the levels.
+      most: training draws the level from this share of the timesteps; 0: no noise and no level.
       level: the level of sampling, as a share of the timesteps, at most `most`.
-      flip: whether training mirrors half of the images, as its decoder does.
+      flip: whether training mirrors half of the images, like the decoder.
       enlarging: one of `ENLARGING`.
     """
 
@@ -166,7 +166,7 @@ class LowResolution:
         return dataclasses.replace(self, shape=shape, picture_shape=(height, width, channels))
 
     def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """As the data set of a run of that size would have them."""
+        """The pictures as in the training set of a run of that size."""
         fit = Fit(*self.shape)
         grey = batch["image"].shape[-1] == 1
         return np.stack([fit(Image.fromarray(image.squeeze(-1) if grey else image)) for image in batch["image"]])
@@ -213,7 +213,7 @@ def _noised_by_number(
     shape: tuple[int, int, int],
     how: str,
 ) -> dict[str, jax.Array]:
-    """`_noised`, each picture by the noise of its number."""
+    """`_noised`, with the noise of each picture's number."""
     keys = jax.vmap(lambda number: named_key(seed, "augmentation", number))(numbers)
     return _noised(schedule, pictures, level, keys, shape, how)
 
@@ -226,7 +226,7 @@ def _noised(
     shape: tuple[int, int, int],
     how: str,
 ) -> dict[str, jax.Array]:
-    """The entries of `cond` of uint8 pictures at a level [B]; None: without noise. key is one, or one a picture."""
+    """The entries of `cond` for uint8 pictures at a level [B]; None: no noise. One key, or one for each picture."""
     enlarged = _enlarged(images.to_float(pictures), (len(pictures), *shape), how)
     if level is None:
         return {"image": enlarged}
@@ -245,10 +245,10 @@ def _enlarged(pictures: jax.Array, shape: tuple[int, ...], how: str) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPicture:
-    """A picture and a mask, for a run that paints anew what is under the mask: Stable Diffusion's inpainting networks.
+    """A picture and a mask, for networks that repaint the part under the mask: Stable Diffusion's for inpainting.
 
-    The network sees, beside the latents that it denoises, the mask at their size and the latents of the picture whose
-    part under the mask is grey. So it knows at every step what the new part has to fit. Guidance leaves neither out.
+    Beside the latents that it denoises, the network sees the mask at their size and the latents of the picture with
+    grey under the mask. It therefore knows at every step what the new part has to fit. Guidance drops neither.
 
     Attributes:
       latent_shape: (h, w, C) of the latents.
@@ -280,9 +280,9 @@ class MaskedPicture:
         return dataclasses.replace(self, latent_shape=(*size, self.latent_shape[-1]))
 
     def of_pictures(self, latents: Latents, pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """What is given for uint8 pictures [N, H, W, C] and bool masks [N, H, W, 1].
+        """The inputs for uint8 pictures [N, H, W, C] and bool masks [N, H, W, 1].
 
-        Of the mask, each latent sees the pixel at the upper left of those that it stands for, as in diffusers.
+        A latent sees the mask at the upper left of its pixels, as in diffusers.
         """
         seen = masks[:, :: self.downscaling, :: self.downscaling].astype(np.float32)
         return np.concatenate([seen, latents.encode_known(pictures, masks)], axis=-1)

@@ -15,22 +15,22 @@ from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
 
-_PIXELS = 2**18  # pixels that a device encodes or decodes at a time, but at least one picture
+_PIXELS = 2**18  # pixels that a device encodes or decodes at a time, or a single larger picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
     """The latents of a frozen autoencoder, scaled to about unit variance.
 
-    Training draws from the autoencoder's posterior, anew at each step; edits take its mean, so that the same picture
-    is always the same latents. The posterior of a training image, and of its mirror image where training flips, is
-    computed once and cached.
+    Training draws new latents from the autoencoder's posterior at each step. Edits take its mean, so a picture always
+    has the same latents. The posterior of a training image, and of its mirror image if training flips, is computed
+    once and cached.
 
     Attributes:
       picture_shape: (H, W, C); H and W divisible by the autoencoder's `downscaling`.
       autoencoder: the module.
-      open_params: reads its parameters when they are first needed.
-      scaling_factor: what its latents are multiplied with.
+      open_params: reads its parameters at their first use.
+      scaling_factor: multiplies its latents.
       flip: whether training mirrors half of the images left to right.
       cache_bytes: of the cache.
     """
@@ -50,7 +50,7 @@ class Latents:
 
     @property
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Mean and standard deviation of each image's posterior, and behind them its mirror image's."""
+        """Mean and standard deviation of each image's posterior, followed by those of its mirror image."""
         return {"posterior": jax.ShapeDtypeStruct((2 if self.flip else 1, 2, *self.shape), jnp.float32)}
 
     def of_size(self, height: int, width: int) -> "Latents":
@@ -83,7 +83,7 @@ class Latents:
         return self.scaling_factor * self._posterior(pictures)[0]
 
     def encode_known(self, pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """The latents of pictures whose part under the mask, bool [N, H, W, 1], is grey."""
+        """The latents of pictures with grey under the mask, bool [N, H, W, 1]."""
         known = np.where(masks, np.float32(0), images.to_float(pictures))
         return self.scaling_factor * self._by_chunks("encode", known)[0]
 
@@ -106,11 +106,11 @@ class Latents:
         return param_shapes(self.autoencoder)
 
     def program(self, method: str) -> Callable[..., Any]:
-        """(params, x) -> what the autoencoder's "encode" or "decode" makes of it."""
+        """(params, x) -> the result of the autoencoder's "encode" or "decode"."""
         return functools.partial(_apply, self.autoencoder, method)
 
     def at_a_time(self, count: int, mesh: Mesh) -> int:
-        """How many of so many pictures are encoded or decoded at a time, which bounds the memory."""
+        """How many of `count` pictures to encode or decode at a time, to bound the memory."""
         height, width, _ = self.picture_shape
         return parallel.rounded(min(max(_PIXELS // (height * width), 1) * mesh.size, count), mesh)
 
@@ -120,7 +120,7 @@ class Latents:
         return mean, np.exp(0.5 * log_variance)
 
     def _by_chunks(self, method: str, x: np.ndarray, mesh: Mesh | None = None) -> Any:
-        """The autoencoder's method of a few at a time, for memory; the last chunk is filled up."""
+        """Calls the autoencoder's method in chunks, to bound the memory; the last chunk is padded."""
         mesh = parallel.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         size, program = self.at_a_time(len(x), mesh), self.program(method)
         place, done = functools.partial(parallel.place, sharding=parallel.batch_sharding(mesh)), []
@@ -143,7 +143,7 @@ class Latents:
 
     def _params_on(self, mesh: Mesh) -> Any:
         if mesh not in self._placed:
-            parallel.return_freed_memory()  # of the network's calls, as these parameters are needed first after them
+            parallel.return_freed_memory()  # of the network, whose calls have ended when pictures are decoded
             self._placed[mesh] = jax.device_put(self.open_params(), parallel.replicated(mesh))
         return self._placed[mesh]
 

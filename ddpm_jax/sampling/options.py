@@ -1,4 +1,4 @@
-"""What a person asks for by keyword, `Run.sample(num_steps=20, prompts=[...])`, as a `Request`."""
+"""Turns keywords, as in `Run.sample(num_steps=20, prompts=[...])`, into a `Request`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -27,9 +27,9 @@ def with_options(request: Request, options: Mapping[str, Any], others: Iterable[
     """A request with some of its options replaced.
 
     Args:
-      request: what is asked for without them, such as the config's.
-      options: by their names in OPTIONS; one that is None stays as it is.
-      others: further names that a misspelt option may stand for.
+      request: the defaults, such as the config's.
+      options: by their names in OPTIONS; None keeps the default.
+      others: further names to suggest for a misspelt option.
 
     Raises:
       UserError: an option that does not exist or does not fit.
@@ -50,7 +50,7 @@ def with_options(request: Request, options: Mapping[str, Any], others: Iterable[
 
 
 def _steps(steps: Steps, given: Mapping[str, Any]) -> Steps:
-    """The steps with what is given; what belongs to another sampler or spacing than theirs is dropped."""
+    """The steps with the given fields; a new sampler or spacing drops the options of the old one."""
     if given.get("sampler", steps.sampler) != steps.sampler:
         steps = dataclasses.replace(steps, eta=None, order=None, skip_lowest=False)
     if given.get("spacing", steps.spacing) != steps.spacing:
@@ -64,7 +64,7 @@ def _steps(steps: Steps, given: Mapping[str, Any]) -> Steps:
 
 
 def _output(output: Parameterization, given: Mapping[str, Any]) -> Parameterization:
-    """The same of the output."""
+    """The parameterization with the given fields."""
     if "clip" in given:
         output = dataclasses.replace(output, dynamic_threshold=None)
     output = _replaced(output, given)
@@ -76,12 +76,12 @@ def _output(output: Parameterization, given: Mapping[str, Any]) -> Parameterizat
 
 
 def _replaced(part: Any, given: Mapping[str, Any]) -> Any:
-    """The dataclass with those of its fields that are given."""
+    """The dataclass with the given fields."""
     return dataclasses.replace(part, **{f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given})
 
 
 def last_timesteps(steps: Steps, schedule: Schedule, strength: float) -> np.ndarray:
-    """Of the timesteps that sampling takes, the lowest share that `strength` names.
+    """The lowest of the timesteps that sampling takes, a share of `strength` of all.
 
     Raises:
       UserError: a strength that is not above 0 and at most 1, or leaves no timestep; steps that do not fit.
@@ -89,7 +89,7 @@ def last_timesteps(steps: Steps, schedule: Schedule, strength: float) -> np.ndar
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; accepted: above 0 and at most 1")
     with as_user_errors():
-        # Only timesteps themselves can be taken from; levels between them are left aside.
+        # The result is timesteps, so noise levels between them are ignored.
         timesteps = dataclasses.replace(steps, levels=None, fractional=False).levels_of(schedule).t[:-1]
     count = int(len(timesteps) * strength)
     if not count:
@@ -98,5 +98,5 @@ def last_timesteps(steps: Steps, schedule: Schedule, strength: float) -> np.ndar
 
 
 def deterministic(num_steps: int | None = None, spacing: str | None = None) -> dict[str, Any]:
-    """The options of `Run.sample` for the ways between pictures and noises."""
+    """The options of `Run.sample` for deterministic DDIM, between pictures and noises."""
     return {"sampler": "ddim", "eta": 0.0, "clip": False, "num_steps": num_steps, "spacing": spacing}

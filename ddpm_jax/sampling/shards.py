@@ -1,4 +1,4 @@
-"""Many images in files of a fixed number each, so that making them can stop, go on, and be shared."""
+"""Writes many images in files of a fixed number each, so that sampling can stop, resume, and be divided."""
 
 import json
 import re
@@ -22,13 +22,13 @@ def _path(folder: Path, first: int, last: int) -> Path:
 
 
 def files(folder: str | Path) -> list[tuple[Path, int, int]]:
-    """(path, first, last) of the shards in a folder, by the numbers of their images."""
+    """(path, first, last) of the shards in a folder; first and last are numbers of images."""
     found = ((path, _NAME.fullmatch(path.name)) for path in sorted(Path(folder).expanduser().glob("images_*.npz")))
     return [(path, int(match[1]), int(match[2])) for path, match in found if match]
 
 
 def check_part(part: tuple[int, int]) -> None:
-    """UserError unless the part is one of 0/N to N-1/N."""
+    """Raises UserError unless the part is one of 0/N to N-1/N."""
     index, parts = part
     if not 0 <= index < parts:
         raise UserError(f"--part is {index}/{parts}; accepted: 0/N to N-1/N")
@@ -37,13 +37,13 @@ def check_part(part: tuple[int, int]) -> None:
 def missing(
     folder: Path, first: int, last: int, size: int, settings: Mapping[str, Any]
 ) -> tuple[list[tuple[int, int]], int]:
-    """The shards that hold images first..last and are not there yet, as (first, last), and how many are there.
+    """The missing shards of images first..last, as (first, last), and the number of those that exist.
 
-    Shards are whole and start at multiples of the size, so that ranges can grow and overlap. A file whose settings
-    cannot be read counts as missing.
+    Shards are complete and start at multiples of the size, so ranges can grow and overlap. A file whose settings cannot
+    be read counts as missing.
 
     Raises:
-      UserError: a range that is none, or files made with other settings or of another size.
+      UserError: an invalid range, or files made with other settings or of another size.
     """
     if not 0 <= first <= last < 10**9:
         raise UserError(f"--images is {first}-{last}; accepted: FIRST-LAST from 0, such as 0-49999")
@@ -77,7 +77,7 @@ def write(
     record: Mapping[str, np.ndarray],
     settings: Mapping[str, Any],
 ) -> Path:
-    """Writes one shard, whole or not at all; `record` has further arrays with an entry for each image."""
+    """Writes one shard atomically; `record` has further arrays with an entry for each image."""
     path = _path(folder, first, last)
     index = np.arange(first, last + 1)
     with atomic_path(path) as temporary:

@@ -135,9 +135,7 @@ class FrozenTexts:
 
     def _made(self, texts: list[str]) -> list[dict[str, np.ndarray]]:
         chunks = (texts[first : first + _CHUNK] for first in range(0, len(texts), _CHUNK))
-        found = [states for chunk in chunks for states in self._encoded(chunk)]
-        parallel.return_freed_memory()  # of a large encoder's weights, and of compiling it
-        return found
+        return [states for chunk in chunks for states in self._encoded(chunk)]
 
     def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """The states of at most _CHUNK texts; the last is repeated, so that one program serves any number."""
@@ -156,7 +154,9 @@ class FrozenTexts:
 
     @functools.cached_property
     def _params(self) -> Any:
-        return jax.device_put(self.open_params(), jax.local_devices()[0])
+        params = jax.device_put(self.open_params(), jax.local_devices()[0])
+        parallel.return_freed_memory()
+        return params
 
     @functools.cached_property
     def _apply(self) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -1,4 +1,4 @@
-"""The batches of a run: read on the host, put on the devices ahead of the loop, and how long the loop waits."""
+"""The batches of a run: reads them on the host and puts them on the devices ahead of the loop."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from ddpm_jax.training.objectives import Objective
 def device_batches(
     config: ConfigDict, objective: Objective, source: Source, mesh: Mesh, first_step: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """The batches from first_step to the end of the run; those of several steps stacked if they are taken at once."""
+    """The batches from first_step to the end of the run; stacked for several steps per dispatch."""
     size, several = config.train.batch_size, config.train.steps_per_dispatch
     rows = parallel.local_rows(mesh, size)
     batches = pipeline.host_batches(
@@ -31,7 +31,7 @@ def device_batches(
     )
 
     def read(batches: Iterable[pipeline.Batch]) -> Iterator[pipeline.Batch]:
-        """With what the objective reads of them; what it draws is a function of seed, step and row."""
+        """Adds what the objective reads; its random draws are a function of seed, step and row."""
         for step, batch in enumerate(batches, first_step):
             yield objective.read(batch, source, pipeline.batch_draws(config.seed, step, size)[rows])
 
@@ -45,7 +45,7 @@ def device_batches(
 
 
 class Waited:
-    """An iterator that adds up the seconds which the loop waited for its items, in `waited`."""
+    """An iterator that adds up the seconds that the loop waits for its items, in `waited`."""
 
     def __init__(self, iterator: Iterator[dict[str, jax.Array]]):
         self._iterator, self.waited = iterator, 0.0

@@ -1,4 +1,4 @@
-"""What a line of metrics says of the steps since the line before it."""
+"""The values of a line of metrics: speed and means over the steps since the previous line."""
 
 import sys
 import time
@@ -11,16 +11,16 @@ from ddpm_jax.training.step import Metrics
 
 
 class DivergedError(UserError):
-    """Training met a loss or gradient that is not finite."""
+    """The loss or the gradient of a training step was not finite."""
 
 
 class Interval:
-    """The time since the last line.
+    """The time since the previous line.
 
     Args:
-      step: that the interval begins after.
-      batch_size: images a step.
-      batches: that the loop waits for.
+      step: the last one before the interval.
+      batch_size: images per step.
+      batches: the iterator that the loop waits for.
     """
 
     def __init__(self, step: int, batch_size: int, batches: Waited):
@@ -31,7 +31,7 @@ class Interval:
         self._began, self._step, self._batches.waited = time.monotonic(), step, 0.0
 
     def speed(self, step: int) -> dict[str, float]:
-        """Up to this step."""
+        """The speed from the beginning of the interval to this step."""
         seconds = time.monotonic() - self._began
         steps_per_second = (step - self._step) / seconds
         return {
@@ -42,7 +42,7 @@ class Interval:
 
 
 def means(metrics: Metrics) -> dict[str, float]:
-    """Means of the sums; DivergedError if a step was not finite."""
+    """The means of the summed metrics; DivergedError if a step was not finite."""
     if metrics.bad_step >= 0:
         raise DivergedError(
             f"training diverged at step {int(metrics.bad_step) + 1}: loss {float(metrics.bad_loss):g}, gradient norm "
@@ -61,7 +61,7 @@ def means(metrics: Metrics) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """Peak memory of the first device in GiB; on CPU that of the process."""
+    """The peak memory of the first device in GiB; on CPUs that of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30}

@@ -1,4 +1,4 @@
-"""The training loop: a run from its config to its pictures, or onwards from its last checkpoint."""
+"""The training loop: takes a run from its config, or from its last checkpoint, to its final pictures."""
 
 import dataclasses
 import functools
@@ -50,17 +50,16 @@ _DATA_IMAGES = 64
 def train(config: ConfigDict, path: str | Path) -> None:
     """Trains in a workdir, from the start or from its newest checkpoint, to config.train.num_steps.
 
-    Leaves there: report.html, config.json, dataset.json, environment.json, history.jsonl, metrics.jsonl, tensorboard/,
-    checkpoints/ and samples/.
-    SIGTERM or the first Ctrl-C saves a checkpoint and returns.
+    Writes report.html, config.json, dataset.json, environment.json, history.jsonl, metrics.jsonl, tensorboard/,
+    checkpoints/ and samples/ there. SIGTERM or the first Ctrl-C saves a checkpoint and returns.
 
     Args:
       config: see `ddpm_jax.config.default_config`.
       path: the workdir.
 
     Raises:
-      UserError: anything wrong with the config, the images or the workdir, before any compile starts; or another
-        process that trains in the workdir.
+      UserError: anything is wrong with the config, the images or the workdir, before any compile starts; or another
+        process trains in the workdir.
       DivergedError: the loss became NaN or infinite; the last good checkpoint stays.
     """
     validate(config, jax.device_count(), workdir.read_dataset(path))
@@ -86,7 +85,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
 
 
 class _Training:
-    """One start of a run: the pieces that the loop hands around."""
+    """One start of a run, with the parts that the steps of the loop share."""
 
     def __init__(
         self,
@@ -107,12 +106,12 @@ class _Training:
         self._dispatches = 0
 
     def run(self, was_finished: bool) -> None:
-        """To the end; of a run that `was_finished` only what is lacking."""
+        """Trains to the end; if the run `was_finished`, makes only what is missing."""
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         try:
             self._run(was_finished)
         except Exception as error:
-            with suppress(UserError, OSError):  # of several, the first is told
+            with suppress(UserError, OSError):  # only the first error is reported
                 self.checkpoints.wait()
                 self._note("failed", newest_step(self.folder) or 0, why=first_line(error))
             raise
@@ -148,7 +147,7 @@ class _Training:
             self._say(f"done in {format_seconds(time.monotonic() - began)}; pictures are in {self.folder / 'samples'}")
 
     def _begin(self, step: int, num_parameters: int) -> None:
-        """Notes the start, and draws some of the images once."""
+        """Records the start, and saves a grid of training images once."""
         path = self.folder / "samples" / "data.png"
         if self.is_main and not path.exists():
             images.save(path, images.grid(spread(self.source, _DATA_IMAGES)["image"]))
@@ -199,7 +198,7 @@ class _Training:
         return None if shapes is None else base_weights(self.config, self.folder, shapes, self.mesh, self._say)
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
-        """Runs from first_step to the end, or until told to stop; the last state is saved."""
+        """Runs from first_step to the end, or until a signal to stop; the last state is saved."""
         config, num_steps = self.config, self.config.train.num_steps
         zero_metrics = jax.jit(Metrics.zero, out_shardings=parallel.replicated(self.mesh))
         measure = jax.jit(self._measure, compiler_options=parallel.run_once_options())
@@ -216,13 +215,13 @@ class _Training:
             self._journal(first_step) as journal,
             stop_signals() as stop,
             ProgressBar("step", num_steps, first_step, None, self.is_main) as bar,
-            jax.transfer_guard("disallow"),  # nothing goes to or from the devices but what says so
+            jax.transfer_guard("disallow"),  # only explicit transfers to or from the devices
         ):
             step = first_step
             for batch in itertools.chain([first], batches):
                 state, metrics = run_steps(state, metrics, batch)
                 before, step = step, step + (_length(batch) if config.train.steps_per_dispatch > 1 else 1)
-                # A few steps lie in the devices' queue; with more, a signal to stop would have to wait for them all.
+                # The devices' queue holds a few steps; with more, a signal to stop would wait for all of them.
                 in_flight.append(metrics)
                 if len(in_flight) > parallel.IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
@@ -230,7 +229,9 @@ class _Training:
                 due = self._due(before, step, self._is_stopping(stop, step), last_save_time)
                 if due.log or due.save:
                     self.check_lock()
-                    measured = measure(state) if due.log else {}  # by all: each may have a part of the parameters
+                    measured = (
+                        measure(state) if due.log else {}
+                    )  # on all processes: each may have a part of the parameters
                     values = means(jax.device_get(metrics))
                     if due.log and journal:
                         of_state = {name: float(value) for name, value in jax.device_get(measured).items()}
@@ -241,7 +242,7 @@ class _Training:
                     if due.log:
                         metrics = zero_metrics()
                 if due.save and step != last_saved:
-                    with jax.transfer_guard("allow"):  # Orbax copies to the host without saying so
+                    with jax.transfer_guard("allow"):  # Orbax copies to the host implicitly
                         self.checkpoints.save(step, state, metrics)
                     last_saved, last_save_time = step, time.monotonic()
                     self._report()
@@ -262,7 +263,7 @@ class _Training:
         return state
 
     def _unreported(self, metrics: Metrics, first_step: int) -> Metrics:
-        """The sums of the steps before first_step that no line of metrics has yet; `metrics` are zero."""
+        """The sums over steps before first_step that are not in metrics.jsonl yet; `metrics` are zero."""
         if not first_step:
             return metrics
         shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
@@ -271,8 +272,8 @@ class _Training:
     def _compiled(
         self, state: TrainState, metrics: Metrics, first: dict[str, jax.Array]
     ) -> Callable[..., tuple[TrainState, Metrics]]:
-        """The training step, compiled for batches such as the first. At the ends of a run, several steps at once may be
-        fewer, for which it is compiled when they come."""
+        """The training step, compiled for batches like the first. A dispatch at the start or end of a run may have
+        fewer steps, for which it is compiled when it comes."""
         train_step = make_train_step(
             self.objective,
             self.optimizer,
@@ -306,7 +307,7 @@ class _Training:
 
     @contextmanager
     def _journal(self, first_step: int) -> Iterator[Journal | None]:
-        """The run's, of the process that writes it."""
+        """The journal of the run, in the process that writes it."""
         if not self.is_main:
             yield None
             return
@@ -318,18 +319,18 @@ class _Training:
         return make_monitor(self.config, self.objective, self.mesh, self.source)
 
     def _measure(self, state: TrainState) -> dict[str, jax.Array]:
-        """What is logged of a state: the norm of its parameters, and the learning rate that its last step had."""
+        """Values to log: the norm of the parameters, and the learning rate of the last step."""
         return {"param_norm": optax.tree.norm(state.params), "learning_rate": self.learning_rate(state.step - 1)}
 
     def _is_stopping(self, stop: threading.Event, step: int) -> bool:
-        """Whether this process was told to stop, or any of a multi-host job; the same answer on all."""
+        """Whether this process, or any of a multi-host job, got a signal to stop; the same answer on all."""
         if jax.process_count() == 1:
             return stop.is_set()
-        self._dispatches += 1  # jax wants a number that rises by one
+        self._dispatches += 1  # jax requires a number that increases by one
         return multihost_utils.reached_preemption_sync_point(self._dispatches)
 
     def _are_minutes_passed(self, since: float) -> bool:
-        """Whether checkpoint.every_minutes are, by process 0's clock; the same answer on all."""
+        """Whether checkpoint.every_minutes have passed by process 0's clock; the same answer on all."""
         every = self.config.checkpoint.every_minutes
         if not every:
             return False
@@ -337,7 +338,7 @@ class _Training:
             return processes.agree(time.monotonic() - since >= 60 * every)
 
     def _make_up(self, state: TrainState, step: int) -> None:
-        """The picture and the evaluation of the step that the run goes on from, if it was cut off before them."""
+        """Makes the picture and the evaluation of the step to resume from, if the run was interrupted before them."""
         config, several = self.config, self.config.train.steps_per_dispatch
         log, evaluate = config.log, config.evaluate
         is_due = partial(_is_passed, (step - 1) // several * several, step)
@@ -357,12 +358,12 @@ class _Training:
         return self.folder / "samples" / f"step_{step:08d}.png"
 
     def _sample_grid(self, state: TrainState, step: int) -> None:
-        """By the averaged weights; of the same draws every time, so that the pictures can be compared."""
+        """Saves a grid with the averaged weights, always from the same noise, so that the pictures can be compared."""
         self.pictures.save_step(self._averaged(state), self._picture(step))
         self._report()
 
     def _averaged(self, state: TrainState) -> Params:
-        """The parameters that pictures are made with."""
+        """The parameters for pictures."""
         average = state.ema[self.decay]
         if not self.config.lora.rank:
             return average
@@ -384,7 +385,7 @@ class _Training:
 
 @dataclasses.dataclass(frozen=True)
 class _Due:
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     stop: bool
     log: bool
@@ -394,7 +395,7 @@ class _Due:
 
 
 def _is_passed(before: int, step: int, every: int) -> bool:
-    """Whether a multiple of `every` lies after step `before` and not after `step`; of 0 there is none."""
+    """Whether there is a multiple of `every` in (before, step]; never for 0."""
     return every > 0 and step // every > before // every
 
 

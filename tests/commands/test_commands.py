@@ -179,7 +179,7 @@ class TestCommands:
         assert "FID" not in (tmp_path / "evaluation.md").read_text()
         assert re.search(rf"{re.escape(name)} +[\d.]+ \([\d.]+ to [\d.]+\)  floor [\d.]+\n", capsys.readouterr().out)
         for changes, said in (
-            ({"features": "none.pth"}, "fetch https://"),
+            ({"features": "none.pth"}, "does not exist; download https://"),
             ({"generated": "none", "num_images": None, "options": {}}, "--generated:"),
             ({"generated": "none"}, "these would do nothing: --num_images, --num_steps"),
             ({"against": "none"}, "--against:"),

@@ -167,10 +167,13 @@ images = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 3), np.uint8)
 judge = custom_features("pixels", lambda x: x.reshape(len(x), -1)[:, :12] / 255.0)
 together = summarize(judge, [images], parallel.make_mesh(), batch_size=16)
 shared = open_summary(sys.argv[3], judge, parallel.make_mesh(), batch_size=16)
+told = []
 for found in (together, shared):
     moments = found.moments["pool"]
-    told = [moments.mean.tolist(), moments.covariance.tolist(), found.rows["pool"].tolist()]
-    print("RESULT" + json.dumps([jax.device_count(), found.count, *told]))
+    kept = [moments.mean.tolist(), moments.covariance.tolist(), found.rows["pool"].tolist()]
+    told.append([jax.device_count(), found.count, *kept])
+with open(sys.argv[4], "w") as file:  # on standard output, Gloo's threads print into the middle of lines
+    json.dump(told, file)
 """
 
 
@@ -185,25 +188,18 @@ def test_two_processes(tmp_path):
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": xla_flags(2),
     }
-    # Their output goes to files: each waits for the other to end, and a full pipe would stop one of them.
     outputs = [tmp_path / f"output{index}" for index in range(2)]
     processes = []
     for index, output in enumerate(outputs):
-        with output.open("w") as file:
-            command = [sys.executable, "-c", TWO_PROCESSES, port, str(index), str(tmp_path)]
-            processes.append(subprocess.Popen(command, stdout=file, env=environment))
+        command = [sys.executable, "-c", TWO_PROCESSES, port, str(index), str(tmp_path), str(output)]
+        processes.append(subprocess.Popen(command, env=environment))
     try:
         assert [process.wait(timeout=PATIENCE) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
     rows = (IMAGES.reshape(90, -1)[:, :12] / np.float32(255)).astype(np.float64)
-    found = [
-        json.loads(line[6:])
-        for output in outputs
-        for line in output.read_text().splitlines()
-        if line.startswith("RESULT")
-    ]
+    found = [result for output in outputs for result in json.loads(output.read_text())]
     assert len(found) == 4
     for devices, count, mean, covariance, kept in found:
         assert (devices, count) == (4, 90)

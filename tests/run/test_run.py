@@ -151,7 +151,7 @@ class TestPictures:
             run.pictures("data:4", "data:0"), np.load(tmp_path / "some.npy")[[4, 0], ..., None]
         )
         for name in ("data:5", "data:-1", "data:x", "data:"):
-            with pytest.raises(UserError, match=f"'{name}' is no training image; the data set has data:0 to data:4"):
+            with pytest.raises(UserError, match=f"'{name}' is not a training image; the data set has data:0 to data:4"):
                 run.pictures(name)
 
     def test_a_file_that_is_not_there(self, run):

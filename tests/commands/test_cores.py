@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from configs import cifar10, digits, numbers_autoencoder, numbers_clip, numbers_prior
-from ddpm_jax.runtime import cores
+from ddpm_jax.commands import cores
 
 
 def config_of(name="digits", **fields):
@@ -55,7 +55,7 @@ def test_devices_that_suit_a_run(name, fields, number_of_cores, devices):
 )
 def test_the_user_s_number_counts(environment, devices):
     code = (
-        "from configs import digits; from ddpm_jax.runtime import cores; cores._cores = lambda: 2;"
+        "from configs import digits; from ddpm_jax.commands import cores; cores._cores = lambda: 2;"
         "cores.use(digits.get_config()); import jax; print(len(jax.devices()))"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
