@@ -1,4 +1,7 @@
-"""Eight CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported."""
+"""Several CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported.
+
+There are eight, or DDPM_JAX_TEST_DEVICES. With fewer, tests marked "eight" are skipped, and the others take less time.
+"""
 
 import os
 import subprocess
@@ -6,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from xla import xla_flags
+from xla import trace_fast, xla_flags
 
+trace_fast()
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+DEVICES = int(os.environ.get("DDPM_JAX_TEST_DEVICES", "8"))
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(DEVICES)}"
 
 pytest_plugins = ["runs", "browser", "exactness"]
 
@@ -19,6 +24,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("peers"):
             item.add_marker(pytest.mark.slow)
+        if DEVICES < 8 and item.get_closest_marker("eight"):
+            item.add_marker(pytest.mark.skip(reason=f"needs eight devices; DDPM_JAX_TEST_DEVICES is {DEVICES}"))
 
 
 TENSORFLOW_SEEMS_INSTALLED = """

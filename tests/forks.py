@@ -12,11 +12,13 @@ ROOT = Path(__file__).parents[1]
 # Importing jax and its company takes longer than main.py on a tiny run: so one process imports them, touches no device,
 # and forks for each command.
 _SERVER = """
-import importlib, json, os, runpy, signal, sys, traceback
+import gc, importlib, json, os, runpy, signal, sys, traceback
 
 for module in "cli", "training.loop", "commands.editing", "commands.evaluation", "commands.plan", "commands.weights":
     importlib.import_module("ddpm_jax." + module)
 importlib.import_module("tensorboardX.event_file_writer")
+gc.freeze()  # what is imported stays
+gc.set_threshold(100_000, 50, 100)
 
 def status_of(argv):
     sys.argv = argv[1:]

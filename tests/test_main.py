@@ -88,6 +88,7 @@ class TestTraining:
         for leaf in jax.tree.leaves(checkpoint(tmp_path, max(steps))["params"]):
             assert np.all(np.isfinite(leaf))
 
+    @pytest.mark.eight
     def test_eight_devices(self, trained, call, tmp_path):
         few = ("--config.log.sample_every_steps=0", "--config.sample.num_images=8", "--config.sample.num_steps=5")
         status, output = call(f"--workdir={tmp_path}", *few, devices=8)
@@ -108,6 +109,7 @@ class TestTraining:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
         assert [line["step"] for line in metrics(tmp_path / "run")] == [*range(2, 19, 2), 20, 24]
 
+    @pytest.mark.eight
     def test_two_processes_that_divide_the_state(self, start, call, tmp_path):
         """Each keeps a part of the wide layers; one process goes on from what the two have saved."""
         flags = (

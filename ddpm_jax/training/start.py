@@ -60,6 +60,8 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
             "accepted: that run exported with --mode=export and imported again with --mode=import"
         )
     for section, field in _SAME_SHAPES:
+        if section == "text" and config.text.encoder != "trained":  # it is not of this network
+            continue
         theirs, ours = run.config[section][field], config[section][field]
         if theirs != ours:
             raise UserError(

@@ -32,6 +32,7 @@ def call(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.eight
 def test_without_a_topology_it_measures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measured, "_SECONDS", 0.1)
     config = make_run(class_conditional=True).config

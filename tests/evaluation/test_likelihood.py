@@ -261,6 +261,7 @@ def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
     assert least < flow.total.mean < bound.total.mean
 
 
+@pytest.mark.eight
 @pytest.mark.slow
 def test_labels_reach_the_network():
     """A network that adds its class to the exact noise: each image by its own label, in whatever batch."""

@@ -34,7 +34,7 @@ def networks(tmp_path_factory):
 @pytest.mark.parametrize("size", [32, 400])
 def test_inception(measure, networks, size):
     theirs, ours = networks
-    images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), np.uint8)
+    images = np.random.default_rng(size).integers(0, 256, (16, size, size, 3), np.uint8)
     found = ours.of([images], Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,)), 16)
     spatial = []
     hook = theirs.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, _, output: spatial.append(output))
@@ -43,9 +43,9 @@ def test_inception(measure, networks, size):
     hook.remove()
     for name, values in zip(("pool", "logits"), expected, strict=True):
         error = relative_error(found[name], values.numpy())
-        what = f"Inception's {name}, relative to their spread, 64 images of 32 and 400 pixels"
+        what = f"Inception's {name}, relative to their spread, 16 images of 32 and 400 pixels"
         measure(what, "torch-fidelity", error, 1e-4, "relative")
-    first = spatial[0][:, :7].numpy().transpose(0, 2, 3, 1).reshape(64, -1)
+    first = spatial[0][:, :7].numpy().transpose(0, 2, 3, 1).reshape(16, -1)
     assert relative_error(found["spatial"], first) < 1e-4
 
 

@@ -96,6 +96,7 @@ class TestImages:
         assert near(classes.sample(6, guidance_scale=4.0, guidance_interval=(50, 60), **QUICK), plain)
 
 
+@pytest.mark.eight
 def test_settings_do_not_depend_on_how_the_weights_lie():
     run = make_run()
     mesh = parallel.make_mesh(data=1, fsdp=8)

@@ -92,6 +92,7 @@ def test_batches_are_divided_over_all_devices(data, fsdp, axis):
     assert {shard.data.shape[axis] for shard in placed.addressable_shards} == {2}
 
 
+@pytest.mark.eight
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), MESHES[:1] + MESHES[2:])
 def test_a_state_moves_to_another_mesh(tmp_path, data, fsdp):

@@ -1,4 +1,4 @@
-"""A run that adapts both a Stable Diffusion's text encoder and its network, on eight devices."""
+"""A run that adapts both a Stable Diffusion's text encoder and its network, on all devices."""
 
 import shutil
 

@@ -113,6 +113,7 @@ def trained(num_devices, steps=2):
     return jax.device_get(state.params), float(sums.loss)
 
 
+@pytest.mark.eight
 @pytest.mark.slow
 def test_eight_devices_give_the_loss_of_one():
     (one, loss_of_one), (eight, loss_of_eight) = trained(1), trained(8)

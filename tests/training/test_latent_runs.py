@@ -1,4 +1,4 @@
-"""An autoencoder, a run on its latents, and adapters for that run, trained in sequence on eight devices."""
+"""An autoencoder, a run on its latents, and adapters for that run, trained in sequence on all devices."""
 
 import shutil
 

@@ -93,6 +93,7 @@ def relative_difference(a, b):
     return (square(jax.tree.map(np.subtract, a, b)) / square(b)) ** 0.5
 
 
+@pytest.mark.eight
 @pytest.mark.slow
 @pytest.mark.parametrize("timestep_sampler", ["uniform", "importance"])
 def test_eight_devices_give_the_parameters_of_one(timestep_sampler):
@@ -116,10 +117,10 @@ def whole():
 @pytest.mark.parametrize(
     ("condition", "devices", "fsdp", "remat", "options"),
     [
-        ("nothing", 8, 4, "blocks", {}),
+        pytest.param("nothing", 8, 4, "blocks", {}, marks=pytest.mark.eight),
         ("nothing", 1, 1, "norms", {}),
-        ("nothing", 4, 2, "none", {"accumulation": 2, "steps_per_dispatch": 2}),
-        ("captions", 8, 4, "none", {"accumulation": 2}),
+        pytest.param("nothing", 4, 2, "none", {"accumulation": 2, "steps_per_dispatch": 2}, marks=pytest.mark.eight),
+        pytest.param("captions", 8, 4, "none", {"accumulation": 2}, marks=pytest.mark.eight),
     ],
 )
 def test_other_ways_give_the_same_parameters(whole, condition, devices, fsdp, remat, options):
