@@ -1,6 +1,6 @@
 """Several CPU devices in one process, so that sharding can be tested anywhere; set before jax is imported.
 
-There are eight, or DDPM_JAX_TEST_DEVICES. With fewer, tests marked "eight" are skipped, and the others take less time.
+There are eight, or DDPM_JAX_TEST_DEVICES: the slow tests take less time with two, but those marked "eight" are skipped.
 """
 
 import os
