@@ -4,16 +4,19 @@ import json
 import multiprocessing as mp
 import os
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 # A candidate is set up once and returns the function to time, which waits for its result. Further information goes into
-# that function's attribute `facts`.
+# that function's attribute `facts`; the process's peak memory is added to it.
 Setup = Callable[[], Callable[[], Any]]
 
 
@@ -21,13 +24,22 @@ def _serve(setup: Setup, pipe: Connection) -> None:
     try:
         run = setup()
         run(), run()  # compiles, and fills caches
-        pipe.send(getattr(run, "facts", {}))
+        pipe.send(getattr(run, "facts", {}) | {"peak_mib": peak_mib()})
         while pipe.recv():
             began = time.perf_counter()
             run()
             pipe.send(time.perf_counter() - began)
     except Exception:
         pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def peak_mib() -> int:
+    """The peak memory of this process, without that of the process that started it, which ru_maxrss may include."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    return int(status.split("VmHWM:")[1].split()[0]) >> 10
 
 
 def alternate(

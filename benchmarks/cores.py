@@ -9,7 +9,6 @@ By default of the networks of few channels that the configs have, and of the CIF
 
 import argparse
 import os
-import resource
 import sys
 from functools import partial
 from importlib import import_module
@@ -61,8 +60,6 @@ def setup(name, devices):
             carry[:] = compiled(*carry, batch)
         jax.block_until_ready(carry)
 
-    run()
-    run.facts = {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
     return run
 
 

@@ -13,7 +13,6 @@ The parts are the text encoder on two prompts, the UNet on two inputs at 32x32 a
 import argparse
 import itertools
 import json
-import resource
 import sys
 import tempfile
 from functools import partial
@@ -68,12 +67,6 @@ def write_folder(folder):
     ).save_pretrained(folder)
 
 
-def with_peak(run):
-    run()
-    run.facts = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
-    return run
-
-
 def ours(workdir, part):
     from ddpm_jax.runtime import parallel
 
@@ -86,25 +79,23 @@ def ours(workdir, part):
 
     run = ddpm_jax.load(workdir)
     if part == "whole":
-        return with_peak(
-            lambda: run.sample(1, prompts=PROMPTS[:1], guidance_scale=7.5, sampler="dpmpp_2m", num_steps=20)
-        )
+        return lambda: run.sample(1, prompts=PROMPTS[:1], guidance_scale=7.5, sampler="dpmpp_2m", num_steps=20)
     if part == "decode":
         latents = np.random.default_rng(0).standard_normal((2, 64, 64, 4), np.float32)
-        return with_peak(lambda: run.model.decoder.decode(latents))
+        return lambda: run.model.decoder.decode(latents)
     if part == "text":
         number = itertools.count()  # the states of a text are cached
 
         def encode():
             return run.condition.texts.arrays([f"{prompt} {next(number)}" for prompt in PROMPTS])
 
-        return with_peak(encode)
+        return encode
     size = int(part.removeprefix("unet_"))
     x = jax.random.normal(jax.random.key(0), (2, size, size, 4))
     states = jax.random.normal(jax.random.key(1), (2, 77, 768))
     t = jax.numpy.full(2, 500)
     call = jax.jit(lambda params, x, t, states: run.net.apply({"params": params}, x, t, {"tokens": states}))
-    return with_peak(lambda: jax.block_until_ready(call(run.params, x, t, states)))
+    return lambda: jax.block_until_ready(call(run.params, x, t, states))
 
 
 def diffusers(folder, part):
@@ -116,9 +107,7 @@ def diffusers(folder, part):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     if part == "whole":
-        return with_peak(
-            lambda: pipeline(PROMPTS[0], height=512, width=512, num_inference_steps=20, generator=generator)
-        )
+        return lambda: pipeline(PROMPTS[0], height=512, width=512, num_inference_steps=20, generator=generator)
     unused = {"text": ("unet", "vae"), "decode": ("unet", "text_encoder")}.get(part, ("vae", "text_encoder"))
     for name in unused:  # ours reads a part when it is first needed
         setattr(pipeline, name, None)
@@ -136,7 +125,7 @@ def diffusers(folder, part):
         with torch.inference_mode():
             call()
 
-    return with_peak(run)
+    return run
 
 
 def main(options):
