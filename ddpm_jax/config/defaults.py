@@ -55,6 +55,7 @@ def default_config() -> ConfigDict:
     model.outer_activation = "swish"  # in the time embedding and before the last convolution: the same names
     model.residual_scale = 1.0  # divides the sum that ends a residual block
     model.middle_residual_scale = 1.0  # the same for the blocks in the middle
+    model.skip_scale = 1.0  # multiplies the skip connections; 0.7071 in Imagen's Efficient U-Net
     model.time_embedding = "sinusoids"  # or learned: a vector for each timestep
     model.time_frequency_shift = 1.0  # of the sinusoids: 0, as in Stable Diffusion, to 1, as in the paper
     model.time_cosines_first = False  # cosines come before sines

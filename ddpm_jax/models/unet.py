@@ -76,6 +76,7 @@ class UNet(nn.Module):
       outer_activation: the same inside the time embedding and before the last convolution.
       residual_scale: divisor of the sum of a residual block's branches; 2 ** 0.5 keeps the variance.
       middle_residual_scale: the same in the middle block.
+      skip_scale: factor of the skip connections; 2 ** -0.5 in Imagen's Efficient U-Net (Saharia et al. 2022, B.1).
       time_embedding: "sinusoids", or "learned", one vector for each of num_timesteps.
       time_frequency_shift, time_cosines_first: of the sinusoids; see `blocks.timestep_embedding`.
       num_timesteps: number of vectors of a learned time embedding.
@@ -125,6 +126,7 @@ class UNet(nn.Module):
     outer_activation: str = "swish"
     residual_scale: float = 1.0
     middle_residual_scale: float = 1.0
+    skip_scale: float = 1.0
     time_embedding: str = "sinusoids"
     time_frequency_shift: float = 1.0
     time_cosines_first: bool = False
@@ -293,7 +295,8 @@ class UNet(nn.Module):
 
         for level in reversed(range(last + 1)):
             for i in range(res_blocks[level] + 1):
-                h = block(h, level, f"up_{level}_{i}", attends[level], skips.pop())
+                skip = skips.pop() if self.skip_scale == 1 else self.skip_scale * skips.pop()
+                h = block(h, level, f"up_{level}_{i}", attends[level], skip)
             if level > 0:
                 h = upsample(h, level, upsampling[level - 1])
 
@@ -344,7 +347,7 @@ class UNet(nn.Module):
             raise ValueError(f"attention_levels has {len(self.attention_levels)} entries for {levels} levels")
         if len(self.res_blocks) != levels or min(self.level_res_blocks or [1]) < 1:
             raise ValueError(f"level_res_blocks is {tuple(self.res_blocks)}; accepted: 1 or more for {levels} levels")
-        for name in ("residual_scale", "middle_residual_scale"):
+        for name in ("residual_scale", "middle_residual_scale", "skip_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: above 0")
         if x.ndim != 4:

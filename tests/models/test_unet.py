@@ -55,6 +55,23 @@ def attention_blocks(params):
     return sorted(name for name in params if name.endswith("_attention"))
 
 
+def test_skip_connections_are_scaled():
+    """As if the skip connection of every residual block of the decoder were multiplied on the way."""
+    plain, scaled = UNet(**SMALL), UNet(**SMALL, skip_scale=0.3)
+    variables = randomised(plain)
+
+    def multiply(call, arguments, options, context):
+        if isinstance(context.module, blocks.ResBlock) and len(arguments) == 3 and arguments[2] is not None:
+            arguments = (*arguments[:2], 0.3 * arguments[2])
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(multiply):
+        expected = plain.apply(variables, X, TIMES)
+    found = scaled.apply(variables, X, TIMES)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(found - plain.apply(variables, X, TIMES)).max() > 0.1
+
+
 # Sizes.
 
 

@@ -67,6 +67,7 @@ _ONLY: dict[str, Any] = {
     "outer_activation": "swish",
     "residual_scale": 1,
     "middle_residual_scale": 1,
+    "skip_scale": 1,
     "time_channels": 0,
     "time_activations": (),
 }

@@ -346,6 +346,7 @@ def to_fields(config: ConfigDict, net: UNet, layout: Layout) -> dict[str, Any]:
         ("middle_attention_groups", -1),
         ("time_embedding", "sinusoids"),
         ("outer_activation", net.activation),
+        ("skip_scale", 1),
         *((("residual_scale", 1),) if kind == _TRANSFORMERS else (("norm_epsilon", 1e-5),)),
     ):
         if model[field] != accepted:

@@ -273,6 +273,7 @@ def test_what_is_not_ours_of_simple_attention(options, said):
         ({"middle_attention": False}, "config.model.middle_attention is False"),
         ({"activation": "gelu"}, "config.model.outer_activation is 'swish'; .* only supports 'gelu'"),
         ({"residual_scale": 2.0}, "config.model.residual_scale is 2.0"),
+        ({"skip_scale": 0.5}, "config.model.skip_scale is 0.5"),
         ({"time_activations": ("relu",)}, r"config.model.time_activations is \('relu',\); .* 'swish'"),
         ({**OURS, "norm_epsilon": 1e-6}, "config.model.norm_epsilon is 1e-06; .* only supports 1e-05"),
         ({**OURS, "upsample": "nearest"}, "config.model.upsample is 'nearest'; .* only supports residual with simple"),
