@@ -7,7 +7,7 @@ import pytest
 from documents import ROOT, blocks
 
 yaml = pytest.importorskip("yaml")
-TESTS = re.compile(r"python -m pytest [^\n&]*-m (?:'not slow'|\w+)")
+TESTS = re.compile(r"python -m pytest [^\n&]*-m (?:'[^']+'|\w+)")
 SCRIPT = (ROOT / ".ci" / "run").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
