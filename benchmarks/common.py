@@ -4,6 +4,7 @@ import json
 import multiprocessing as mp
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -35,11 +36,11 @@ def _serve(setup: Setup, pipe: Connection) -> None:
 
 def peak_mib() -> int:
     """The peak memory of this process, without that of the process that started it, which ru_maxrss may include."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-    return int(status.split("VmHWM:")[1].split()[0]) >> 10
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def alternate(

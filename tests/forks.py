@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from xla import GC_THRESHOLDS
+
 ROOT = Path(__file__).parents[1]
 
 # Importing jax and its company takes longer than main.py on a tiny run: so one process imports them, touches no device,
@@ -18,7 +20,7 @@ for module in "cli", "training.loop", "commands.editing", "commands.evaluation",
     importlib.import_module("ddpm_jax." + module)
 importlib.import_module("tensorboardX.event_file_writer")
 gc.freeze()  # what is imported stays
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(*json.loads(sys.argv[1]))
 
 def status_of(argv):
     sys.argv = argv[1:]
@@ -64,7 +66,7 @@ class Forks:
         self.folder, self.environment = folder, environment
         self._output = folder / "output.txt"
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "-c", _SERVER],
+            [sys.executable, "-W", "error::DeprecationWarning:ddpm_jax", "-c", _SERVER, json.dumps(GC_THRESHOLDS)],
             env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -568,13 +568,9 @@ class TestInterchange:
         pictures.mkdir()
         for i, digit in enumerate(load_digits().images[:40]):
             Image.fromarray((255 - digit * 15).astype(np.uint8)).save(pictures / f"{i:02d}.png")
-        flags = (f"--workdir={tuned}", "--config.data.source=folder", f"--config.data.path={pictures}")
-        flags = (
-            *flags,
-            "--config.optimizer.warmup_steps=1",
-            "--config.train.num_steps=4",
-            "--config.checkpoint.keep=9",
-        )
+        flags = [f"--workdir={tuned}", "--config.data.source=folder", f"--config.data.path={pictures}"]
+        flags += ["--config.optimizer.warmup_steps=1", "--config.train.num_steps=4", "--config.checkpoint.keep=9"]
+        flags += ["--config.text.num_heads=2"]  # without a text encoder, it means nothing
         status, output = call(*flags, "--config.checkpoint.every_steps=1", f"--init_from={again}")
         assert status == 0, output
         assert f"starting from the weights of {again}, step 0" in output
@@ -610,7 +606,11 @@ class TestInterchange:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("flag", "said"),
-        [("model.num_groups=2", "num_groups 4, this"), ("diffusion.prediction=eps", "'v', this config")],
+        [
+            ("model.num_groups=2", "num_groups 4, this"),
+            ("model.skip_scale=0.7071", "skip_scale 1.0, this"),
+            ("diffusion.prediction=eps", "'v', this config"),
+        ],
     )
     def test_weights_of_another_meaning(self, trained, call, tmp_path, flag, said):
         status, output = call(f"--workdir={tmp_path / 'run'}", f"--init_from={trained[0]}", f"--config.{flag}")

@@ -4,6 +4,7 @@ import gc
 import os
 from importlib.metadata import version
 
+GC_THRESHOLDS = (100_000, 50, 100)  # traces are made of many small objects that live long
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
     # The older way to compile fusions takes less than half the time; it is gone in 0.12. Compiling a program in one
@@ -17,7 +18,10 @@ def xla_flags(devices: int) -> str:
 
 
 def trace_fast() -> None:
-    """Sets what makes tracing a fifth faster, here and in child processes; called before jax is imported."""
-    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # where each operation comes from, for profiles of programs
-    os.environ["FLAX_PROFILE"] = "0"  # the modules' names, for the same
-    gc.set_threshold(100_000, 50, 100)  # traces are made of many small objects that live long
+    """Makes tracing a fifth faster, here and in child processes; to be called before jax is imported.
+
+    Compiled programs then lack the source line and the module of each operation, which only profiles show.
+    """
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+    os.environ["FLAX_PROFILE"] = "0"
+    gc.set_threshold(*GC_THRESHOLDS)

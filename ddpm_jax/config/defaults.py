@@ -78,8 +78,8 @@ def default_config() -> ConfigDict:
     config.text = text = ConfigDict()
     text.encoder = ""  # "": no captions; trained: along with the network; a transformers folder; or a CLIP's workdir
     text.tokenizer = ""  # a transformers folder or tokenizer.json; "": the encoder's, or one trained on the captions
-    text.vocab_size = 512  # most tokens of a tokenizer that is trained
-    text.max_length = 0  # most tokens of a caption, the rest is cut; 0: as the tokenizer's files say, or 64 if trained
+    text.vocab_size = 512  # largest vocabulary of a tokenizer trained on the captions
+    text.max_length = 0  # tokens of the longest caption, the rest is cut; 0: from the tokenizer's files, or 64
     text.width = 64  # of an encoder that is trained, like the next two fields
     text.num_layers = 2  # of its Transformer; 0: only the embeddings of tokens and positions
     text.num_heads = 4  # of its attention

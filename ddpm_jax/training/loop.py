@@ -229,9 +229,8 @@ class _Training:
                 due = self._due(before, step, self._is_stopping(stop, step), last_save_time)
                 if due.log or due.save:
                     self.check_lock()
-                    measured = (
-                        measure(state) if due.log else {}
-                    )  # on all processes: each may have a part of the parameters
+                    # On all processes, since each may have a part of the parameters.
+                    measured = measure(state) if due.log else {}
                     values = means(jax.device_get(metrics))
                     if due.log and journal:
                         of_state = {name: float(value) for name, value in jax.device_get(measured).items()}

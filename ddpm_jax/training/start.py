@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import make_betas_from
+from ddpm_jax.config import TRAINED, make_betas_from
 from ddpm_jax.interop import transformers
 from ddpm_jax.run import open_run
 from ddpm_jax.runtime import parallel, workdir
@@ -63,7 +63,7 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
             "accepted: that run exported with --mode=export and imported again with --mode=import"
         )
     for section, field in _SAME_SHAPES:
-        if section == "text" and config.text.encoder != "trained":  # it is not of this network
+        if section == "text" and config.text.encoder != TRAINED:  # these weights hold no text encoder
             continue
         theirs, ours = run.config[section][field], config[section][field]
         if theirs != ours:
