@@ -60,7 +60,7 @@ class Metrics:
             loss=self.loss + mean,
             grad_norm=self.grad_norm + grad_norm,
             quarter_loss=self.quarter_loss + jnp.sum(jnp.where(in_quarter, loss[:, None], 0.0), axis=0),
-            quarter_count=self.quarter_count + jnp.sum(in_quarter, axis=0),
+            quarter_count=self.quarter_count + jnp.sum(in_quarter, axis=0, dtype=jnp.float32),  # in one all-reduce
             bad_step=jnp.where(is_first_bad, step, self.bad_step),
             bad_loss=jnp.where(is_first_bad, mean, self.bad_loss),
             bad_grad_norm=jnp.where(is_first_bad, grad_norm, self.bad_grad_norm),
