@@ -2,7 +2,8 @@
 
     python benchmarks/layers.py
 
-On shapes of the CIFAR-10 network at batch 16, and on one of 2x2 pixels.
+On shapes of the CIFAR-10 network at batch 16, on one of 2x2 pixels, on those of small networks at batch 64, and on
+those of Stable Diffusion's UNet at batch 2.
 """
 
 import argparse
@@ -10,19 +11,22 @@ from functools import partial
 
 from common import alternate, report
 
-CONV = [(32, 128, 128), (32, 256, 128), (16, 256, 256), (8, 256, 256), (4, 256, 256), (2, 256, 256)]
+CONV = [  # batch, height and width, channels, features
+    *[(16, 32, 128, 128), (16, 32, 256, 128), (16, 16, 256, 256), (16, 8, 256, 256), (16, 4, 256, 256)],
+    *[(16, 2, 256, 256), (64, 28, 32, 32), (64, 28, 96, 32), (64, 8, 32, 32)],
+    *[(2, 32, 320, 320), (2, 16, 640, 640), (2, 8, 1280, 1280), (2, 4, 1280, 1280)],
+]
 
 
-def _inputs(size, channels, features):
+def _inputs(batch, size, channels, features):
     from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
     import jax
 
     keys = jax.random.split(jax.random.key(0), 2)
-    return jax.random.normal(keys[0], (16, size, size, channels)), jax.random.normal(
-        keys[1], (3, 3, channels, features)
-    )
+    x = jax.random.normal(keys[0], (batch, size, size, channels))
+    return x, jax.random.normal(keys[1], (3, 3, channels, features))
 
 
 def _timed(function, *arguments):
@@ -32,8 +36,8 @@ def _timed(function, *arguments):
     return lambda: jax.block_until_ready(gradient(*arguments))
 
 
-def conv(ours, size, channels, features):
-    x, kernel = _inputs(size, channels, features)
+def conv(ours, batch, size, channels, features):
+    x, kernel = _inputs(batch, size, channels, features)
     from jax import lax
 
     from ddpm_jax.models import layers
@@ -47,15 +51,15 @@ def conv(ours, size, channels, features):
     return _timed(plain, x, kernel)
 
 
-def upsample(ours, size, channels):
-    x, kernel = _inputs(size, channels, channels)
+def upsample(ours, batch, size, channels):
+    x, kernel = _inputs(batch, size, channels, channels)
     import jax.numpy as jnp
     from jax import lax
 
     from ddpm_jax.models import layers
 
     if ours:
-        return _timed(lambda x, k: layers.upsample_conv(x, layers.upsampling_kernel(k)), x, kernel)
+        return _timed(layers.upsample_conv, x, kernel)
 
     def plain(x, kernel):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -64,8 +68,8 @@ def upsample(ours, size, channels):
     return _timed(plain, x, kernel)
 
 
-def norm(ours, size, channels):
-    x, _ = _inputs(size, channels, channels)
+def norm(ours, batch, size, channels):
+    x, _ = _inputs(batch, size, channels, channels)
     import flax.linen as nn
     import jax.numpy as jnp
 
@@ -82,8 +86,17 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=15)
     rounds = arguments.parse_args().rounds
-    cases = {f"conv {s}x{s} {c}->{d}": partial(conv, size=s, channels=c, features=d) for s, c, d in CONV}
-    cases["upsample 16x16 256"] = partial(upsample, size=16, channels=256)
-    cases["norm and swish 32x32 128"] = partial(norm, size=32, channels=128)
+    cases = {
+        f"conv {batch} x {size}x{size} {channels}->{features}": partial(
+            conv, batch=batch, size=size, channels=channels, features=features
+        )
+        for batch, size, channels, features in CONV
+    }
+    cases["upsample 16 x 16x16 256"] = partial(upsample, batch=16, size=16, channels=256)
+    cases["upsample 2 x 8x8 1280"] = partial(upsample, batch=2, size=8, channels=1280)
+    for batch, size, channels in ((16, 32, 128), (64, 8, 96)):
+        cases[f"norm and swish {batch} x {size}x{size} {channels}"] = partial(
+            norm, batch=batch, size=size, channels=channels
+        )
     for name, case in cases.items():
         report(name, alternate({"ours": partial(case, True), "plain": partial(case, False)}, rounds), against="plain")

@@ -304,7 +304,5 @@ class Upsample(nn.Module):
             x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
             x = x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]
             return layers.conv(x, kernel, ((1, 1), (1, 1))) + bias
-        if self.method == "nearest":
-            kernel = layers.upsampling_kernel(kernel)
-        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
-        return layers.upsample_conv(x, kernel) + bias
+        conv = layers.upsample_conv if self.method == "nearest" else layers.transposed_conv
+        return conv(x.astype(self.dtype), kernel) + bias.astype(self.dtype)

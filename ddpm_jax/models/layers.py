@@ -5,7 +5,8 @@ parameters. None changes the mathematics of its layer: the tests compare each wi
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TypeVar
 
 import jax
@@ -21,7 +22,10 @@ _Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
-_LARGE_KERNEL = 2**20  # elements
+_LARGE_KERNEL = 2**20  # elements; see `_waiting`
+_FEW_PIXELS, _HUGE_KERNEL = 512, 2**22  # of the whole batch; elements; see `_suits_matmul`
+_CACHED = 3 * 2**18  # bytes of a gradient, the most that `_kernel_gradient_on_cpu` reads at a time
+_MOST_PARTS = 8  # of a batch there
 
 _Arrays = TypeVar("_Arrays", jax.Array, _Pair)
 
@@ -73,27 +77,64 @@ def _conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _conv_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """`_conv`, but as one matrix product if the image has no more pixels than the kernel has taps.
+def _suits_matmul(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether a convolution is faster on CPUs as one matrix product (`benchmarks/layers.py`).
 
-    XLA swaps such an image and its kernel, and then takes many times as long (`benchmarks/layers.py`).
+    XLA swaps an image and its kernel if the image has no more pixels than the kernel has taps, and then takes many
+    times as long. A kernel that is far larger than the images takes most of the time to read, and Winograd's algorithm
+    would write it once more.
     """
-    (height, width), taps = kernel.shape[:2], kernel.shape[0] * kernel.shape[1]
-    if taps == 1 or x.shape[1] * x.shape[2] > taps:
-        return _conv(x, kernel, padding)
+    pixels, taps = x.shape[1] * x.shape[2], kernel.shape[0] * kernel.shape[1]
+    return pixels <= taps or (x.shape[0] * pixels < _FEW_PIXELS and kernel.size >= _HUGE_KERNEL)
+
+
+def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: Padding) -> bool:
+    return winograd.suits(x, kernel, padding) and not _suits_matmul(x, kernel)
+
+
+def _conv_as_matmul(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """`_conv` as one matrix product: of the pixels that each output pixel sees, and the kernel."""
+    height, width = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
     seen = [x[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def _conv_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    return (_conv_as_matmul if _suits_matmul(x, kernel) else _conv)(x, kernel, padding)
+
+
+def _kernel_gradient_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding, g: jax.Array) -> jax.Array:
+    """d<g, conv(x, kernel)> / d kernel, of a part of the batch at a time.
+
+    XLA computes it as a convolution whose kernel is g: for each channel of x it reads all of g, so g had better fit
+    into the cache. The parts interleave, so that each device of a batch that is divided among them has its share of
+    every part. They are not computed in a loop, in which XLA takes 10 to 100 times as long.
+    """
+    batch, devices = x.shape[0], jax.device_count()
+    whole = [n for n in range(1, _MOST_PARTS + 1) if batch % (n * devices) == 0] or [1]
+    parts = next((n for n in whole if g.nbytes // (n * devices) <= _CACHED), whole[-1])
+
+    def gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+        dkernel: jax.Array
+        (dkernel,) = jax.linear_transpose(lambda kernel: _conv_on_cpu(x, kernel, padding), kernel)(g)
+        return dkernel
+
+    if parts == 1 or _suits_matmul(x, kernel):
+        return gradient(x, g)
+    x, g = (v.reshape(batch // parts, parts, *v.shape[1:]) for v in (x, g))
+    return reduce(add, (gradient(x[:, i], g[:, i]) for i in range(parts)))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """Convolution with stride 1 whose gradient is fast on CPUs too.
 
-    On CPUs large 3 x 3 convolutions and both of their gradients use Winograd's algorithm (`winograd.py`), together 1.2
-    to 2.4 times faster than XLA's own (`benchmarks/layers.py`). Like all functions with a custom gradient, this one
-    supports reverse-mode differentiation only.
+    On CPUs large 3 x 3 convolutions and both of their gradients use Winograd's algorithm (`winograd.py`), those of few
+    pixels and many channels are matrix products, and the kernel's gradient of the others is computed in parts: two to
+    five times faster than XLA's own where they differ most (`benchmarks/layers.py`). Like all functions with a custom
+    gradient, this one supports reverse-mode differentiation only.
 
     Args:
       x: [B, H, W, C].
@@ -105,7 +146,7 @@ def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """
 
     def cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if winograd.suits(x, kernel, padding):
+        if _suits_winograd(x, kernel, padding):
             y: jax.Array = winograd.conv(x, _waiting(kernel, x))
             return y
         if kernel.dtype == jnp.bfloat16:
@@ -123,16 +164,17 @@ def _conv_forward(x: jax.Array, kernel: jax.Array, padding: Padding) -> tuple[ja
 def _conv_backward(padding: Padding, residuals: _Pair, g: jax.Array) -> _Pair:
     x, kernel = residuals
 
-    def default(x: jax.Array, kernel: jax.Array, g: jax.Array, plain: Callable[..., jax.Array] = _conv) -> _Pair:
-        (dx,) = jax.linear_transpose(lambda x: plain(x, kernel, padding), x)(g)
-        (dkernel,) = jax.linear_transpose(lambda kernel: plain(x, kernel, padding), kernel)(g)
+    def default(x: jax.Array, kernel: jax.Array, g: jax.Array) -> _Pair:
+        (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, padding), x)(g)
+        (dkernel,) = jax.linear_transpose(lambda kernel: _conv(x, kernel, padding), kernel)(g)
         return dx, dkernel
 
     def cpu(x: jax.Array, kernel: jax.Array, g: jax.Array) -> _Pair:
         g = _materialize(g)
-        if winograd.suits(x, kernel, padding):
+        if _suits_winograd(x, kernel, padding):
             return winograd.input_gradient(kernel, g), winograd.kernel_gradient(x, g)
-        return default(x, kernel, g, _conv_on_cpu)
+        (dx,) = jax.linear_transpose(lambda x: _conv_on_cpu(x, kernel, padding), x)(g)
+        return dx, _kernel_gradient_on_cpu(x, kernel, padding, g)
 
     gradients: _Pair = lax.platform_dependent(x, kernel, g, cpu=cpu, default=default)
     return gradients
@@ -163,23 +205,36 @@ def _dense_backward(residuals: _Pair, g: jax.Array) -> _Pair:
 dense.defvjp(_dense_forward, _dense_backward)
 
 
-def upsampling_kernel(kernel: jax.Array) -> jax.Array:
-    """The transposed convolution's kernel [4, 4, C, D] that equals nearest upsampling, then `kernel` [3, 3, C, D].
-
-    Nearest upsampling repeats each pixel over a 2 x 2 square, so the result is the 3 x 3 kernel convolved with a 2 x 2
-    square of ones.
-    """
-    return sum(  # type: ignore[return-value]
-        jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)
-    )
-
-
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Doubles height and width: each pixel repeated over a 2 x 2 square, then a 3 x 3 convolution that keeps the size.
+
+    An output pixel sees only 2 x 2 pixels of x; which ones depends on whether its row and column are even. So the four
+    kinds of pixels are four 2 x 2 convolutions of x itself, whose taps are sums of the kernel's: 16 multiplications
+    where convolving the enlarged image takes 36.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [3, 3, C, D]; its taps are summed in its own dtype.
+
+    Returns:
+      [B, 2 H, 2 W, D].
+    """
+    taps = [[kernel[i, j] for j in range(3)] for i in range(3)]
+    joined = (((0,), (1, 2)), ((0, 1), (2,)))  # which rows, or columns, of the kernel fall on the same pixel of x
+
+    def phase(a: int, b: int) -> jax.Array:
+        sums = [
+            [reduce(add, (taps[i][j] for i in rows for j in columns)) for columns in joined[b]] for rows in joined[a]
+        ]
+        return jnp.stack([jnp.stack(row) for row in sums])
+
+    return _interleaved(x, phase)
+
+
+def transposed_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Doubles height and width: a convolution with a 4 x 4 kernel over x with zeros between its pixels.
 
-    Every output pixel uses only 2 x 2 of the kernel's taps; which ones depends on whether its row and column are even.
-    So the four kinds of pixels are four 2 x 2 convolutions of x itself: no arithmetic on zeros, and for nearest
-    upsampling 16 multiplications where convolving the enlarged image takes 36.
+    Like `upsample_conv` it is four 2 x 2 convolutions of x itself, without arithmetic on zeros.
 
     Args:
       x: [B, H, W, C].
@@ -188,8 +243,13 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [B, 2 H, 2 W, D].
     """
+    return _interleaved(x, lambda a, b: kernel[a::2, b::2])
+
+
+def _interleaved(x: jax.Array, phase: Callable[[int, int], jax.Array]) -> jax.Array:
+    """The image whose pixels (2 h + a, 2 w + b) are x convolved with the kernel phase(a, b) of 2 x 2 taps."""
     batch, height, width, _ = x.shape
-    phases = [[conv(x, kernel[a::2, b::2], ((1 - a, a), (1 - b, b))) for b in range(2)] for a in range(2)]
+    phases = [[conv(x, phase(a, b).astype(x.dtype), ((1 - a, a), (1 - b, b))) for b in range(2)] for a in range(2)]
     y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
     return y.reshape(batch, 2 * height, 2 * width, y.shape[-1])
 

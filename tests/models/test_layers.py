@@ -16,6 +16,7 @@ def normal(seed, *shape):
 
 conv = jax.jit(layers.conv, static_argnums=2)
 upsample_conv = jax.jit(layers.upsample_conv)
+transposed_conv = jax.jit(layers.transposed_conv)
 group_norm = jax.jit(layers.group_norm, static_argnums=3)
 dropout = jax.jit(layers.dropout, static_argnums=2)
 
@@ -89,6 +90,44 @@ def test_kernel_gradient_is_exact(shape, size, padding):
         np.testing.assert_allclose(got[index], expected, atol=5e-5)
 
 
+def test_kernel_gradient_in_parts(monkeypatch):
+    """Of a batch divided over eight devices, each of which adds up its own part of every part."""
+    x, kernel, g = normal(0, 32, 6, 6, 3), normal(1, 3, 3, 3, 4), normal(2, 32, 6, 6, 4)
+    padding = ((1, 1), (1, 1))
+
+    def gradient(conv):
+        return lambda x, g: jax.grad(lambda kernel: jnp.sum(g * conv(x, kernel, padding)))(kernel)
+
+    def convolutions():
+        return str(jax.make_jaxpr(gradient(layers.conv))(x, g)).count("conv_general_dilated")
+
+    whole = convolutions()
+    monkeypatch.setattr(layers, "_CACHED", 256)
+    jax.clear_caches()
+    assert convolutions() == whole + 3  # four parts, since more do not divide each device's images
+    batch = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    compiled = jax.jit(gradient(layers.conv), in_shardings=(batch, batch)).lower(x, g).compile()
+    np.testing.assert_allclose(compiled(x, g), gradient(lax_conv)(x, g), atol=1e-4)
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert not any(message in text for message in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_conv_of_few_pixels_and_a_huge_kernel():
+    """On a CPU it is one matrix product, with and without Winograd's sizes."""
+    x, kernel, g = normal(0, 2, 4, 4, 700), normal(1, 3, 3, 700, 700) / 80, normal(2, 2, 4, 4, 700)
+    padding = ((1, 1), (1, 1))
+    assert layers._suits_matmul(x, kernel)
+    assert not layers._suits_matmul(x, kernel[..., :500])
+
+    def value_and_gradients(conv):
+        return jax.jit(lambda x, k, g: (*jax.vjp(lambda x, k: conv(x, k, padding), x, k)[1](g), conv(x, k, padding)))
+
+    got, expected = value_and_gradients(layers.conv)(x, kernel, g), value_and_gradients(lax_conv)(x, kernel, g)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.parametrize("shape", [(8, 3), (2, 3, 5, 4)])
 def test_dense_and_its_gradients(shape):
     x, kernel = normal(0, *shape), normal(1, shape[-1], 6)
@@ -107,14 +146,14 @@ def test_dense_and_its_gradients(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 3, 6, 2), (2, 1, 1, 1)])
-def test_upsampling_kernel_is_nearest_then_3x3(shape):
+def test_upsample_conv_is_nearest_then_3x3(shape):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 5)
     expected = numpy_conv(np.repeat(np.repeat(x, 2, axis=1), 2, axis=2), kernel, ((1, 1), (1, 1)))
-    np.testing.assert_allclose(upsample_conv(x, layers.upsampling_kernel(kernel)), expected, atol=1e-5)
+    np.testing.assert_allclose(upsample_conv(x, kernel), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 3, 6, 2), (2, 1, 1, 1)])
-def test_upsample_conv_is_the_transposed_convolution(shape):
+def test_transposed_conv(shape):
     """As lax and Flax have it; and so its gradients."""
     x, kernel = normal(2, *shape), normal(3, 4, 4, shape[-1], 5)
     transposed = jax.jit(lambda x, k: jax.lax.conv_transpose(x, k, (2, 2), "SAME"))
@@ -123,12 +162,12 @@ def test_upsample_conv_is_the_transposed_convolution(shape):
     def loss(f):
         return jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(weights * jnp.sin(f(x, k))), (0, 1)))(x, kernel)
 
-    np.testing.assert_allclose(upsample_conv(x, kernel), transposed(x, kernel), atol=1e-5)
-    for g, e in zip(jax.tree.leaves(loss(layers.upsample_conv)), jax.tree.leaves(loss(transposed)), strict=True):
+    np.testing.assert_allclose(transposed_conv(x, kernel), transposed(x, kernel), atol=1e-5)
+    for g, e in zip(jax.tree.leaves(loss(layers.transposed_conv)), jax.tree.leaves(loss(transposed)), strict=True):
         np.testing.assert_allclose(g, e, atol=1e-5 * max(1, float(jnp.abs(e).max())))
 
 
-def test_upsample_conv_taps():
+def test_transposed_conv_taps():
     """Tap (i, j) joins x[h, w] to the output pixel (2 h + 2 - i, 2 w + 2 - j)."""
     x = jnp.zeros((1, 5, 5, 1)).at[0, 2, 1, 0].set(1.0)
     kernel = jnp.arange(1.0, 17).reshape(4, 4, 1, 1)
@@ -136,7 +175,7 @@ def test_upsample_conv_taps():
     for i in range(4):
         for j in range(4):
             expected[4 + 2 - i, 2 + 2 - j] = kernel[i, j, 0, 0]
-    np.testing.assert_array_equal(upsample_conv(x, kernel)[0, :, :, 0], expected)
+    np.testing.assert_array_equal(transposed_conv(x, kernel)[0, :, :, 0], expected)
 
 
 # Group norm.
