@@ -1,4 +1,15 @@
-"""Attention that avoids storing the whole matrix of logits if it is large."""
+"""Attention that avoids storing the whole matrix of logits if it is large.
+
+There are three ways with the same result up to rounding, chosen by shape, dtype and device (`way`); `--mode=plan` says
+which of them a run takes, and why.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +20,75 @@ from jax import lax
 # twice as large were slower, chunks half as large were not faster.
 LARGEST_LOGITS = 16 * 2**20
 
+_WIDEST_HEAD = 128  # that cuDNN's kernel takes on every GPU it supports
+
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of masked keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How an attention is computed.
+
+    Attributes:
+      name: "cudnn", "chunks" (of the queries) or "whole" (matrix of logits).
+      reason: why.
+    """
+
+    name: str
+    reason: str
+
+
+_seen: ContextVar[dict[str, None] | None] = ContextVar("_seen", default=None)
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[dict[str, None]]:
+    """Collects, as its keys, a sentence about each kind of attention that is traced within."""
+    seen: dict[str, None] = {}
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+def way(query: Any, key: Any, has_bias: bool = False, gpu: Any = None) -> Way:
+    """The way of an attention.
+
+    On TPUs the chunks' logits stay in on-chip memory: compiled for a v5e, Stable Diffusion's largest attention reads
+    the queries, keys and values from HBM and writes the result, no more, so a kernel of our own would have nothing to
+    save (docs/tpu.md).
+
+    Args:
+      query: of [B, L, heads, width] and a dtype.
+      key: of [B, M, heads, width].
+      has_bias: whether a bias or a mask is added to the logits.
+      gpu: the device if it is a GPU, else None.
+    """
+    length, heads, width = query.shape[1:]
+    size = 4 * heads * length * key.shape[1]
+    plain = (
+        Way("chunks", f"an example's logits, {_mebibytes(size)}, exceed {_mebibytes(LARGEST_LOGITS)}")
+        if size > LARGEST_LOGITS
+        else Way("whole", f"an example's logits take {_mebibytes(size)}")
+    )
+    if gpu is None:
+        return plain
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        obstacle = f"not in {query.dtype}"
+    elif width % 8 or width > _WIDEST_HEAD:
+        obstacle = f"not for heads of width {width}: only multiples of 8 up to {_WIDEST_HEAD}"
+    elif has_bias and (length % 2 or key.shape[1] % 2):
+        obstacle = "not with a mask or bias and an odd number of queries or keys"
+    elif float(gpu.compute_capability) < 8:
+        obstacle = f"not on GPUs of compute capability {gpu.compute_capability}"
+    else:
+        return Way("cudnn", "cuDNN's fused kernel stores no logits")
+    return dataclasses.replace(plain, reason=f"{plain.reason}; cuDNN's fused kernel does {obstacle}")
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:.3g} MiB"
 
 
 def attend(
@@ -23,9 +102,10 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(width of a head)) v, for each head.
 
-    If an example's logits need more than LARGEST_LOGITS bytes, they are computed for a chunk of the queries at a time,
-    and again for the gradient, so that neither pass stores the whole matrix. The chunk size depends only on the shape
-    of one example, so the number of images in a batch does not change an image. Logits and softmax are in float32.
+    On a GPU it is cuDNN's fused kernel where that supports the shape and dtype. Otherwise, if an example's logits need
+    more than LARGEST_LOGITS bytes, they are computed for a chunk of the queries at a time, and again for the gradient,
+    so that neither pass stores the whole matrix. The chunk size depends only on the shape of one example, so the number
+    of images in a batch does not change an image. Logits and softmax are in float32.
 
     Args:
       query: [B, L, heads, width].
@@ -38,13 +118,38 @@ def attend(
     Returns:
       [B, L, heads, width] in value's dtype.
     """
-    _, length, heads, _ = query.shape
-    row = 4 * heads * key.shape[1]  # bytes of one query's logits
-    if length * row > LARGEST_LOGITS:
-        return _in_chunks(query, key, value, mask, causal, bias, scale, max(LARGEST_LOGITS // row, 1))
-    mask = None if mask is None else mask[:, None, None, :]
-    bias = None if bias is None else bias[None]
-    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, is_causal=causal)
+    gpu = jax.local_devices()[0] if jax.default_backend() == "gpu" else None
+    chosen = way(query, key, mask is not None or bias is not None, gpu)
+    seen = _seen.get()
+    if seen is not None:
+        length, heads, width = query.shape[1:]
+        seen[f"{length} queries, {key.shape[1]} keys, {heads} x {width} channels: {chosen.name}, {chosen.reason}"] = (
+            None
+        )
+
+    def whole(
+        query: jax.Array, key: jax.Array, value: jax.Array, implementation: Literal["xla", "cudnn"] = "xla"
+    ) -> jax.Array:
+        options: Any = {"scale": scale, "is_causal": causal, "implementation": implementation}
+        if mask is not None:  # cuDNN takes no mask that leaves the queries out
+            shape = (len(mask), 1, query.shape[1] if implementation == "cudnn" else 1, mask.shape[1])
+            options["mask"] = jnp.broadcast_to(mask[:, None, None, :], shape)
+        options["bias"] = None if bias is None else bias[None]
+        attended: jax.Array = jax.nn.dot_product_attention(query, key, value, **options)
+        return attended
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        row = 4 * query.shape[2] * key.shape[1]  # bytes of one query's logits
+        if query.shape[1] * row > LARGEST_LOGITS:
+            return _in_chunks(query, key, value, mask, causal, bias, scale, max(LARGEST_LOGITS // row, 1))
+        return whole(query, key, value)
+
+    if chosen.name != "cudnn":
+        return plain(query, key, value)
+    attended: jax.Array = lax.platform_dependent(
+        query, key, value, cuda=partial(whole, implementation="cudnn"), default=plain
+    )
+    return attended
 
 
 def _in_chunks(

@@ -76,6 +76,7 @@ def estimate(
             "title": planned.title,
             "images": planned.images,
             "calls": planned.calls,
+            "attention": planned.attention(),
             "compile_seconds": round(seconds, 1),
             **dataclasses.asdict(program),
             **dataclasses.asdict(bounds),
@@ -92,7 +93,7 @@ def _compiled(planned: Planned, mesh: Mesh, where: str) -> tuple[hlo.Program, fl
     print(f"compiling for {where}: {planned.title} ...", file=sys.stderr, flush=True)
     began = time.monotonic()
     try:
-        compiled = planned.function.trace(*planned.arguments).lower().compile()
+        compiled = planned.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"[Uu]sed ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         if used:

@@ -43,6 +43,7 @@ def measure(
             "title": planned.title,
             "images": planned.images,
             "calls": planned.calls,
+            "attention": as_written[name].attention(),
             "compile_seconds": round(compiling, 1),
             "flops": flops,
             "seconds": seconds,

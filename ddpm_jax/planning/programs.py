@@ -17,6 +17,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.data import digits
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.evaluation import features, inception
+from ddpm_jax.models import attention
 from ddpm_jax.planning.flops import matrix_flops
 from ddpm_jax.runtime import batches, parallel
 from ddpm_jax.runtime.errors import UserError
@@ -54,9 +55,23 @@ class Planned:
     calls: int = 1
     donates: bool = False
 
+    @functools.cached_property
+    def _traced(self) -> tuple[jax.stages.Traced, tuple[str, ...]]:
+        with attention.observed() as seen:
+            traced = self.function.trace(*self.arguments)
+        return traced, tuple(seen)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program for the devices of its arguments."""
+        return self._traced[0].lower()
+
     def flops(self) -> float:
         """FLOP of all calls and devices together."""
-        return matrix_flops(self.function.trace(*self.arguments).jaxpr)
+        return matrix_flops(self._traced[0].jaxpr)
+
+    def attention(self) -> tuple[str, ...]:
+        """A sentence about each kind of attention in it: how it is computed, and why."""
+        return self._traced[1]
 
 
 def names_of(config: ConfigDict) -> tuple[str, ...]:

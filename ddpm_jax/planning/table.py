@@ -18,6 +18,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for program in result["programs"].values():
         lines += ["", program["title"], *(_model_lines if is_model else _measured_lines)(program, result["chip"])]
+        lines += [f"  attention              {sentence}" for sentence in program["attention"]]
     lines += ["", *_run_lines(result)]
     if "ladder" in result:
         lines += ["", *_ladder_lines(result["ladder"])]

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +107,80 @@ def test_a_divided_batch_stays_divided(monkeypatch):
     compiled = jax.jit(partial(attend, causal=False), out_shardings=divided).lower(*arguments).compile()
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all"))
     np.testing.assert_allclose(compiled(*arguments), expected, atol=1e-5)
+
+
+GPU = SimpleNamespace(compute_capability="9.0")
+
+
+def shaped(length, heads, width, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((2, length, heads, width), dtype)
+
+
+class TestWay:
+    @pytest.mark.parametrize(
+        ("length", "name", "reason"),
+        [
+            (1024, "chunks", "an example's logits, 32 MiB, exceed 16 MiB"),
+            (512, "whole", "an example's logits take 8 MiB"),
+        ],
+    )
+    def test_without_a_gpu(self, length, name, reason):
+        assert attention.way(shaped(length, 8, 40), shaped(length, 8, 40)) == attention.Way(name, reason)
+
+    @pytest.mark.parametrize(
+        ("query", "has_bias", "gpu", "obstacle"),
+        [
+            (shaped(512, 8, 40), False, GPU, None),
+            (shaped(512, 8, 40, jnp.float16), True, GPU, None),
+            (shaped(77, 8, 40), False, GPU, None),
+            (shaped(512, 8, 40, jnp.float32), False, GPU, "not in float32"),
+            (shaped(512, 8, 160), False, GPU, "not for heads of width 160: only multiples of 8 up to 128"),
+            (shaped(512, 8, 36), False, GPU, "not for heads of width 36: only multiples of 8 up to 128"),
+            (shaped(77, 8, 40), True, GPU, "not with a mask or bias and an odd number of queries or keys"),
+            (
+                *(shaped(512, 8, 40), False, SimpleNamespace(compute_capability="7.5")),
+                "not on GPUs of compute capability 7.5",
+            ),
+        ],
+    )
+    def test_on_a_gpu(self, query, has_bias, gpu, obstacle):
+        found = attention.way(query, query, has_bias, gpu)
+        if obstacle is None:
+            assert found.name == "cudnn"
+        else:
+            assert found.name == attention.way(query, query).name
+            assert found.reason.endswith(f"; cuDNN's fused kernel does {obstacle}")
+
+    def test_is_told_once_for_each_kind(self):
+        x, other = shaped(64, 2, 8), shaped(5, 2, 8)
+        with attention.observed() as seen:
+            jax.eval_shape(lambda x, other: attend(attend(x, x, x), other, other) + attend(x, x, x), x, other)
+        assert list(seen) == [
+            "64 queries, 64 keys, 2 x 8 channels: whole, an example's logits take 0.0312 MiB",
+            "64 queries, 5 keys, 2 x 8 channels: whole, an example's logits take 0.00244 MiB",
+        ]
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": jnp.ones((2, 64), bool)}, {"causal": True, "scale": 0.5}])
+def test_gpus_get_the_fused_kernel(monkeypatch, options):
+    """The program for a GPU calls cuDNN, forward and back, with no matrix product of logits; that for a CPU does not.
+
+    There is no GPU in the tests: only what is compiled for one can be looked at.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [GPU])
+    x = shaped(64, 2, 8)
+
+    def gradient(*arguments):
+        return jax.grad(lambda *a: attend(*a, **options).astype(jnp.float32).sum(), (0, 1, 2))(*arguments)
+
+    traced = jax.jit(gradient).trace(x, x, x)
+    on_gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert on_gpu.count("custom_call @__cudnn$fmha") == 2
+    assert "dot_general" not in on_gpu
+    on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "cudnn" not in on_cpu
+    assert "dot_general" in on_cpu

@@ -2,7 +2,13 @@ import pytest
 
 from ddpm_jax.planning.table import table
 
-PROGRAM = {"title": "training step of 128 images", "flops": 4.44e12, "seconds": 0.0211, "utilisation": 0.213}
+PROGRAM = {
+    "title": "training step of 128 images",
+    "flops": 4.44e12,
+    "seconds": 0.0211,
+    "utilisation": 0.213,
+    "attention": ("256 queries, 256 keys, 1 x 256 channels: whole, an example's logits take 0.25 MiB",),
+}
 
 
 def measured(seconds):
@@ -44,6 +50,7 @@ def test_a_measurement():
         "training step of 128 images",
         "  arithmetic                 4.44 TFLOP",
         "  a call                    210 TFLOP/s    21.100 ms  21.3% of the bfloat16 peak: model-FLOP utilisation",
+        "  attention              256 queries, 256 keys, 1 x 256 channels: whole, an example's logits take 0.25 MiB",
         "",
         "800,000 steps: 47.4 steps/s, 6,068 images/s, 4.69 hours, 4.69 chip-hours",
         "50,000 samples: 2.96 images/s and chip, 4.69 hours, 4.69 chip-hours",
