@@ -29,6 +29,7 @@ BENCHMARKS = [
     ("stable_diffusion.py", (*PEERS, "transformers"), None),
     ("peers.py", ("flaxdiff", "hackable_diffusion"), None),
     ("layers.py", (), ["--rounds", "5"]),
+    ("attention.py", ("libtpu",), []),
     ("sampling_step.py --network=digits", (), ["--rounds", "5"]),
     ("sampling_step.py --network=cifar10", (), None),
     ("sampling.py", PEERS, None),

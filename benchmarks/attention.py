@@ -62,11 +62,9 @@ def main(options):
         for name, way in ways.items():
             for what, function in (("forward", way), ("gradient", partial(gradient, way))):
                 program = hlo.analyse(jax.jit(function, out_shardings=one).lower(x, x, x).compile(), 0, 1)
-                rows.append({"shape": shape, "attention": name, "pass": what, "hbm_mb": program.traffic / 1e6})
-                rows[-1]["peak_mb"] = program.peak_memory / 1e6
-                print(
-                    f"{shape} {name:7} {what:9} {rows[-1]['hbm_mb']:7.1f} MB {rows[-1]['peak_mb']:7.1f} MB at its peak"
-                )
+                hbm, peak = program.traffic / 1e6, program.peak_memory / 1e6
+                rows.append({"shape": shape, "attention": name, "pass": what, "hbm_mb": hbm, "peak_mb": peak})
+                print(f"{shape} {name:7} {what:9} {hbm:7.1f} MB through HBM, {peak:7.1f} MB at its peak")
     print_json("attention", topology=options.topology, rows=rows)
 
 
