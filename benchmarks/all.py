@@ -26,6 +26,7 @@ BENCHMARKS = [
     ("train_step.py --network=small", PEERS, None),
     ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
     ("cores.py", (), ["--config", "digits", "--rounds", "5"]),
+    ("step_profile.py", (), []),
     ("stable_diffusion.py", (*PEERS, "transformers"), None),
     ("peers.py", ("flaxdiff", "hackable_diffusion"), None),
     ("layers.py", (), ["--rounds", "5"]),
