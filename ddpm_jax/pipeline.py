@@ -54,7 +54,7 @@ class Pipeline(Run):
         return "; ".join(stage.weights for stage in self.stages)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """The pipeline itself, whose size is fixed; UserError for another size."""
+        """The pipeline itself, whose size is fixed; raises UserError for any other size."""
         own = self.shape[:2]
         wanted = (height or own[0], width or own[1])
         if wanted != own:

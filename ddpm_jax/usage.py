@@ -13,6 +13,8 @@ _TITLE = "ddpm_jax trains diffusion models and draws with them."
 _FIRST_COMMANDS = {
     "--config=configs/digits.py --workdir=runs/digits": "trains on handwritten digits, in minutes",
     "--mode=sample --workdir=runs/digits": "draws new ones, into runs/digits/samples",
+    "--config=configs/numbers.py --workdir=runs/numbers": "trains a small text-to-image model, in minutes",
+    "--mode=sample --workdir=runs/numbers --prompt=forty-two": "draws what the prompt says",
     "--mode=doctor": "checks this machine",
     "--help": "lists all modes",
 }
@@ -36,7 +38,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "denoise": "removes the noise of noisy pictures",
         "inpaint": "repaints a part of a picture",
         "upscale": "enlarges pictures with a super-resolution run",
-        "variations": "draws pictures with the image embeddings of given ones (DALL-E 2)",
+        "variations": "draws new pictures from the image embeddings of existing ones (DALL-E 2)",
         "blend": "interpolates between the image embeddings of two pictures (DALL-E 2)",
         "text_difference": "changes a picture by the difference of two captions (DALL-E 2)",
     },

@@ -173,10 +173,18 @@ def _after_pictures(mode: str, workdir: str, given: Mapping[str, Any]) -> list[s
     if workdir_lib.read_config(workdir).data.channels not in (1, 3):
         return []
     if not serve.missing_packages():
-        return _main("--mode=serve", f"--workdir={workdir}")
+        return _main("--mode=serve", f"--workdir={workdir}", *(f"--lora={name}" for name in given.get("lora", ())))
     if mode == "sample":
-        return _main("--mode=progressive", f"--workdir={workdir}", *(f"--prompt={prompt}" for prompt in prompts[:1]))
-    return _to_draw(workdir, prompts, f"--seed={(given.get('seed', 0) + 1) % _SEEDS}")
+        same = (*(f"--prompt={prompt}" for prompt in prompts[:1]), *_as_asked(given))
+        return _main("--mode=progressive", f"--workdir={workdir}", *same)
+    return _to_draw(workdir, prompts, *_as_asked(given), f"--seed={(given.get('seed', 0) + 1) % _SEEDS}")
+
+
+def _as_asked(given: Mapping[str, Any]) -> list[str]:
+    """The flags without which the same prompt would draw something else."""
+    loras = [f"--lora={name}" for name in given.get("lora", ())]
+    scale = given.get("guidance_scale")
+    return loras if scale is None else [f"--guidance_scale={scale}", *loras]
 
 
 def _folder(workdir: str) -> Path:
@@ -200,7 +208,7 @@ def _first_stage(workdir: str) -> Path:
 
 
 def _is_prior(workdir: str) -> bool:
-    """Whether the run draws embeddings, which only a pipeline makes pictures of."""
+    """Whether the run draws embeddings, which only a pipeline can turn into pictures."""
     return bool(workdir_lib.read_config(workdir).prior.clip) and not _is_pipeline(workdir)
 
 

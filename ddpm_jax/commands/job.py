@@ -188,7 +188,8 @@ def parse_loras(values: Sequence[str]) -> list[tuple[str, float]]:
 def check_count(flag: str, values: Sequence[str], least: int, most: int | None = None) -> Sequence[str]:
     if len(values) < least or (most is not None and len(values) > most):
         count = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        raise UserError(f"--{flag} has {len(values)} values; accepted: {count}")
+        given = f"has {len(values)} values" if values else "is missing"
+        raise UserError(f"--{flag} {given}; accepted: {count}")
     return values
 
 

@@ -56,7 +56,7 @@ def make_condition(config: ConfigDict, dataset: Mapping[str, Any] | None = None,
 
 
 def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.Module:
-    """The network; a condition of None stands for the config's."""
+    """The network; condition=None uses the config's."""
     condition = make_condition(config) if condition is None else condition
     if config.prior.clip:
         return condition.network(_make_prior(config, condition))

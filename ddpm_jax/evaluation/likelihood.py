@@ -442,7 +442,7 @@ def _over_batches(
         done += len(pictures)
         yield values
     if conditions is not None and conditions > done:
-        raise UserError(f"there are {conditions} conditions for {done} images; accepted: one per image")
+        raise UserError(f"there are {conditions} conditions for {done} images; accepted: one for each image")
 
 
 def _checked(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -149,8 +149,10 @@ def frechet_influence(
 def bootstrap_interval(
     value: float, influence: np.ndarray, *, level: float = 0.95, resamplings: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """A bootstrap interval of a statistic of N rows from its value and the rows' influences [N], by resampling the
-    statistic's linear approximation."""
+    """A bootstrap interval of a statistic of N rows.
+
+    It resamples the statistic's linear approximation, which follows from its value and the rows' influences [N].
+    """
     rng, count = np.random.default_rng(seed), len(influence)
     means = [influence[rng.integers(0, count, count)].mean() for _ in range(resamplings)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

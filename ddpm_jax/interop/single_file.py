@@ -125,7 +125,7 @@ class SingleFile:
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(
                 f"prediction_type is {prediction_type!r} for {self.path!r}, a file of Stable Diffusion {self.version}, "
-                f"which does not specify it; accepted: {', '.join(map(repr, PREDICTION_TYPES))}"
+                f"which does not record it; accepted: {', '.join(map(repr, PREDICTION_TYPES))}"
             )
         side = 96 if self.version == "2.x" and prediction_type == "v_prediction" else 64
         autoencoder = _autoencoder_fields(self.path, self.autoencoder)

@@ -230,7 +230,7 @@ class AttentionBlock(nn.Module):
         return x.reshape(shape)
 
     def _attend_with(self, tokens: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Attention to the context and, unless cross_attention is "alone", in the same softmax to the tokens."""
+        """Attention to the context and, unless cross_attention is "alone", to the tokens in the same softmax."""
         if self.context_groups:
             # The statistics are over the tokens as well, padding included, as in DeepFloyd IF.
             norm = GroupNorm(self.context_groups, 1e-5, name="context_norm")

@@ -1,4 +1,4 @@
-"""Attention pooling: one vector for all tokens of a text (DeepFloyd IF's, after CLIP's; Radford et al. 2021)."""
+"""Attention pooling: one vector for all tokens of a text (DeepFloyd IF's, modelled on CLIP's; Radford et al. 2021)."""
 
 import flax.linen as nn
 import jax

@@ -43,7 +43,7 @@ class _Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Messages of one kind among groups of devices.
+    """Collectives of one kind between groups of devices.
 
     Attributes:
       kind: all-reduce, all-gather, ...

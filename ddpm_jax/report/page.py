@@ -146,9 +146,9 @@ def _summary(
         facts["Data"] = f"{describe(dataset)}: {found}{classes}{held_out}"
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
     widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
-    levels = " ".join(map(str, widths))
+    levels = ", ".join(map(str, widths))
     blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
-    blocks = blocks or f"{model.num_res_blocks} blocks each"
+    blocks = blocks or f"{model.num_res_blocks} block{'s' if model.num_res_blocks > 1 else ''} each"
     facts["Network"] = f"UNet of {size}{levels} channels by level, {blocks}, {model.dtype}"
     if config.text.encoder == config_lib.TRAINED:
         facts["Text encoder"] = f"trained, width {config.text.width}, {config.text.num_layers} layers"

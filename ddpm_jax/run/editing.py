@@ -29,7 +29,7 @@ class EditingRun(SamplingRun):
         batch_size: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Draws variations of pictures, uint8 like `pictures`: diffuses them to t and denoises them.
+        """Draws variations of pictures, uint8 in the shape of `pictures`: diffuses them to t and denoises them.
 
         Args:
           pictures: uint8 [N, H, W, C].
@@ -58,7 +58,7 @@ class EditingRun(SamplingRun):
         batch_size: int | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Removes the noise of pictures, uint8 like `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
+        """Removes the noise of pictures, uint8 in the shape of `pictures`; see `ddpm_jax.diffusion.editing.denoise`.
 
         Args:
           pictures: uint8 [N, H, W, C].
@@ -88,7 +88,7 @@ class EditingRun(SamplingRun):
         snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
-        """Repaints pictures where the mask is true, uint8 like `pictures`; all other pixels stay the same, to the bit.
+        """Repaints pictures where the mask is true, uint8 in the shape of `pictures`; all other pixels stay the same, to the bit.
 
         A network that takes the masked picture as an input (model.masked_picture) samples the part under the mask from
         noise. With any other network, the known part is restored before each step (RePaint).
@@ -158,7 +158,7 @@ class EditingRun(SamplingRun):
         spacing: str | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """The noises from which deterministic DDIM draws these pictures, float32 like `pictures`; see
+        """The noises from which deterministic DDIM draws these pictures, float32 in the shape of `pictures`; see
         `ddpm_jax.diffusion.editing.encode`. `decode` is the inverse.
 
         Args:

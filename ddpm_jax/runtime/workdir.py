@@ -103,7 +103,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
     path = folder / CONFIG
     if not path.is_file():
         lacking = f"there is no {CONFIG} in it" if folder.is_dir() else f"there is no folder {str(folder.absolute())!r}"
-        raise UserError(f"{str(workdir)!r} holds no run: {lacking}")
+        raise UserError(
+            f"{str(workdir)!r} holds no run: {lacking}; training, --mode=import and --mode=compose make one"
+        )
     try:
         return config_lib.from_json(path.read_text())
     except ValueError as error:

@@ -102,7 +102,7 @@ class CaptionCondition:
 
     def require(self) -> None:
         if not self.prompts:
-            raise UserError("guidance needs the prompts that it goes towards; give one")
+            raise UserError("guidance needs a prompt to steer towards; give one")
 
     def of_images(self, numbers: np.ndarray) -> Cond:
         """Without prompts, the captions `shown`, in turn."""

@@ -295,4 +295,6 @@ def check_guidance(condition: Condition, guidance: Guidance) -> None:
     if guidance.is_on and condition.cannot_guide:
         raise UserError(f"guidance_scale is {guidance.scale}; other than 1 {condition.cannot_guide}")
     if condition.only_guided and not guidance.is_on:
-        raise UserError(f"{condition.only_guided} does nothing at a guidance_scale of 1; give another, such as 2")
+        raise UserError(
+            f"{condition.only_guided} does nothing at a guidance_scale of 1; set another, such as guidance_scale=2"
+        )

@@ -45,7 +45,7 @@ def check_ends(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int
     for picture in (first, second):
         if np.shape(picture) != shape:
             raise UserError(
-                f"a picture has shape {np.shape(picture)}; accepted: {shape} for each end, such as run.pictures(...)[0]"
+                f"a picture has shape {np.shape(picture)}; accepted: {shape} for both, such as run.pictures(...)[0]"
             )
     return check_pictures(np.stack([first, second]), shape)
 

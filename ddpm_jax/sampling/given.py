@@ -88,7 +88,7 @@ class Given(Protocol):
     def needs(self) -> str: ...
 
     def of_size(self, height: int, width: int) -> "Given":
-        """The same for images of another size; UserError for a size that is not supported."""
+        """The same for images of another size; raises UserError for a size that is not supported."""
         ...
 
     def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:

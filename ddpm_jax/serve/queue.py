@@ -132,7 +132,7 @@ class Queue:
                 self._waiting.remove(task)
 
     def close(self) -> None:
-        """Accepts no more tasks, and ends the waiting ones, and the running one at its next call."""
+        """Stops accepting tasks, cancels those that wait, and stops the running one at its next call."""
         with self._condition:
             self._closed = True
             tasks = [*self._waiting, *([self._running] if self._running else [])]

@@ -58,7 +58,7 @@ class ContrastiveMonitor:
 
 
 class DiffusionMonitor:
-    """The evaluation set in the config's `evaluate`, prepared once.
+    """The evaluation that the config's `evaluate` section describes, prepared once.
 
     It uses few images and few steps: the numbers show a run's progress and are not final results.
 

@@ -192,7 +192,7 @@ class TestCommands:
         ("inputs", "said"),
         [
             (["none.png"], "--input 'none.png' cannot be read as a picture: No such file or directory"),
-            ([], "--input has 0 values; accepted: 1 or more"),
+            ([], "--input is missing; accepted: 1 or more"),
         ],
     )
     def test_refused_inputs(self, run, tmp_path, inputs, said):

@@ -159,7 +159,7 @@ class TestPrompts:
         negative = DROPPED.say(prompts=["x"], negative_prompts=["y"])
         check_guidance(negative, Guidance(2.0))
         assert refusal(check_guidance, negative, Guidance()) == (
-            "a negative prompt does nothing at a guidance_scale of 1; give another, such as 2"
+            "a negative prompt does nothing at a guidance_scale of 1; set another, such as guidance_scale=2"
         )
         assert "a text.dropout above 0" in refusal(check_guidance, PLAIN.say(prompts=["x"]), Guidance(2.0))
 

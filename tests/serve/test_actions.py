@@ -199,7 +199,7 @@ def test_refusals(playground, action, form, sentence):
         (
             "sample",
             {"prompt": "two", "negative_prompt": "one"},
-            "^a negative prompt does nothing at a guidance_scale of 1; give another, such as 2$",
+            "^a negative prompt does nothing at a guidance_scale of 1; set another, such as guidance_scale=2$",
         ),
         ("vary", {"picture": upload(PICTURES[0]), "guidance_scale": "2"}, "guidance needs the prompts"),
     ],
