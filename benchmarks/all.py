@@ -25,6 +25,7 @@ BENCHMARKS = [
     ("train_step.py --network=cifar10_64", PEERS, None),
     ("train_step.py --network=small", PEERS, None),
     ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
+    ("train_step.py --network=numbers", PEERS, ["--rounds", "5"]),
     ("cores.py", (), ["--config", "digits", "--rounds", "5"]),
     ("step_profile.py", (), []),
     ("stable_diffusion.py", (*PEERS, "transformers"), None),

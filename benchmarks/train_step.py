@@ -1,12 +1,14 @@
 """A whole training step: forward, backward, clipping, Adam, EMA.
 
-    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|small|digits]
+    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|small|digits|numbers]
     python benchmarks/train_step.py --batch 128 --dtype bfloat16 --steps 20      # on a GPU
 
 Ours against diffusers' UNet2DModel of equal size in PyTorch, eager and with torch.compile, on the same device:
 the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same with 64 channels, or the network of
-configs/digits.py at batch 64. PyTorch computes bfloat16 with autocast; on a GPU it uses channels-last images, cuDNN's
-fastest algorithms, and TF32 for float32 as JAX does.
+configs/digits.py at batch 64. For `numbers`, the text-to-image network of configs/numbers.py with its trained text
+encoder, the peer is diffusers' UNet2DConditionModel with other attention blocks (captioned_unet.py). PyTorch computes
+bfloat16 with autocast; on a GPU it uses channels-last images, cuDNN's fastest algorithms, and TF32 for float32 as JAX
+does.
 """
 
 import argparse
@@ -22,6 +24,7 @@ NETWORKS = {
     "cifar10_64": {"parameters": 8_952_067, "batch": 16, "shape": (32, 32, 3)},
     "small": {"parameters": 1_112_801, "batch": 64, "shape": (28, 28, 1)},
     "digits": {"parameters": 701_345, "batch": 64, "shape": (8, 8, 1)},
+    "numbers": {"parameters": 864_065, "batch": 64, "shape": (8, 16, 1)},
 }
 
 
@@ -33,14 +36,14 @@ def ours(network, batch_size, dtype, steps):
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from configs import cifar10, digits
+    from configs import cifar10, digits, numbers
     from ddpm_jax import config as config_lib
     from ddpm_jax.commands import cores
     from ddpm_jax.training.objectives import make_objective
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step
 
-    config = digits.get_config() if network in ("digits", "small") else cifar10.get_config()
+    config = {"digits": digits, "small": digits, "numbers": numbers}.get(network, cifar10).get_config()
     if network == "small":
         config.data.update(height=28, width=28)
         config.model.update(channel_multipliers=(1, 2, 2), attention_resolutions=(14,))
@@ -57,7 +60,12 @@ def ours(network, batch_size, dtype, steps):
 
     step = make_train_step(objective, optimizer, mesh, **config_lib.step_options(config))
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
-    batch = jax.device_put({"image": images}, parallel.batch_sharding(mesh))
+    batch = {"image": images}
+    if network == "numbers":
+        length, told = config.text.max_length, 9  # tokens of a caption, with and without padding
+        batch["ids"] = np.random.default_rng(1).integers(0, config.text.vocab_size, (batch_size, length), np.int32)
+        batch["ids_mask"] = np.broadcast_to(np.arange(length) < told, (batch_size, length))
+    batch = jax.device_put(batch, parallel.batch_sharding(mesh))
     create = jax.jit(start, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options())
     carry = list(create())
     assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == count
@@ -73,15 +81,11 @@ def ours(network, batch_size, dtype, steps):
     return run
 
 
-def diffusers(network, batch_size, dtype, steps, compiled=False):
-    import torch
+def diffusers_unet(network):
+    """diffusers' UNet2DModel of equal size."""
     from diffusers import UNet2DModel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-    (height, width, channels), count = (NETWORKS[network][name] for name in ("shape", "parameters"))
+    height, _, channels = NETWORKS[network]["shape"]
     if network == "digits":
         options = {
             "block_out_channels": (32, 64),
@@ -105,7 +109,7 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
             "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
             "dropout": 0.1,
         }
-    net = UNet2DModel(
+    return UNet2DModel(
         sample_size=height,
         in_channels=channels,
         out_channels=channels,
@@ -116,6 +120,22 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
         freq_shift=1,
         **options,
     )
+
+
+def diffusers(network, batch_size, dtype, steps, compiled=False):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    (height, width, channels), count = (NETWORKS[network][name] for name in ("shape", "parameters"))
+    if network == "numbers":
+        from captioned_unet import CaptionedUNet, captions
+
+        net, cond = CaptionedUNet(), captions(batch_size, device)
+    else:
+        net, cond = diffusers_unet(network), ()
     parameters = list(net.parameters())
     assert sum(p.numel() for p in parameters) == count
     layout = torch.channels_last if device == "cuda" else torch.contiguous_format
@@ -130,7 +150,7 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
         t, noise = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x_0)
         a = alphas_cumprod[t].reshape(-1, 1, 1, 1)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            predicted = model(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t).sample
+            predicted = model(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, *cond).sample
         loss = torch.mean((predicted.float() - noise) ** 2)
         optimizer.zero_grad()
         loss.backward()
@@ -151,7 +171,7 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--network", choices=list(NETWORKS), default="cifar10")
-    arguments.add_argument("--batch", type=int, help="images a step; 16, of digits 64, if not given")
+    arguments.add_argument("--batch", type=int, help="images a step; 16, of digits and numbers 64, if not given")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
     arguments.add_argument(
         "--steps", type=int, default=1, help="of each call; several on a GPU, where one is too short"
