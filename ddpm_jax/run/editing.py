@@ -88,7 +88,7 @@ class EditingRun(SamplingRun):
         snapshots_of: str = "x",
         **options: Any,
     ) -> np.ndarray:
-        """Repaints pictures where the mask is true, uint8 in the shape of `pictures`; all other pixels stay the same, to the bit.
+        """Repaints pictures where the mask is true, uint8 in the shape of `pictures`; all other pixels keep every bit.
 
         A network that takes the masked picture as an input (model.masked_picture) samples the part under the mask from
         noise. With any other network, the known part is restored before each step (RePaint).
