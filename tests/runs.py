@@ -71,6 +71,23 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def made_once(shared):
+    """made_once(make): the folder that make(folder) has filled for all workers, which change nothing in it."""
+
+    def made_once(make):
+        folder = shared / f"{make.__module__}.{make.__name__}"
+        done = folder.with_name(f"{folder.name}.done")
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
 def data_dir(shared):
     """The folder in which tensorflow-datasets has prepared the digits."""
     folder = shared / "tensorflow_datasets"

@@ -51,21 +51,16 @@ def trained(folder, name, config):
     return folder / name
 
 
-@pytest.fixture(scope="module")
-def cascade(tmp_path_factory):
+def make_cascade(folder):
     """Workdirs "base" (4x4, of captions), "sr" (to 8x8, of captions) and "cascade"."""
-    folder = tmp_path_factory.mktemp("cascade")
     text = {"encoder": "trained", "vocab_size": 280, "max_length": 8, "width": 16, "num_layers": 1}
     trained(folder, "base", tiny(folder, 4, 4, text=text))
     trained(folder, "sr", tiny(folder, text=text, upscale={"height": 4, "width": 4}))
     pipeline.compose([folder / "base", folder / "sr"], folder / "cascade")
-    return folder
 
 
-@pytest.fixture(scope="module")
-def unclip(tmp_path_factory):
-    """Workdirs "prior", "decoder" and "both", of a random CLIP in the folder "clip"."""
-    folder = tmp_path_factory.mktemp("unclip")
+def make_unclip(folder):
+    """Workdirs "prior", "decoder" and "both", of a random CLIP."""
     transformers.write_clip(folder / "clip", make_clip(folder / "tokenizer"))
     text = {"encoder": str(folder / "clip"), "max_length": 24}
     clip = str(folder / "clip")
@@ -76,7 +71,16 @@ def unclip(tmp_path_factory):
     trained(folder, "decoder", tiny(folder, text=text, embedding={"clip": clip, "token_width": 8}))
     shutil.rmtree(folder / "clip")  # each run has its own
     pipeline.compose([folder / "prior", folder / "decoder"], folder / "both")
-    return folder
+
+
+@pytest.fixture(scope="module")
+def cascade(made_once):
+    return made_once(make_cascade)
+
+
+@pytest.fixture(scope="module")
+def unclip(made_once):
+    return made_once(make_unclip)
 
 
 @pytest.mark.slow
@@ -238,9 +242,9 @@ class TestUnclip:
 
 @pytest.mark.slow
 class TestCommands:
-    def test_report_and_evaluation(self, cascade):
+    def test_report_and_evaluation(self, cascade, tmp_path):
         """Of a pipeline as of a run; the report names its stages."""
-        folder = cascade / "cascade"
+        folder = shutil.copytree(cascade, tmp_path / "copy") / "cascade"
         job = Job(ddpm_jax.load(folder), folder)
         result = evaluation.evaluate(
             job,

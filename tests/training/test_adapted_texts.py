@@ -1,6 +1,7 @@
 """A run that adapts both a Stable Diffusion's text encoder and its network, on all devices."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,19 @@ STEPS = 4
 PROJECTIONS = {"query", "key", "value", "out"}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The workdirs "start" and "adapted"."""
-    folder = tmp_path_factory.mktemp("runs")
+def make(folder):
+    """The workdirs "start" and "adapted" in "runs", to which they were moved: each is elsewhere than when it ran."""
     stable_diffusions.write_narrow(folder / "theirs", folder / "theirs.safetensors")
-    workdirs.import_weights(str(folder / "theirs"), folder / "start")
+    begun = folder / "begun"
+    workdirs.import_weights(str(folder / "theirs"), begun / "start")
     options = {"rank": 2, "alpha": 3.0, "text_encoder": True}
-    stable_diffusions.fine_tune(folder / "adapted", folder / "start", folder / "images.npz", **options)
-    return folder
+    stable_diffusions.fine_tune(begun / "adapted", begun / "start", folder / "images.npz", **options)
+    begun.rename(folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def runs(made_once):
+    return made_once(make) / "runs"
 
 
 def encoder_of(run):
@@ -74,11 +79,9 @@ def test_goes_on_to_the_bit(runs, tmp_path):
     """From its own workdir alone: the run that it started from may be gone."""
     again = shutil.copytree(runs / "adapted", tmp_path / "adapted")
     shutil.rmtree(again / "checkpoints" / str(STEPS))
-    (runs / "start").rename(runs / "moved")
-    try:
-        ddpm_jax.train(read_config(again), again)
-    finally:
-        (runs / "moved").rename(runs / "start")
+    config = read_config(again)
+    assert not Path(config.train.init_from).exists()
+    ddpm_jax.train(config, again)
     assert_same_checkpoint(again, runs / "adapted", STEPS)
     assert metrics(again)[-1]["loss"] == metrics(runs / "adapted")[-1]["loss"]
 
