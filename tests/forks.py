@@ -18,7 +18,8 @@ import gc, importlib, json, os, runpy, signal, sys, traceback
 
 for module in "cli", "training.loop", "commands.editing", "commands.evaluation", "commands.plan", "commands.weights":
     importlib.import_module("ddpm_jax." + module)
-importlib.import_module("tensorboardX.event_file_writer")
+for module in "tensorboardX.event_file_writer", "sklearn.datasets", "ddpm_jax.data.builders":
+    importlib.import_module(module)
 gc.freeze()  # what is imported stays
 gc.set_threshold(*json.loads(sys.argv[1]))
 

@@ -84,9 +84,6 @@ FEW = {
     "sample": ["--num_steps=4"],
     "plan": ["--programs=sample"],
 }
-PLAIN_TRAINING = re.compile(
-    r"python main\.py --config=configs/(?P<config>numbers\w*|digits\w*)\.py --workdir=(?P<workdir>\S+)"
-)
 OF_A_CASCADE = ("configs/numbers_base.py", "configs/numbers_sr.py")  # whose sizes follow from each other
 # Modes whose results no command after them needs.
 LEAVES_NOTHING = (
@@ -122,21 +119,21 @@ class Workspace:
     def main(self, words):
         """Runs a command line of main.py to its end, as the tables above say.
 
-        One that leaves nothing to the commands after it is run once, though several pages have it, and so is the
-        training of a config as it stands.
+        One that leaves nothing to the commands after it is run once, though several pages have it, and so is one that
+        trains.
         """
-        plain = PLAIN_TRAINING.fullmatch(" ".join(words))
-        if plain:
-            self.trained(plain["config"], plain["workdir"])
-            return
-        self.run(words)
+        if re.match(r"--config=configs/\S+ --workdir=runs/", " ".join(words[2:])):
+            config, workdir, *more = words[2:]
+            self.trained([config, *more], workdir.removeprefix("--workdir="))
+        else:
+            self.run(words)
 
-    def trained(self, config, workdir):
-        """A run of a config as it stands, which is trained once for all pages."""
-        kept = self.done / config
+    def trained(self, flags, workdir):
+        """A run by these flags, which is trained once for all pages: their pictures are the same."""
+        kept = self.done / hashlib.sha256(" ".join(flags).encode()).hexdigest()
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
-                self.run(["python", "main.py", f"--config=configs/{config}.py", f"--workdir={workdir}"])
+                self.run(["python", "main.py", *flags, f"--workdir={workdir}"])
                 shutil.copytree(self.folder / workdir, kept)
         if not (self.folder / workdir).exists():
             shutil.copytree(kept, self.folder / workdir)
@@ -239,7 +236,7 @@ class Workspace:
         name = {"runs/classes": "digits_classes"}.get(workdir, workdir.removeprefix("runs/"))
         if not (ROOT / "configs" / f"{name}.py").exists():
             name = "digits"
-        self.trained(name, workdir)
+        self.trained([f"--config=configs/{name}.py"], workdir)
 
 
 def _replaced(flag):
