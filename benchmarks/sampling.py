@@ -1,6 +1,7 @@
 """Sampling from the paper's CIFAR-10 network against diffusers' pipeline: same weights, same batch, same CPU.
 
     python benchmarks/sampling.py
+    python benchmarks/sampling.py --process --batch 1       # from the command to the first picture
 
 diffusers writes its folder with random weights, and ours are imported from it. The timed steps are the first ten of
 1000-step DDPM, 50-step DDIM and 20-step DPM-Solver++. A whole process starts Python, loads the weights, samples a batch
@@ -107,7 +108,7 @@ def main(options):
     from ddpm_jax.interop.workdirs import import_weights
 
     import_weights(folder, f"{folder}-run")
-    for method, steps in METHODS.items():
+    for method, steps in () if options.process else METHODS.items():
         candidates = {name: partial(setup, folder, method, options.batch, TIMED) for name, setup in CANDIDATES.items()}
         found = alternate(candidates, options.rounds)
         per_step = {name: [s / TIMED for s in values] for name, values in found.items()}
@@ -120,6 +121,7 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--process", action="store_true", help="time only the whole processes")
     arguments.add_argument("--once", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     options = arguments.parse_args()

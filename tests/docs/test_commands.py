@@ -25,6 +25,7 @@ OUTPUT = {
         "features of 64 images by Inception",
         "35,746,307 parameters, bfloat16, remat none, batch 128, on 1 x NVIDIA H200",
     ),
+    "docs/cpu.md": ("step_profile digits, 2 device(s)",),
     "docs/playground.md": ('{"state": "compiling"}',),
 }
 
