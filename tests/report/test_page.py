@@ -80,7 +80,7 @@ class TestWrite:
     def test_says_what_the_run_is(self, run):
         text, _ = page_of(run)
         assert "<h1>a &lt;run&gt;</h1>" in text
-        assert "1,234,567 parameters, 128 256 256 256 channels" in text
+        assert "1,234,567 parameters, 128, 256, 256, 256 channels" in text
         assert "5 images of 8x8x1" in text
         assert "in training, or interrupted: step 300 of 1,000" in text
         assert "116 images/s, 0.902 steps/s (median)" in text
