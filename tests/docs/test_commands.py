@@ -44,6 +44,7 @@ ELSEWHERE = {
     **{
         ("python", "main.py", *flags): "tests/training/test_latent_runs.py"
         for flags in (
+            ("--mode=sample", "--workdir=runs/mine_lora", "--prompt=a castle"),
             ("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine", "--config.data.path=path/to/pictures"),
             (
                 *("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine_lora"),

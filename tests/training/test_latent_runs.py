@@ -1,7 +1,6 @@
 """An autoencoder, a run on its latents, and adapters for that run, trained in sequence on all devices."""
 
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -93,24 +92,21 @@ def test_an_autoencoder_that_has_not_learned_yet(described):
 # Runs.
 
 
-def make(folder):
-    """The workdirs "autoencoder", "latents" and "adapters" of finished runs, each moved when the next had ended."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The workdirs "autoencoder", "latents" and "adapters" of finished runs."""
+    folder = tmp_path_factory.mktemp("runs")
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8), np.uint8)
     np.savez(folder / "images.npz", image=images)
     data = {"path": str(folder / "images.npz")}
-    begun = folder / "begun"
     trained = tiny_config(data=data, train={"objective": "autoencoder"})
-    ddpm_jax.train(trained, begun / "autoencoder")
-    config = tiny_config(data=data, autoencoder={"source": str(begun / "autoencoder")}, diffusion={"clip": False})
-    ddpm_jax.train(config, begun / "latents")
-    (begun / "autoencoder").rename(folder / "autoencoder")  # a run of latents needs its own workdir alone
-    ddpm_jax.train(adapting(config, begun / "latents"), folder / "adapters")
-    (begun / "latents").rename(folder / "latents")
-
-
-@pytest.fixture(scope="module")
-def runs(made_once):
-    return made_once(make)
+    ddpm_jax.train(trained, folder / "autoencoder")
+    config = tiny_config(data=data, autoencoder={"source": str(folder / "autoencoder")}, diffusion={"clip": False})
+    ddpm_jax.train(config, folder / "latents")
+    (folder / "autoencoder").rename(folder / "moved")  # a run of latents needs its own workdir alone
+    ddpm_jax.train(adapting(config, folder / "latents"), folder / "adapters")
+    (folder / "moved").rename(folder / "autoencoder")
+    return folder
 
 
 def adapting(config, start):
@@ -196,8 +192,11 @@ def test_a_run_of_adapters_goes_on_to_the_bit(runs, tmp_path):
     again = shutil.copytree(runs / "adapters", tmp_path / "adapters")
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     config = workdir.read_config(again)
-    assert not Path(config.train.init_from).exists()
-    ddpm_jax.train(config, again)
+    (runs / "latents").rename(runs / "moved")
+    try:
+        ddpm_jax.train(config, again)
+    finally:
+        (runs / "moved").rename(runs / "latents")
     assert_same_checkpoint(again, runs / "adapters", STEPS)
     base = Checkpoints(again / workdir.BASE, read_only=True)
     assert base.steps() == [STEPS]
