@@ -88,12 +88,13 @@ def made_once(shared):
 
 
 @pytest.fixture(scope="session")
-def data_dir(shared):
+def data_dir(made_once):
     """The folder in which tensorflow-datasets has prepared the digits."""
-    folder = shared / "tensorflow_datasets"
-    with FileLock(f"{folder}.lock"):
-        open_source("digits", height=8, width=8, channels=1, data_dir=str(folder))
-    return folder
+    return made_once(_prepare_digits)
+
+
+def _prepare_digits(folder):
+    open_source("digits", height=8, width=8, channels=1, data_dir=str(folder))
 
 
 def _arguments(flags, config, data_dir):
@@ -158,7 +159,7 @@ def _finished_run(name, config, call, shared, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(call, shared, tmp_path_factory):
-    """A finished run's workdir and its output; each worker has a copy."""
+    """A finished run's workdir, in which tests write nothing, and its output; each worker has a copy."""
     return _finished_run("trained", TINY, call, shared, tmp_path_factory)
 
 

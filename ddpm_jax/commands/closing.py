@@ -173,7 +173,7 @@ def _after_pictures(mode: str, workdir: str, given: Mapping[str, Any]) -> list[s
     if workdir_lib.read_config(workdir).data.channels not in (1, 3):
         return []
     if not serve.missing_packages():
-        return _main("--mode=serve", f"--workdir={workdir}", *(f"--lora={name}" for name in given.get("lora", ())))
+        return _main("--mode=serve", f"--workdir={workdir}", *_loras(given))
     if mode == "sample":
         same = (*(f"--prompt={prompt}" for prompt in prompts[:1]), *_as_asked(given))
         return _main("--mode=progressive", f"--workdir={workdir}", *same)
@@ -182,9 +182,14 @@ def _after_pictures(mode: str, workdir: str, given: Mapping[str, Any]) -> list[s
 
 def _as_asked(given: Mapping[str, Any]) -> list[str]:
     """The flags without which the same prompt would draw something else."""
-    loras = [f"--lora={name}" for name in given.get("lora", ())]
-    scale = given.get("guidance_scale")
-    return loras if scale is None else [f"--guidance_scale={scale}", *loras]
+    scale = given.get("guidance_scale")  # of a pipeline one, or one for each stage
+    scales = [] if scale is None else scale if isinstance(scale, list) else [scale]
+    guidance = [f"--guidance_scale={','.join(f'{value:g}' for value in scales)}"] if scales else []
+    return guidance + _loras(given)
+
+
+def _loras(given: Mapping[str, Any]) -> list[str]:
+    return [f"--lora={name}" for name in given.get("lora", ())]
 
 
 def _folder(workdir: str) -> Path:

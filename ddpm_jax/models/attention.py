@@ -1,7 +1,7 @@
 """Attention that avoids storing the whole matrix of logits if it is large.
 
-There are three ways with the same result up to rounding, chosen by shape, dtype and device (`way`); `--mode=plan` says
-which of them a run takes, and why.
+It is computed in one of three ways, chosen by shape, dtype and device (`way`), with the same result up to rounding;
+`--mode=plan` prints which one, and why.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ def observed() -> Iterator[dict[str, None]]:
 def way(query: Any, key: Any, has_bias: bool = False, gpu: Any = None) -> Way:
     """The way of an attention.
 
-    On TPUs the chunks' logits stay in on-chip memory: compiled for a v5e, Stable Diffusion's largest attention reads
-    the queries, keys and values from HBM and writes the result, no more, so a kernel of our own would have nothing to
-    save (docs/tpu.md).
+    On TPUs XLA keeps the chunks' logits in on-chip memory. Compiled for a v5e, Stable Diffusion's largest attention
+    only reads the queries, keys and values from HBM and writes the result, so a custom kernel would save no traffic
+    (docs/tpu.md).
 
     Args:
       query: of [B, L, heads, width] and a dtype.
@@ -67,11 +67,9 @@ def way(query: Any, key: Any, has_bias: bool = False, gpu: Any = None) -> Way:
     """
     length, heads, width = query.shape[1:]
     size = 4 * heads * length * key.shape[1]
-    plain = (
-        Way("chunks", f"an example's logits, {_mebibytes(size)}, exceed {_mebibytes(LARGEST_LOGITS)}")
-        if size > LARGEST_LOGITS
-        else Way("whole", f"an example's logits take {_mebibytes(size)}")
-    )
+    plain = Way("whole", f"an example's logits take {_mebibytes(size)}")
+    if size > LARGEST_LOGITS:
+        plain = Way("chunks", f"an example's logits, {_mebibytes(size)}, exceed {_mebibytes(LARGEST_LOGITS)}")
     if gpu is None:
         return plain
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -139,8 +137,8 @@ def attend(
         return attended
 
     def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        row = 4 * query.shape[2] * key.shape[1]  # bytes of one query's logits
-        if query.shape[1] * row > LARGEST_LOGITS:
+        if way(query, key).name == "chunks":
+            row = 4 * query.shape[2] * key.shape[1]  # bytes of one query's logits
             return _in_chunks(query, key, value, mask, causal, bias, scale, max(LARGEST_LOGITS // row, 1))
         return whole(query, key, value)
 

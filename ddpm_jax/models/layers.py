@@ -93,7 +93,7 @@ def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: Padding) -> bool:
 
 
 def _conv_as_matmul(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    """`_conv` as one matrix product: of the pixels that each output pixel sees, and the kernel."""
+    """`_conv` as one matrix product of the kernel and the pixels that each output pixel sees."""
     height, width = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
@@ -106,11 +106,11 @@ def _conv_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array
 
 
 def _kernel_gradient_on_cpu(x: jax.Array, kernel: jax.Array, padding: Padding, g: jax.Array) -> jax.Array:
-    """d<g, conv(x, kernel)> / d kernel, of a part of the batch at a time.
+    """d<g, conv(x, kernel)> / d kernel, computed for a part of the batch at a time.
 
-    XLA computes it as a convolution whose kernel is g: for each channel of x it reads all of g, so g had better fit
-    into the cache. The parts interleave, so that each device of a batch that is divided among them has its share of
-    every part. They are not computed in a loop, in which XLA takes 10 to 100 times as long.
+    XLA computes it as a convolution with g as the kernel, and reads all of g for each channel of x. That is fast only
+    if g fits into the cache. The parts interleave, so that a batch divided over devices leaves each device a share of
+    every part. There is no loop over them, because in one XLA takes 10 to 100 times as long.
     """
     batch, devices = x.shape[0], jax.device_count()
     whole = [n for n in range(1, _MOST_PARTS + 1) if batch % (n * devices) == 0] or [1]
@@ -132,8 +132,8 @@ def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """Convolution with stride 1 whose gradient is fast on CPUs too.
 
     On CPUs large 3 x 3 convolutions and both of their gradients use Winograd's algorithm (`winograd.py`), those of few
-    pixels and many channels are matrix products, and the kernel's gradient of the others is computed in parts: two to
-    five times faster than XLA's own where they differ most (`benchmarks/layers.py`). Like all functions with a custom
+    pixels and many channels are matrix products, and the kernel gradients of the others are computed for a part of the
+    batch at a time (`benchmarks/layers.py` compares each with XLA's own). Like all functions with a custom
     gradient, this one supports reverse-mode differentiation only.
 
     Args:
@@ -260,8 +260,9 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
 
     It sums over the pixels first and over the channels of a group second, so that the large array is read once for the
     statistics and once for a single multiply-add per element. Statistics and multiply-add are in float32. On CPUs the
-    small arrays between the sums and the multiply-add are written to memory: XLA would compute them again for every
-    pixel, and look up a group for each element instead of using the CPU's vectors. Reverse mode only, like `conv`.
+    small arrays between the sums and the multiply-add are written to memory. Otherwise XLA would compute them again for
+    every pixel, and the lookup of each element's group would keep it from using vector instructions. Reverse mode only,
+    like `conv`.
 
     Args:
       x: [B, H, W, C], C divisible by num_groups.

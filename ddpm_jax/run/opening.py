@@ -53,9 +53,8 @@ def open_run(
     _check_draws(config, path)
     ema_decay = None if raw else _decay(config, ema_decay)
     if dataset is None:
-        raise UserError(
-            f"{str(path)!r} has no checkpoint yet; training saves the first one at step {config.checkpoint.every_steps}"
-        )
+        first = min(config.checkpoint.every_steps, config.train.num_steps)
+        raise UserError(f"{str(path)!r} has no checkpoint yet; training saves the first by step {first}")
     model, shapes = make_valid_model(config, dataset, dtype)
     devices, fsdp = jax.device_count(), config.mesh.fsdp
     mesh = parallel.make_mesh(fsdp=devices if fsdp == -1 else math.gcd(fsdp, devices))

@@ -92,6 +92,9 @@ CASES = [
     ("export", "lora", {"out": "a.safetensors", "adapters": True}, "--mode=sample --workdir=runs/sd --prompt='a light"),
     ("sample", "digits", {}, "--mode=progressive --workdir=runs/digits"),
     ("sample", "captions", {"prompt": ["two", "six"]}, "--mode=progressive --workdir=runs/captions --prompt=two"),
+    ("sample", "captions", {"prompt": ["two"], "guidance_scale": 2.5}, "--prompt=two --guidance_scale=2.5"),
+    ("sample", "unclip", {"prompt": ["two"], "guidance_scale": [2.0, 1.0]}, "--prompt=two --guidance_scale=2,1"),
+    ("vary", "sd", {"guidance_scale": 3.0, "lora": ["a", "b:2"]}, "--guidance_scale=3 --lora=a --lora=b:2 --seed=1"),
     ("sample", "digits", {"images": "0-9"}, "--mode=evaluate --workdir=runs/digits --generated=a.png"),
     ("sample", "sd", {"images": "0-9"}, "--mode=evaluate --workdir=runs/sd --generated=a.png --against=PICTURES"),
     ("sample", "prior", {}, "--mode=compose --stages=runs/prior,DECODER"),
@@ -128,9 +131,9 @@ def test_every_mode_ends_so(runs, monkeypatch, capsys, mode):
 
 def test_with_the_playground_installed(runs, monkeypatch, capsys):
     monkeypatch.setattr(serve, "missing_packages", list)
-    closing.tell("vary", "runs/digits", Path("a.png"), {})
+    closing.tell("vary", "runs/digits", Path("a.png"), {"lora": ["a:2"], "guidance_scale": 3.0})
     line = capsys.readouterr().err
-    assert line == "next:  python main.py --mode=serve --workdir=runs/digits\n"
+    assert line == "next:  python main.py --mode=serve --workdir=runs/digits --lora=a:2\n"
     assert parsed(shlex.split(line.removeprefix("next:")), monkeypatch) == "serve"
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import config
+
 pytestmark = pytest.mark.slow
 BAD = [
     (["--config.train.batch_sise=3"], "'train.batch_sise' does not exist. Did you mean 'train.batch_size'?"),
@@ -54,7 +56,16 @@ def test_unwritable_workdir(call, tmp_path):
 def test_workdir_without_a_run(call, tmp_path):
     status, output = call("--mode=sample", f"--workdir={tmp_path}", config=None)
     assert (status, output.count("\n")) == (1, 1)
-    assert "holds no run: there is no config.json in it" in output
+    assert "holds no run: there is no config.json in it; training, --mode=import and --mode=compose make one" in output
+
+
+def test_workdir_whose_training_has_only_begun(call, tmp_path):
+    settings = config.default_config()
+    settings.train.num_steps = 300  # fewer than to the first checkpoint
+    (tmp_path / "config.json").write_text(config.to_json(settings))
+    status, output = call("--mode=sample", f"--workdir={tmp_path}", config=None)
+    assert (status, output.count("\n")) == (1, 1)
+    assert "has no checkpoint yet; training saves the first by step 300" in output
 
 
 def test_another_config_on_the_same_workdir(trained, call):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,22 +14,23 @@ pytestmark = pytest.mark.slow
 
 def test_of_samples_and_of_the_bound(trained, call, tmp_path):
     """By a fresh process each time: the second finds the first's samples."""
-    flags = ("--mode=evaluate", f"--workdir={trained[0]}", "--num_images=24", "--num_steps=4", "--batch_size=8")
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    flags = ("--mode=evaluate", f"--workdir={workdir}", "--num_images=24", "--num_steps=4", "--batch_size=8")
     status, output = call(*flags, "--likelihood=bound", "--likelihood_images=8", config=None)
     assert status == 0, output
     assert re.search(r"Frechet distance \(digits classifier\) +[\d.]+ \([\d.]+ to [\d.]+\)  floor [\d.]+", output)
     assert re.search(r"bits/dim of training images, bound +[\d.]+ \([\d.]+\)", output)
     assert "warning" not in output.lower(), output
-    bound = json.loads((trained[0] / "evaluation_bound.json").read_text())
+    bound = json.loads((workdir / "evaluation_bound.json").read_text())
     parts = [bound[name]["mean"] for name in ("prior", "kl", "decoder")]
     assert bound["total"]["mean"] == pytest.approx(sum(parts), rel=1e-6)
     assert len(bound["rate"]) == 50
     for name in ("terms", "rate_distortion"):
-        assert Image.open(trained[0] / f"evaluation_{name}.png").size[0] > 500
+        assert Image.open(workdir / f"evaluation_{name}.png").size[0] > 500
     status, again = call(*flags, config=None)
     assert status == 0, again
     assert "shards that exist already: 1" in again
-    first, second = json.loads((trained[0] / "evaluation.json").read_text())
+    first, second = json.loads((workdir / "evaluation.json").read_text())
     name = "Frechet distance (digits classifier)"
     assert first[name] == second[name]
     estimate = "bits/dim of training images, estimated bound"

@@ -346,7 +346,7 @@ class TestPrompts:
             (lambda run: run.sample(1, prompts=["caf\udce9"]), "is not Unicode text"),
             (lambda run: run.sample(1, negative_prompts=["x"]), "does nothing at a guidance_scale of 1"),
             (lambda run: run.sample(1, labels=[0]), "not class-conditional"),
-            (lambda run: run.vary(PICTURES, 5, guidance_scale=2.0), "guidance needs the prompts"),
+            (lambda run: run.vary(PICTURES, 5, guidance_scale=2.0), "guidance needs a prompt to steer towards"),
             (lambda run: run.between(prompts=["x"]), "1 prompts or classes are given; accepted: two"),
             (lambda run: run.between(prompts=["x", "y"], weights=[]), "1 images at 0 weights are asked for"),
             (lambda run: run.between(0, prompts=["x", "y"]), "0 images at 11 weights are asked for"),

@@ -201,7 +201,7 @@ def test_refusals(playground, action, form, sentence):
             {"prompt": "two", "negative_prompt": "one"},
             "^a negative prompt does nothing at a guidance_scale of 1; set another, such as guidance_scale=2$",
         ),
-        ("vary", {"picture": upload(PICTURES[0]), "guidance_scale": "2"}, "guidance needs the prompts"),
+        ("vary", {"picture": upload(PICTURES[0]), "guidance_scale": "2"}, "guidance needs a prompt to steer towards"),
     ],
 )
 def test_refusals_of_a_run_with_captions(captioned, action, form, sentence):
