@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 # A candidate is set up once and returns the function to time, which waits for its result. Further information goes into
-# that function's attribute `facts`; the process's peak memory is added to it.
+# that function's attribute `facts`; the process's peak memory is added to it. A function that takes minutes may have an
+# attribute `warm_up`, a shorter call of the same programs.
 Setup = Callable[[], Callable[[], Any]]
 
 
 def _serve(setup: Setup, pipe: Connection) -> None:
     try:
         run = setup()
-        run(), run()  # compiles, and fills caches
+        warm_up = getattr(run, "warm_up", run)
+        warm_up(), warm_up()  # compiles, and fills caches
         pipe.send(getattr(run, "facts", {}) | {"peak_mib": peak_mib()})
         while pipe.recv():
             began = time.perf_counter()

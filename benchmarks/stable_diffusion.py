@@ -24,11 +24,11 @@ PROMPTS = ["a red bicycle by the sea", "two horses in the snow"]
 PARTS = ("text", "unet_32", "unet_64", "decode", "whole")
 
 
-def write_folder(folder):
-    """Stable Diffusion 1.5's configuration, with random weights and a tokenizer of letters and bytes."""
+def write_sd15(folder):
+    """Stable Diffusion 1.5's configuration, with random weights."""
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -51,6 +51,14 @@ def write_folder(folder):
             bos_token_id=49406,
         )
     )
+    write_folder(folder, unet, vae, text)
+
+
+def write_folder(folder, unet, vae, text):
+    """A pipeline of these networks, with Stable Diffusion's schedule and a tokenizer of letters and bytes."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
@@ -67,6 +75,16 @@ def write_folder(folder):
     ).save_pretrained(folder)
 
 
+def picture(sample):
+    """sample(20 steps), warmed up by two steps."""
+
+    def run():
+        sample(20)
+
+    run.warm_up = partial(sample, 2)
+    return run
+
+
 def ours(workdir, part):
     from ddpm_jax.runtime import parallel
 
@@ -79,7 +97,8 @@ def ours(workdir, part):
 
     run = ddpm_jax.load(workdir)
     if part == "whole":
-        return lambda: run.sample(1, prompts=PROMPTS[:1], guidance_scale=7.5, sampler="dpmpp_2m", num_steps=20)
+        options = {"prompts": PROMPTS[:1], "guidance_scale": 7.5, "sampler": "dpmpp_2m"}
+        return picture(lambda num_steps: run.sample(1, num_steps=num_steps, **options))
     if part == "decode":
         latents = np.random.default_rng(0).standard_normal((2, 64, 64, 4), np.float32)
         return lambda: run.model.decoder.decode(latents)
@@ -107,7 +126,8 @@ def diffusers(folder, part):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     if part == "whole":
-        return lambda: pipeline(PROMPTS[0], height=512, width=512, num_inference_steps=20, generator=generator)
+        options = {"height": 512, "width": 512, "generator": generator}
+        return picture(lambda num_steps: pipeline(PROMPTS[0], num_inference_steps=num_steps, **options))
     unused = {"text": ("unet", "vae"), "decode": ("unet", "text_encoder")}.get(part, ("vae", "text_encoder"))
     for name in unused:  # ours reads a part when it is first needed
         setattr(pipeline, name, None)
@@ -129,20 +149,19 @@ def diffusers(folder, part):
 
 
 def main(options):
-    folder = options.source
-    if folder is None:
-        folder = str(Path(tempfile.mkdtemp()) / "sd15")
-        write_folder(folder)
     from ddpm_jax.interop.workdirs import import_weights
 
-    workdir = f"{tempfile.mkdtemp()}/run"
-    import_weights(folder, workdir)
-    for part in options.parts:
-        facts = {}
-        candidates = {"ddpm_jax": partial(ours, workdir, part), "diffusers": partial(diffusers, folder, part)}
-        rounds = 1 if part == "whole" and options.rounds > 1 else options.rounds
-        seconds = alternate(candidates, rounds, facts)
-        report(f"stable_diffusion {part}", seconds, "diffusers", **{f"{name}": told for name, told in facts.items()})
+    with tempfile.TemporaryDirectory() as work:
+        folder, workdir = options.source, f"{work}/run"
+        if folder is None:
+            folder = f"{work}/sd15"
+            write_sd15(folder)
+        import_weights(folder, workdir)
+        for part in options.parts:
+            facts = {}
+            candidates = {"ddpm_jax": partial(ours, workdir, part), "diffusers": partial(diffusers, folder, part)}
+            seconds = alternate(candidates, 1 if part == "whole" else options.rounds, facts)
+            report(f"stable_diffusion {part}", seconds, "diffusers", **facts)
 
 
 if __name__ == "__main__":
