@@ -57,7 +57,8 @@ class Planned:
 
     @functools.cached_property
     def _traced(self) -> tuple[jax.stages.Traced, tuple[str, ...]]:
-        with attention.observed() as seen:
+        device = next(iter(jax.tree.leaves(self.arguments)[0].sharding.device_set))
+        with attention.observed(device) as seen:
             traced = self.function.trace(*self.arguments)
         return traced, tuple(seen)
 

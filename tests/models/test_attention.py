@@ -26,6 +26,13 @@ def chunks(monkeypatch, queries):
     monkeypatch.setattr(attention, "LARGEST_LOGITS", queries * ROW)
 
 
+def heads(monkeypatch, queries):
+    """Makes every attention without a bias compute the logits of one head and this many queries at a time."""
+    monkeypatch.setattr(attention, "_LARGEST_ON_CPU", 0)
+    monkeypatch.setattr(attention, "_QUERIES_ON_CPU", queries)
+
+
+@pytest.mark.parametrize("divide", [chunks, heads])
 @pytest.mark.parametrize(
     "options",
     [
@@ -36,14 +43,15 @@ def chunks(monkeypatch, queries):
         {"mask": MASK, "bias": normal(5, 3, 21, 13), "scale": 0.5},
     ],
 )
-def test_chunks_change_neither_numbers_nor_gradients(monkeypatch, options):
+def test_parts_change_neither_numbers_nor_gradients(monkeypatch, options, divide):
     def loss(*arguments):
         attended = attend(*arguments, **options)
         return (attended * normal(4, *QUERY.shape)).sum(), attended
 
     found = []
-    for queries in (21, 1, 4, 7, 20):  # chunk sizes for 21 queries, which 4 does not divide
-        chunks(monkeypatch, queries)
+    for queries in (None, 21, 1, 4, 7, 20):  # numbers of 21 queries, which 4 does not divide; None: all at once
+        if queries:
+            divide(monkeypatch, queries)
         gradients, attended = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(QUERY, KEY, VALUE)
         found.append((attended, *gradients))
     for other in found[1:]:
@@ -67,6 +75,17 @@ def test_bias_and_scale(monkeypatch):
         np.testing.assert_allclose(attend(QUERY, KEY, VALUE, MASK, bias=bias, scale=0.7), expected, atol=2e-5)
 
 
+def test_an_example_whose_keys_are_all_masked(monkeypatch):
+    """Attends to all keys alike, and its logits get no gradient."""
+    mask = MASK & (np.arange(8)[:, None] != 2)
+    gradient = jax.value_and_grad(lambda *arguments: (attend(*arguments) * normal(4, *QUERY.shape)).sum(), (0, 1, 2))
+    expected = gradient(QUERY, KEY, VALUE, mask)
+    heads(monkeypatch, 4)
+    found = gradient(QUERY, KEY, VALUE, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    assert not found[1][0][2].any()
+
+
 @pytest.mark.parametrize("length", [4096, 5000])
 def test_no_whole_matrix_is_held(length):
     """Stable Diffusion's largest attention at 512x512, and a size that no chunk divides, forward and back."""
@@ -81,35 +100,38 @@ def test_no_whole_matrix_is_held(length):
 def test_the_batch_does_not_choose_the_way():
     """So an image does not depend on the number of images sampled with it."""
 
-    def primitives(batch, length):
+    def divides(batch, length):
         x = jax.ShapeDtypeStruct((batch, length, 8, 40), jnp.float32)
-        return {equation.primitive.name for equation in jax.make_jaxpr(attend)(x, x, x).eqns}
+        return "scan" in str(jax.make_jaxpr(attend)(x, x, x))
 
-    assert "scan" in primitives(1, 4096)
-    assert "scan" not in primitives(512, 512)
+    assert divides(1, 4096)
+    assert not divides(512, 256)
 
 
-def test_computes_in_half_precision_with_logits_in_float32(monkeypatch):
+@pytest.mark.parametrize("divide", [chunks, heads])
+def test_computes_in_half_precision_with_logits_in_float32(monkeypatch, divide):
     expected = attend(QUERY, KEY, VALUE)
-    chunks(monkeypatch, 4)
+    divide(monkeypatch, 4)
     found = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (QUERY, KEY, VALUE)))
     assert found.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
     assert error < 2e-2
 
 
-def test_a_divided_batch_stays_divided(monkeypatch):
+@pytest.mark.parametrize("divide", [chunks, heads])
+def test_a_divided_batch_stays_divided(monkeypatch, divide):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     divided = NamedSharding(mesh, PartitionSpec("data"))
     arguments = [jax.device_put(x, divided) for x in (QUERY, KEY, VALUE, MASK)]
     expected = attend(QUERY, KEY, VALUE, MASK)
-    chunks(monkeypatch, 4)
+    divide(monkeypatch, 4)
     compiled = jax.jit(partial(attend, causal=False), out_shardings=divided).lower(*arguments).compile()
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all"))
     np.testing.assert_allclose(compiled(*arguments), expected, atol=1e-5)
 
 
-GPU = SimpleNamespace(compute_capability="9.0")
+CPU, TPU = (SimpleNamespace(platform=name) for name in ("cpu", "tpu"))
+GPU, OLD_GPU = (SimpleNamespace(platform="gpu", compute_capability=version) for version in ("9.0", "7.5"))
 
 
 def shaped(length, heads, width, dtype=jnp.bfloat16):
@@ -118,14 +140,22 @@ def shaped(length, heads, width, dtype=jnp.bfloat16):
 
 class TestWay:
     @pytest.mark.parametrize(
-        ("length", "name", "reason"),
+        ("device", "length", "name", "reason"),
         [
-            (1024, "chunks", "an example's logits, 32 MiB, exceed 16 MiB"),
-            (512, "whole", "an example's logits take 8 MiB"),
+            (TPU, 1024, "chunks", "an example's logits, 32 MiB, exceed 16 MiB"),
+            (TPU, 512, "whole", "an example's logits take 8 MiB"),
+            (
+                *(CPU, 512, "heads"),
+                "an example's logits, 8 MiB, exceed 3 MiB, and a CPU's cache holds those of one head and 256 queries",
+            ),
+            (CPU, 256, "whole", "an example's logits take 2 MiB"),
         ],
     )
-    def test_without_a_gpu(self, length, name, reason):
-        assert attention.way(shaped(length, 8, 40), shaped(length, 8, 40)) == attention.Way(name, reason)
+    def test_without_a_gpu(self, device, length, name, reason):
+        assert attention.way(shaped(length, 8, 40), shaped(length, 8, 40), device) == attention.Way(name, reason)
+
+    def test_a_bias_is_not_divided_by_heads(self):
+        assert attention.way(shaped(1024, 8, 40), shaped(1024, 8, 40), CPU, has_bias=True).name == "chunks"
 
     @pytest.mark.parametrize(
         ("query", "has_bias", "gpu", "obstacle"),
@@ -137,23 +167,20 @@ class TestWay:
             (shaped(512, 8, 160), False, GPU, "not for heads of width 160: only multiples of 8 up to 128"),
             (shaped(512, 8, 36), False, GPU, "not for heads of width 36: only multiples of 8 up to 128"),
             (shaped(77, 8, 40), True, GPU, "not with a mask or bias and an odd number of queries or keys"),
-            (
-                *(shaped(512, 8, 40), False, SimpleNamespace(compute_capability="7.5")),
-                "not on GPUs of compute capability 7.5",
-            ),
+            (shaped(512, 8, 40), False, OLD_GPU, "not on GPUs of compute capability 7.5"),
         ],
     )
     def test_on_a_gpu(self, query, has_bias, gpu, obstacle):
-        found = attention.way(query, query, has_bias, gpu)
+        found = attention.way(query, query, gpu, has_bias=has_bias)
         if obstacle is None:
             assert found.name == "cudnn"
         else:
-            assert found.name == attention.way(query, query).name
+            assert found.name == attention.way(query, query, TPU).name
             assert found.reason.endswith(f"; cuDNN's fused kernel does {obstacle}")
 
     def test_is_told_once_for_each_kind(self):
         x, other = shaped(64, 2, 8), shaped(5, 2, 8)
-        with attention.observed() as seen:
+        with attention.observed(TPU) as seen:
             jax.eval_shape(lambda x, other: attend(attend(x, x, x), other, other) + attend(x, x, x), x, other)
         assert list(seen) == [
             "64 queries, 64 keys, 2 x 8 channels: whole, an example's logits take 0.0312 MiB",
@@ -170,7 +197,6 @@ def test_gpus_get_the_fused_kernel(monkeypatch, options):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [GPU])
     x = shaped(64, 2, 8)
 
