@@ -146,9 +146,10 @@ def main(options):
         import_weights(folder, workdir)
         candidates = {
             "ddpm_jax": partial(ours, workdir, **what),
-            "PyTorch, compiled": partial(theirs, folder, **what, compiled=True),
             "PyTorch": partial(theirs, folder, **what),
         }
+        if not options.only_eager:  # which takes ten minutes to compile
+            candidates["PyTorch, compiled"] = partial(theirs, folder, **what, compiled=True)
         seconds = alternate(candidates, options.rounds, facts)
     counts = {told["parameters"] for told in facts.values()}
     assert len(counts) == 1, counts
@@ -161,4 +162,5 @@ if __name__ == "__main__":
     arguments.add_argument("--rank", type=int, default=16, help="of the adapters; 0: the whole network is trained")
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--only-eager", action="store_true", help="without torch.compile")
     sys.exit(main(arguments.parse_args()))
