@@ -19,7 +19,7 @@ LARGEST_LOGITS = 16 * 2**20  # bytes of one example's float32 logits, over all h
 
 # The same on CPUs, and the number of queries whose logits, for one head, are computed at a time: with half or twice as
 # many, Stable Diffusion's largest attention at 512x512 takes longer (`benchmarks/attention.py`).
-_LARGEST_ON_CPU, _QUERIES_ON_CPU = 3 * 2**20, 256
+_LARGEST_ON_CPU, _QUERIES_ON_CPU = 2**20, 256
 
 _WIDEST_HEAD = 128  # that cuDNN's kernel takes on every GPU it supports
 
