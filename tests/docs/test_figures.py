@@ -20,7 +20,7 @@ def figures():
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
-        (cifar10, 35_746_307),
+        pytest.param(cifar10, 35_746_307, marks=pytest.mark.slow),
         pytest.param(celebahq256, 113_673_219, marks=pytest.mark.slow),
         pytest.param(cifar10_article, None, marks=pytest.mark.slow),
         (digits, None),
@@ -47,6 +47,7 @@ def test_blocks_are_the_network_s(figures, config, parameters):
             assert block.channels > by_name[block.skip].shape[-1]
 
 
+@pytest.mark.slow
 def test_cifar10_is_the_paper_s(figures):
     found = figures.unet_blocks(cifar10.get_config())
     kinds = Counter(block.kind for block in found)
