@@ -148,7 +148,7 @@ def main(options):
             "ddpm_jax": partial(ours, workdir, **what),
             "PyTorch": partial(theirs, folder, **what),
         }
-        if not options.only_eager:  # which takes ten minutes to compile
+        if not options.only_eager:  # torch.compile takes ten minutes
             candidates["PyTorch, compiled"] = partial(theirs, folder, **what, compiled=True)
         seconds = alternate(candidates, options.rounds, facts)
     counts = {told["parameters"] for told in facts.values()}

@@ -319,7 +319,7 @@ def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
         x, t, cond = model.example()
         out, _ = model.net.init_with_output(key, x, t, cond)
         loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **config_lib.loss_options(config))
-        # A few parameters instead of the network's, with which it takes longer than all else here.
+        # Two arrays stand in for the network's parameters, whose update would take as long to trace as the network.
         params = {"kernel": jnp.zeros((3, 3, 8, 8)), "bias": jnp.zeros(8)}
         return loss, optimizer.update(params, optimizer.init(params), params)
 

@@ -182,10 +182,11 @@ def _after_pictures(mode: str, workdir: str, given: Mapping[str, Any]) -> list[s
 
 def _as_asked(given: Mapping[str, Any]) -> list[str]:
     """The flags without which the same prompt would draw something else."""
-    scale = given.get("guidance_scale")  # of a pipeline one, or one for each stage
-    scales = [] if scale is None else scale if isinstance(scale, list) else [scale]
-    guidance = [f"--guidance_scale={','.join(f'{value:g}' for value in scales)}"] if scales else []
-    return guidance + _loras(given)
+    scale = given.get("guidance_scale")
+    if scale is None:
+        return _loras(given)
+    scales = scale if isinstance(scale, list) else [scale]  # a pipeline may have one for each stage
+    return [f"--guidance_scale={','.join(f'{value:g}' for value in scales)}", *_loras(given)]
 
 
 def _loras(given: Mapping[str, Any]) -> list[str]:

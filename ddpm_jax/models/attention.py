@@ -17,14 +17,13 @@ from jax import lax
 
 LARGEST_LOGITS = 16 * 2**20  # bytes of one example's float32 logits, over all heads, that are stored at a time
 
-# The same on CPUs, and the number of queries whose logits, for one head, are computed at a time: with half or twice as
-# many, Stable Diffusion's largest attention at 512x512 takes longer (`benchmarks/attention.py`).
+# On CPUs, larger matrices are computed for one head and so many queries at a time. With half as many queries, Stable
+# Diffusion's largest attention at 512x512 takes longer; with twice as many, as long.
 _LARGEST_ON_CPU, _QUERIES_ON_CPU = 2**20, 256
 
 _WIDEST_HEAD = 128  # that cuDNN's kernel takes on every GPU it supports
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of masked keys
-
 
 _Softmax = tuple[jax.Array, jax.Array]  # of each query the largest logit, and 1 / the sum of exp(logit - largest)
 
@@ -48,8 +47,10 @@ _device: ContextVar[Any] = ContextVar("_device", default=None)
 
 @contextlib.contextmanager
 def observed(device: Any) -> Iterator[dict[str, None]]:
-    """Traces for a device that this machine may not have, and collects a sentence about each kind of attention, as the
-    keys of a dict."""
+    """Within, attention is traced for this device, which this machine need not have.
+
+    Yields a dict whose keys are sentences, one about each kind of attention that is traced.
+    """
     seen: dict[str, None] = {}
     tokens = _seen.set(seen), _device.set(device)
     try:
@@ -69,7 +70,7 @@ def way(query: Any, key: Any, device: Any, has_mask: bool = False, has_bias: boo
     Args:
       query: of [B, L, heads, width] and a dtype.
       key: of [B, M, heads, width].
-      device: it runs on.
+      device: the one that computes it.
       has_mask: whether keys are masked.
       has_bias: whether a bias is added to the logits.
     """

@@ -45,8 +45,8 @@ def _parts(state: TrainState) -> dict[str, Any]:
 def _one_copy(part: Any) -> Any:
     """The part with one device's copy of each replicated array, if there is a single process.
 
-    From several copies Orbax saves a slice of each, for which JAX compiles a program for every shape: 5 seconds for a
-    small network.
+    Orbax would save a slice from each copy, and JAX would compile a program for each shape to cut it out, which takes
+    seconds even for a small network.
     """
     if jax.process_count() > 1:
         return part
