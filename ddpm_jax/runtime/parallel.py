@@ -156,6 +156,16 @@ def rounded(size: int, mesh: Mesh) -> int:
     return -(-size // mesh.devices.size) * mesh.devices.size
 
 
+def cacheable_chunk(size: int) -> int:
+    """How many examples at a time a frozen network computes for a cache, if memory and speed allow `size`.
+
+    A cached result must not depend on the batch in which it was first needed, since a resumed run first needs it in
+    another. XLA's CPU backend rounds an example's results differently beside more examples and in another row, so
+    there it is 1.
+    """
+    return 1 if jax.default_backend() == "cpu" else size
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding of an array whose example axis is split over all devices."""
     names = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1) or mesh.axis_names[:1]

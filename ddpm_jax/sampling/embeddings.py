@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ddpm_jax.diffusion.editing import slerp
 from ddpm_jax.interop.transformers import CLIP
@@ -54,12 +53,12 @@ class Embedder:
     def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
         """The embeddings of uint8 pictures [N, H, W, C]: float32 [N, D], of length 1 without `units`."""
         with jax.transfer_guard("allow"):
-            return embed_pictures(self._clip, pictures, mesh=_local(), normalized=self.units is None)
+            return embed_pictures(self._clip, pictures, **self._options)
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings of texts: float32 [N, D], of length 1 without `units`."""
         with jax.transfer_guard("allow"):
-            return embed_texts(self._clip, texts, mesh=_local(), normalized=self.units is None)
+            return embed_texts(self._clip, texts, **self._options)
 
     def between(self, first: np.ndarray, second: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         """float32 [len(weights), D] along the arc between the embeddings of two pictures, uint8 [H, W, C]."""
@@ -101,6 +100,12 @@ class Embedder:
             return values * self.units.std + self.units.mean
         return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """One device of this process: the processes of a job embed different pictures."""
+        local = parallel.make_mesh(devices=jax.local_devices()[:1])
+        return {"mesh": local, "batch_size": parallel.cacheable_chunk(32), "normalized": self.units is None}
+
     @functools.cached_property
     def _clip(self) -> CLIP:
         return self.open()
@@ -108,11 +113,6 @@ class Embedder:
     @functools.cached_property
     def _cache(self) -> Cache[int, np.ndarray]:
         return Cache(_MOST)
-
-
-def _local() -> Mesh:
-    """One device of this process: the processes of a job embed different pictures."""
-    return parallel.make_mesh(devices=jax.local_devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Latents:
         def posteriors(numbers: list[int]) -> np.ndarray:
             chosen = np.stack([pictures[number] for number in numbers])
             both = (chosen, chosen[:, :, ::-1]) if self.flip else (chosen,)
-            return np.stack([np.stack(self._posterior(x), axis=1) for x in both], axis=1)
+            return np.stack([np.stack(self._posterior(x, len(batch["index"])), axis=1) for x in both], axis=1)
 
         return {"posterior": np.stack(self._cache(batch["index"].tolist(), posteriors))}
 
@@ -114,15 +114,20 @@ class Latents:
         height, width, _ = self.picture_shape
         return parallel.rounded(min(max(_PIXELS // (height * width), 1) * mesh.size, count), mesh)
 
-    def _posterior(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the latents of uint8 pictures, not scaled."""
-        mean, log_variance = self._by_chunks("encode", images.to_float(pictures))
+    def _posterior(self, pictures: np.ndarray, batch_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the latents of uint8 pictures, not scaled.
+
+        Pictures that belong to a batch of `batch_size`, even if the others are cached, are encoded in chunks that suit
+        the whole batch: always the same program.
+        """
+        mean, log_variance = self._by_chunks("encode", images.to_float(pictures), batch_size=batch_size)
         return mean, np.exp(0.5 * log_variance)
 
-    def _by_chunks(self, method: str, x: np.ndarray, mesh: Mesh | None = None) -> Any:
+    def _by_chunks(self, method: str, x: np.ndarray, mesh: Mesh | None = None, batch_size: int = 1) -> Any:
         """Calls the autoencoder's method in chunks, to bound the memory; the last chunk is padded."""
         mesh = parallel.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-        size, program = self.at_a_time(len(x), mesh), self.program(method)
+        size, program = self.at_a_time(max(len(x), batch_size), mesh), self.program(method)
+        size = parallel.cacheable_chunk(size) if method == "encode" else size
         place, done = functools.partial(parallel.place, sharding=parallel.batch_sharding(mesh)), []
         with jax.transfer_guard("allow"):
             params = self._params_on(mesh)

@@ -134,12 +134,13 @@ class FrozenTexts:
         return {name: np.stack([row[name] for row in rows]) for name in self.shapes}
 
     def _made(self, texts: list[str]) -> list[dict[str, np.ndarray]]:
-        chunks = (texts[first : first + _CHUNK] for first in range(0, len(texts), _CHUNK))
-        return [states for chunk in chunks for states in self._encoded(chunk)]
+        size = parallel.cacheable_chunk(_CHUNK)
+        chunks = (texts[first : first + size] for first in range(0, len(texts), size))
+        return [states for chunk in chunks for states in self._encoded(chunk, size)]
 
-    def _encoded(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """The states of at most _CHUNK texts; the last is repeated, so that one program serves any number."""
-        tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (_CHUNK - len(texts))])
+    def _encoded(self, texts: Sequence[str], size: int) -> list[dict[str, np.ndarray]]:
+        """The states of at most `size` texts; the last is repeated, so that one program serves any number."""
+        tokens = self.tokenizer.encode([*texts, *[texts[-1]] * (size - len(texts))])
         mask = tokens.mask if self._is_masked else None
         # The empty text's states are a constant of the training step, so this may run while the step is traced.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):

@@ -111,9 +111,13 @@ class _Training:
         try:
             self._run(was_finished)
         except Exception as error:
-            with suppress(UserError, OSError):  # only the first error is reported
-                self.checkpoints.wait()
-                self._note("failed", newest_step(self.folder) or 0, why=first_line(error))
+            with suppress(OSError):  # only the first error is reported
+                try:
+                    self.checkpoints.wait()
+                    self._note("failed", newest_step(self.folder) or 0, why=first_line(error))
+                except UserError as unsaved:
+                    if isinstance(error, OSError):  # the same full disk, and `unsaved` says which checkpoint is intact
+                        raise unsaved from None
             raise
         self.checkpoints.close()
 
