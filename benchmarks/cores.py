@@ -24,7 +24,7 @@ def setup(name, devices):
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     from ddpm_jax.runtime import parallel
 
-    parallel.keep_freed_memory()
+    parallel.keep_freed_memory(devices)
     import jax
     import numpy as np
 

@@ -53,9 +53,6 @@ def write_folder(folder):
 
 
 def ours(workdir, rank, batch_size):
-    from ddpm_jax.runtime import parallel
-
-    parallel.keep_freed_memory()
     import dataclasses
 
     import jax
@@ -64,6 +61,7 @@ def ours(workdir, rank, batch_size):
     import ddpm_jax
     from ddpm_jax import config as config_lib
     from ddpm_jax.commands import cores
+    from ddpm_jax.runtime import parallel
     from ddpm_jax.runtime import workdir as workdir_lib
     from ddpm_jax.training.objectives import Diffusion
     from ddpm_jax.training.state import create_state

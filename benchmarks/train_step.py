@@ -29,9 +29,6 @@ NETWORKS = {
 
 
 def ours(network, batch_size, dtype, steps):
-    from ddpm_jax.runtime import parallel
-
-    parallel.keep_freed_memory()
     import jax
     import numpy as np
 
@@ -39,6 +36,7 @@ def ours(network, batch_size, dtype, steps):
     from configs import cifar10, digits, numbers
     from ddpm_jax import config as config_lib
     from ddpm_jax.commands import cores
+    from ddpm_jax.runtime import parallel
     from ddpm_jax.training.objectives import make_objective
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step

@@ -247,7 +247,6 @@ def main(argv: list[str]) -> None:
     from ddpm_jax.runtime.errors import UserError
 
     try:
-        parallel.keep_freed_memory()
         parallel.keep_compiled_programs(_COMPILATION_CACHE.value)
         with processes.job(
             _COORDINATOR.value,

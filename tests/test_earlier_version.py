@@ -30,6 +30,7 @@ def images(path):
         return file["image"], file["label"]
 
 
+@pytest.mark.slow
 def test_it_opens_and_samples(folder):
     run = ddpm_jax.load(folder / "run")
     plain, labels = images(folder / "plain.npz")

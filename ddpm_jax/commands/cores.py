@@ -7,11 +7,13 @@ nothing, and every device would hold another copy of its parameters.
 """
 
 import os
+import re
 from contextlib import suppress
 
 import jax
 from ml_collections import ConfigDict
 
+from ddpm_jax.runtime import parallel
 from ddpm_jax.validation import check_fields
 
 _MANY_CHANNELS = 64  # from here on XLA divides each convolution
@@ -19,7 +21,7 @@ _LEAST_IMAGES = 16  # of a training batch on each device
 
 
 def use(config: ConfigDict) -> None:
-    """Divides the CPU into as many devices as suit a run, before this process opens the run.
+    """Divides the CPU into as many devices as suit a run, and its memory with them, before this process opens the run.
 
     The devices of an accelerator stay as they are. Nothing happens if JAX has opened its devices, in multi-host jobs,
     or if the user has chosen a number of CPU devices (JAX_NUM_CPU_DEVICES, or --xla_force_host_platform_device_count
@@ -33,11 +35,17 @@ def use(config: ConfigDict) -> None:
     """
     check_fields(config)
     count = suitable(config)
-    is_chosen = getattr(jax.config, "jax_num_cpu_devices", -1) != -1
-    is_chosen |= "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if count > 1 and not (is_chosen or jax.distributed.is_initialized()):
+    chosen = _chosen()
+    if count > 1 and not (chosen or jax.distributed.is_initialized()):
         with suppress(RuntimeError):  # the devices are open, as in a notebook
             jax.config.update("jax_num_cpu_devices", count)
+    parallel.keep_freed_memory(_chosen() or 1)
+
+
+def _chosen() -> int:
+    """The number of CPU devices that JAX will have or has, if it was chosen; else 0."""
+    flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return max(int(flag[1]) if flag else 0, getattr(jax.config, "jax_num_cpu_devices", -1), 0)
 
 
 def suitable(config: ConfigDict, cores: int | None = None) -> int:

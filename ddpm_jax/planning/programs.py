@@ -27,7 +27,7 @@ from ddpm_jax.sampling.generate import Model
 from ddpm_jax.sampling.latents import Latents
 from ddpm_jax.training.objectives import make_objective
 from ddpm_jax.training.state import create_state
-from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.step import make_train_step, step_arguments
 
 Dataset = Mapping[str, Any] | None
 
@@ -127,11 +127,7 @@ def training_step(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> Planned:
         return create_state(objective.init_params(config.seed), optimizer, config.train.ema_decays, num_timesteps=steps)
 
     state = dataclasses.replace(jax.eval_shape(create), frozen=objective.frozen_shapes())
-    arguments = (
-        parallel.laid(state, parallel.state_shardings(mesh, state)),
-        _whole(mesh, jax.eval_shape(Metrics.zero)),
-        {name: _rows(mesh, (size, *x.shape), x.dtype) for name, x in objective.reads.items()},
-    )
+    arguments = step_arguments(objective, state, mesh, size)
     return Planned(f"training step of {size} images", function, arguments, size, donates=True)
 
 

@@ -155,7 +155,11 @@ class Model:
 
     def init_params(self, seed: int) -> Any:
         """The random parameters that a run of this seed starts from."""
-        return self.net.init(named_key(seed, "init"), *self.example())["params"]
+        return self.initialized(named_key(seed, "init"))[1]
+
+    def initialized(self, key: jax.Array) -> tuple[Any, Any]:
+        """The result of a first network call for one image, and random parameters."""
+        return _initialized(self.net, key, *self.example())
 
     def example(self, count: int = 1) -> tuple[jax.Array, jax.Array, Cond]:
         """x, t and cond, all zeros, in the shapes of a network call for `count` images."""
@@ -166,6 +170,12 @@ class Model:
     def param_shapes(self) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`s."""
         return jax.eval_shape(lambda: self.init_params(0))
+
+
+@partial(jax.jit, static_argnums=0)  # traced once for all that ask for a network's parameters or their shapes
+def _initialized(net: nn.Module, key: jax.Array, x: jax.Array, t: jax.Array, cond: Cond) -> tuple[Any, Any]:
+    result, variables = net.init_with_output(key, x, t, cond)
+    return result, variables["params"]
 
 
 def _of_row(network: Partial, row: Cond, x_t: jax.Array, t: jax.Array) -> Any:

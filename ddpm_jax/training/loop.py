@@ -32,6 +32,7 @@ from ddpm_jax.runtime.progress import ProgressBar, format_seconds
 from ddpm_jax.training.autoencoders import autoencoder_description
 from ddpm_jax.training.batches import Waited, device_batches
 from ddpm_jax.training.clips import clip_description
+from ddpm_jax.training.compiled import CompiledStep
 from ddpm_jax.training.interval import Interval, means, memory
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor, make_monitor
@@ -40,7 +41,7 @@ from ddpm_jax.training.pictures import make_pictures
 from ddpm_jax.training.signals import stop_signals
 from ddpm_jax.training.start import base_weights, start_weights
 from ddpm_jax.training.state import Params, TrainState, create_state
-from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.step import Metrics, make_train_step, step_arguments
 from ddpm_jax.training.texts import text_description
 from ddpm_jax.validation import validate
 
@@ -123,8 +124,10 @@ class _Training:
 
     def _run(self, was_finished: bool) -> None:
         config, began = self.config, time.monotonic()
-        step, state = self._initial_state()
         num_steps = config.train.num_steps
+        reached = newest_step(self.folder) or 0
+        run_steps = self._compile() if reached < num_steps else None  # from now on, beside all that follows
+        step, state = self._initial_state()
         num_parameters = sum(p.size for p in jax.tree.leaves(state.params))
         if was_finished and step >= num_steps:
             self._make_up(state, step)
@@ -139,7 +142,7 @@ class _Training:
         if step:
             self._make_up(state, step)
         if step < num_steps:
-            state = self._steps(state, step)
+            state = self._steps(state, step, run_steps or self._compile())
             step = int(state.step)
         if step >= num_steps:
             self._final_pictures(state)
@@ -169,7 +172,9 @@ class _Training:
         if self.is_main:
             report.update(self.folder)
 
-    def _initial_state(self) -> tuple[int, TrainState]:
+    @functools.cached_property
+    def _creation(self) -> tuple[Callable[[], Params], Callable[[Params], TrainState], TrainState]:
+        """The functions that make the parameters, and from them the state without `frozen`, and the state's shapes."""
         config = self.config
 
         def init() -> Params:
@@ -180,7 +185,25 @@ class _Training:
                 params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
-        shapes = jax.eval_shape(create, jax.eval_shape(init))  # neither is traced again below
+        return init, create, jax.eval_shape(create, jax.eval_shape(init))  # traced once, if the functions are kept
+
+    def _compile(self) -> CompiledStep:
+        """Begins to compile the training step."""
+        options = self.config.train
+        steps_per_dispatch = min(options.steps_per_dispatch, options.num_steps)
+        train_step = make_train_step(
+            self.objective,
+            self.optimizer,
+            self.mesh,
+            steps_per_dispatch=steps_per_dispatch,
+            **config_lib.step_options(self.config),
+        )
+        shapes = dataclasses.replace(self._creation[2], frozen=self.objective.frozen_shapes())
+        arguments = step_arguments(self.objective, shapes, self.mesh, options.batch_size, steps_per_dispatch)
+        return CompiledStep(train_step, arguments)
+
+    def _initial_state(self) -> tuple[int, TrainState]:
+        config, (init, create, shapes) = self.config, self._creation
         shardings = parallel.state_shardings(self.mesh, shapes)
         restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
@@ -201,7 +224,7 @@ class _Training:
         shapes = self.objective.frozen_shapes()
         return None if shapes is None else base_weights(self.config, self.folder, shapes, self.mesh, self._say)
 
-    def _steps(self, state: TrainState, first_step: int) -> TrainState:
+    def _steps(self, state: TrainState, first_step: int, run_steps: CompiledStep) -> TrainState:
         """Runs from first_step to the end, or until a signal to stop; the last state is saved."""
         config, num_steps = self.config, self.config.train.num_steps
         zero_metrics = jax.jit(Metrics.zero, out_shardings=parallel.replicated(self.mesh))
@@ -211,7 +234,8 @@ class _Training:
         batches = Waited(device_batches(config, self.objective, self.source, self.mesh, first_step))
         self._say("compiling the training step ...")
         first = next(batches)
-        run_steps = self._compiled(state, metrics, first)
+        self._say(f"compiled in {run_steps.wait():.0f} s")
+        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
         last_saved, last_save_time = first_step, time.monotonic()
         interval = Interval(first_step, config.train.batch_size, batches)
         in_flight: deque[Metrics] = deque()
@@ -271,29 +295,6 @@ class _Training:
             return metrics
         shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
         return self.checkpoints.restore_unreported(first_step, shapes) or metrics
-
-    def _compiled(
-        self, state: TrainState, metrics: Metrics, first: dict[str, jax.Array]
-    ) -> Callable[..., tuple[TrainState, Metrics]]:
-        """The training step, compiled for batches like the first. A dispatch at the start or end of a run may have
-        fewer steps, for which it is compiled when it comes."""
-        train_step = make_train_step(
-            self.objective,
-            self.optimizer,
-            self.mesh,
-            steps_per_dispatch=self.config.train.steps_per_dispatch,
-            **config_lib.step_options(self.config),
-        )
-        began = time.monotonic()
-        compiled = train_step.lower(state, metrics, first).compile()
-        self._say(f"compiled in {time.monotonic() - began:.0f} s")
-        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
-        length = _length(first)
-
-        def run_steps(state: TrainState, metrics: Metrics, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-            return (compiled if _length(batch) == length else train_step)(state, metrics, batch)
-
-        return run_steps
 
     def _due(self, before: int, step: int, stopping: bool, last_save_time: float) -> "_Due":
         config, is_due = self.config, partial(_is_passed, before, step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,4 +160,24 @@ def make_train_step(
         in_shardings=(None, whole, parallel.batch_sharding(mesh, axis=stacked)),
         out_shardings=(None, whole),
         donate_argnums=0,
+    )
+
+
+def step_arguments(
+    objective: Objective, state: TrainState, mesh: Mesh, batch_size: int, steps_per_dispatch: int = 1
+) -> tuple[TrainState, Metrics, dict[str, Any]]:
+    """The arguments of `make_train_step`'s function as `jax.ShapeDtypeStruct`s with their shardings.
+
+    Args:
+      objective, mesh, steps_per_dispatch: see `make_train_step`.
+      state: its shapes.
+      batch_size: of a step.
+    """
+    lead = (steps_per_dispatch, batch_size) if steps_per_dispatch > 1 else (batch_size,)
+    rows = parallel.batch_sharding(mesh, axis=len(lead) - 1)
+    metrics = jax.eval_shape(Metrics.zero)
+    return (
+        parallel.laid(state, parallel.state_shardings(mesh, state)),
+        parallel.laid(metrics, jax.tree.map(lambda _: parallel.replicated(mesh), metrics)),
+        {name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=rows) for name, x in objective.reads.items()},
     )

@@ -44,6 +44,7 @@ def test_devices_that_suit_a_run(name, fields, number_of_cores, devices):
     assert cores.suitable(config_of(name, **fields), number_of_cores) == devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "devices"),
     [
@@ -56,13 +57,14 @@ def test_devices_that_suit_a_run(name, fields, number_of_cores, devices):
 def test_the_user_s_number_counts(environment, devices):
     code = (
         "from configs import digits; from ddpm_jax.commands import cores; cores._cores = lambda: 2;"
+        "cores.parallel.keep_freed_memory = lambda devices: print(devices, end=' ');"
         "cores.use(digits.get_config()); import jax; print(len(jax.devices()))"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
     process = subprocess.run(
         [sys.executable, "-c", code], env=unset | environment, capture_output=True, text=True, check=True
     )
-    assert process.stdout == f"{devices}\n"
+    assert process.stdout == f"{devices} {devices}\n"  # the memory is divided like the cores
 
 
 def test_devices_that_are_there_stay():

@@ -137,6 +137,7 @@ def test_denoising_draws_from_the_posterior(model):
     assert abs(np.corrcoef(np.ravel(left), np.ravel(x))[0, 1]) < 5 / np.sqrt(N) + 0.02
 
 
+@pytest.mark.slow
 def test_inpainting_fits_the_known_part():
     """Pairs of pixels with correlation rho, one of them known: the other's mean approaches rho times the known one as
     steps are repeated more often. The known pixel stays as it is."""

@@ -51,6 +51,7 @@ def test_padding_to_another_length_changes_nothing(variables):
     np.testing.assert_allclose(apply(variables, X, T, longer), apply(variables, X, T, COND), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_encoder(variables):
     """All of its parameters: through cross-attention, and through the vector added to the time embedding."""
 

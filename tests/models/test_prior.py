@@ -134,6 +134,7 @@ def test_everything_else_counts():
         assert np.all(np.abs(other - found).max(axis=-1) > 1e-3)
 
 
+@pytest.mark.slow
 def test_starts_near_zero_and_bfloat16_is_close_to_float32():
     x, cond = inputs(NARROW)
     initial = jax.jit(NARROW.init)(jax.random.key(0), x, T, cond)
@@ -145,6 +146,7 @@ def test_starts_near_zero_and_bfloat16_is_close_to_float32():
     assert np.abs(low - expected).max() < 0.03 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_embeddings_are_images_of_one_pixel():
     """The loss and the samplers of images take them."""
     x, cond = inputs(NARROW)

@@ -55,6 +55,7 @@ def attention_blocks(params):
     return sorted(name for name in params if name.endswith("_attention"))
 
 
+@pytest.mark.slow
 def test_skip_connections_are_scaled():
     """As if the skip connection of every residual block of the decoder were multiplied on the way."""
     plain, scaled = UNet(**SMALL), UNet(**SMALL, skip_scale=0.3)
@@ -430,6 +431,7 @@ def test_refused_options_of_conditions(options, cond, message):
         init_shapes(UNet(**{**SMALL, **options}), X, cond)
 
 
+@pytest.mark.slow
 def test_level_is_embedded_like_the_timestep():
     """Super-resolution networks take the picture's noise level; also checks level_res_blocks."""
     net = UNet(**SMALL, level_res_blocks=(1, 2))
@@ -448,6 +450,7 @@ def test_level_is_embedded_like_the_timestep():
     np.testing.assert_allclose(apply(net, {"params": params}, X, TIMES, cond), swapped, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_spatial_transformers_take_the_place_of_attention():
     """The rest of the network is the same, and each attends to the tokens selected by the mask."""
     net, plain = UNet(**TINY, attention_levels=(True,), transformer_depth=2), UNet(**TINY, attention_levels=(True,))

@@ -25,6 +25,7 @@ def test_adapters_are_trained_beside_the_frozen_network():
     assert 0.4 * whole < adapted < whole
 
 
+@pytest.mark.slow
 def test_an_autoencoder_only_has_a_training_step():
     assert planned("train", **AUTOENCODER).flops() > 0
     with pytest.raises(UserError, match="--programs has 'sample'; accepted for this run: train"):

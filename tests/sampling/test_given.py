@@ -29,6 +29,7 @@ def given():
     return MaskedPicture((2, 3, 3), 2)
 
 
+@pytest.mark.slow
 def test_mask_and_masked_latents(given):
     """The mask has the pixel at the upper left of each latent; the latents are those of a picture with a grey part."""
     values = given.of_pictures(latents(), PICTURES, MASKS)

@@ -79,6 +79,7 @@ def test_examples_of_pictures():
     jax.tree.map(np.testing.assert_array_equal, examples, again)
 
 
+@pytest.mark.slow
 def test_loss_of_a_reconstruction():
     """The pixels' mean absolute error for a draw, and the divergence; in float64 except for the network."""
     mean, log_variance = posterior()
@@ -134,6 +135,7 @@ def value_and_gradient(of):
     return compiled(jax.value_and_grad(loss, ("adapters", "base").index(of)))
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained():
     """Only the adapters of attention are initialised and have a gradient."""
     start = ADAPTED.init_params(3)

@@ -20,7 +20,7 @@ from ddpm_jax.text.encoders import TrainedTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 from ddpm_jax.training.objectives import Diffusion
 from ddpm_jax.training.state import create_state
-from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.step import Metrics, make_train_step, step_arguments
 
 SHAPE, BATCH, STEPS = (8, 8, 2), 16, 10
 PLAIN = NoCondition()
@@ -64,13 +64,16 @@ def run(
     def create():
         return create_state(model.init_params(0), optimizer, (0.9,), **(state_options or {})), Metrics.zero()
 
-    shardings = parallel.state_shardings(mesh, jax.eval_shape(create))
+    shapes = jax.eval_shape(create)
+    shardings = parallel.state_shardings(mesh, shapes)
     state, metrics = jax.jit(create, out_shardings=shardings, compiler_options=parallel.run_once_options())()
     at_once = options.get("steps_per_dispatch", 1)
     chosen = {name: options.pop(name) for name in ("timestep_sampler", "loss_options") if name in options}
-    step = make_train_step(Diffusion(model, **chosen), optimizer, mesh, seed=0, **options)
+    objective = Diffusion(model, **chosen)
+    step = make_train_step(objective, optimizer, mesh, seed=0, **options)
+    lowered = step.lower(*step_arguments(objective, shapes[0], mesh, BATCH, at_once))
+    compiled = lowered.compile(compiler_options=parallel.run_once_options())
     rng = np.random.default_rng(0)
-    compiled = None
     for _ in range(0, steps, at_once):
         stack = [
             {
@@ -80,9 +83,8 @@ def run(
             for _ in range(at_once)
         ]
         batch = stack[0] if at_once == 1 else jax.tree.map(lambda *values: np.stack(values), *stack)
-        arguments = state, metrics, jax.device_put(batch, parallel.batch_sharding(mesh, axis=int(at_once > 1)))
-        compiled = compiled or step.lower(*arguments).compile(compiler_options=parallel.run_once_options())
-        state, metrics = compiled(*arguments)
+        batch = jax.device_put(batch, parallel.batch_sharding(mesh, axis=int(at_once > 1)))
+        state, metrics = compiled(state, metrics, batch)
     lies = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), state, shardings[0])
     assert all(jax.tree.leaves(lies))
     return jax.device_get(state), jax.device_get(metrics)

@@ -35,6 +35,7 @@ def test_fields_there_and_back(name):
     assert {field: found[field] for field in unsaid} == unsaid | {k: v for k, v in fields.items() if k in unsaid}
 
 
+@pytest.mark.slow
 def test_super_resolution():
     """Karlo's: the last channels of the input are those of `cond["image"]`."""
     config = config_lib.default_config()

@@ -30,6 +30,7 @@ def read(fields):
     return config, config_lib.make_network(config), layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "parameters"),
     [
@@ -143,6 +144,7 @@ def test_every_tensor_there_and_back(name):
     jax.tree.map(np.testing.assert_array_equal, unet_condition.to_params("x", tensors, net, layout), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["like 1.x", "like 2.x", "inpainting"])
 def test_tensors_there_and_back(name):
     _, net, layout = read(condition_network(name))
