@@ -2,10 +2,13 @@
 
     python benchmarks/all.py --out results.jsonl
     python benchmarks/all.py --quick
+    python benchmarks/all.py --gpu
 
 Prints the benchmarks' output, and at the end a Markdown table of all lines of JSON. Benchmarks that need a package that
 is not installed are skipped and listed. A digits run for the benchmarks that need one is trained first, unless `--run`
 names one. Everything takes hours on two cores, `--quick` (fewer rounds, only the small networks) about half an hour.
+`--gpu` runs those that are meant for a GPU, and trains configs/numbers.py there. It is meant
+to take a quarter of an hour, and has not run on a GPU yet.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +49,13 @@ BENCHMARKS = [
     ("serve.py {run}", ("starlette", "uvicorn", "python_multipart"), ["--seconds", "30"]),
     ("digits_quality.py {samples}", (), []),
     ("digits_steps.py {run} --long dpmpp_2m", (), None),
+]
+# What --gpu runs instead.
+_WHOLE = "stable_diffusion.py --parts whole --dtype bfloat16 --rounds 5 --compiled"
+GPU_BENCHMARKS = [
+    ("train_step.py --batch 128 --dtype bfloat16 --steps 20", PEERS, []),
+    *((f"{_WHOLE} --batch {batch}", (*PEERS, "transformers"), []) for batch in (1, 8)),
+    ("fine_tuning.py --batch 8", (*PEERS, "transformers", "peft"), []),
 ]
 
 
@@ -81,8 +92,8 @@ def figures(result):
 
 def main(options, folder):
     results, left_out = [], []
-    places = judged(options, folder)
-    for command, packages, quick in BENCHMARKS:
+    places = {} if options.gpu else judged(options, folder)
+    for command, packages, quick in GPU_BENCHMARKS if options.gpu else BENCHMARKS:
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing or (options.quick and quick is None):
             left_out.append(f"{command}: {'without ' + ', '.join(missing) if missing else 'not with --quick'}")
@@ -97,6 +108,11 @@ def main(options, folder):
                 results.append({"command": command} | json.loads(line))
                 with open(options.out, "a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
+    if options.gpu:
+        began = time.perf_counter()
+        call("main.py", "--config=configs/numbers.py", f"--workdir={folder}/numbers")
+        seconds = round(time.perf_counter() - began, 1)
+        results.append({"command": "main.py --config=configs/numbers.py", "benchmark": "whole run", "seconds": seconds})
     print("\n| benchmark | command | result |\n|-|-|-|")
     for result in results:
         command = result.pop("command")
@@ -108,6 +124,7 @@ def main(options, folder):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--quick", action="store_true", help="the short ones, in fewer rounds")
+    arguments.add_argument("--gpu", action="store_true", help="those for a GPU")
     arguments.add_argument("--run", help="a workdir of configs/digits.py; by default one is trained")
     arguments.add_argument("--out", default="benchmarks.jsonl", help="lines of JSON are added to this file")
     with tempfile.TemporaryDirectory() as temporary:

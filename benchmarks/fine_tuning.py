@@ -104,11 +104,14 @@ def theirs(folder, rank, batch_size, compiled=False):
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX computes there
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     if rank:
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED))
-    unet.train()
+    unet.to(device).train()
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)

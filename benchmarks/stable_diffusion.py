@@ -1,13 +1,15 @@
-"""Stable Diffusion 1.5 part by part against diffusers: the same weights, float32, the same machine.
+"""Stable Diffusion 1.5 part by part against diffusers: the same weights and dtype, the same machine.
 
     pip install -e '.[peers]' && python benchmarks/stable_diffusion.py
     python benchmarks/stable_diffusion.py --source stable-diffusion-v1-5/stable-diffusion-v1-5     # published weights
     python benchmarks/stable_diffusion.py --parts unet_32 unet_64
+    python benchmarks/stable_diffusion.py --parts whole --batch 8 --dtype bfloat16 --rounds 5 --compiled     # on a GPU
 
 Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both open it.
-The parts are the text encoder on two prompts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
+The parts are the text encoder on two texts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
 256x256 and 512x512), the decoding of two pictures of 512x512, and a whole picture of 512x512 by 20 steps of
-`dpmpp_2m` with guidance. The peak of each process's memory stands beside its time.
+`dpmpp_2m` with guidance. `--batch` changes these numbers. The peak of each process's memory stands beside its time.
+diffusers uses the GPU if there is one.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from common import alternate, report
 
-PROMPTS = ["a red bicycle by the sea", "two horses in the snow"]
+PROMPT = "a red bicycle by the sea"
 PARTS = ("text", "unet_32", "unet_64", "decode", "whole")
 
 
@@ -85,7 +87,7 @@ def picture(sample):
     return run
 
 
-def ours(workdir, part):
+def ours(workdir, part, batch, dtype):
     from ddpm_jax.runtime import parallel
 
     parallel.keep_freed_memory()
@@ -95,55 +97,66 @@ def ours(workdir, part):
 
     import ddpm_jax
 
-    run = ddpm_jax.load(workdir)
+    run = ddpm_jax.load(workdir, dtype=dtype)
     if part == "whole":
-        options = {"prompts": PROMPTS[:1], "guidance_scale": 7.5, "sampler": "dpmpp_2m"}
-        return picture(lambda num_steps: run.sample(1, num_steps=num_steps, **options))
+        options = {"prompts": [PROMPT], "guidance_scale": 7.5, "sampler": "dpmpp_2m", "batch_size": batch}
+        return picture(lambda num_steps: run.sample(batch, num_steps=num_steps, **options))
     if part == "decode":
-        latents = np.random.default_rng(0).standard_normal((2, 64, 64, 4), np.float32)
+        latents = np.random.default_rng(0).standard_normal((batch, 64, 64, 4), np.float32)
         return lambda: run.model.decoder.decode(latents)
     if part == "text":
         number = itertools.count()  # the states of a text are cached
 
         def encode():
-            return run.condition.texts.arrays([f"{prompt} {next(number)}" for prompt in PROMPTS])
+            return run.condition.texts.arrays([f"{PROMPT} {next(number)}" for _ in range(batch)])
 
         return encode
     size = int(part.removeprefix("unet_"))
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 4))
-    states = jax.random.normal(jax.random.key(1), (2, 77, 768))
-    t = jax.numpy.full(2, 500)
+    x = jax.random.normal(jax.random.key(0), (batch, size, size, 4))
+    states = jax.random.normal(jax.random.key(1), (batch, 77, 768))
+    t = jax.numpy.full(batch, 500)
     call = jax.jit(lambda params, x, t, states: run.net.apply({"params": params}, x, t, {"tokens": states}))
     return lambda: jax.block_until_ready(call(run.params, x, t, states))
 
 
-def diffusers(folder, part):
+def diffusers(folder, part, batch, dtype, compiled=False):
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=dtype)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    if part == "whole":
-        options = {"height": 512, "width": 512, "generator": generator}
-        return picture(lambda num_steps: pipeline(PROMPTS[0], num_inference_steps=num_steps, **options))
-    unused = {"text": ("unet", "vae"), "decode": ("unet", "text_encoder")}.get(part, ("vae", "text_encoder"))
-    for name in unused:  # ours reads a part when it is first needed
+    unused = {"text": ("unet", "vae"), "decode": ("unet", "text_encoder"), "whole": ()}
+    for name in unused.get(part, ("vae", "text_encoder")):  # ours reads a part when it is first needed
         setattr(pipeline, name, None)
+    pipeline.to(device)
+    if compiled:
+        for name in ("unet", "vae", "text_encoder"):
+            if getattr(pipeline, name) is not None:
+                getattr(pipeline, name).compile()
+        if pipeline.vae is not None:  # its decoding does not go through `forward`
+            pipeline.vae.decoder.compile()
+    if part == "whole":
+        options = {"height": 512, "width": 512, "num_images_per_prompt": batch}
+        options["generator"] = torch.Generator(device).manual_seed(0)
+        return picture(lambda num_steps: pipeline(PROMPT, num_inference_steps=num_steps, **options))
     size = 64 if part == "decode" else int(part.removeprefix("unet_")) if part.startswith("unet") else 0
-    x, states = torch.randn(2, 4, size, size), torch.randn(2, 77, 768)
+    x, states = (torch.randn(batch, *shape, device=device, dtype=dtype) for shape in ((4, size, size), (77, 768)))
     calls = {
         "text": lambda: pipeline.text_encoder(ids),
         "decode": lambda: pipeline.vae.decode(x),
     }
     if part == "text":
-        ids = pipeline.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+        texts = [PROMPT] * batch
+        ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
     call = calls.get(part, lambda: pipeline.unet(x, 500, states))
 
     def run():
         with torch.inference_mode():
             call()
+            if device == "cuda":
+                torch.cuda.synchronize()
 
     return run
 
@@ -158,16 +171,27 @@ def main(options):
             write_sd15(folder)
         import_weights(folder, workdir)
         for part in options.parts:
-            facts = {}
-            candidates = {"ddpm_jax": partial(ours, workdir, part), "diffusers": partial(diffusers, folder, part)}
-            seconds = alternate(candidates, 1 if part == "whole" else options.rounds, facts)
-            report(f"stable_diffusion {part}", seconds, "diffusers", **facts)
+            is_whole, facts = part == "whole", {}
+            batch = options.batch or (1 if is_whole else 2)
+            what = {"part": part, "batch": batch, "dtype": options.dtype}
+            candidates = {
+                "ddpm_jax": partial(ours, workdir, **what),
+                "diffusers": partial(diffusers, folder, **what),
+            }
+            if options.compiled:
+                candidates["diffusers, compiled"] = partial(diffusers, folder, **what, compiled=True)
+            seconds = alternate(candidates, options.rounds or (1 if is_whole else 3), facts)
+            report(f"stable_diffusion {part} batch {batch} {options.dtype}", seconds, "diffusers", **facts)
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--source", help="a diffusers folder or a repository's name; by default random weights")
     arguments.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    arguments.add_argument("--rounds", type=int, default=3)
-    options = arguments.parse_args()
-    sys.exit(main(options))
+    arguments.add_argument("--batch", type=int, help="inputs at a time; by default 2, and 1 whole picture")
+    arguments.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and arithmetic"
+    )
+    arguments.add_argument("--rounds", type=int, help="by default 3, and 1 of whole pictures")
+    arguments.add_argument("--compiled", action="store_true", help="diffusers with torch.compile, too")
+    sys.exit(main(arguments.parse_args()))
