@@ -60,7 +60,9 @@ def make_network(config: ConfigDict, condition: Condition | None = None) -> nn.M
     condition = make_condition(config) if condition is None else condition
     if config.prior.clip:
         return condition.network(_make_prior(config, condition))
-    options = dict(config.model)
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.model.items()
+    }
     del options["class_conditional"], options["masked_picture"]
     off = (
         *("level_channels", "level_res_blocks", "attention_levels", "downsample_levels", "upsample_levels"),

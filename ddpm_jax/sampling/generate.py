@@ -159,7 +159,11 @@ class Model:
 
     def initialized(self, key: jax.Array) -> tuple[Any, Any]:
         """The result of a first network call for one image, and random parameters."""
-        return _initialized(self.net, key, *self.example())
+        try:
+            hash(self.net)
+        except TypeError:  # a module with a list among its attributes
+            return _initialize(self.net, key, *self.example())
+        return _initialize_once(self.net, key, *self.example())
 
     def example(self, count: int = 1) -> tuple[jax.Array, jax.Array, Cond]:
         """x, t and cond, all zeros, in the shapes of a network call for `count` images."""
@@ -172,10 +176,12 @@ class Model:
         return jax.eval_shape(lambda: self.init_params(0))
 
 
-@partial(jax.jit, static_argnums=0)  # traced once for all that ask for a network's parameters or their shapes
-def _initialized(net: nn.Module, key: jax.Array, x: jax.Array, t: jax.Array, cond: Cond) -> tuple[Any, Any]:
+def _initialize(net: nn.Module, key: jax.Array, x: jax.Array, t: jax.Array, cond: Cond) -> tuple[Any, Any]:
     result, variables = net.init_with_output(key, x, t, cond)
     return result, variables["params"]
+
+
+_initialize_once = jax.jit(_initialize, static_argnums=0)  # traced once, however often it is asked for the shapes
 
 
 def _of_row(network: Partial, row: Cond, x_t: jax.Array, t: jax.Array) -> Any:
