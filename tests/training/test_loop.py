@@ -39,11 +39,13 @@ def test_nothing_is_compiled_twice_and_no_step_after_the_first_compiles(config, 
     assert len(set(compiled)) == len(compiled)
     names = [name for name, _ in compiled]
     assert names.count("jit(step)") == 1
-    # What the first report, checkpoint and pictures need; a step has nothing of its own left to compile.
+    # What the initial state, and the first report, checkpoint and pictures need; a step has nothing of its own left to
+    # compile.
     after = set(names[names.index("jit(step)") + 1 :])
     assert "jit(_measure)" in after
-    pictures = {"jit(_keys_of)", "jit(_start)", "jit(_scan)", "jit(_encode)"}
-    assert after <= {"jit(_measure)", "jit(slice)", *pictures}  # the slice is Orbax's, a device
+    initial, pictures = {"jit(init)", "jit(create)", "jit(zero)"}, {"jit(_keys_of)", "jit(_start)", "jit(_scan)"}
+    # The slice is Orbax's, a device.
+    assert after <= {"jit(_measure)", "jit(_encode)", "jit(slice)", *initial, *pictures}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(LOG, STEPS + 1, LOG))
     assert all(0 <= line["input_wait"] <= 1 for line in lines)
