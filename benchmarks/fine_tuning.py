@@ -105,7 +105,6 @@ def theirs(folder, rank, batch_size, compiled=False):
     from peft import LoraConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX computes there
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     if rank:
@@ -116,13 +115,13 @@ def theirs(folder, rank, batch_size, compiled=False):
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     average = [parameter.detach().clone() for parameter in trained]
-    mean, deviation = torch.rand(2, batch_size, 4, 32, 32)
-    states = torch.rand(batch_size, 77, STATES)
+    mean, deviation = torch.rand(2, batch_size, 4, 32, 32, device=device)
+    states = torch.rand(batch_size, 77, STATES, device=device)
     model = torch.compile(unet) if compiled else unet
 
     def call():
         x_0 = 0.18215 * (mean + deviation * torch.randn_like(mean))
-        t, noise = torch.randint(0, 1000, (batch_size,)), torch.randn_like(x_0)
+        t, noise = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x_0)
         found = model(scheduler.add_noise(x_0, noise, t), t, states).sample
         loss = torch.nn.functional.mse_loss(found, noise)
         optimizer.zero_grad()
