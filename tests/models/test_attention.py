@@ -56,7 +56,7 @@ def test_parts_change_neither_numbers_nor_gradients(monkeypatch, options, divide
         found.append((attended, *gradients))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max())
+            np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(a).max())  # other sums
 
 
 def test_small_matrices_go_the_plain_way():
