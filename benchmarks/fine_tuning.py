@@ -105,7 +105,8 @@ def theirs(folder, rank, batch_size, compiled=False):
     from peft import LoraConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX computes there
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in JAX
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     if rank:
         unet.requires_grad_(False)
