@@ -316,7 +316,7 @@ def _trace(config: ConfigDict, dataset: Mapping[str, Any] | None) -> None:
     check_guidance(model.condition, config_lib.guidance(config))
 
     def start(key: jax.Array) -> Any:
-        out, _ = model.initialized(key)
+        out, _ = model.initialize(key)
         x, t, _ = model.example()
         loss = losses.training_loss(schedule, lambda x_t, t: out, key, x, t=t, **config_lib.loss_options(config))
         # Two arrays stand in for the network's parameters, whose update would take as long to trace as the network.

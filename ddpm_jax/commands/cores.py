@@ -21,11 +21,11 @@ _LEAST_IMAGES = 16  # of a training batch on each device
 
 
 def use(config: ConfigDict) -> None:
-    """Divides the CPU into as many devices as suit a run, and its memory with them, before this process opens the run.
+    """Divides the CPU into as many devices as suit a run, and sets up its memory allocator for them.
 
-    The devices of an accelerator stay as they are. Nothing happens if JAX has opened its devices, in multi-host jobs,
-    or if the user has chosen a number of CPU devices (JAX_NUM_CPU_DEVICES, or --xla_force_host_platform_device_count
-    in XLA_FLAGS).
+    To be called before this process opens the run. The devices of an accelerator stay as they are. So do the CPU's if
+    JAX has opened them, in multi-host jobs, or if the user has chosen their number (JAX_NUM_CPU_DEVICES, or
+    --xla_force_host_platform_device_count in XLA_FLAGS).
 
     Args:
       config: of the run.
@@ -43,7 +43,7 @@ def use(config: ConfigDict) -> None:
 
 
 def _chosen() -> int:
-    """The number of CPU devices that JAX will have or has, if it was chosen; else 0."""
+    """The number of CPU devices that the user or `use` has chosen; 0: none was."""
     flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     return max(int(flag[1]) if flag else 0, getattr(jax.config, "jax_num_cpu_devices", -1), 0)
 

@@ -35,9 +35,10 @@ def keep_freed_memory(devices: int = 1) -> None:
     sixth of the step. If an accelerator's plug-in is installed, this does nothing.
 
     Args:
-      devices: the number of CPU devices of this process. With one, all threads share an arena, since the arenas of
-        single threads return large blocks to the kernel. Several would wait for one another in it: their programs run
-        at the same time, and a step of a small network would take up to a quarter longer.
+      devices: the number of CPU devices of this process. With one, all threads share an arena, because the arenas of
+        single threads return large blocks to the kernel. With several, each thread has its own: the devices' programs
+        run at the same time, and in one arena they would wait for one another, which lengthens a step of a small
+        network by up to a third.
     """
     if sys.platform == "linux" and not any(map(importlib.util.find_spec, _PLUGINS)):
         try:
@@ -94,7 +95,7 @@ def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:
         raise UserError(f"--compilation_cache {str(path)!r} cannot be written to: {error.strerror}") from None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", 4 << 30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up, too
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # by default a second
     return path
 
 
@@ -163,11 +164,11 @@ def rounded(size: int, mesh: Mesh) -> int:
 
 
 def cacheable_chunk(size: int) -> int:
-    """How many examples at a time a frozen network computes for a cache, if memory and speed allow `size`.
+    """The batch size with which a frozen network computes results that are cached: `size`, but 1 on CPUs.
 
-    A cached result must not depend on the batch in which it was first needed, since a resumed run first needs it in
-    another. XLA's CPU backend rounds an example's results differently beside more examples and in another row, so
-    there it is 1.
+    A cached result must not depend on the batch in which it was first needed, because a resumed run first needs it in
+    a different one. XLA's CPU backend rounds an example's results differently depending on the size of the batch and
+    on the example's row.
     """
     return 1 if jax.default_backend() == "cpu" else size
 

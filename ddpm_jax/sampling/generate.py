@@ -155,10 +155,10 @@ class Model:
 
     def init_params(self, seed: int) -> Any:
         """The random parameters that a run of this seed starts from."""
-        return self.initialized(named_key(seed, "init"))[1]
+        return self.initialize(named_key(seed, "init"))[1]
 
-    def initialized(self, key: jax.Array) -> tuple[Any, Any]:
-        """The result of a first network call for one image, and random parameters."""
+    def initialize(self, key: jax.Array) -> tuple[Any, Any]:
+        """Calls the network for one image; returns the result, and the random parameters that were made for it."""
         try:
             hash(self.net)
         except TypeError:  # a module with a list among its attributes

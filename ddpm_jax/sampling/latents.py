@@ -117,8 +117,8 @@ class Latents:
     def _posterior(self, pictures: np.ndarray, batch_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the latents of uint8 pictures, not scaled.
 
-        Pictures that belong to a batch of `batch_size`, even if the others are cached, are encoded in chunks that suit
-        the whole batch: always the same program.
+        The size of the chunks follows from `batch_size`, the size of the batch that the pictures are part of, so that
+        the same program encodes them however many of the batch are cached.
         """
         mean, log_variance = self._by_chunks("encode", images.to_float(pictures), batch_size=batch_size)
         return mean, np.exp(0.5 * log_variance)

@@ -1,7 +1,9 @@
 """The training step, compiled while the run's state is made or read."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,14 +28,18 @@ class CompiledStep:
         began = time.monotonic()
         lowered = train_step.lower(*arguments)
         self._seconds = time.monotonic() - began
-        thread = ThreadPoolExecutor(1, "compile")
-        self._compiling = None if jax.default_backend() == "gpu" else thread.submit(_compile, lowered)
-        thread.shutdown(wait=False)
-        self._lowered = lowered
+        self._finish: Callable[[], tuple[jax.stages.Compiled, float]]
+        if jax.default_backend() == "gpu":
+            self._finish = partial(_compile, lowered)
+        else:
+            thread = ThreadPoolExecutor(1, "compile")
+            self._finish = thread.submit(_compile, lowered).result
+            thread.shutdown(wait=False)
 
     def wait(self) -> float:
         """Waits until it is compiled; returns the seconds that tracing and compiling took."""
-        self._compiled, seconds = self._compiling.result() if self._compiling else _compile(self._lowered)
+        self._compiled, seconds = self._finish()
+        del self._finish  # and the traced program with it
         return self._seconds + seconds
 
     def __call__(self, state: TrainState, metrics: Metrics, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -117,7 +117,7 @@ class _Training:
                     self.checkpoints.wait()
                     self._note("failed", newest_step(self.folder) or 0, why=first_line(error))
                 except UserError as unsaved:
-                    if isinstance(error, OSError):  # the same full disk, and `unsaved` says which checkpoint is intact
+                    if isinstance(error, OSError):  # of the same full disk; this one names the intact checkpoint
                         raise unsaved from None
             raise
         self.checkpoints.close()
@@ -125,20 +125,21 @@ class _Training:
     def _run(self, was_finished: bool) -> None:
         config, began = self.config, time.monotonic()
         num_steps = config.train.num_steps
-        reached = newest_step(self.folder) or 0
-        run_steps = self._compile() if reached < num_steps else None  # from now on, beside all that follows
+        num_parameters = sum(p.size for p in jax.tree.leaves(self._creation[2].params))
+        if not was_finished:
+            self._say(
+                f"{num_parameters:,} parameters, {len(self.source):,} images of "
+                f"{'x'.join(map(str, self.source.shape))}, {jax.device_count()} {jax.devices()[0].platform} device(s), "
+                f"{jax.process_count()} process(es)"
+            )
+        # The step is compiled beside all that follows.
+        run_steps = self._compile() if (newest_step(self.folder) or 0) < num_steps else None
         step, state = self._initial_state()
-        num_parameters = sum(p.size for p in jax.tree.leaves(state.params))
         if was_finished and step >= num_steps:
             self._make_up(state, step)
             self._say(f"finished before; pictures are in {self.folder / 'samples'}")
             return
         self._begin(step, num_parameters)
-        self._say(
-            f"{num_parameters:,} parameters, {len(self.source):,} images of "
-            f"{'x'.join(map(str, self.source.shape))}, {jax.device_count()} {jax.devices()[0].platform} device(s), "
-            f"{jax.process_count()} process(es)"
-        )
         if step:
             self._make_up(state, step)
         if step < num_steps:
@@ -185,10 +186,11 @@ class _Training:
                 params, self.optimizer, config.train.ema_decays, num_timesteps=config_lib.history_timesteps(config)
             )
 
-        return init, create, jax.eval_shape(create, jax.eval_shape(init))  # traced once, if the functions are kept
+        return init, create, jax.eval_shape(create, jax.eval_shape(init))  # jit finds these traces
 
     def _compile(self) -> CompiledStep:
         """Begins to compile the training step."""
+        self._say("compiling the training step ...")
         options = self.config.train
         steps_per_dispatch = min(options.steps_per_dispatch, options.num_steps)
         train_step = make_train_step(
@@ -232,7 +234,6 @@ class _Training:
         metrics = self._unreported(zero_metrics(), first_step)
         monitor = self._monitor if config.evaluate.every_steps else None
         batches = Waited(device_batches(config, self.objective, self.source, self.mesh, first_step))
-        self._say("compiling the training step ...")
         first = next(batches)
         self._say(f"compiled in {run_steps.wait():.0f} s")
         processes.meet("compiled")  # collectives would not wait for a process that compiles much longer

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training import loop
 
 LOG, CHECKPOINT, SAMPLE, STEPS = 2, 3, 4, 8
@@ -69,3 +70,27 @@ def test_a_transfer_that_nobody_asked_for_is_an_error_in_the_loop(config, tmp_pa
     config.log.sample_every_steps = 0
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError("No space left"), UserError, "the checkpoint of step 12 is intact"),
+        (ValueError("a bug"), ValueError, "a bug"),
+    ],
+)
+def test_what_is_said_if_the_last_checkpoint_failed_too(monkeypatch, tmp_path, error, kind, said):
+    """A full disk may be found by any file first, but only the checkpoints' sentence says what is left."""
+
+    def fail(*_):
+        raise error
+
+    def unsaved(_):
+        raise UserError("a checkpoint could not be written; the checkpoint of step 12 is intact")
+
+    training = object.__new__(loop._Training)
+    training.folder, training.config = tmp_path, config_lib.default_config()
+    monkeypatch.setattr(loop._Training, "_run", fail)
+    monkeypatch.setattr(loop.Checkpoints, "wait", unsaved)
+    with pytest.raises(kind, match=said):
+        training.run(was_finished=False)
