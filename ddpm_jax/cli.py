@@ -14,8 +14,31 @@ from ml_collections import config_flags
 from ddpm_jax import usage
 
 FLAGS = flags.FLAGS
+
+
+class _PerStage(flags.ArgumentParser):
+    """A number, or a list such as 2,1 with one number for each stage of a pipeline."""
+
+    def __init__(self, kind: Callable[[str], Any], least: float):
+        self._kind, self._least = kind, least
+
+    def parse(self, argument: Any) -> Any:
+        values = [self._kind(part) for part in str(argument).split(",")]
+        if min(values) < self._least:
+            raise ValueError(f"must be {self._least} or more")
+        return values if len(values) > 1 else values[0]
+
+
+def _define_per_stage(name: str, kind: Callable[[str], Any], help: str, least: float = -math.inf) -> Any:
+    return flags.DEFINE(_PerStage(kind, least), name, None, help, serializer=flags.ArgumentSerializer())
+
+
+# The help of a mode shows its flags in the order of this file.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file; --config.section.field=value sets a field.", lock_config=True
+    "config",
+    None,
+    "The config file; --config.SECTION.FIELD=VALUE sets a field, and ddpm_jax/config/defaults.py explains all fields.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; optional for doctor and prepare, and for plan with --config."
@@ -40,81 +63,36 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
     "prediction", None, ["eps", "v"], "import of a single-file checkpoint: what the network predicts; required for 2.x."
 )
-
-# Which weights, and how to sample with them.
-flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the latest.")
-flags.DEFINE_float(
-    "ema_decay", None, "Which moving average of the weights to use, by its decay; by default the config's first."
-)
-flags.DEFINE_bool("raw", False, "Use the trained weights themselves instead of a moving average.")
-flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the weights in memory and the arithmetic; by default the config's."
-)
-flags.DEFINE_multi_string(
-    "lora", [], "Stable Diffusion: a LoRA file to add, as FILE or FILE:WEIGHT (by default 1); repeat the flag for more."
-)
-flags.DEFINE_integer("height", None, "Height of the pictures; by default the config's.", lower_bound=1)
-flags.DEFINE_integer("width", None, "Width of the pictures; by default the config's.", lower_bound=1)
-flags.DEFINE_integer(
-    "seed",
-    0,
-    "Seed of all noise: image i depends only on the seed, i and the settings.",
-    lower_bound=0,
-    upper_bound=2**32 - 1,
-)
-flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "Images at a time, by default the config's; serve: the most images of one request, by default 8.",
-    lower_bound=1,
+flags.DEFINE_bool(
+    "adapters", False, "export: only the adapters that the run trained (config.lora), as a LoRA file for diffusers."
 )
 
-
-class _PerStage(flags.ArgumentParser):
-    """A number, or a list such as 2,1 with one number for each stage of a pipeline."""
-
-    def __init__(self, kind: Callable[[str], Any], least: float):
-        self._kind, self._least = kind, least
-
-    def parse(self, argument: Any) -> Any:
-        values = [self._kind(part) for part in str(argument).split(",")]
-        if min(values) < self._least:
-            raise ValueError(f"must be {self._least} or more")
-        return values if len(values) > 1 else values[0]
-
-
-def _define_per_stage(name: str, kind: Callable[[str], Any], help: str, least: float = -math.inf) -> Any:
-    return flags.DEFINE(_PerStage(kind, least), name, None, help, serializer=flags.ArgumentSerializer())
-
-
-flags.DEFINE_string("sampler", None, "Sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms.")
-_define_per_stage(
-    "num_steps", int, "The sampler's number of steps; for a pipeline, one number or one for each stage.", 1
-)
-flags.DEFINE_string(
-    "spacing", None, "Spacing of the timesteps: linspace, leading, trailing, quadratic, logsnr or karras."
-)
-flags.DEFINE_float("eta", None, "Noise of the steps of ddim, from 0 (deterministic) to 1 (as much as ddpm).")
-flags.DEFINE_bool("clip", None, "Clip the predicted x_0 to [-1, 1].")
-flags.DEFINE_float("dynamic_threshold", None, "Quantile of the predicted x_0 for dynamic thresholding, such as 0.995.")
-flags.DEFINE_integer("order", None, "Order of unipc: 1, 2 or 3.")
-_define_per_stage(
-    "guidance_scale",
-    float,
-    "Strength of classifier-free guidance towards the prompt or class; 1: none. For a pipeline, one number or one for "
-    "each stage.",
-)
-flags.DEFINE_float("guidance_rescale", None, "How far to undo the contrast that guidance adds, 0 to 1.")
-flags.DEFINE_list("timesteps", None, "The timesteps themselves, in descending order, instead of --num_steps.")
-flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST: the timesteps at which guidance is on.")
-flags.DEFINE_list("classes", [], "Class-conditional run: what to draw, such as 0,1,2; a grid has a row for each.")
+# What to draw, and where to write it.
+flags.DEFINE_list("input", [], "The pictures to edit: files, or data:17 for training image 17.")
+flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --input is to be repainted.")
 flags.DEFINE_multi_string(
     "prompt", [], "Text-conditional run: what to draw; repeat the flag for more, a grid has a row for each."
 )
 flags.DEFINE_string("prompts", None, "A text file with one prompt on each line, used after those of --prompt.")
 flags.DEFINE_multi_string("negative_prompt", [], "What guidance leads away from; repeat the flag for one per prompt.")
-
-# What to make, and where to write it.
+flags.DEFINE_list("classes", [], "Class-conditional run: what to draw, such as 0,1,2; a grid has a row for each.")
+flags.DEFINE_string("caption", None, "text_difference: describes the picture.")
+flags.DEFINE_string("target_caption", None, "text_difference: describes what the picture becomes.")
+flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: the timesteps to diffuse the pictures to.")
+flags.DEFINE_float(
+    "strength",
+    None,
+    "vary: instead of --t, the share of the sampling steps to take, as in diffusers; above 0, at most 1.",
+)
+flags.DEFINE_list("weights", [], "interpolate, blend, text_difference: weights of the second picture or caption.")
+flags.DEFINE_bool(
+    "latents", False, "interpolate: along the arc between the noises to which DDIM encodes the two pictures."
+)
+flags.DEFINE_integer("jump", None, "inpaint: length of RePaint's jumps back, in steps; by default 10.", lower_bound=1)
+flags.DEFINE_integer("times", None, "inpaint: how often RePaint repeats each jump; by default once.", lower_bound=1)
+flags.DEFINE_integer("num_stages", None, "progressive: how many stages to show; by default 10.", lower_bound=2)
+flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0 or the noisy x_t.")
+flags.DEFINE_integer("num_neighbours", 5, "neighbours: training images per sample.", lower_bound=1)
 flags.DEFINE_integer(
     "num_images", None, "How many images; by default the config's, or 8 in each row of a grid.", lower_bound=1
 )
@@ -137,28 +115,21 @@ flags.DEFINE_string(
     "The file or folder to write; by default in WORKDIR/samples. export: a folder for diffusers, or a .safetensors "
     "file with this project's names of the parameters.",
 )
-flags.DEFINE_bool(
-    "adapters", False, "export: only the adapters that the run trained (config.lora), as a LoRA file for diffusers."
+flags.DEFINE_integer("height", None, "Height of the pictures; by default the config's.", lower_bound=1)
+flags.DEFINE_integer("width", None, "Width of the pictures; by default the config's.", lower_bound=1)
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed of all noise: image i depends only on the seed, i and the settings.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
 )
-flags.DEFINE_string("caption", None, "text_difference: describes the picture.")
-flags.DEFINE_string("target_caption", None, "text_difference: describes what the picture becomes.")
-flags.DEFINE_list("input", [], "The pictures to edit: files, or data:17 for training image 17.")
-flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --input is to be repainted.")
-flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: the timesteps to diffuse the pictures to.")
-flags.DEFINE_float(
-    "strength",
+flags.DEFINE_integer(
+    "batch_size",
     None,
-    "vary: instead of --t, the share of the sampling steps to take, as in diffusers; above 0, at most 1.",
+    "Images at a time, by default the config's; serve: the most images of one request, by default 8.",
+    lower_bound=1,
 )
-flags.DEFINE_list("weights", [], "interpolate, blend, text_difference: weights of the second picture or caption.")
-flags.DEFINE_bool(
-    "latents", False, "interpolate: along the arc between the noises to which DDIM encodes the two pictures."
-)
-flags.DEFINE_integer("jump", None, "inpaint: length of RePaint's jumps back, in steps; by default 10.", lower_bound=1)
-flags.DEFINE_integer("times", None, "inpaint: how often RePaint repeats each jump; by default once.", lower_bound=1)
-flags.DEFINE_integer("num_stages", None, "progressive: how many stages to show; by default 10.", lower_bound=2)
-flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0 or the noisy x_t.")
-flags.DEFINE_integer("num_neighbours", 5, "neighbours: training images per sample.", lower_bound=1)
 
 flags.DEFINE_string(
     "features",
@@ -205,6 +176,41 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("port", 8000, "serve: the port to listen on; 0: any free port.", lower_bound=0, upper_bound=65535)
 flags.DEFINE_integer("queue", 16, "serve: how many requests may wait; further ones are refused.", lower_bound=0)
+
+# How to sample.
+flags.DEFINE_string("sampler", None, "Sampler: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun, unipc or plms.")
+_define_per_stage(
+    "num_steps", int, "The sampler's number of steps; for a pipeline, one number or one for each stage.", 1
+)
+flags.DEFINE_string(
+    "spacing", None, "Spacing of the timesteps: linspace, leading, trailing, quadratic, logsnr or karras."
+)
+flags.DEFINE_list("timesteps", None, "The timesteps themselves, in descending order, instead of --num_steps.")
+flags.DEFINE_float("eta", None, "Noise of the steps of ddim, from 0 (deterministic) to 1 (as much as ddpm).")
+flags.DEFINE_bool("clip", None, "Clip the predicted x_0 to [-1, 1].")
+flags.DEFINE_float("dynamic_threshold", None, "Quantile of the predicted x_0 for dynamic thresholding, such as 0.995.")
+flags.DEFINE_integer("order", None, "Order of unipc: 1, 2 or 3.")
+_define_per_stage(
+    "guidance_scale",
+    float,
+    "Strength of classifier-free guidance towards the prompt or class; 1: none. For a pipeline, one number or one for "
+    "each stage.",
+)
+flags.DEFINE_float("guidance_rescale", None, "How far to undo the contrast that guidance adds, 0 to 1.")
+flags.DEFINE_list("guidance_interval", None, "LOWEST,HIGHEST: the timesteps at which guidance is on.")
+
+# Which weights.
+flags.DEFINE_integer("step", None, "Step of the checkpoint to open; by default the latest.")
+flags.DEFINE_float(
+    "ema_decay", None, "Which moving average of the weights to use, by its decay; by default the config's first."
+)
+flags.DEFINE_bool("raw", False, "Use the trained weights themselves instead of a moving average.")
+flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of the weights in memory and the arithmetic; by default the config's."
+)
+flags.DEFINE_multi_string(
+    "lora", [], "Stable Diffusion: a LoRA file to add, as FILE or FILE:WEIGHT (by default 1); repeat the flag for more."
+)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several hosts: host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: the number of processes.", lower_bound=1)
@@ -303,7 +309,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         positional = FLAGS(argv)
         if any(is_help):
-            print(usage.of_mode(_MODE.value) if FLAGS["mode"].present else usage.overview(), end="")
+            chosen = FLAGS["mode"].present or _CONFIG.value is not None
+            print(usage.of_mode(_MODE.value) if chosen else usage.overview(), end="")
             sys.exit(0)
         return positional
     except SystemExit as end:  # absl's status for help is 1

@@ -63,7 +63,7 @@ _EXAMPLES = (
     "--mode=inpaint --workdir=runs/digits --input=a.png --mask=hole.png",
     "--mode=import --source=stable-diffusion-v1-5/stable-diffusion-v1-5 --workdir=runs/sd15",
 )
-_EVERYWHERE = ("workdir", "compilation_cache")
+_FIRST, _LAST = "workdir", "compilation_cache"
 _HOSTS = (
     *("coordinator", "num_processes", "process_id", "distributed"),
     *("start_timeout", "silence_timeout"),
@@ -106,8 +106,10 @@ def of_mode(mode: str) -> str:
 
     names = set().union(*(modes.flags_of(function) for function in modes.FUNCTIONS[mode].values()))
     names |= {"latents"} if mode == "interpolate" else set()
+    defined = [flag.name for flag in flags.FLAGS.get_flags_for_module("ddpm_jax.cli")]
+    own = [name for name in defined if name in names - {_FIRST, _LAST}]
     lines = [f"--mode={mode}: {MODES[mode]}", ""]
-    lines += [line for name in (*_EVERYWHERE, *sorted(names - set(_EVERYWHERE))) for line in _of_flag(name, mode)]
+    lines += [line for name in (_FIRST, *own, _LAST) for line in _of_flag(name, mode)]
     lines += ["", "On several hosts:", *(line for name in _HOSTS for line in _of_flag(name, "Several hosts"))]
     return "\n".join(lines) + "\n"
 

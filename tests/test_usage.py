@@ -32,6 +32,12 @@ def test_a_modes_flags_are_those_that_it_takes(mode):
     assert not others & shown
 
 
+def test_a_modes_flags_begin_with_what_is_drawn():
+    shown = [line.split()[0] for line in usage.of_mode("inpaint").splitlines() if line.startswith("  --")]
+    assert shown[:3] == ["--workdir", "--input", "--mask"]
+    assert shown.index("--out") < shown.index("--sampler") < shown.index("--step") < shown.index("--coordinator")
+
+
 def test_every_parameter_of_a_mode_is_a_flag():
     for functions in modes.FUNCTIONS.values():
         for function in functions.values():

@@ -17,6 +17,13 @@ def test_help_of_a_mode(call):
     assert "--topology" not in output
 
 
+def test_help_beside_a_config_is_of_training(call):
+    status, output = call("--config=configs/digits.py", "--help", config=None)
+    assert status == 0
+    assert output.startswith("--mode=train: ")
+    assert "--init_from " in output
+
+
 def test_without_flags_it_says_what_to_type(call):
     status, output = call(config=None)
     assert status == 0
