@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py
 
-Batch 16, float32, each project's own UNet with 128 channels, multipliers 1, 2, 2, 2, two blocks a level and attention
+Batch 16, float32, each project's own UNet with 128 channels, multipliers 1, 2, 2, 2, two blocks per level and attention
 at 16x16. The networks are not the same (their parameters and arithmetic are printed), so the time is also given per
 GFLOP by XLA's count; ours has fewer than the same network with plain convolutions, since some use Winograd's algorithm.
 Memory traffic is XLA's estimate for this machine's processor: all operands and results of all fusions.

@@ -59,7 +59,7 @@ def main(options):
             kind = next(kind for kind, pattern in KINDS.items() if re.match(pattern, name))
             found[kind] += seconds / cores.STEPS / options.devices
     found["between operations and between steps"] = profiled - sum(found.values())
-    print(f"step_profile {options.config}, {options.devices} device(s): {1e3 * plain:.1f} ms a step")
+    print(f"step_profile {options.config}, {options.devices} device(s): {1e3 * plain:.1f} ms per step")
     for kind, seconds in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{kind:46} {1e3 * seconds:7.1f} ms  {seconds / profiled:6.1%}")
     milliseconds = {kind: round(1e3 * seconds, 2) for kind, seconds in found.items()}

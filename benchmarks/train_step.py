@@ -169,7 +169,7 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--network", choices=list(NETWORKS), default="cifar10")
-    arguments.add_argument("--batch", type=int, help="images a step; 16, of digits and numbers 64, if not given")
+    arguments.add_argument("--batch", type=int, help="images per step; by default 16, for digits and numbers 64")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
     arguments.add_argument(
         "--steps", type=int, default=1, help="of each call; several on a GPU, where one is too short"

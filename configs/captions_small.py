@@ -4,9 +4,9 @@
     python main.py --mode=sample --workdir=runs/captions --prompt="a red bicycle" --guidance_scale=3
 
 The folder has a metadata.csv or metadata.jsonl with file_name and text, or a .txt beside each picture. The network has
-2.2 M parameters; use it to check pictures, captions and command before you run configs/captions.py on a GPU. With 7,572
-emoji the first samples came after five minutes and the run ended after 16, on two cores of a Xeon with tests running.
-To train a finished run further, give a larger --config.train.num_steps.
+2.2 M parameters; use it to check your pictures, captions and the command before you run configs/captions.py on a GPU.
+With 7,572 emoji the first samples came after five minutes and the run ended after 16, on two cores of a Xeon with tests
+running. To train a finished run further, give a larger --config.train.num_steps.
 """
 
 from configs import folder_small

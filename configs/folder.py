@@ -3,7 +3,7 @@
     python main.py --config=configs/folder.py --workdir=runs/mine --config.data.path=path/to/pictures
 
 Images are scaled to cover the size and cropped at the centre. The network has 20.1 M parameters; a few thousand
-pictures need a GPU for some hours. Settings that you may want to change: the size (--config.data.height,
+pictures need a GPU for a few hours. Settings that you may want to change: the size (--config.data.height,
 --config.data.width; divisible by 8), --config.data.channels=1 for grey, --config.data.flip=False where left and right
 differ, --config.model.channels. This project has not trained it to the end.
 """

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/folder_small.py --workdir=runs/small --config.data.path=path/to/pictures
 
-A network of 1.7 M parameters with the digits' recipe; use it to check pictures and command before you run
+A network of 1.7 M parameters with the digits' recipe; use it to check your pictures and the command before you run
 configs/folder.py on a GPU. Trained on 4,000 emoji, half of its samples were recognisable. To train a finished run
 further, give a larger --config.train.num_steps.
 """

@@ -71,11 +71,13 @@ flags.DEFINE_bool(
 flags.DEFINE_list("input", [], "The pictures to edit: files, or data:17 for training image 17.")
 flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --input is to be repainted.")
 flags.DEFINE_multi_string(
-    "prompt", [], "Text-conditional run: what to draw; repeat the flag for more, a grid has a row for each."
+    "prompt", [], "Text-conditional run: what to draw; repeat the flag for more; a grid has one row per prompt."
 )
 flags.DEFINE_string("prompts", None, "A text file with one prompt on each line, used after those of --prompt.")
-flags.DEFINE_multi_string("negative_prompt", [], "What guidance leads away from; repeat the flag for one per prompt.")
-flags.DEFINE_list("classes", [], "Class-conditional run: what to draw, such as 0,1,2; a grid has a row for each.")
+flags.DEFINE_multi_string(
+    "negative_prompt", [], "What guidance steers away from; repeat the flag to give one for each prompt."
+)
+flags.DEFINE_list("classes", [], "Class-conditional run: what to draw, such as 0,1,2; a grid has one row per class.")
 flags.DEFINE_string("caption", None, "text_difference: describes the picture.")
 flags.DEFINE_string("target_caption", None, "text_difference: describes what the picture becomes.")
 flags.DEFINE_list("t", [], "interpolate, vary, denoise, coarse_to_fine: the timesteps to diffuse the pictures to.")
@@ -86,10 +88,15 @@ flags.DEFINE_float(
 )
 flags.DEFINE_list("weights", [], "interpolate, blend, text_difference: weights of the second picture or caption.")
 flags.DEFINE_bool(
-    "latents", False, "interpolate: along the arc between the noises to which DDIM encodes the two pictures."
+    "latents", False, "interpolate: encode both pictures to noise with DDIM, and follow the arc between the two noises."
 )
 flags.DEFINE_integer("jump", None, "inpaint: length of RePaint's jumps back, in steps; by default 10.", lower_bound=1)
-flags.DEFINE_integer("times", None, "inpaint: how often RePaint repeats each jump; by default once.", lower_bound=1)
+flags.DEFINE_integer(
+    "times",
+    None,
+    "inpaint: how many times RePaint runs the steps of each jump; by default 1, which repeats nothing.",
+    lower_bound=1,
+)
 flags.DEFINE_integer("num_stages", None, "progressive: how many stages to show; by default 10.", lower_bound=2)
 flags.DEFINE_enum("of", "x_0", ["x_0", "x"], "progressive: show the predicted x_0 or the noisy x_t.")
 flags.DEFINE_integer("num_neighbours", 5, "neighbours: training images per sample.", lower_bound=1)
@@ -113,7 +120,7 @@ flags.DEFINE_string(
     "out",
     None,
     "The file or folder to write; by default in WORKDIR/samples. export: a folder for diffusers, or a .safetensors "
-    "file with this project's names of the parameters.",
+    "file with this project's parameter names.",
 )
 flags.DEFINE_integer("height", None, "Height of the pictures; by default the config's.", lower_bound=1)
 flags.DEFINE_integer("width", None, "Width of the pictures; by default the config's.", lower_bound=1)
@@ -345,7 +352,7 @@ def _unknown_flag(name: str) -> str:
 
     prefix, dot, field = name.partition(".")
     if prefix == "config":
-        return f"--{name} needs --config too: the file whose {field} it sets"
+        return f"--{name} also needs --config, the config file whose field {field} it changes"
     known = [f"--{flag.name}" for flag in FLAGS.get_flags_for_module(__name__)]
     if dot:
         from ddpm_jax.config import default_config, fields

@@ -83,7 +83,7 @@ class Pipeline(Run):
         return sum(stage.calls(**_of_stage(stage, number, options)) for number, stage in enumerate(self.stages))
 
     def settings(self, *, seed: int, batch_size: int | None = None, **options: Any) -> dict[str, Any]:
-        self.request(**options)  # refuses a list of another length
+        self.request(**options)  # refuses a list of a different length
         first, *rest = (
             stage.settings(seed=seed, batch_size=batch_size, **_of_stage(stage, number, options))
             for number, stage in enumerate(self.stages)
@@ -95,7 +95,9 @@ class Pipeline(Run):
         return Run(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Run)})
 
     def _given(self) -> Any:
-        raise UserError("a pipeline enlarges what it draws itself; accepted for --mode=upscale: one of its stages")
+        raise UserError(
+            "a pipeline enlarges only its own pictures; accepted for --mode=upscale: a run that is one of its stages"
+        )
 
     def _generated(
         self,
@@ -123,7 +125,7 @@ class Pipeline(Run):
         return images, snapshots
 
     def _said_to(self, number: int, inputs: Inputs | None, count: int) -> Mapping[str, np.ndarray] | None:
-        """The null condition for the next stage if this one has no request either; None: the request's."""
+        """The null condition for stage `number` if the inputs replace the request's condition; None: the request's."""
         if inputs is None or inputs.cond is None or number == len(self.stages):
             return None
         return self.stages[number].condition.null(count)
@@ -137,9 +139,7 @@ class Pipeline(Run):
         for number, stage in enumerate(self.stages):
             if isinstance(stage.model.given, ImageEmbedding):
                 return number
-        raise UserError(
-            "no stage of this pipeline is given an image embedding; accepted: one trained with embedding.clip"
-        )
+        raise UserError("no stage of this pipeline takes an image embedding; accepted: one trained with embedding.clip")
 
 
 def _of_stage(stage: Run, number: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,19 +241,19 @@ def _check(folders: Sequence[Path], runs: Sequence[Run]) -> None:
         given, name = runs[number].model.given, str(folders[number])
         if given is None or given.needs:
             raise UserError(
-                f"stage {number + 1}, {name!r}, takes nothing from another; accepted: a run trained "
+                f"stage {number + 1}, {name!r}, takes no input from another stage; accepted: a run trained "
                 "with config.upscale or config.embedding"
             )
         clips = [run.dataset.get("clip_crc32") for run in runs[number - 1 : number + 1]]
         if isinstance(given, ImageEmbedding) and clips[0] is not None and clips[0] != clips[1]:
             raise UserError(
-                f"stage {number + 1}, {name!r}, was trained with another CLIP than stage {number}, "
+                f"stage {number + 1}, {name!r}, was trained with a different CLIP than stage {number}, "
                 f"{str(folders[number - 1])!r}; accepted: the same"
             )
         made = runs[number - 1].shape
         if tuple(given.shape) != tuple(made):
             sizes = ["x".join(map(str, shape)) for shape in (made, given.shape)]
             raise UserError(
-                f"stage {number}, {str(folders[number - 1])!r}, makes {sizes[0]}, and stage {number + 1}, {name!r}, is "
-                f"given {sizes[1]}; accepted: the same"
+                f"stage {number}, {str(folders[number - 1])!r}, makes {sizes[0]}, but stage {number + 1}, {name!r}, "
+                f"takes {sizes[1]}; accepted: the same"
             )

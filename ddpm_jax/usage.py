@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Check and plan": {
         "doctor": "reports what this machine has and what would make a run fail",
-        "plan": "estimates what a run costs on a TPU slice, without having one, or measures it on this machine",
+        "plan": "estimates what a run costs on a TPU slice, with no TPU needed, or measures it on this machine",
     },
 }
 MODES = {mode: what for group in GROUPS.values() for mode, what in group.items()}
@@ -119,7 +119,7 @@ def _of_flag(name: str, where: str) -> list[str]:
     flag = flags.FLAGS[name]
     default = "" if flag.default in (None, "", [], False) else f" (default: {_shown(flag.default)})"
     title, indent = f"  --{name}", " " * 22
-    # absl puts the choices before the help, and of a flag that may be repeated a remark behind it.
+    # absl puts the choices before the help, and for a repeatable flag adds a remark after it.
     choices, help = _CHOICES.fullmatch(flag.help.split(";\n")[0]).groups()  # type: ignore[union-attr]
     modes, _, rest = help.partition(": ")
     help = rest if where in modes.split(", ") else help

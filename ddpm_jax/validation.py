@@ -71,7 +71,7 @@ def check_fields(config: ConfigDict) -> None:
         _check_clip(config)
     if config.model.masked_picture and not config.autoencoder.source:
         raise UserError(
-            "config.model.masked_picture is True, and the run diffuses no latents; accepted: with an autoencoder.source"
+            "config.model.masked_picture is True, but the run diffuses no latents; accepted: with an autoencoder.source"
         )
     if config.upscale.height or config.upscale.width:
         _check_upscale(config)
@@ -108,7 +108,7 @@ def _check_lora(config: ConfigDict) -> None:
     if config.lora.text_encoder and not (config.lora.rank and config.text.encoder):
         found = f"config.lora.rank is {config.lora.rank} and config.text.encoder {config.text.encoder!r}"
         raise UserError(
-            f"config.lora.text_encoder is True, and {found}; accepted: a rank above 0 and the folder of a text encoder"
+            f"config.lora.text_encoder is True, but {found}; accepted: a rank above 0 and the folder of a text encoder"
         )
 
 
@@ -143,13 +143,13 @@ def _check_latents(config: ConfigDict) -> None:
     for name in ("clip", "dynamic_threshold"):
         if config.diffusion[name]:
             raise UserError(
-                f"config.diffusion.{name} is {config.diffusion[name]}, and latents lie outside of [-1, 1], too; "
+                f"config.diffusion.{name} is {config.diffusion[name]}, but latents can also lie outside [-1, 1]; "
                 f"accepted with an autoencoder.source: {type(config.diffusion[name])(0)}"
             )
     if config.evaluate.every_steps and config.evaluate.likelihood_images:
         raise UserError(
-            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run of latents has no "
-            "likelihood of its pictures; accepted with an autoencoder.source: 0"
+            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, but the likelihood of pictures "
+            "cannot be computed for a run of latents; accepted with an autoencoder.source: 0"
         )
 
 
@@ -166,14 +166,14 @@ def _check_embeddings(config: ConfigDict) -> None:
             raise UserError(f"config.{name} and config.{other} are both set; accepted: one of the two")
     if len(config.prior.mean) != len(config.prior.std) or not all(std > 0 for std in config.prior.std):
         raise UserError(
-            f"config.prior.mean has {len(config.prior.mean)} values and config.prior.std {len(config.prior.std)}; "
-            "accepted: as many, and standard deviations above 0"
+            f"config.prior.mean has {len(config.prior.mean)} values and config.prior.std has {len(config.prior.std)}; "
+            "accepted: equally many, with all standard deviations above 0"
         )
     diffusion = config.diffusion
     if config.prior.clip and ((diffusion.clip and diffusion.clip_range == 1) or diffusion.dynamic_threshold):
         raise UserError(
-            "config.diffusion.clip or dynamic_threshold is set, and embeddings lie outside of [-1, 1], too; accepted "
-            "with prior.clip: False or a larger clip_range, and 0.0"
+            "config.diffusion.clip or dynamic_threshold is set, but embeddings can also lie outside [-1, 1]; accepted "
+            "with prior.clip: clip False or a clip_range above 1, and dynamic_threshold 0.0"
         )
     if config.evaluate.every_steps and (config.prior.clip or config.evaluate.likelihood_images):
         raise UserError(
@@ -187,30 +187,33 @@ def _check_clip(config: ConfigDict) -> None:
     text, train = config.text, config.train
     if text.encoder != config_lib.TRAINED:
         raise UserError(
-            f"config.text.encoder is {text.encoder!r}, and a CLIP trains its own on captions; accepted with "
+            f"config.text.encoder is {text.encoder!r}, but a CLIP trains its own text encoder; accepted with "
             "train.objective 'clip': 'trained'"
         )
     if not text.num_layers:
         raise UserError(
-            "config.text.num_layers is 0, with which the state at the end of a text knows nothing of it; accepted with "
-            "train.objective 'clip': 1 or more"
+            "config.text.num_layers is 0, which leaves the state at the end of a text without information about the "
+            "text; accepted with train.objective 'clip': 1 or more"
         )
     if train.batch_size < 2:
-        raise UserError("config.train.batch_size is 1, and a CLIP tells pictures apart; accepted: 2 or more")
+        raise UserError(
+            "config.train.batch_size is 1, but a CLIP learns by telling the pictures of a batch apart; accepted: 2 or "
+            "more"
+        )
     if train.accumulation > 1:
         raise UserError(
-            f"config.train.accumulation is {train.accumulation}, and a CLIP's loss is of the whole batch, not the mean "
-            "of its parts'; accepted with train.objective 'clip': 1"
+            f"config.train.accumulation is {train.accumulation}, but a CLIP's loss is computed over the whole batch "
+            "and is not the mean of the losses of its parts; accepted with train.objective 'clip': 1"
         )
     if config.evaluate.every_steps and not config.evaluate.num_images:
         raise UserError(
-            "config.evaluate.num_images is 0, and a CLIP is evaluated by pictures; accepted with evaluate.every_steps "
+            "config.evaluate.num_images is 0, but a CLIP is evaluated on pictures; accepted with evaluate.every_steps "
             "and train.objective 'clip': 2 or more"
         )
     for name, value in (("autoencoder.source", config.autoencoder.source), ("upscale.height", config.upscale.height)):
         if value:
             raise UserError(
-                f"config.{name} is {value!r}, and a CLIP is trained on pictures themselves; accepted with "
+                f"config.{name} is {value!r}, but a CLIP is trained on pictures themselves; accepted with "
                 f"train.objective 'clip': {type(value)()!r}"
             )
 
@@ -227,7 +230,7 @@ def _check_upscale(config: ConfigDict) -> None:
     if upscale.enlarging == "corners" and min(upscale.height, upscale.width) < 2:
         raise UserError(f"config.upscale is {small}; accepted with enlarging 'corners': 2x2 and larger")
     if config.autoencoder.source or config.train.objective == "autoencoder":
-        raise UserError(f"config.upscale is {small}; accepted with an autoencoder, whose latents are no pictures: 0x0")
+        raise UserError(f"config.upscale is {small}; accepted with an autoencoder, whose latents are not pictures: 0x0")
     if upscale.max_augmentation and upscale.augmentation > upscale.max_augmentation:
         raise UserError(
             f"config.upscale.augmentation is {upscale.augmentation}; accepted: at most upscale.max_augmentation, "
@@ -235,8 +238,8 @@ def _check_upscale(config: ConfigDict) -> None:
         )
     if config.evaluate.every_steps and config.evaluate.likelihood_images:
         raise UserError(
-            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, and a run that enlarges "
-            "pictures has no likelihood of theirs; accepted with upscale: 0"
+            f"config.evaluate.likelihood_images is {config.evaluate.likelihood_images}, but the likelihood of pictures "
+            "cannot be computed for a run that enlarges them; accepted with upscale: 0"
         )
 
 
@@ -245,30 +248,30 @@ def _check_training(config: ConfigDict) -> None:
     diffusion, evaluate, data, train = config.diffusion, config.evaluate, config.data, config.train
     if config.model.masked_picture:
         raise UserError(
-            "config.model.masked_picture is True, and networks that are given a masked picture are not trained here; "
+            "config.model.masked_picture is True, but networks that take a masked picture cannot be trained here; "
             "accepted: False"
         )
     if config.lora.rank and not train.init_from:
         raise UserError(
-            f"config.lora.rank is {config.lora.rank}, and adapters need a trained network; give its workdir by "
+            f"config.lora.rank is {config.lora.rank}, but adapters need a trained network; give its workdir with "
             "--init_from"
         )
     if config.train.objective == "autoencoder" and evaluate.every_steps:
         raise UserError(
-            f"config.evaluate.every_steps is {evaluate.every_steps}, and an autoencoder makes no samples to judge; "
+            f"config.evaluate.every_steps is {evaluate.every_steps}, but an autoencoder makes no samples to judge; "
             "accepted with train.objective 'autoencoder': 0"
         )
     if diffusion.loss == "vlb" and diffusion.weighting != "none":
         raise UserError(
-            f"config.diffusion.weighting is {diffusion.weighting!r}, of the squared error, which loss 'vlb' does not "
-            "have; accepted there: none"
+            f"config.diffusion.weighting is {diffusion.weighting!r}, which weights the squared error, but loss 'vlb' "
+            "has no squared error; accepted with it: none"
         )
     if not (evaluate.every_steps and evaluate.num_images):
         return
     name = evaluate.features
     if name == "digits" and not digits.side_by_side((data.height, data.width, data.channels)):
         raise UserError(
-            "config.evaluate.features is 'digits', which judges 8x8x1 images, or several side by side, and these are "
+            "config.evaluate.features is 'digits', which judges 8x8x1 images, or several side by side, but these are "
             f"{data.height}x{data.width}x{data.channels}; accepted: inception, or the file of its weights"
         )
     if name not in ("", "digits", "inception") and not Path(name).expanduser().is_file():
@@ -292,7 +295,8 @@ def _check_schedule_and_sampling(config: ConfigDict) -> Schedule:
     schedule = config_lib.make_schedule_from(config)
     if config.diffusion.prediction == "eps" and schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
-            "diffusion.prediction 'eps' says nothing at the last timestep, which is pure noise; accepted there: x_0, v"
+            "diffusion.prediction 'eps' does not determine the image at the last timestep, which is pure noise; "
+            "accepted there: x_0, v"
         )
     config_lib.sampling_calls(config, schedule)
     return schedule

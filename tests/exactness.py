@@ -44,10 +44,10 @@ SECTIONS = {
 }
 HEAD = """# How exact is it
 
-Every comparison that the tests make with something that is not this project: formulas evaluated in float64 or extended
-precision, laws that must hold, SciPy, diffusers, transformers and PyTorch. An error is the largest over all cases of
-the test, relative where the tolerance says so. "Standard errors" are those of a Monte Carlo estimate, of which 5 are
-allowed.
+This page lists every comparison that the tests make with a reference outside this project: formulas evaluated in
+float64 or extended precision, laws that must hold, SciPy, diffusers, transformers and PyTorch. Each error is the
+largest over all cases of its test; it is relative where the tolerance says "relative". Monte Carlo estimates are
+measured in standard errors, and a deviation of up to 5 is allowed.
 
 This page is written by the tests themselves, from the errors that they measured:
 
@@ -55,7 +55,7 @@ This page is written by the tests themselves, from the errors that they measured
     python -m pytest --exactness=docs/exactness.md
 
 Measured on {machine}, with {versions}.
-A row's test is run by `python -m pytest` and the name in its last column.
+To run the test of a row, pass the name in its last column to `python -m pytest`.
 """
 RECORDS = pytest.StashKey[dict]()
 

@@ -22,7 +22,7 @@ def column(values):
 
 
 def batch(seed, channels=3):
-    """8-bit x_0, noise and something for the network to say, float32 values held as float64."""
+    """8-bit x_0, noise and an output for the network, float32 values held as float64."""
     rng = np.random.default_rng(seed)
     shape = (len(TIMES), 4, 4, channels)
     x_0 = (rng.integers(0, 256, shape) / 127.5 - 1).astype(np.float32).astype(np.float64)

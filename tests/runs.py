@@ -23,7 +23,7 @@ from xla import xla_flags
 from ddpm_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 900  # seconds after which what a test waits for will not come, however slow or loaded the machine is
+PATIENCE = 900  # seconds to wait before a test fails, generous even for a slow or loaded machine
 STEPS = 24
 TINY = [
     "--config=configs/digits.py",
@@ -222,7 +222,7 @@ def wait_for_step(process, workdir, step):
     """Waits until the run has logged a step; fails if it ends first."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        ended = process.poll() is not None  # before the look at what it logged
+        ended = process.poll() is not None  # checked before reading the log
         if any(line["step"] >= step for line in metrics(workdir)):
             return
         assert not ended, process.communicate()[0]

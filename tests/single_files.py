@@ -71,7 +71,7 @@ class Builder:
 
 
 def unet_shapes(widths=(32, 64), layers=1, context=64, in_channels=4, linear=False):
-    """Of a `UNet2DConditionModel` with attention at all levels but the last."""
+    """The shapes of a `UNet2DConditionModel` with attention at all levels but the last."""
     net, time, last = Builder(), 4 * widths[0], len(widths) - 1
     net.linear("time_embedding.linear_1", widths[0], time)
     net.linear("time_embedding.linear_2", time, time)
@@ -104,7 +104,7 @@ def unet_shapes(widths=(32, 64), layers=1, context=64, in_channels=4, linear=Fal
 
 
 def autoencoder_shapes(widths=(32, 64), layers=1):
-    """Of an `AutoencoderKL`."""
+    """The shapes of an `AutoencoderKL`."""
     net, last = Builder(), len(widths) - 1
 
     def middle(half, width):
@@ -141,7 +141,7 @@ def autoencoder_shapes(widths=(32, 64), layers=1):
 
 
 def text_shapes(width=64, layers=2, tokens=50, length=77):
-    """Of a `CLIPTextModel`."""
+    """The shapes of a `CLIPTextModel`."""
     net = Builder()
     net.shapes["text_model.embeddings.token_embedding.weight"] = (tokens, width)
     net.shapes["text_model.embeddings.position_embedding.weight"] = (length, width)

@@ -1,4 +1,4 @@
-"""A run that version 0.1.0 trained: it opens, samples and goes on as it did there."""
+"""A run that version 0.1.0 trained: it opens, samples and continues as it did there."""
 
 import json
 import zipfile
@@ -42,7 +42,7 @@ def test_it_opens_and_samples(folder):
     np.testing.assert_array_equal(run.request(**options).condition.record(np.arange(len(guided)))["label"], labels)
 
 
-def test_its_shards_go_on(folder, capsys):
+def test_its_shards_continue(folder, capsys):
     """The settings that they hold are recognised, so that none is made again."""
     job = Job(ddpm_jax.load(folder / "run"), folder / "run")
     (shard,) = (folder / "run" / "samples").glob("shards_*/*.npz")
@@ -54,7 +54,7 @@ def test_its_shards_go_on(folder, capsys):
 
 
 @pytest.mark.slow
-def test_it_goes_on_training(folder):
+def test_its_training_continues(folder):
     config = workdir.read_config(folder / "run")
     config.train.num_steps = 12
     ddpm_jax.train(config, folder / "run")

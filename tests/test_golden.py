@@ -1,4 +1,4 @@
-"""Numbers that other programs gave, for machines that do not have them: PyTorch with diffusers, and exact fractions.
+"""Numbers that other programs computed, for machines without them: PyTorch with diffusers, and exact fractions.
 
 `tests/interop/test_peers.py` checks that PyTorch still gives the same.
 """
@@ -30,7 +30,7 @@ def test_network(measure, name, size):
     compiled = partial(jax.jit, compiler_options=parallel.run_once_options())
     found = compiled(model_fn(name))(*golden.inputs(size))
     errors = np.abs(np.array(golden.summary(found)) - golden.NUMBERS[f"{name} network"])
-    measure(f"output of the {name} network", "numbers that PyTorch gave", errors.max(), 1e-5)
+    measure(f"output of the {name} network", "numbers computed by PyTorch", errors.max(), 1e-5)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_trajectory(measure):
     options = {"sampler": "ddim", "num_steps": 20, "spacing": "leading"}
     found = sample(make_schedule(), model_fn("small"), jax.random.key(0), x.shape, x_t=x, **options)
     errors = np.abs(np.array(golden.summary(found)) - golden.NUMBERS["ddim trajectory"])
-    measure("20 steps of ddim with the small network", "numbers that PyTorch gave", errors.max(), 1e-4)
+    measure("20 steps of ddim with the small network", "numbers computed by PyTorch", errors.max(), 1e-4)
 
 
 @pytest.mark.parametrize("name", golden.NUMBERS["schedule"])

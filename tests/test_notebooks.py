@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {"train_and_sample": digits, "what_a_diffusion_model_can_do": digits_classes, "text_to_image": numbers}
 NOTEBOOKS = sorted(CONFIGS)
 
-# One run serves the first two: a small network that knows classes, so that the second notebook finds the first one's.
+# One run serves the first two: a small class-conditional network, so that the second notebook finds the first one's.
 TINY = """
 WORKDIR = "WHERE"
 NUM_STEPS = 30
@@ -135,5 +135,5 @@ def test_run_and_show_what_is_committed(tmp_path):
         patience = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
         NotebookClient(notebook, **patience, kernel_name="python3", resources=resources).execute(env=environment)
         for cell, kinds in zip(code_cells(notebook), committed, strict=True):
-            # Training and its progress on stderr is the first notebook's alone.
+            # Only the first notebook trains and prints progress to stderr.
             assert set(shown(cell)) - {"stderr"} == set(kinds) - {"stderr"}, cell.source

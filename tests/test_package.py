@@ -16,7 +16,7 @@ def test_the_wheel_holds_every_package():
     assert {*PYPROJECT["tool"]["setuptools"]["packages"]} == found | {"ddpm_jax.configs"}
 
 
-def test_the_wheel_holds_the_files_that_are_no_code():
+def test_the_wheel_holds_the_files_that_are_not_code():
     data = PYPROJECT["tool"]["setuptools"]["package-data"]
     held = {
         path
@@ -38,7 +38,7 @@ def test_one_version():
 
 
 def test_the_sdist_names_every_folder():
-    """Of the repository's folders that no package holds, as MANIFEST.in lists them."""
+    """MANIFEST.in lists every folder of the repository that no package holds."""
     done = subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:  # no git checkout
         return

@@ -143,14 +143,14 @@ class TestCascade:
                 run.vary(np.zeros((1, 8, 8, 1), np.uint8), t=5)
         with pytest.raises(UserError, match="the pictures to enlarge are uint8 of shape"):
             ddpm_jax.load(cascade / "sr").upscale(np.zeros((1, 8, 8, 1), np.uint8))
-        with pytest.raises(UserError, match="this run enlarges no pictures"):
+        with pytest.raises(UserError, match="this run does not enlarge pictures"):
             ddpm_jax.load(cascade / "base").upscale(np.zeros((1, 4, 4, 1), np.uint8))
 
     def test_what_does_not_go_together(self, cascade, tmp_path):
         base, sr = cascade / "base", cascade / "sr"
         for stages, sentence in (
-            ([sr, base], "stage 2, .*base', takes nothing from another"),
-            ([base, sr, sr], "stage 2, .*sr', makes 8x8x1, and stage 3, .*sr', is given 4x4x1; accepted: the same"),
+            ([sr, base], "stage 2, .*base', takes no input from another stage"),
+            ([base, sr, sr], "stage 2, .*sr', makes 8x8x1, but stage 3, .*sr', takes 4x4x1; accepted: the same"),
             ([base], "--stages has 1 run; accepted: two or more"),
             ([base, tmp_path / "none"], "holds no run"),
         ):
@@ -187,7 +187,7 @@ class TestUnclip:
         assert more == 2
 
     def test_the_better_of_two_is_kept(self, unclip):
-        """More candidates are never worse, since the first ones are the same; a run draws as many as it is told."""
+        """More candidates are never worse, since the first ones are the same; a run draws as many as requested."""
         run = ddpm_jax.load(unclip / "prior")
         request = run.request(prompts=["a plum"])
         assert (request.candidates, run.calls(), run.settings(seed=0)["candidates"]) == (2, 4, 2)
@@ -225,14 +225,14 @@ class TestUnclip:
             assert np.max(np.abs(blended[[0, -1]].astype(int) - ends)) <= 1
             moved = run.text_difference(pictures[0], "a plum", "a red apple", weights=(0.0, 0.4))
             assert not np.array_equal(*moved)
-            with pytest.raises(UserError, match="have one embedding"):
+            with pytest.raises(UserError, match="have the same embedding"):
                 run.text_difference(pictures[0], "a plum", "a plum")
 
     def test_a_prior_of_another_clip(self, unclip, tmp_path):
         shutil.copytree(unclip / "prior", tmp_path / "prior")
         description = json.loads((tmp_path / "prior" / "dataset.json").read_text())
         (tmp_path / "prior" / "dataset.json").write_text(json.dumps(description | {"clip_crc32": 1}))
-        with pytest.raises(UserError, match=r"stage 2, .* was trained with another CLIP than stage 1"):
+        with pytest.raises(UserError, match=r"stage 2, .* was trained with a different CLIP than stage 1"):
             pipeline.compose([tmp_path / "prior", unclip / "decoder"], tmp_path / "both")
 
     def test_names_of_the_decoders_parameters(self, unclip):
@@ -243,7 +243,7 @@ class TestUnclip:
 @pytest.mark.slow
 class TestCommands:
     def test_report_and_evaluation(self, cascade, tmp_path):
-        """Of a pipeline as of a run; the report names its stages."""
+        """They work for a pipeline as for a run; the report names its stages."""
         folder = shutil.copytree(cascade, tmp_path / "copy") / "cascade"
         job = Job(ddpm_jax.load(folder), folder)
         result = evaluation.evaluate(

@@ -1,4 +1,4 @@
-"""What is done to runs, and that they lose nothing by it. docs/survival.md is the list of these tests."""
+"""Runs are killed, stopped and damaged, and lose nothing. docs/survival.md is the list of these tests."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def state(process):
 
 class TestKills:
     def test_at_random_moments_and_while_saving(self, start, call, tmp_path, request):
-        """By SIGKILL and SIGTERM, as often as --kills says; the end is that of the uninterrupted run, bit for bit."""
+        """--kills times by SIGKILL and SIGTERM; it ends as the uninterrupted run does, bit for bit."""
         kills = request.config.getoption("--kills")
         num_steps = 50 * kills
         flags = (
@@ -121,11 +121,11 @@ class TestKills:
         assert process.returncode == 0, output
         saved = int(re.search(r"stopped at step (\d+)", output)[1])
         assert saved >= 2
-        for workdir in (stopped, whole):  # saving at other steps may change while a run goes on
+        for workdir in (stopped, whole):  # saving at other steps may change while a run continues
             flags = (f"--config.train.num_steps={saved + 7}", "--config.log.sample_every_steps=0")
             status, output = call(f"--workdir={workdir}", *flags)
             assert status == 0, output
-            assert (f"going on from the checkpoint of step {saved}" in output) == (workdir == stopped)
+            assert (f"resuming from the checkpoint of step {saved}" in output) == (workdir == stopped)
         assert_nothing_lost(stopped, whole, saved + 7)
 
 
@@ -146,7 +146,7 @@ class TestDisk:
         small_disk(40_000)
         status, output = call(f"--workdir={workdir}")
         assert status == 0, output
-        assert f"going on from the checkpoint of step {found[1]}" in output
+        assert f"resuming from the checkpoint of step {found[1]}" in output
         assert "was half-written when the run was interrupted; removing it" in output
         assert_same_checkpoint(workdir, trained[0])
         assert results(workdir)[:2] == results(trained[0])[:2]
@@ -163,7 +163,7 @@ class TestDisk:
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1
         sentence = output.splitlines()[-1]
-        assert re.match(r"error: .*No space left on device.* the same command goes on from ", sentence), output
+        assert re.match(r"error: .*No space left on device.* the same command resumes from ", sentence), output
         assert "Traceback" not in output
         filler.unlink()
         status, output = call(f"--workdir={workdir}")
@@ -201,7 +201,7 @@ class TestDisk:
         status, output = call(f"--workdir={workdir}")
         assert status == 0, output
         assert "Checkpoint 24 cannot be read" in output
-        assert "going on from the checkpoint of step 18" in output
+        assert "resuming from the checkpoint of step 18" in output
         assert (workdir / "corrupt" / "24").is_dir()
         assert_nothing_lost(workdir, trained[0])
 
@@ -264,21 +264,21 @@ class TestTwoProcesses:
         return [process.returncode for process in processes], outputs
 
     def test_one_is_told_to_stop(self, start, call, tmp_path):
-        """Both save and stop; with 4 devices each they go on to the losses of one process."""
+        """Both save and stop; with 4 devices each they continue to the losses of one process."""
         flags = ("--config.log.sample_every_steps=0", "--config.sample.num_images=4", "--config.sample.num_steps=5")
         whole, stopped = tmp_path / "whole", tmp_path / "stopped"
         statuses, outputs = self.until_step(start, stopped, 2, 1, signal.SIGTERM, *flags, *ENDLESS)
         assert statuses == [0, 0], outputs
         assert "4 cpu device(s), 2 process(es)" in outputs[0]
         assert "process(es)" not in outputs[1]
-        step = int(re.search(r"stopped at step (\d+) of 100000, saved", outputs[0])[1])
+        step = int(re.search(r"stopped at step (\d+) of 100000 and saved", outputs[0])[1])
         flags = (*flags, f"--config.train.num_steps={step + 8}")
         status, output = call(f"--workdir={whole}", *flags)
         assert status == 0, output
         processes = start_two(start, f"--workdir={stopped}", *flags, devices=4)
         outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-        assert f"going on from the checkpoint of step {step}" in outputs[0]
+        assert f"resuming from the checkpoint of step {step}" in outputs[0]
         assert "8 cpu device(s), 2 process(es)" in outputs[0]
         losses = [[line["loss"] for line in metrics(workdir)] for workdir in (stopped, whole)]
         np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What no config may say, each told in one sentence."""
+"""Invalid configs, each refused in one sentence."""
 
 import math
 
@@ -94,13 +94,13 @@ def test_an_int_is_a_float():
         ({"diffusion__weighting": "snr"}, "Did you mean 'min_snr'?"),
         (
             {"diffusion__loss": "vlb", "diffusion__variance": "learned", "diffusion__weighting": "p2"},
-            "weighting is 'p2', of the squared error, which loss 'vlb' does not have",
+            "weighting is 'p2', which weights the squared error, but loss 'vlb' has no squared error",
         ),
         ({"diffusion__vlb_weight": -1.0}, "config.diffusion.vlb_weight is -1.0; at least 0"),
         ({"checkpoint__every_minutes": math.nan}, "config.checkpoint.every_minutes is nan; at least 0"),
         (
             {"evaluate__features": "digits", "evaluate__every_steps": 1},
-            "'digits', which judges 8x8x1 images, or several side by side, and these are 8x8x3",
+            "'digits', which judges 8x8x1 images, or several side by side, but these are 8x8x3",
         ),
         (
             {"evaluate__features": "nope", "evaluate__every_steps": 1},
@@ -198,7 +198,7 @@ def test_an_int_is_a_float():
         ({"sample__guidance_scale": 2.0, "model__class_conditional": True}, "a train.label_dropout above 0"),
         (
             {"model__masked_picture": True},
-            "model.masked_picture is True, and the run diffuses no latents; accepted: with",
+            "model.masked_picture is True, but the run diffuses no latents; accepted: with",
         ),
         ({"train__label_dropout": 0.1}, "label_dropout is for config.model.class_conditional=True"),
         ({"sample__guidance_rescale": 0.5}, "need a guidance_scale other than 1"),
@@ -208,8 +208,8 @@ def test_an_int_is_a_float():
         ({"seed": 2**32}, "config.seed is 4294967296; accepted: 0 to 4294967295"),
         ({"train__label_dropout": 1.5}, "config.train.label_dropout is 1.5; accepted: 0 to 1"),
         ({"sample__guidance_interval": (3,)}, "guidance_interval is (3,); accepted: the lowest and"),
-        ({"diffusion__zero_terminal_snr": True}, "'eps' says nothing at the last timestep"),
-        ({"diffusion__betas": (0.1, 1.0), "log__sample_steps": 2}, "'eps' says nothing at the last timestep"),
+        ({"diffusion__zero_terminal_snr": True}, "'eps' does not determine the image at the last timestep"),
+        ({"diffusion__betas": (0.1, 1.0), "log__sample_steps": 2}, "'eps' does not determine the image at the last"),
         ({"sample__num_steps": 1001}, "config.sample.num_steps is 1001; accepted: 1001 or more timesteps, or"),
         ({"sample__num_steps": -1}, "config.sample.num_steps is -1"),
         ({"log__sample_steps": 1001}, "or a config.log.sample_steps of at most 1000"),
@@ -281,7 +281,7 @@ def test_right_values(changes):
 
 
 class TestFrozenEncoder:
-    """Of a folder that has both halves, but not such that fit."""
+    """A folder that has both halves, but they do not fit together."""
 
     @pytest.fixture
     def folder(self, tmp_path):

@@ -1,6 +1,6 @@
 """Configs of diffusers' networks and of its schedulers, for the tests that read, run and write them back."""
 
-# A small network of diffusers' defaults: what is not said here is as its training script has it.
+# A small network of diffusers' defaults: other fields are as in its training script.
 DEFAULT = {
     "sample_size": 8,
     "in_channels": 3,
@@ -102,7 +102,7 @@ CONDITION_NETWORKS = {
     "like 1.x": {},
     "like 2.x": {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True},
     "inpainting": {"in_channels": 9},
-    "two blocks a transformer": {
+    "two blocks per transformer": {
         "transformer_layers_per_block": 2,
         "layers_per_block": 2,
         "attention_head_dim": (2, 2),

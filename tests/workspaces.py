@@ -117,10 +117,10 @@ class Workspace:
         np.savez(folder / "pictures.npz", image=rng.integers(0, 256, (12, 8, 8, 1), np.uint8))
 
     def main(self, words):
-        """Runs a command line of main.py to its end, as the tables above say.
+        """Runs a command line of main.py to its end, with the changes in the tables above.
 
-        One that leaves nothing to the commands after it is run once, though several pages have it, and so is one that
-        trains.
+        A command whose results no later command needs is run only once, even if several pages have it, and so is one
+        that trains.
         """
         if re.match(r"--config=configs/\S+ --workdir=runs/", " ".join(words[2:])):
             config, workdir, *more = words[2:]
@@ -158,7 +158,7 @@ class Workspace:
         return True
 
     def serve(self, words):
-        """Starts a server, which goes on until `close`."""
+        """Starts a server, which runs until `close`."""
         self.close()
         self.prepare(dict(word.partition("=")[::2] for word in words[2:])["--workdir"])
         command = [sys.executable, *words[1:], "--port=0"]
@@ -182,7 +182,7 @@ class Workspace:
         """(the flags to run with, the environment)."""
         given = [new for flag in flags for new in _replaced(flag)]
         environment = dict(self.surroundings)
-        if "--distributed" in given:  # what a pod, Slurm and the like would say
+        if "--distributed" in given:  # what a pod, Slurm and the like would set
             environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1"}
             environment["JAX_PROCESS_ID"] = "0"
         value = dict(flag.partition("=")[::2] for flag in given)
@@ -226,7 +226,7 @@ class Workspace:
             shutil.copytree(self.folder / "stable-diffusion" / "tokenizer", self.folder / "path/to/tokenizer")
 
     def prepare(self, workdir):
-        """Trains the run that a command is about, where no command before it did; `results` is of a command without."""
+        """Trains a command's run if no earlier command did; `results` belongs to a command that needs no run."""
         if workdir == "results" or (self.folder / workdir).exists() or workdir == "runs/imported":
             return
         if workdir == "runs/sd15":

@@ -9,8 +9,8 @@ from ddpm_jax.commands.job import Job, calls_bar
 from ddpm_jax.data import digits
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.numbers import in_words, numbers_of
-from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation import agreement, image_sets
+from ddpm_jax.data.spread import spread, spread_captions
+from ddpm_jax.evaluation import agreement
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.run import Run
 from ddpm_jax.runtime.errors import UserError
@@ -21,16 +21,11 @@ from ddpm_jax.training.clips import load_clip
 _NUM_NUMBERS = 256  # samples whose digits are read, for numbers in the training set and for held-out ones
 
 
-def captions_of(source: Source, count: int) -> list[str]:
-    """The first caption of each of `count` images, spread evenly over a source."""
-    return [source.captions[place][0] for place in image_sets.places(source, count).tolist()]
-
-
 def numbers_read(job: Job, batch_size: int) -> dict[str, float]:
     """The share of samples whose digits are all read correctly, for numbers in the training set and for held-out ones,
     by name.
 
-    It is empty for a run on other images or digits of another size, and if prompts were given.
+    It is empty for a run on other images or digits of a different size, and if prompts were given.
     """
     dataset, run = job.run.dataset, job.run
     if dataset["source"] != "numbers" or "shown_captions" not in dataset or job.options.get("prompts"):
@@ -55,7 +50,7 @@ def numbers_read(job: Job, batch_size: int) -> dict[str, float]:
 def open_clip(run: Run, folder: str) -> CLIP:
     """The CLIP of --clip_model; UserError if it cannot be read, or for a run trained without captions."""
     if "shown_captions" not in run.dataset:
-        raise UserError("--clip_model scores pictures with their prompts, and this run was trained without captions")
+        raise UserError("--clip_model scores pictures with their prompts, but this run was trained without captions")
     return load_clip(folder)
 
 
@@ -72,7 +67,7 @@ def clip_scores(run: Run, clip: CLIP, folder: Path, count: int) -> dict[str, flo
     found: dict[str, float] = {}
     for name, images, texts in (
         ("CLIPScore", np.concatenate(pictures)[:count], prompts[:count]),
-        ("CLIPScore of training images", image_sets.spread(source, count)["image"], captions_of(source, count)),
+        ("CLIPScore of training images", spread(source, count)["image"], spread_captions(source, count)),
     ):
         with ProgressBar(f"scoring, {name}", 0, enabled=jax.process_index() == 0) as bar:
             scores = agreement.clip_score(clip, images, texts, mesh=run.mesh, progress=bar.update)

@@ -97,7 +97,7 @@ def _to_train(workdir: str, config: Sequence[str]) -> list[str]:
 def _after_training(workdir: str) -> list[str]:
     history = read_json_lines(_folder(workdir) / workdir_lib.HISTORY)
     if not history or history[-1]["event"] != "finished":
-        return []  # the loop has said that the same command goes on
+        return []  # the loop has already said how to resume
     match workdir_lib.read_config(workdir).train.objective:
         case "autoencoder":
             return _main("--mode=export", f"--workdir={workdir}", f"--out={_name(workdir)}-diffusers")
@@ -108,7 +108,7 @@ def _after_training(workdir: str) -> list[str]:
 
 
 def _to_draw(workdir: str, prompts: Sequence[str] = (), *more: str) -> list[str]:
-    """The command that draws with a run or pipeline, as its files say what that takes.
+    """The command that draws with a run or pipeline, with the inputs that its files show it needs.
 
     Args:
       workdir: of the run.
@@ -206,7 +206,7 @@ def _is_pipeline(workdir: str) -> bool:
 
 
 def _first_stage(workdir: str) -> Path:
-    """The folder of the run that is asked first."""
+    """The folder of the run, or of a pipeline's first stage."""
     folder = _folder(workdir)
     if not _is_pipeline(workdir):
         return folder

@@ -200,7 +200,7 @@ def _workdir(folder: Path) -> Iterator[Finding]:
     yield Finding(OK, "run", f"checkpoints of the steps {', '.join(map(str, steps))}, {_size(size)} each")
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
-        text = f"the disk has {_size(free)} left, and a checkpoint takes {_size(size)} before an old one is deleted"
+        text = f"the disk has {_size(free)} left, but a checkpoint takes {_size(size)} before an old one is deleted"
         yield Finding(WRONG, "run", text)
     aside = sorted(path.name for path in (folder / "corrupt").glob("*"))
     if aside:
@@ -214,7 +214,8 @@ def _lock(folder: Path) -> Iterator[Finding]:
         return
     alive = holder.is_alive()
     if alive is None:
-        text = f"by {holder}, unless that has died: the next start waits {holder.silence:.0f} s for a sign of life"
+        wait = f"the next start waits {holder.silence:.0f} s for a heartbeat to find out"
+        text = f"by {holder}, if it is still alive; {wait}"
         yield Finding(WARNING, "in use", text)
     elif alive:
         yield Finding(WARNING, "in use", f"by {holder}; no other process can train there until it ends")

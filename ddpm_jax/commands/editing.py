@@ -41,7 +41,7 @@ def interpolate_words(job: Job, *, weights: Sequence[str], num_images: int | Non
 def interpolate_latents(job: Job, *, input: Sequence[str], weights: Sequence[str]) -> Path:
     """Interpolates between two pictures along the arc between the noises to which DDIM encodes them: one row."""
     first, second = job.pictures(input, 2, 2)
-    by_ddim = dataclasses.replace(job, options={**deterministic(), **job.options})  # as the PNG's settings say
+    by_ddim = dataclasses.replace(job, options={**deterministic(), **job.options})  # for the settings stored in the PNG
     lambdas, target = _lambdas(weights), by_ddim.target("interpolate_", ".png")
     with calls_bar("interpolating") as bar:
         row = job.run.interpolate_latents(first, second, lambdas, progress=bar.update, **job.options)

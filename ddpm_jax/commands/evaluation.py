@@ -12,10 +12,11 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
-from ddpm_jax.commands.agreement import captions_of, clip_scores, numbers_read, open_clip
+from ddpm_jax.commands.agreement import clip_scores, numbers_read, open_clip
 from ddpm_jax.commands.job import FLAGS, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
+from ddpm_jax.data.spread import spread_captions
 from ddpm_jax.evaluation import image_sets, likelihood, plots, results, retrieval
 from ddpm_jax.evaluation.comparison import compare
 from ddpm_jax.evaluation.features import Features, open_features
@@ -89,7 +90,7 @@ def evaluate(
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")
     if clip_model and generated is not None:
-        raise UserError("--clip_model scores samples with their prompts, and --generated has none")
+        raise UserError("--clip_model scores samples with their prompts, but --generated has none")
     clip = open_clip(run, clip_model) if clip_model else None
     judge, folder = open_features(features, run.shape), check_writable(job.folder)
     size = batch_size or run.config.sample.batch_size
@@ -202,14 +203,14 @@ def _with_captions(job: Job, count: int) -> Job:
     run = job.run
     if "shown_captions" not in run.dataset or job.options.get("prompts"):
         return job
-    captions = captions_of(training_images(run.config, run.dataset), count)
+    captions = spread_captions(training_images(run.config, run.dataset), count)
     return dataclasses.replace(job, options={**job.options, "prompts": captions})
 
 
 def _samples(job: Job, settings: Mapping[str, Any], count: int, batch_size: int, shard_size: int) -> Path:
     """The folder with shards of the first `count` samples, of which those that exist are kept."""
     shard_size = min(shard_size, count)
-    digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # samples made otherwise have their own folder
+    digest = zlib.crc32(json.dumps([settings, shard_size]).encode())  # samples of other settings have their own folder
     folder = dataclasses.replace(job, told={}).target(f"evaluation_{digest:08x}_", "").path
     make_shards(job, folder, 0, count - 1, shard_size, (0, 1), batch_size)
     if jax.process_count() > 1:

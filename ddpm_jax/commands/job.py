@@ -102,7 +102,7 @@ class Job:
         channels = self.run.shape[-1]
         if channels not in (1, 3):
             raise UserError(
-                f"this run's images have {channels} channels, and pictures have 1 or 3; accepted: --mode=sample "
+                f"this run's images have {channels} channels, but pictures have 1 or 3; accepted: --mode=sample "
                 "--output=npz"
             )
 

@@ -1,4 +1,5 @@
-"""The cost of a run: its programs compiled for a TPU slice, without one, or measured on this machine's devices."""
+"""The cost of a run: estimated from its programs compiled for a TPU slice, which need not be present, or measured on
+this machine's devices."""
 
 import json
 from collections.abc import Sequence

@@ -135,7 +135,7 @@ _WIDTHS = {  # of levels, and whether there may be none
 
 
 def check_types(config: ConfigDict) -> None:
-    """UserError for fields that do not exist or are missing, and for values of another type than the default's."""
+    """UserError for fields that do not exist or are missing, and for values of a different type than the default's."""
     known, found = dict(fields(default_config())), dict(fields(config))
     for name, value in found.items():
         if name not in known:

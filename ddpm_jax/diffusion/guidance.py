@@ -51,7 +51,7 @@ def guided(
 ) -> jax.tree_util.Partial:
     """The model function  null + scale (cond - null), with one network call on the doubled batch.
 
-    All values are arguments of the compiled program: another scale does not recompile.
+    All values are arguments of the compiled program: a different scale does not recompile.
 
     Args:
       model_fn: (x_t, t, cond) -> output; the weights of a `jax.tree_util.Partial` stay arguments as well.

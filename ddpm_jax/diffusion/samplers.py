@@ -309,8 +309,8 @@ def sample(
       The last is the last call's result, before known pixels are put in place.
 
     Raises:
-      ValueError: an unknown option, more steps than timesteps, an x_t of another shape, or a network that predicts eps
-        at a timestep of pure noise.
+      ValueError: an unknown option, more steps than timesteps, an x_t of a different shape, or a network that predicts
+        eps at a timestep of pure noise.
     """
     shape = tuple(shape)
     if x_t is not None and x_t.shape != shape:

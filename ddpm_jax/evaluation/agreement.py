@@ -48,7 +48,7 @@ def clip_score(
       float32 [N], from 0 to 100.
 
     Raises:
-      UserError: pictures of another type or shape or none at all, or another number of texts than of pictures.
+      UserError: pictures of a different type or shape or none at all, or a different number of texts than of pictures.
     """
     check_pictures(pictures)
     if len(pictures) != len(texts):
@@ -74,7 +74,7 @@ def retrieval(similarities: np.ndarray, right: np.ndarray, within: int = 1) -> f
       within: the lowest rank that counts; 5: the share of those ranked among the first five.
 
     Raises:
-      ValueError: no pictures, or a `right` of another length or beyond the captions.
+      ValueError: no pictures, or a `right` of a different length or beyond the captions.
     """
     count, captions = similarities.shape
     right = np.asarray(right)
@@ -96,7 +96,7 @@ def read_digits(pictures: np.ndarray, *, mesh: Mesh | None = None, batch_size: i
       int64 [N]. The classifier takes any picture for some digit, however little it looks like one.
 
     Raises:
-      UserError: pictures of another type or shape, or none at all.
+      UserError: pictures of a different type or shape, or none at all.
     """
     count = digits.side_by_side(pictures.shape[1:])
     if pictures.dtype != np.uint8 or not 1 <= count <= 18 or not len(pictures):

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm_jax.data.pictures import Fit, opened
-from ddpm_jax.data.pipeline import Batch, stacked
 from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.sampling import shards
@@ -53,17 +52,6 @@ def of_source(source: Source) -> ImageSet:
     return ImageSet(source.describe(), len(source), read)
 
 
-def places(source: Source, count: int) -> np.ndarray:
-    """The indices of `count` examples evenly spread over a source, or of all if it has fewer."""
-    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-
-
-def spread(source: Source, count: int) -> Batch:
-    """The examples of `places`, as a batch of `host_batches`."""
-    numbers = places(source, count)
-    return stacked((source[int(number)] for number in numbers), len(numbers)) | {"index": numbers}
-
-
 def _image(source: Source, index: int) -> np.ndarray:
     if not isinstance(source, FolderSource):
         return source[index]["image"]
@@ -82,7 +70,7 @@ def open_images(path: str | Path, shape: Shape | None = None) -> ImageSet:
         all, and pictures become RGB.
 
     Raises:
-      UserError: nothing there, no images in it, or, when they are read, one that is broken or of another size.
+      UserError: nothing there, no images in it, or, when they are read, one that is broken or of a different size.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -99,7 +87,7 @@ def open_images(path: str | Path, shape: Shape | None = None) -> ImageSet:
 
 
 class _SameSize(Fit):
-    """Refuses pictures of another size instead of scaling them."""
+    """Refuses pictures of a different size instead of scaling them."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         if image.size != (self.width, self.height):

@@ -236,7 +236,7 @@ def params_of(path: str | Path, tensors: Mapping[str, np.ndarray]) -> dict[str, 
     """Converts the tensors of the PyTorch port's file to parameters, folding batch norms into convolutions in float64.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape.
+      UserError: a tensor that is missing, unexpected, or of a different shape.
     """
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     shapes = flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])

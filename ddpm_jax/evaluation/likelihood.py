@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ddpm_jax.data.sources import Source
+from ddpm_jax.data.spread import spread
 from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn, Parameterization
 from ddpm_jax.diffusion.schedules import Schedule
-from ddpm_jax.evaluation import image_sets
 from ddpm_jax.runtime import images as images_lib
 from ddpm_jax.runtime import parallel
 from ddpm_jax.runtime.batches import regroup
@@ -56,7 +56,7 @@ class Examples:
     @classmethod
     def spread(cls, source: Source, count: int, condition: Condition) -> "Examples":
         """`count` examples evenly spread over a source, or all if it has fewer, with their conditions."""
-        batch = condition.read(image_sets.spread(source, count), source)
+        batch = condition.read(spread(source, count), source)
         return cls(batch["image"], condition.of_batch(batch), num_images=len(batch["image"]))
 
     def start(self, count: int) -> tuple["Examples", "Examples"]:

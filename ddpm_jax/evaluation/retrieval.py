@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from ddpm_jax.data.numbers import NumbersSource, in_words
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation import image_sets
+from ddpm_jax.data.spread import spread, spread_captions
 from ddpm_jax.evaluation.agreement import retrieval
 from ddpm_jax.interop.transformers import CLIP
 from ddpm_jax.sampling.clip import embed_pictures, embed_texts
@@ -38,7 +38,7 @@ def questions(source: Source, count: int) -> list[Question]:
         numbers: among one another, and among all.
       count: number of pictures in each task.
     """
-    batch, captions = image_sets.spread(source, count), _captions(source, count)
+    batch, captions = spread(source, count), spread_captions(source, count)
     if not isinstance(source, NumbersSource) or not source.held_out:
         return [Question(batch["image"], captions, {"data": list(dict.fromkeys(captions))})]
     held_out = NumbersSource(source.num_digits, source.numbers, source.fit)
@@ -46,8 +46,8 @@ def questions(source: Source, count: int) -> list[Question]:
     return [
         Question(batch["image"], captions, {"data among all captions": every}),
         Question(
-            image_sets.spread(held_out, count)["image"],
-            _captions(held_out, count),
+            spread(held_out, count)["image"],
+            spread_captions(held_out, count),
             {"held out among one another": others, "held out among all captions": every},
         ),
     ]
@@ -55,10 +55,6 @@ def questions(source: Source, count: int) -> list[Question]:
 
 def _all_numbers(source: NumbersSource) -> list[int]:
     return [*source.numbers, *source.held_out]
-
-
-def _captions(source: Source, count: int) -> list[str]:
-    return [source.captions[place][0] for place in image_sets.places(source, count).tolist()]
 
 
 def answers(

@@ -124,7 +124,7 @@ def _read_cached(path: Path, shard: str) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logging.warning("%s cannot be read (%s) and is computed again", path, type(error).__name__)
+        logging.warning("%s cannot be read (%s); it will be computed again", path, type(error).__name__)
     return None
 
 

@@ -1,8 +1,8 @@
 """LoRA: low-rank changes to a Stable Diffusion's weights (Hu et al. 2021, arXiv:2106.09685).
 
-A module's weights W become W + weight * alpha / r * up @ down, with down [r, C] and up [D, r]. Supported are diffusers'
-files, current ones (with PEFT's names) and those of its first releases, and kohya's, which use diffusers' or CompVis'
-module names with underscores for dots. Other formats are refused: LoHa, LoKr, DoRA, and LoRAs for SDXL.
+A module's weights W become W + weight * alpha / r * up @ down, with down [r, C] and up [D, r]. This module supports
+diffusers' files, current ones (with PEFT's names) and those of its first releases, and kohya's, which use diffusers' or
+CompVis' module names with underscores for dots. Other formats are refused: LoHa, LoKr, DoRA, and LoRAs for SDXL.
 """
 
 import dataclasses

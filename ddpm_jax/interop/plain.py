@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
+from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.validation import make_valid_model
 
@@ -43,7 +44,7 @@ def write(
     metadata = {
         "format": _FORMAT,
         "config": config_lib.to_json(config),
-        "dataset": json.dumps({name: value for name, value in dataset.items() if name != "text_encoder"}),
+        "dataset": json.dumps({name: value for name, value in dataset.items() if name not in workdir.PARTS}),
         "step": str(step),
     }
     tensors = {name: np.asarray(value) for name, value in flatten_dict(params, sep=".").items()}

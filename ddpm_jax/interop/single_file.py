@@ -5,9 +5,9 @@ Such a file contains the network ("model.diffusion_model."), the autoencoder ("f
 inferred from the tensors' shapes, and everything else is the same in all files of a version. For the tokenizer, the
 caller must provide CLIP's vocabulary.
 
-Ignored are the averaged weights ("model_ema."; diffusers uses the others as well), the noise schedule's buffers, the
-autoencoder's losses, and the unused parts of OpenCLIP's text encoder in 2.x: the last of its 24 layers and the
-projection.
+These parts are ignored: the averaged weights ("model_ema."; diffusers uses the others as well), the noise schedule's
+buffers, the autoencoder's losses, and the unused parts of OpenCLIP's text encoder in 2.x: the last of its 24 layers and
+the projection.
 """
 
 import dataclasses

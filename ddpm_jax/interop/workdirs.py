@@ -66,7 +66,7 @@ def import_weights(
       UserError: a source that is missing, broken or needs something that is not supported, or a workdir in use.
     """
     if jax.process_count() > 1:
-        raise UserError("a job has several processes; accepted for importing weights: a single process")
+        raise UserError("importing weights needs a single process, but this job has several")
     runs = _read(source, tokenizer, prediction)
     for note in dict.fromkeys(note for run in runs.values() for note in run.notes):
         tell(note)
@@ -171,7 +171,7 @@ def _read_single_file(source: str, tokenizer: str | Path | None, prediction: str
     if file.version == "2.x" and prediction is None:
         raise UserError(
             f"{source!r} is a Stable Diffusion 2.x, whose files do not specify what the network predicts; use "
-            "--prediction=eps for a model for 512 pixels, --prediction=v for one for 768"
+            "--prediction=eps for a 512-pixel model, --prediction=v for a 768-pixel model"
         )
     fields = file.fields(None if prediction is None else single_file.PREDICTIONS[prediction])
     folder = _locate_tokenizer(source) if tokenizer is None else Path(tokenizer).expanduser()
@@ -230,7 +230,7 @@ def export_weights(run: Run, out: str | Path, tell: Tell = _silent) -> Path:
       UserError: `out` already exists, or the run uses something that diffusers does not support.
     """
     if jax.process_count() > 1:
-        raise UserError("a job has several processes; accepted for exporting weights: a single process")
+        raise UserError("exporting weights needs a single process, but this job has several")
     params = jax.device_get(run.params)
     if str(out).endswith(".safetensors"):
         if changed := [file.name for file in run.loras if file.with_text]:
@@ -273,7 +273,7 @@ def export_adapters(run: Run, path: str | Path, out: str | Path) -> Path:
     if not run.config.lora.rank:
         raise UserError("this run trained no adapters (lora.rank is 0); accepted: --mode=export without --adapters")
     if why := stable_diffusion.why_not(run.model):
-        raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
+        raise UserError(f"LoRA files are for a Stable Diffusion, but this run {why}")
     if run.loras:
         raise UserError("the file contains only the run's own adapters; accepted: --adapters without --lora")
     if out.suffix != ".safetensors":

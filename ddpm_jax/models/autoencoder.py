@@ -117,7 +117,7 @@ class Autoencoder(nn.Module):
 
 
 def _check(name: str, x: jax.Array, channels: int) -> None:
-    """ValueError for another number of axes or channels."""
+    """ValueError for a different number of axes or channels."""
     if x.ndim != 4 or x.shape[-1] != channels:
         raise ValueError(f"{name} must be [B, H, W, {channels}], not of shape {x.shape}")
 

@@ -139,7 +139,7 @@ class CLIPImageEncoder(nn.Module):
           The states, with `projected` if there is a projection.
 
         Raises:
-          ValueError: images of another shape, or a patch_size that does not divide image_size.
+          ValueError: images of a different shape, or a patch_size that does not divide image_size.
         """
         batch, (height, width, channels), patch = len(images), self.shape, self.patch_size
         if height % patch or width % patch:

@@ -65,7 +65,7 @@ _materialize_on_cpu.defvjp(_materialize_forward, _materialize_backward)
 
 
 def _waiting(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The kernel, but a large one not before x has been computed.
+    """The kernel; a large one only once x has been computed.
 
     XLA would otherwise transform the kernels of a whole network at once, or convert them from bfloat16 to float32, in
     which CPUs compute, and hold them all. An optimization_barrier does not prevent that on CPUs.

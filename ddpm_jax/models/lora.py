@@ -35,7 +35,7 @@ def init(params: Any, rank: int, key: jax.Array) -> dict[str, Any]:
             down = jax.random.normal(jax.random.fold_in(key, number), (inputs, rank)) / rank
             adapters |= {(*path[:-1], "down"): down, (*path[:-1], "up"): jnp.zeros((rank, outputs))}
     if not adapters:
-        raise ValueError("lora.rank needs a network with attention, and this one has none")
+        raise ValueError("lora.rank needs a network with attention, but this one has none")
     tree: dict[str, Any] = unflatten_dict(adapters)
     return tree
 

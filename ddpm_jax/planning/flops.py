@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def matrix_flops(jaxpr: ClosedJaxpr) -> float:
     """Multiplications and additions in the matrix products and convolutions of a traced program, of all devices.
 
-    Everything else is negligible. A scan's body counts as often as it runs. Of several branches only the most expensive
+    Everything else is negligible. A scan's body counts as often as it runs. Only the most expensive of several branches
     counts; if a backend has a cheaper formulation, that is the default one.
     """
     return _flops(jaxpr)

@@ -75,13 +75,13 @@ def _check_draws(config: ConfigDict, path: str | Path) -> None:
     """Raises UserError for an autoencoder or a CLIP, which draws no pictures itself."""
     if config.train.objective == "autoencoder":
         raise UserError(
-            f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run whose "
-            "autoencoder.source it is, or ddpm_jax.load_autoencoder"
+            f"{str(path)!r} holds an autoencoder, which makes no pictures by itself; accepted: a run that uses it as "
+            "its autoencoder.source, or ddpm_jax.load_autoencoder"
         )
     if config.train.objective == "clip":
         raise UserError(
-            f"{str(path)!r} holds a CLIP, which makes no pictures; accepted: a run whose text.encoder it is, or "
-            "ddpm_jax.load_clip"
+            f"{str(path)!r} holds a CLIP, which makes no pictures; accepted: a run that uses it as its text.encoder, "
+            "or ddpm_jax.load_clip"
         )
 
 

@@ -60,7 +60,7 @@ class Run(EditingRun):
     def _given(self) -> LowResolution:
         given = self.model.given
         if not isinstance(given, LowResolution):
-            raise UserError("this run enlarges no pictures; accepted: one that was trained with config.upscale")
+            raise UserError("this run does not enlarge pictures; accepted: one that was trained with config.upscale")
         return given
 
     def upscale(
@@ -144,7 +144,7 @@ class Run(EditingRun):
     def embedder(self) -> Embedder:
         """The CLIP of a run whose network takes image embeddings."""
         if not isinstance(self.model.given, ImageEmbedding):
-            raise UserError("this run is given no image embedding; accepted: one that was trained with embedding.clip")
+            raise UserError("this run does not take an image embedding; accepted: one trained with embedding.clip")
         return self.model.given.embedder
 
     def of_embeddings(

@@ -74,7 +74,7 @@ class SamplingRun:
         return ", ".join([f"step {self.step}", which, *(f"LoRA {file.name} at {file.weight:g}" for file in self.loras)])
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """The same run for pictures of another size; None: the run's own.
+        """The same run for pictures of a different size; None: the run's own.
 
         Raises:
           UserError: a size that the decoder or the network does not support.

@@ -78,7 +78,7 @@ def show(images: ArrayLike, columns: int | None = None, tile: int = 64, gap: int
       A `PIL.Image.Image`, grey for C = 1 and RGB for C = 3.
 
     Raises:
-      ValueError: images of another type or shape, or none at all.
+      ValueError: images of a different type or shape, or none at all.
     """
     array = np.asarray(images)
     if array.dtype != np.uint8 or not 3 <= array.ndim <= 5 or array.shape[-1] not in (1, 3) or not array.size:

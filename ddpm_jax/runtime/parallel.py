@@ -55,15 +55,15 @@ def keep_freed_memory(devices: int = 1) -> None:
 
 
 def _after_compiling(event: str, duration_secs: float, **_: Any) -> None:
-    """Gives back what the compiler took, before the program that it made takes its own."""
+    """Returns the compiler's memory to the system before the compiled program allocates its own."""
     if event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.1:
         return_freed_memory()
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what `keep_freed_memory` keeps.
+    """Returns the memory that `keep_freed_memory` holds to the system.
 
-    What a program frees is worth keeping for its next call. What reading weights or compiling took is not.
+    Memory that a program frees is worth keeping for its next call; memory used to read weights or to compile is not.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library

@@ -4,10 +4,11 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ddpm_jax.runtime.files import add_json_line, read_json, read_json_lines, wr
 CONFIG, DATASET, ENVIRONMENT, HISTORY = "config.json", "dataset.json", "environment.json", "history.jsonl"
 TOKENIZER, TEXT_ENCODER, AUTOENCODER, CLIP = "tokenizer.json", "text_encoder", "autoencoder", "clip"
 BASE = "base"  # the checkpoint of the network whose adapters the run trains
+PARTS = (TEXT_ENCODER, AUTOENCODER, CLIP)  # folders of the frozen parts
 STAGES = "stages.json"  # of a pipeline
 LOCK = "lock.json"
 _PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -113,14 +115,14 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def check_config(workdir: Path, config: ConfigDict) -> None:
-    """UserError if the workdir has a run with another config; it names the fields that differ."""
+    """UserError if the workdir has a run with a different config; it names the fields that differ."""
     if (workdir / STAGES).exists():
         raise UserError(f"--workdir {str(workdir)!r} is a pipeline; its stages are trained in separate workdirs")
     if (workdir / CONFIG).exists():
         changed = config_lib.differences(read_config(workdir), config)
         if changed:
             raise UserError(
-                f"--workdir {str(workdir)!r} holds a run with another config ({'; '.join(changed)}); "
+                f"--workdir {str(workdir)!r} holds a run with a different config ({'; '.join(changed)}); "
                 "use its values or another workdir"
             )
 
@@ -137,14 +139,14 @@ def read_dataset(workdir: str | Path) -> dict[str, Any] | None:
         return None
     if (folder / TOKENIZER).exists():
         description["tokenizer"] = (folder / TOKENIZER).read_text("utf-8")
-    for part in (TEXT_ENCODER, AUTOENCODER, CLIP):
+    for part in PARTS:
         if (folder / part).exists():
             description[part] = str(folder / part)
     return description
 
 
 def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
-    """UserError if the run in the workdir was trained on other images."""
+    """UserError if the run in the workdir was trained on different images."""
     old = read_dataset(workdir)
     if old and "imported" in old:
         raise UserError(
@@ -153,8 +155,8 @@ def check_dataset(workdir: Path, description: dict[str, Any]) -> None:
         )
     if old and old["fingerprint"] != description["fingerprint"]:
         raise UserError(
-            f"--workdir {str(workdir)!r} holds a run that was trained on other images: "
-            f"{old['num_images']} then, {description['num_images']} now; their names, sizes or contents differ"
+            f"--workdir {str(workdir)!r} holds a run that was trained on different images "
+            f"({old['num_images']} then, {description['num_images']} now): their names, sizes or contents have changed"
         )
 
 
@@ -172,11 +174,30 @@ def record(workdir: Path, config: ConfigDict, description: dict[str, Any]) -> No
     write_text(workdir / CONFIG, config_lib.to_json(config))
     if "tokenizer" in description:
         write_text(workdir / TOKENIZER, description["tokenizer"])
-    rest = {
-        name: value for name, value in description.items() if name not in ("tokenizer", TEXT_ENCODER, AUTOENCODER, CLIP)
-    }
+    rest = {name: value for name, value in description.items() if name not in ("tokenizer", *PARTS)}
     write_text(workdir / DATASET, json.dumps(rest, indent=2) + "\n")
     write_text(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def keep_part(workdir: Path, part: str, known: Mapping[str, Any] | None, write: Callable[[Path], object]) -> str:
+    """Keeps a frozen part of a run in its workdir, so that sampling needs nothing else.
+
+    Args:
+      workdir: of the run.
+      part: one of PARTS.
+      known: the description of the data from an earlier start of the run, which has kept the part if it names it.
+      write: writes the part to a new folder; called in process 0.
+
+    Returns:
+      The folder.
+    """
+    folder = workdir / part
+    if part not in (known or {}):
+        if jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # from a start that was interrupted before writing a description
+            write(folder)
+        processes.meet(part)
+    return str(folder)
 
 
 def note(workdir: Path, event: str, step: int, **values: Any) -> None:

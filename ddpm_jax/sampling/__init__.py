@@ -1,1 +1,1 @@
-"""From what a person asks for to pictures: batches over all devices, and many images in files."""
+"""Turns requests into pictures, in batches over all devices, and writes many images to files."""

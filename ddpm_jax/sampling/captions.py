@@ -110,7 +110,7 @@ class CaptionCondition:
 
     def null(self, count: int) -> Cond:
         if not self.can_be_left_out:
-            raise UserError("this run never learned to do without a caption (text.dropout is 0); give a prompt")
+            raise UserError("this run was not trained to work without a caption (text.dropout is 0); give a prompt")
         return self._rows(self.negative_prompts or ("",), np.arange(count))
 
     def _rows(self, texts: Sequence[str], numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -137,9 +137,9 @@ def _checked(name: str, prompts: Sequence[Any]) -> tuple[str, ...]:
         raise UserError(f"{name} is the text {prompts[:40]!r}; accepted: a list of texts")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise UserError(f"{name} has {prompt!r} at place {number}; accepted: texts")
+            raise UserError(f"{name}[{number}] is {prompt!r}; accepted: texts")
         if "\0" in prompt:
-            raise UserError(f"{name} has a NUL character at place {number}, in {prompt[:40]!r}; no text has one")
+            raise UserError(f"{name}[{number}], {prompt[:40]!r}, contains a NUL character, which texts may not contain")
     return tuple(prompts)
 
 
@@ -155,7 +155,7 @@ def _tell_what_is_cut(texts: Texts, prompts: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _tell_once(sentence: str) -> None:
-    """Warns once, though a request is read several times."""
+    """Warns once, even if a request is read several times."""
     logging.warning("%s", sentence)
 
 

@@ -53,7 +53,7 @@ def embed_pictures(
       float32 [N, P]; the dot product of two normalized embeddings is their cosine similarity.
 
     Raises:
-      UserError: pictures of another type or shape, or none at all.
+      UserError: pictures of a different type or shape, or none at all.
     """
     check_pictures(pictures)
     net = _PictureUnits(clip.image, clip.image_mean, clip.image_std, normalized)

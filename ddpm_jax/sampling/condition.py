@@ -22,7 +22,7 @@ from ddpm_jax.runtime.errors import UserError, as_user_errors
 Cond = Mapping[str, Any] | None
 Batch = Mapping[str, Any]
 
-# The keywords of `say`, with the reason why a run of another kind refuses them.
+# The keywords of `say`, with the reason why a run of a different kind refuses them.
 KEYWORDS = {
     "labels": "this run is not class-conditional, so there are no classes to choose",
     "prompts": "this run did not learn from captions, so it takes no prompt",
@@ -34,7 +34,7 @@ FIELDS = {"label": "labels", "prompt": "prompts", "negative_prompt": "negative_p
 
 
 def refuse_others(said: Mapping[str, Sequence[Any]], *own: str) -> None:
-    """Raises UserError for keywords of another kind of condition."""
+    """Raises UserError for keywords of a different kind of condition."""
     for keyword, values in said.items():
         if keyword not in own and len(values):
             raise UserError(KEYWORDS[keyword])
@@ -231,7 +231,7 @@ class ClassCondition:
     @property
     def cannot_guide(self) -> str:
         if not self.null_class:
-            return "it needs a network with a null class, and this one has none (model.null_class is False)"
+            return "it needs a network with a null class, but this one has none (model.null_class is False)"
         return "" if self.dropout else _UNTRAINED
 
     def network_options(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class ClassCondition:
 
     def require(self) -> None:
         if not self.labels:
-            raise UserError("guidance needs the classes that it goes towards; name them")
+            raise UserError("guidance needs classes to steer towards; name them")
 
     def of_images(self, numbers: np.ndarray) -> Cond:
         """Without a request, every class in turn."""
@@ -274,7 +274,7 @@ class ClassCondition:
     def null(self, count: int) -> Cond:
         if not self.can_be_left_out:
             why = "train.label_dropout is 0" if self.null_class else "model.null_class is False"
-            raise UserError(f"this run knows images by their class alone ({why}); name the classes")
+            raise UserError(f"this run cannot draw images without a class ({why}); name the classes")
         return {"label": np.full(count, len(self.class_names), np.int32)}
 
     def settings(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Decoder(Protocol):
     def reads(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
 
     def of_size(self, height: int, width: int) -> "Decoder":
-        """The same for pictures of another size; UserError for a size that is not supported."""
+        """The same for pictures of a different size; UserError for a size that is not supported."""
         ...
 
     def read(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def check_pictures(pictures: np.ndarray, shape: tuple[int, int, int]) -> np.ndar
 
 
 def check_ends(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The two pictures of an interpolation, stacked: uint8 [2, *shape]; UserError for another shape or type."""
+    """The two pictures of an interpolation, stacked: uint8 [2, *shape]; UserError for a different shape or type."""
     for picture in (first, second):
         if np.shape(picture) != shape:
             raise UserError(
@@ -51,7 +51,7 @@ def check_ends(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int
 
 
 def check_masks(mask: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """bool [N, H, W, 1] from one mask [H, W], or from one for each picture; UserError for another shape."""
+    """bool [N, H, W, 1] from one mask [H, W], or from one for each picture; UserError for a different shape."""
     mask = np.asarray(mask, bool)
     if mask.shape not in (pictures.shape[1:3], pictures.shape[:3]):
         raise UserError(f"the mask has shape {mask.shape}; accepted: {pictures.shape[1:3]} or {pictures.shape[:3]}")
@@ -98,8 +98,8 @@ class Editor:
             for name, value in {"jump": jump, "times": times, "fixed_noise": fixed_noise or None}.items():
                 if value is not None:
                     raise UserError(
-                        f"{name} is {value}, which is for networks that are not given the picture, as this run's is; "
-                        f"accepted: no {name}"
+                        f"{name} is {value}, but this run's network takes the masked picture as an input, so {name} "
+                        "does not apply; leave it out"
                     )
             found = self._painted_as_given(self.model.given, pictures, masks, seed)
         else:

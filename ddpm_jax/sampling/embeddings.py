@@ -74,7 +74,10 @@ class Embedder:
         old, new = self.of_texts([caption, target])
         length = np.linalg.norm(new - old)
         if not length > 0:
-            raise UserError(f"the captions {caption!r} and {target!r} have one embedding; accepted: different ones")
+            raise UserError(
+                f"the captions {caption!r} and {target!r} have the same embedding; accepted: captions with different "
+                "embeddings"
+            )
         (start,) = self.of_pictures(picture[None])
         difference = (new - old) * (np.linalg.norm(start) / length)
         return np.asarray(slerp(jnp.asarray(start), jnp.asarray(difference), weights))

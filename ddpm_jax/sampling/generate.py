@@ -63,7 +63,8 @@ class Request:
         values: dict[str, Any] = self.keywords() | {
             f"guidance_{k}": v for k, v in dataclasses.asdict(self.guidance).items()
         }
-        # Of these, only values that differ from the default, and last: files of earlier versions lack them.
+        # These are included only where they differ from the default, and come last, because files of earlier versions
+        # lack them.
         plain = Steps()
         for name in (
             "spacing_offset",
@@ -292,7 +293,7 @@ def generate(
 
 
 def _part_of(observer: Observer, number: int, count: int) -> Observer:
-    """Who watches one of several runs of the sampler; snapshots are taken of the first."""
+    """The observer of one of several runs of the sampler; snapshots are taken of the first."""
     snapshots = 0 if number else observer.num_snapshots
     return dataclasses.replace(observer, progress=part_of(observer.progress, number, count), num_snapshots=snapshots)
 

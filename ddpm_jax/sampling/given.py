@@ -88,7 +88,7 @@ class Given(Protocol):
     def needs(self) -> str: ...
 
     def of_size(self, height: int, width: int) -> "Given":
-        """The same for images of another size; raises UserError for a size that is not supported."""
+        """The same for images of a different size; raises UserError for a size that is not supported."""
         ...
 
     def of_examples(self, batch: Mapping[str, Any]) -> np.ndarray:
@@ -100,7 +100,7 @@ class Given(Protocol):
         ...
 
     def check(self, values: Any) -> np.ndarray:
-        """The inputs of some images; UserError for another shape or type."""
+        """The inputs of some images; UserError for a different shape or type."""
         ...
 
     def of_images(self, values: np.ndarray, seed: int, numbers: np.ndarray) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class LowResolution:
             old, new = (f"{side[0]}x{side[1]}" for side in (self.picture_shape, (height, width)))
             raise UserError(
                 f"height and width are {new}; this run enlarges {self.shape[0]}x{self.shape[1]} to {old}; accepted: "
-                "sizes that are whole numbers at that factor"
+                "sizes that this factor divides into whole numbers of pixels"
             )
         channels = self.shape[-1]
         shape = (int(small[0]), int(small[1]), channels)

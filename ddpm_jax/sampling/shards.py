@@ -43,7 +43,7 @@ def missing(
     be read counts as missing.
 
     Raises:
-      UserError: an invalid range, or files made with other settings or of another size.
+      UserError: an invalid range, or files made with different settings or of a different size.
     """
     if not 0 <= first <= last < 10**9:
         raise UserError(f"--images is {first}-{last}; accepted: FIRST-LAST from 0, such as 0-49999")
@@ -56,15 +56,20 @@ def missing(
             with np.load(path) as file:
                 old = dict(json.loads(str(file["settings"])))
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            logging.warning("%s cannot be read (%s) and is made again", path, type(error).__name__)
+            logging.warning("%s cannot be read (%s); it will be made again", path, type(error).__name__)
             continue
         changed = [
             f"{name}: {old.get(name)!r} -> {value!r}" for name, value in settings.items() if old.get(name) != value
         ]
         if changed:
-            raise UserError(f"{str(folder)!r} holds images made otherwise ({'; '.join(changed)}); choose another --out")
+            raise UserError(
+                f"{str(folder)!r} holds images made with different settings ({'; '.join(changed)}); choose another "
+                "--out"
+            )
         if low % size or high - low + 1 != size:
-            raise UserError(f"{str(folder)!r} has {path.name}, a shard of another size; use that size or another --out")
+            raise UserError(
+                f"{str(folder)!r} has {path.name}, a shard of a different size; use that size or another --out"
+            )
         there.add((low, high))
     return [span for span in wanted if span not in there], len(there.intersection(wanted))
 

@@ -42,7 +42,7 @@ class Unigram:
 
 
 def read(path: str | Path) -> Unigram:
-    """Reads a file such as spiece.model; UserError if it is broken or holds another kind of model."""
+    """Reads a file such as spiece.model; UserError if it is broken or holds a different kind of model."""
     try:
         model = _model_class().FromString(Path(path).read_bytes())
     except OSError as error:

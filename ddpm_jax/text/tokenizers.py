@@ -192,7 +192,7 @@ class Tokenizer:
           folder: created if it does not exist.
 
         Raises:
-          UserError: a tokenizer of another kind, which these files cannot represent.
+          UserError: a tokenizer of a different kind, which these files cannot represent.
         """
         folder, content = Path(folder), json.loads(self.to_json())
         model, added = content["model"], {token["content"]: token for token in content["added_tokens"]}

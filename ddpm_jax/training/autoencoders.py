@@ -1,21 +1,19 @@
 """The frozen autoencoder of a latent diffusion run, kept in its workdir so that sampling needs nothing else."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.data.spread import spread
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
-from ddpm_jax.runtime import processes, workdir
+from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import read_weights
 from ddpm_jax.sampling.latents import Latents
 
@@ -41,15 +39,13 @@ def autoencoder_description(
     """
     if not config.autoencoder.source:
         return {}
-    target = folder / workdir.AUTOENCODER
-    if workdir.AUTOENCODER not in (known or {}):
-        if jax.process_index() == 0:
-            net, params, factor = load_autoencoder(config.autoencoder.source)
-            factor = config.autoencoder.scaling_factor or factor or measured_scaling(net, params, source)
-            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
-            autoencoder_lib.write(target, net, params, factor)
-        processes.meet("autoencoder")
-    return {workdir.AUTOENCODER: str(target)}
+
+    def write(target: Path) -> None:
+        net, params, factor = load_autoencoder(config.autoencoder.source)
+        factor = config.autoencoder.scaling_factor or factor or measured_scaling(net, params, source)
+        autoencoder_lib.write(target, net, params, factor)
+
+    return {workdir.AUTOENCODER: workdir.keep_part(folder, workdir.AUTOENCODER, known, write)}
 
 
 def load_autoencoder(path: str | Path) -> tuple[Autoencoder, Any, float]:

@@ -1,6 +1,5 @@
 """Opens a CLIP, either a run's or transformers', and keeps one in the workdir of another run."""
 
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from ddpm_jax.config import is_workdir
 from ddpm_jax.interop import transformers
 from ddpm_jax.interop.transformers import CLIP
-from ddpm_jax.runtime import processes, workdir
+from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.checkpoints import read_weights
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.objectives import make_contrastive
@@ -61,11 +60,7 @@ def clip_description(config: ConfigDict, folder: Path, known: Mapping[str, Any] 
     source = config.prior.clip or config.embedding.clip
     if not source:
         return {}
-    target = folder / workdir.CLIP
-    if workdir.CLIP not in (known or {}):
-        if jax.process_index() == 0:
-            clip = load_clip(source)
-            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
-            transformers.write_clip(target, clip)
-        processes.meet("clip")
-    return {workdir.CLIP: str(target), "clip_crc32": zlib.crc32((target / transformers.WEIGHTS[0]).read_bytes())}
+    kept = workdir.keep_part(
+        folder, workdir.CLIP, known, lambda target: transformers.write_clip(target, load_clip(source))
+    )
+    return {workdir.CLIP: kept, "clip_crc32": zlib.crc32(Path(kept, transformers.WEIGHTS[0]).read_bytes())}

@@ -22,7 +22,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import report
 from ddpm_jax.data.dataset import open_dataset
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.image_sets import spread
+from ddpm_jax.data.spread import spread
 from ddpm_jax.models import lora
 from ddpm_jax.runtime import images, parallel, processes, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints, newest_step
@@ -72,7 +72,7 @@ def train(config: ConfigDict, path: str | Path) -> None:
         description |= autoencoder_description(config, source, folder, known)
         description |= clip_description(config, folder, known)
         workdir.check_dataset(folder, description)
-        processes.meet("images")  # collectives would not wait for a process that prepares or checks them much longer
+        processes.meet("images")  # a collective would time out if one process took much longer to prepare or check them
         was_finished = processes.agree(workdir.is_finished(folder, config))
         try:
             if jax.process_index() == 0:
@@ -80,8 +80,8 @@ def train(config: ConfigDict, path: str | Path) -> None:
             _Training(config, folder, source, description, check_lock).run(was_finished)
         except OSError as error:
             raise UserError(
-                f"the run in {str(folder)!r} cannot go on: {error}; when this is mended the same command goes on from "
-                "the last checkpoint"
+                f"the run in {str(folder)!r} cannot continue: {error}; once this is fixed, the same command resumes "
+                "from the last checkpoint"
             ) from None
 
 
@@ -137,7 +137,7 @@ class _Training:
         step, state = self._initial_state()
         if was_finished and step >= num_steps:
             self._make_up(state, step)
-            self._say(f"finished before; pictures are in {self.folder / 'samples'}")
+            self._say(f"already finished; pictures are in {self.folder / 'samples'}")
             return
         self._begin(step, num_parameters)
         if step:
@@ -150,7 +150,8 @@ class _Training:
         self.checkpoints.wait()
         self._note("stopped" if step < num_steps else "finished", step)
         if step < num_steps:
-            self._say(f"stopped at step {step} of {num_steps}, saved; the same command goes on from there")
+            saved = f"stopped at step {step} of {num_steps} and saved a checkpoint"
+            self._say(f"{saved}; the same command resumes from there")
         else:
             self._say(f"done in {format_seconds(time.monotonic() - began)}; pictures are in {self.folder / 'samples'}")
 
@@ -210,7 +211,7 @@ class _Training:
         restored = self.checkpoints.restore_latest(parallel.laid(shapes, shardings))
         if restored:
             step, state = restored
-            self._say(f"going on from the checkpoint of step {step}")
+            self._say(f"resuming from the checkpoint of step {step}")
             return step, dataclasses.replace(state, frozen=self._frozen())
         jit = partial(jax.jit, compiler_options=parallel.run_once_options())
         if config.train.init_from and not config.lora.rank:
@@ -236,7 +237,7 @@ class _Training:
         batches = Waited(device_batches(config, self.objective, self.source, self.mesh, first_step))
         first = next(batches)
         self._say(f"compiled in {run_steps.wait():.0f} s")
-        processes.meet("compiled")  # collectives would not wait for a process that compiles much longer
+        processes.meet("compiled")  # a collective would time out if one process took much longer to compile
         last_saved, last_save_time = first_step, time.monotonic()
         interval = Interval(first_step, config.train.batch_size, batches)
         in_flight: deque[Metrics] = deque()

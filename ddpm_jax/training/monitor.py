@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
+from ddpm_jax.data.spread import spread
 from ddpm_jax.diffusion.samplers import Observer
-from ddpm_jax.evaluation import image_sets, likelihood, metrics, retrieval
+from ddpm_jax.evaluation import likelihood, metrics, retrieval
 from ddpm_jax.evaluation.features import open_features
 from ddpm_jax.evaluation.summaries import summarize
 from ddpm_jax.runtime import parallel
@@ -78,7 +79,7 @@ class DiffusionMonitor:
             self._examples = likelihood.Examples.spread(source, evaluate.likelihood_images, model.condition)
         if evaluate.num_images:
             self._features = open_features(evaluate.features or None, source.shape)
-            images = image_sets.spread(source, evaluate.num_real)["image"]
+            images = spread(source, evaluate.num_real)["image"]
             self._real = summarize(self._features, [images], mesh, batch_size=_BATCH, keep=False)
 
     def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:

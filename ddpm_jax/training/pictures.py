@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import Source
+from ddpm_jax.data.spread import spread
 from ddpm_jax.diffusion.samplers import Observer
-from ddpm_jax.evaluation.image_sets import spread
 from ddpm_jax.runtime import images, parallel
 from ddpm_jax.runtime.progress import ProgressBar
 from ddpm_jax.sampling.clip import embed_pictures, embed_texts

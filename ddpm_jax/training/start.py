@@ -68,13 +68,14 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
         theirs, ours = run.config[section][field], config[section][field]
         if theirs != ours:
             raise UserError(
-                f"--init_from {name!r} has {section}.{field} {theirs!r}, this config {ours!r}: "
-                "the same weights would mean something else"
+                f"--init_from {name!r} has {section}.{field} {theirs!r}, but this config has {ours!r}; the weights "
+                "would be used with a different meaning"
             )
     theirs, ours = run.schedule.num_timesteps, len(make_betas_from(config))
     if theirs != ours:
         raise UserError(
-            f"--init_from {name!r} has {theirs} timesteps, this config {ours}: the same t would mean something else"
+            f"--init_from {name!r} has {theirs} timesteps, but this config has {ours}, so the same t would mean a "
+            "different noise level"
         )
     params = run.params
     if config.lora.text_encoder:

@@ -1,19 +1,17 @@
 """The tokenizer and the frozen text encoder of a run, kept in its workdir so that sampling needs nothing else."""
 
 import itertools
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import TRAINED, is_workdir, make_texts, open_text_encoder, train_tokenizer
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.image_sets import places
+from ddpm_jax.data.spread import spread_captions
 from ddpm_jax.interop import transformers
-from ddpm_jax.runtime import processes, workdir
+from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.clips import load_clip
 
@@ -45,15 +43,14 @@ def text_description(
         found["tokenizer"] = _tokenizer(config, source)
     if "shown_captions" not in found:
         # The captions of the pictures in data.png.
-        found["shown_captions"] = [source.captions[place][0] for place in places(source, _SHOWN).tolist()]
-    if config.text.encoder != TRAINED and "text_encoder" not in found:
-        target = folder / workdir.TEXT_ENCODER
-        if jax.process_index() == 0:
-            net, params = read_text_encoder(config.text.encoder)
-            shutil.rmtree(target, ignore_errors=True)  # from a start that was interrupted before writing a description
-            transformers.write(target, net, params)
-        processes.meet("text encoder")
-        found["text_encoder"] = str(target)
+        found["shown_captions"] = spread_captions(source, _SHOWN)
+    if config.text.encoder != TRAINED:
+        found[workdir.TEXT_ENCODER] = workdir.keep_part(
+            folder,
+            workdir.TEXT_ENCODER,
+            known,
+            lambda target: transformers.write(target, *read_text_encoder(config.text.encoder)),
+        )
     return {name: found[name] for name in ("tokenizer", "shown_captions", "text_encoder") if name in found}
 
 

@@ -92,7 +92,7 @@ def _line_with(text: str, lines: list[str], start: int, end: int, name: str) -> 
 
 
 def include(path: str) -> str:
-    """A file of the repository whose links to files that are no part of the site lead to the repository."""
+    """A file of the repository whose links to files that are not part of the site lead to the repository."""
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
     def link(match: re.Match) -> str:
@@ -111,7 +111,7 @@ def include(path: str) -> str:
 
 
 def config_fields(_: str = "") -> str:
-    """A table a section, of `default_config` and its comments, in its order."""
+    """One table per section, of `default_config` and its comments, in its order."""
     from ddpm_jax.config import default_config, fields
 
     meanings = config_meanings()

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny import make_run
 
-from ddpm_jax.commands.agreement import captions_of, clip_scores, numbers_read, open_clip
+from ddpm_jax.commands.agreement import clip_scores, numbers_read, open_clip
 from ddpm_jax.commands.job import Job
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.numbers import NumbersSource, in_words
 from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.spread import spread_captions
 from ddpm_jax.evaluation.agreement import clip_score
 from ddpm_jax.interop import transformers
 from ddpm_jax.runtime.errors import UserError
@@ -22,7 +23,7 @@ HELD_OUT = (2, 7)
 
 @pytest.fixture(scope="module")
 def run():
-    """Of one digit, two of which are held out."""
+    """A run of single digits, two of which are held out."""
     run = make_run(devices=1, captions=("one", "three"))
     run.config.data.held_out = HELD_OUT
     return dataclasses.replace(run, dataset=run.dataset | NumbersSource(1, HELD_OUT, Fit(8, 8, 1)).describe())
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_samples_in_shards_are_scored_with_their_prompts(run, folder, tmp_path):
-    """Those that were asked for, and as many training images, which are evenly spread, with their captions."""
+    """The requested samples are scored, and as many evenly spread training images with their captions."""
     rng, clip = np.random.default_rng(0), open_clip(run, str(folder))
     pictures, prompts = rng.integers(0, 256, (6, 8, 8, 1), np.uint8), np.array(["one", "six", "a", "b", "five", "one"])
     for first in (0, 3):
@@ -44,7 +45,7 @@ def test_the_samples_in_shards_are_scored_with_their_prompts(run, folder, tmp_pa
         shards.write(tmp_path, first, first + 2, pictures[rows], {"prompt": prompts[rows]}, {})
     found = clip_scores(run, clip, tmp_path, 5)
     source = training_images(run.config, run.dataset)
-    captions = captions_of(source, 5)
+    captions = spread_captions(source, 5)
     assert captions[0] == "zero"
     assert captions[-1] == "nine"
     real = np.stack([source[i]["image"] for i in np.linspace(0, len(source) - 1, 5).round().astype(int)])

@@ -179,7 +179,7 @@ def test_exported_folders_are_opened_in_python(runs, capsys, name, opened):
     [("train", "runs/stopped"), ("evaluate", "results"), *((mode, "runs/digits") for mode in MODES_WITHOUT)],
 )
 def test_where_nothing_suggests_itself(runs, capsys, mode, workdir):
-    """As after a run that was stopped, of which the loop says how it goes on, or two sets of images."""
+    """For example after a stopped run, where the loop already says how to resume, or two compared sets of images."""
     closing.tell(mode, workdir, None, {})
     assert capsys.readouterr().err == ""
 

@@ -25,7 +25,7 @@ def classes():
     return make_run(class_conditional=True, label_dropout=0.1)
 
 
-def test_names_of_files_differ_as_what_was_told():
+def test_names_of_files_differ_if_the_flags_do():
     told = [
         {},
         {"input": "data:1"},
@@ -118,9 +118,9 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"seed": 2}, "made otherwise (seed: 1 -> 2); choose another --out"),
+            ({"seed": 2}, "made with different settings (seed: 1 -> 2); choose another --out"),
             ({"options": {"num_steps": 5}}, "(num_steps: 4 -> 5)"),
-            ({"shard_size": 7}, "a shard of another size"),
+            ({"shard_size": 7}, "a shard of a different size"),
             ({"images": "5-3"}, "--images is 5-3; accepted: FIRST-LAST"),
             ({"shard_size": 0}, "--shard_size is 0; at least 1"),
             ({"part": "2/2"}, "--part is 2/2; accepted: 0/N to N-1/N"),

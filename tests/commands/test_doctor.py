@@ -110,7 +110,7 @@ class TestExamine:
         (
             {"host": "elsewhere"},
             WARNING,
-            "by process {pid} on host elsewhere (training since {since} UTC), unless that",
+            "by process {pid} on host elsewhere (training since {since} UTC), if it is still alive",
         ),
     ],
     ids=["running", "killed", "elsewhere"],

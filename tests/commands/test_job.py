@@ -30,7 +30,7 @@ def test_refused_files(tmp_path, content, said):
     assert str(caught.value) == f"--prompts {str(file)!r} {said}"
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_is_not_a_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_lines("prompts", str(tmp_path))
 

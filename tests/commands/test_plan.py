@@ -58,7 +58,7 @@ def test_without_a_topology_it_measures(tmp_path, capsys, monkeypatch):
     ("topology", "sentence"),
     [("v5e", "accepted: a TPU"), ("v7x:2x2", "accepted: a TPU"), ("v5e:2x", "accepted: a TPU")],
 )
-def test_a_topology_that_is_none(topology, sentence):
+def test_an_invalid_topology(topology, sentence):
     with pytest.raises(UserError, match=sentence):
         plan.plan(default_config(), "", topology, ["train"])
 

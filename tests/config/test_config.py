@@ -191,7 +191,7 @@ def test_optimizer_follows_the_learning_rate():
     assert_params_equal(updates(make_optimizer(config), steps=3), expected)
 
 
-# What may change when a run goes on.
+# What may change when a run is resumed.
 
 
 @pytest.mark.parametrize(

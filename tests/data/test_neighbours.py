@@ -32,7 +32,7 @@ def test_nearest_by_brute_force(monkeypatch, block):
     assert told[-1] == (60, 60)
 
 
-def test_mirror_images_count_if_told():
+def test_mirror_images_count_if_requested():
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (20, 5, 4, 3), np.uint8)
     mirrored = images[7:8, :, ::-1]

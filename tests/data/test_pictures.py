@@ -38,7 +38,7 @@ def test_crop_takes_the_centre(tmp_path, picture, expected, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["wide", "tall"])
 @pytest.mark.parametrize("scale", [6, 2, 0.5], ids=["reduced", "halved", "enlarged"])
 def test_scaled_to_cover_and_cropped(tmp_path, scale, transposed):
-    """Of three square stripes, the middle one fills the picture except for the blur at its border."""
+    """The middle one of three square stripes fills the picture except for the blur at its border."""
     side = int(16 * scale)
     picture = stripes(RED, GREEN, BLUE, width=side, height=side)
     save(tmp_path / "a.png", picture.swapaxes(0, 1) if transposed else picture)

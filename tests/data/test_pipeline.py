@@ -97,12 +97,12 @@ def test_processes_share_the_same_batches(source, cache_bytes, processes):
 
 @CACHES
 @pytest.mark.parametrize("first_step", [1, 5, 7])
-def test_resuming_goes_on_with_the_same_batches(source, cache_bytes, first_step):
+def test_resuming_continues_with_the_same_batches(source, cache_bytes, first_step):
     whole = batches(source, cache_bytes=cache_bytes)
     assert_equal(batches(source, first_step, cache_bytes=cache_bytes), whole[first_step:])
 
 
-def test_seeds_give_other_batches(source):
+def test_seeds_give_different_batches(source):
     one, other = ([batch["label"].tolist() for batch in batches(source, seed=seed)] for seed in (3, 4))
     assert one != other
 

@@ -301,7 +301,7 @@ def test_with_classes_an_image_in_no_sub_folder_is_refused(tmp_path):
     assert len(folder(tmp_path, labels=True, skipped=["loose.png"])) == 1
 
 
-def test_folder_that_is_no_folder_of_images(tmp_path):
+def test_folder_without_images(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "absent") in sentence(folder, tmp_path / "absent")
@@ -565,7 +565,7 @@ def test_array_fingerprint(tmp_path):
     assert one != other
 
 
-def test_array_fingerprint_knows_the_shape(tmp_path):
+def test_array_fingerprint_depends_on_the_shape(tmp_path):
     np.save(tmp_path / "a.npy", PICTURES.reshape(3, 2, 8, 3))
     np.save(tmp_path / "b.npy", PICTURES.reshape(3, 8, 2, 3))
     a, b = array(tmp_path / "a.npy"), array(tmp_path / "b.npy")

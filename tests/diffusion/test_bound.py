@@ -164,7 +164,7 @@ def test_divergence_of_the_exact_model_is_zero():
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_bound_of_gaussian_data_under_the_exact_model(measure, gaussian_model, variance):
     """x_0 - E[x_0 | x_t] is Gaussian of variance w = v s^2 / (a^2 v + s^2), which the posterior's coefficient brings to
-    the means: so KL_t has the mean (posterior / p - 1 - log(posterior / p) + c^2 w / p) / 2. Of its estimate from n
+    the means: so KL_t has the mean (posterior / p - 1 - log(posterior / p) + c^2 w / p) / 2. In its estimate from n
     numbers, c^2 w / p has the standard error sqrt(2 / n)."""
     m, v, steps, n = 0.1, 0.04, 25, 128 * 32 * 32
     betas = make_betas("linear", steps, 1e-3, 0.3)
@@ -263,7 +263,7 @@ def copies(n):
 
 
 @pytest.mark.parametrize(("way", "num_terms"), [("uniform", 8), ("pilot", 2), ("own curve", 8)])
-def test_sampled_bound_is_unbiased_and_knows_its_variance(all_terms, way, num_terms):
+def test_sampled_bound_is_unbiased_and_estimates_its_variance(all_terms, way, num_terms):
     """For one picture: estimates over draws of t and noise, against all terms averaged over the noise."""
     n, (terms, prior) = 16_000, all_terms
     if way == "uniform":

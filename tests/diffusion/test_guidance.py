@@ -134,7 +134,7 @@ class TestBetween:
         weights = share[:, None, None, None]
         np.testing.assert_allclose(found, (1 - weights) * first + weights * second, atol=1e-5)
 
-    def test_guidance_leads_from_the_null_to_the_way(self):
+    def test_guidance_goes_from_the_null_to_the_interpolation(self):
         share = jnp.array([0.0, 0.25, 0.5, 1.0])
         way = Partial(between, network)
         found = guided(way, (LABELS, OTHER, share), (NULL, NULL, share), 3.0)(X, T)
@@ -159,7 +159,7 @@ class TestBetween:
         np.testing.assert_allclose(found, s * precision * (np.asarray(X, np.float64) - mean), rtol=1e-4, atol=1e-5)
 
     def test_samples_of_two_gaussians_lie_between_them(self):
-        """Of one variance: the mixture is N((1 - w) m + w n, v), which noise keeps, so that samples have it exactly."""
+        """With the same variance, the mixture is N((1 - w) m + w n, v); noise keeps it, so samples have it exactly."""
         schedule, m, n, v, size = make_schedule(), 0.5, -0.3, 0.04, 64 * 64
         share = jnp.array([0.0, 0.25, 1.0])
         network = Partial(exact_of_gaussians, schedule, jnp.array([[m, v], [n, v]]))

@@ -227,7 +227,7 @@ def test_gaussian_with_a_covariance(measure):
 
 @pytest.mark.parametrize("num_steps", [2, 5, 30])
 def test_learned_variance_makes_any_number_of_steps_exact(gaussian_model, num_steps):
-    """For Gaussian data q(x_s | x_t) is Gaussian, of variance posterior + c^2 Var[x_0 | x_t]. A network that says so
+    """For Gaussian data q(x_s | x_t) is Gaussian, of variance posterior + c^2 Var[x_0 | x_t]. A network predicting it
     carries the exact marginal of x_t to the exact marginal of E[x_0 | x at t = 0]."""
     m, v, n = -0.1, 0.25, 256 * 256
     timesteps = spaced_timesteps(LINEAR, num_steps)
@@ -444,7 +444,7 @@ def test_known_pixels_of_one_noise():
         sample(LINEAR, model, jax.random.key(3), SHAPE, known_noise=noise)
 
 
-def test_progress_is_told_on_the_way():
+def test_progress_is_reported_on_the_way():
     told = []
     options = {"num_steps": 47, "progress": lambda *position: told.append(position)}
     first = sample(LINEAR, toy_model, jax.random.key(4), SHAPE, **options)

@@ -369,7 +369,9 @@ def test_error_falls_with_the_order(measure, sampler, options, order):
     label = f"{sampler} of order {options['order']}" if options else sampler
     for coarse, fine in pairwise(errors):
         missing = max(order - np.log2(coarse / fine), 0)
-        measure(f"{label}: what is missing of order {order}", "its probability flow, 32 to 128 steps", missing, 0.5)
+        measure(
+            f"{label}: shortfall from convergence order {order}", "its probability flow, 32 to 128 steps", missing, 0.5
+        )
 
 
 def gaussian_result(table, m, v):

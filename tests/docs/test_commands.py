@@ -102,7 +102,7 @@ def surroundings(tmp_path_factory, data_dir):
 
 
 def check_install(words):
-    """Of pip's arguments: this project with extras that it has, or a package that the tests know."""
+    """pip's arguments name this project with extras that it has, or a package that the tests list."""
     for word in words:
         target, _, extras = word.partition("[")
         if target == "." and extras:
@@ -140,7 +140,7 @@ def check_pytest(arguments):
 
 
 def check_benchmark(script, arguments):
-    """A benchmark takes minutes to hours: its --help must know the flags."""
+    """A benchmark takes minutes to hours: its --help must list the flags."""
     output = check_help([sys.executable, script, "--help"])
     for argument in arguments:
         if argument.startswith("--"):
@@ -156,7 +156,7 @@ def check_help(command):
 
 @pytest.fixture
 def same_tables():
-    """The samplers are afterwards what they were, for a page adds one."""
+    """Restores the samplers afterwards, because a page adds one."""
     known = [(table, dict(table)) for table in (tables.SAMPLERS, tables.DEFAULT_SPACING)]
     yield
     for table, before in known:

@@ -102,7 +102,7 @@ class TestRetrieval:
     def test_by_hand(self, right, within, share):
         assert retrieval(self.SIMILARITIES, np.array(right), within) == share
 
-    def test_constant_similarities_and_such_as_are_no_numbers_are_never_right(self):
+    def test_constant_or_nan_similarities_are_never_right(self):
         right = np.arange(4) % 3
         assert retrieval(np.zeros((4, 3)), right) == 0
         assert retrieval(np.full((4, 3), np.nan), right) == 0

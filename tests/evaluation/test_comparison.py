@@ -85,7 +85,7 @@ class TestCompare:
         assert {"FID", "FID, 95 % interval", "FID, floor", "FID-infinity", "FID, bias", "IS"} <= names
 
     def test_with_a_file_of_moments(self, real, result, tmp_path):
-        """The same distance and, by the halves in the file, a floor; the rest is said to be missing."""
+        """The same distance and, by the halves in the file, a floor; the rest is reported as missing."""
         write_reference(tmp_path / "x.npz", real)
         found = compare(JUDGE, read_reference(tmp_path / "x.npz"), [pictures(1, 200, 1.2)], MESH)
         assert found[NAME] == pytest.approx(result[NAME], rel=1e-9)

@@ -101,7 +101,7 @@ def test_digits_classifier():
     assert {name: value.shape for name, value in found.items()} == {"pool": (37, 64), "logits": (37, 10)}
 
 
-# FID's weights. What they are like is left to test_inception.py.
+# FID's weights. Their contents are tested in test_inception.py.
 
 WEIGHTS = {"a": np.arange(4, dtype=np.float32)}
 

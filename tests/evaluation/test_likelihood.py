@@ -130,7 +130,7 @@ def test_progress_and_json(evaluation):
     json.dumps(evaluate(PICTURES[:1]).to_json(), allow_nan=False)
 
 
-def test_seeds_draw_other_noise(evaluation):
+def test_seeds_draw_different_noise(evaluation):
     evaluate, whole = evaluation
     assert evaluate(seed=4).total.mean != whole.total.mean
 
@@ -196,23 +196,23 @@ def test_rate_and_distortion():
 
 
 @pytest.mark.slow
-def test_estimate_agrees_with_the_bound_and_knows_its_error():
+def test_estimate_agrees_with_the_bound_and_estimates_its_error():
     """Over many draws, the mean is that of all terms, and the spread matches the reported error."""
     pictures = draw_pictures(64, seed=2)
     whole = likelihood.evaluate_bound(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=64)
 
-    def estimate(i, pictures=pictures):  # other numbers, other noise
+    def estimate(i, pictures=pictures):  # different numbers, different noise
         options = {"proposal": whole.proposal(), "num_terms": 4, "batch_size": 64}
         return likelihood.estimate_bound(SCHEDULE, EXACT, Examples(pictures, first=1000 * i), ONE, **options)
 
     found = [estimate(i) for i in range(60)]
     kl = np.array([estimate.kl.mean for estimate in found])
-    # All T terms together have noise too, about that of T draws, of which one estimate makes four.
+    # The sum of all T terms is also noisy, about as much as T draws; one estimate makes four.
     error = np.sqrt(kl.var(ddof=1) * (1 / len(kl) + 4 / T))
     assert abs(kl.mean() - whole.kl.mean) < 5 * error
     said = np.sqrt(np.mean([estimate.draw_error**2 for estimate in found]))
     assert kl.std(ddof=1) == pytest.approx(said, rel=5 / np.sqrt(2 * 59))
-    # Of other images each time, the standard error of the total.
+    # The standard error of the total, with different images each time.
     others = [estimate(i, draw_pictures(64, seed=100 + i)) for i in range(60)]
     totals = np.array([estimate.total.mean for estimate in others])
     said = np.sqrt(np.mean([estimate.total.standard_error**2 for estimate in others]))
@@ -227,14 +227,14 @@ def test_the_flow_s_bound_lies_below_the_variational_one():
     flow = likelihood.evaluate_flow(SCHEDULE, EXACT, Examples(pictures), ONE, batch_size=256, num_steps=10)
     error = np.hypot(bound.total.standard_error, flow.total.standard_error)
     assert bound.total.mean - flow.total.mean > 5 * error
-    # Of the Gaussian in bins of 2 / 255, the least that any code spends.
+    # The entropy of the Gaussian in bins of 2 / 255, which no code can beat.
     entropy = 0.5 * np.log2(2 * np.pi * np.e * V) + np.log2(127.5)
     assert abs(flow.total.mean - entropy - 0.01) < 0.01 + 4 * flow.total.standard_error
 
 
 @pytest.mark.slow
 def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
-    """Of a model of digits whose density is known: Gaussians around 400 of them."""
+    """A model of digits whose density is known: Gaussians around 400 of them."""
     source = open_source("digits", height=8, width=8, channels=1)
     digits = np.stack([source[i]["image"] for i in range(464)])
     known, held_out, variance = digits[:400], digits[400:], 0.05
@@ -251,7 +251,7 @@ def test_the_flow_s_bound_lies_below_the_variational_one_on_digits():
     model_fn = jax.tree_util.Partial(network)
     bound = likelihood.evaluate_bound(SCHEDULE, model_fn, Examples(held_out), ONE)
     flow = likelihood.evaluate_flow(SCHEDULE, model_fn, Examples(held_out), ONE, num_steps=20, divergence="exact")
-    # The images' probability itself; each bin at the end reaches to infinity, as in the decoder.
+    # The exact probability of the images; the outermost bins extend to infinity, as in the decoder.
     levels = held_out.reshape(64, 1, -1).astype(np.float64)
     upper = np.where(levels == 255, np.inf, (levels + 0.5) / 127.5 - 1.0)
     lower = np.where(levels == 0, -np.inf, (levels - 0.5) / 127.5 - 1.0)
@@ -306,7 +306,7 @@ def test_flow_of_convolutions():
         )
         for divergence in ("hutchinson", "exact")
     )
-    # Of the same images and noise, so that the divergence alone differs.
+    # Both use the same images and noise, so that only the divergence differs.
     np.testing.assert_allclose(drawn.decoder.mean, whole.decoder.mean, rtol=1e-5)
     spread = np.sqrt(max(drawn.flow.scatter - whole.flow.scatter, drawn.flow.scatter / 10)) / 255**0.5 / 16
     assert 0 < abs(drawn.flow.mean - whole.flow.mean) < 5 * spread

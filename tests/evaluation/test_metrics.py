@@ -65,7 +65,7 @@ class TestFrechetDistance:
         assert found == pytest.approx(expected, rel=1e-6)
 
     def test_of_singular_covariances(self):
-        """Of rank 3 in 20 dimensions, in the same and in orthogonal sub-spaces."""
+        """The covariances have rank 3 in 20 dimensions, in the same and in orthogonal sub-spaces."""
         zero = np.zeros(20)
         a = np.diag([4.0, 1.0, 9.0] + [0.0] * 17)
         b = np.diag([0.0] * 17 + [4.0, 1.0, 9.0])
@@ -75,7 +75,7 @@ class TestFrechetDistance:
         assert metrics.frechet_distance(moments[0], moments[2]) == pytest.approx(14, rel=1e-12)
 
     def test_falls_with_the_number_of_samples(self):
-        """Of the same distribution it is the estimate's bias, about in proportion to 1 / n."""
+        """For samples of the same distribution it is the estimate's bias, about in proportion to 1 / n."""
         real = Moments.of(RNG.standard_normal((100_000, 16)))
         biases = [metrics.frechet_distance(Moments.of(RNG.standard_normal((n, 16))), real) for n in (200, 2000)]
         assert 5 < biases[0] / biases[1] < 20
@@ -129,7 +129,7 @@ class TestFrechetInfluence:
             for _ in range(150)
         ]
         assert 0.6 < errors[-1] / np.std(again) < 1.3
-        # And what makes the plain bootstrap unfit: its distances have the bias twice.
+        # The plain bootstrap is unsuitable because its distances contain the bias twice.
         assert np.mean(again) - distances[-1] > np.std(again)
 
     def test_interval(self):
@@ -148,7 +148,7 @@ class TestFrechetInfluence:
 
 class TestFrechetInfinity:
     def test_of_the_same_distribution_is_nearly_0(self):
-        """And the bias nearly all of the distance, in the mean of some draws."""
+        """Averaged over some draws, the bias is nearly all of the distance."""
         rng = np.random.default_rng(2)
         reference = Moments.of(skewed(rng, 100_000, 16))
         wholes, infinities, biases = [], [], []
@@ -216,7 +216,7 @@ class TestKid:
         assert metrics.squared_mmd(x, y) == pytest.approx(np.mean(xx) + np.mean(yy) - 2 * np.mean(xy), rel=1e-12)
 
     def test_is_unbiased(self):
-        """Of two samples of one distribution its mean is 0, within five standard errors."""
+        """For two samples of one distribution its mean is 0, within five standard errors."""
         rng = np.random.default_rng(1)
         values = [metrics.squared_mmd(*rng.standard_normal((2, 20, 4))) for _ in range(2000)]
         assert abs(np.mean(values)) < 5 * np.std(values) / np.sqrt(len(values))

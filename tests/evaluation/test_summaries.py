@@ -54,7 +54,7 @@ def whole():
 
 
 class TestSummarize:
-    def test_is_that_of_the_features(self, whole):
+    def test_matches_the_features(self, whole):
         found = jax.tree.map(np.asarray, apply(IMAGES))
         assert (whole.count, whole.features, whole.source) == (90, "pixels", {"source": "test"})
         np.testing.assert_allclose(whole.moments["spatial"].covariance, np.cov(found["spatial"].T), rtol=1e-5)
@@ -117,7 +117,7 @@ class TestShards:
         with pytest.raises(UserError, match="has 90 images, fewer than 91"):
             shard_summary(folder, judge, count=91)
 
-    def test_goes_on_where_it_was(self, folder, judge, whole):
+    def test_continues_where_it_stopped(self, folder, judge, whole):
         """Only a damaged file and that of a rewritten shard are computed again."""
         judge, seen = judge
         told = []

@@ -106,13 +106,13 @@ def test_network_gradients_and_round_trip(measure, name, tmp_path):
     against = "diffusers' `UNet2DModel`, PyTorch"
     measure(f"output, {name} network", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
     error = relative(x_gradient, to_numpy(their_x.grad))
-    measure(f"gradient by x, {name} network", against, error, 1e-5, "relative")
+    measure(f"gradient with respect to x, {name} network", against, error, 1e-5, "relative")
     gradients = unet_lib.to_tensors(params_gradient, len(config["block_out_channels"]))
     for parameter_name, parameter in theirs.named_parameters():
         # A key's bias moves every logit of a row alike: its gradient is rounding.
         if not parameter_name.endswith("to_k.bias"):
             error = relative(gradients[parameter_name], parameter.grad.numpy())
-            measure(f"gradient by each parameter, {name} network", against, error, 1e-4, "relative")
+            measure(f"gradient with respect to each parameter, {name} network", against, error, 1e-4, "relative")
 
     again = workdirs.export_weights(run, tmp_path / "again")
     before, after = (load_file(folder / "unet" / WEIGHTS[0]) for folder in (tmp_path / "theirs", again))
@@ -372,7 +372,7 @@ def numbers_of_pytorch():
 def test_golden_numbers(measure):
     for name, numbers in numbers_of_pytorch().items():
         errors = np.abs(np.array(numbers) - golden.NUMBERS[name])
-        measure(f"golden numbers of the {name}", "PyTorch's today", errors.max(), 1e-5)
+        measure(f"golden numbers of the {name}", "the installed PyTorch's results", errors.max(), 1e-5)
 
 
 # Training.
@@ -418,7 +418,7 @@ def test_twenty_steps_of_training(measure, tmp_path):
             for name, parameter in theirs.named_parameters():
                 if not name.endswith("to_k.bias"):
                     error = relative(found[name], parameter.grad.numpy())
-                    measure("gradient of that loss by each parameter", "PyTorch", error, 1e-4, "relative")
+                    measure("gradient of that loss with respect to each parameter", "PyTorch", error, 1e-4, "relative")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         with torch.no_grad():

@@ -120,10 +120,10 @@ def test_there_and_back(imported, exported, tmp_path):
 
 
 def test_second_version(tokens, tmp_path):
-    """What the network predicts is asked for, and prompts are padded with "!"."""
+    """--prediction is required, and prompts are padded with "!"."""
     save_file(tensors("2.x"), tmp_path / "model.safetensors")
     source = str(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="use --prediction=eps for a model for 512 pixels, --prediction=v for one for"):
+    with pytest.raises(UserError, match="use --prediction=eps for a 512-pixel model, --prediction=v for a 768-pixel"):
         workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens)
     path = workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens, prediction="v")
     run = load(path)
@@ -164,7 +164,7 @@ def test_tokenizer_of_the_hub(file, tokens, tmp_path, monkeypatch):
         (".", "'.' has no tokenizer; accepted: tokenizer.json, or vocab.json and merges.txt"),
     ],
 )
-def test_tokenizer_that_is_none(file, tmp_path, monkeypatch, tokenizer, said):
+def test_an_invalid_tokenizer(file, tmp_path, monkeypatch, tokenizer, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         workdirs.import_weights(str(file), tmp_path / "run", tokenizer=tokenizer)
@@ -258,11 +258,11 @@ def test_what_an_inpainting_network_cannot(inpainting, imported, tmp_path):
         with pytest.raises(UserError, match="paints a part of a picture anew, and needs the picture and a mask"):
             call()
     for name, value in {"jump": 10, "times": 1, "fixed_noise": True}.items():
-        with pytest.raises(UserError, match=f"{name} is {value}, which is for networks that are not given the picture"):
+        with pytest.raises(UserError, match=f"{name} is {value}, but this run's network takes the masked picture"):
             run.inpaint(PICTURES, MASK, **{name: value}, **INPAINTING)
-    with pytest.raises(UserError, match="networks that are given a masked picture are not trained here"):
+    with pytest.raises(UserError, match="networks that take a masked picture cannot be trained here"):
         ddpm_jax.train(finetune.get_config(str(inpainting)), tmp_path / "run")
-    with pytest.raises(UserError, match=r"stage 2, .*, takes nothing from another"):
+    with pytest.raises(UserError, match=r"stage 2, .*, takes no input from another stage"):
         compose([imported, inpainting], tmp_path / "pipeline")
 
 
@@ -289,7 +289,7 @@ def test_inpainting_network_by_command(call, inpainting, tmp_path):
     assert status == 0, output
     assert (tmp_path / "x.png").exists()
     for command, said in (
-        ((*flags, "--jump=10"), "error: jump is 10, which is for networks that are not given the picture"),
+        ((*flags, "--jump=10"), "error: jump is 10, but this run's network takes the masked picture as an input"),
         (("--mode=sample", f"--workdir={inpainting}", *told), "accepted: --mode=inpaint with --input and --mask"),
     ):
         status, output = call(*command, config=None)
@@ -305,7 +305,7 @@ def test_inpainting_network_by_command(call, inpainting, tmp_path):
 )
 def test_no_stable_diffusion(tmp_path, captions, said):
     run = make_run(captions=captions)
-    with pytest.raises(UserError, match=f"LoRA files are for a Stable Diffusion, and this run {said}"):
+    with pytest.raises(UserError, match=f"LoRA files are for a Stable Diffusion, but this run {said}"):
         adapters.add([("x.safetensors", 1.0)], run.dataset, run.model, run.params)
     if captions:
         with pytest.raises(UserError, match=f"this run {said}.*accepted: --out of a .safetensors file"):
@@ -315,7 +315,7 @@ def test_no_stable_diffusion(tmp_path, captions, said):
 @pytest.mark.parametrize(
     ("field", "said"), [("mask_padding", "padding of prompts"), ("pooled", "vector for the whole")]
 )
-def test_prompts_that_are_taken_otherwise(imported, field, said):
+def test_prompts_that_are_treated_differently(imported, field, said):
     config = read_config(imported)
     config.text[field] = True
     assert said in stable_diffusion.why_not(config_lib.make_model(config, read_dataset(imported)))

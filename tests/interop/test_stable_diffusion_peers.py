@@ -116,7 +116,7 @@ def test_checkpoint(tmp_path):
 
 
 def make_lora(pipeline, seed):
-    """Of all projections of attention, some filters, and the text encoder's layers."""
+    """It changes all projections of attention, some filters, and the text encoder's layers."""
     rng = np.random.default_rng(seed)
     chosen = {"unet": ("to_q", "to_k", "to_out.0", "proj_in", "conv1"), "text_encoder": ("q_proj", "fc1")}
     parts = {}
@@ -154,7 +154,7 @@ def test_two_loras(measure, saved, imported, tmp_path):
 
 
 def test_trained_adapters(measure, saved, imported, tmp_path):
-    """The adapters of a run, by `load_lora_weights`, are the network that the run has."""
+    """A run's adapters, loaded with `load_lora_weights`, give the run's network."""
     run, rng = load(imported), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: models_lora.init(run.params, 4, jax.random.key(0)))
     trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
@@ -318,7 +318,8 @@ def test_adapters_of_both_parts(measure, saved, imported, tmp_path):
     model_fn = run.model.model_fn(run.params, cond, null, request.guidance)
     ours = sample(run.schedule, model_fn, jax.random.key(0), noise.shape, x_t=jnp.asarray(noise), **request.keywords())
     exported = latents_of(opened(workdirs.export_weights(run, tmp_path / "found")))
-    for what, found in (("the run's", to_torch(ours).numpy()), ("its exported folder's", exported)):
+    of_run = "latents of a run with adapters for network and text encoder, against its exported LoRA file"
+    of_folder = "latents of the run's exported folder, against its LoRA file"
+    for what, found in ((of_run, to_torch(ours).numpy()), (of_folder, exported)):
         error = np.abs(found - expected).max() / np.abs(expected).max()
-        what = f"latents, {what}, beside its LoRA file's, of network and text encoder"
         measure(what, "diffusers and PEFT", error, 1e-5, "relative")

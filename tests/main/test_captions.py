@@ -33,18 +33,18 @@ def test_a_run_keeps_its_tokenizer_and_trains_its_encoder(captioned):
     assert "warning" not in output.lower(), output
 
 
-def test_goes_on_to_the_bit(captioned, call, tmp_path):
+def test_resumes_bit_for_bit(captioned, call, tmp_path):
     workdir = shutil.copytree(captioned[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "24")
     status, output = call(f"--workdir={workdir}", config=CAPTIONED)
     assert status == 0, output
-    assert "going on from the checkpoint of step 18" in output
+    assert "resuming from the checkpoint of step 18" in output
     assert_same_checkpoint(workdir, captioned[0])
     assert metrics(workdir)[-1]["loss"] == metrics(captioned[0])[-1]["loss"]
 
 
 def test_pictures_of_prompts(captioned, call, tmp_path):
-    """A grid with a row a prompt, a file each that says what it is, and arrays: all of the same images."""
+    """A grid with one row per prompt, one file per image with its prompt, and arrays: all have the same images."""
     flags = (f"--workdir={captioned[0]}", "--num_images=5", "--seed=3", "--num_steps=4", "--guidance_scale=2")
     lines = tmp_path / "prompts.txt"
     lines.write_text("\ufeff" + "\n\n  ".join(PROMPTS) + "\n", "utf-8")
@@ -73,7 +73,7 @@ def test_pictures_of_prompts(captioned, call, tmp_path):
     assert Image.open(grid).text["Description"] == "\n".join(PROMPTS)
 
 
-def test_shards_hold_prompts_and_go_on(captioned, call, tmp_path):
+def test_shards_hold_prompts_and_continue(captioned, call, tmp_path):
     flags = (f"--workdir={captioned[0]}", "--shard_size=4", "--num_steps=4", f"--out={tmp_path}")
     each = [f"--prompt={prompt}" for prompt in PROMPTS]
     output_of(call, "sample", *flags, *each, "--images=0-3")
@@ -82,7 +82,7 @@ def test_shards_hold_prompts_and_go_on(captioned, call, tmp_path):
     assert [file["prompt"].tolist() for file in files] == [[*PROMPTS] * 2] * 2
     status, output = call("--mode=sample", *flags, "--prompt=another", "--images=0-7", config=None)
     assert (status, output.count("\n")) == (1, 1)
-    assert "holds images made otherwise (prompts: ['forty-two', " in output
+    assert "holds images made with different settings (prompts: ['forty-two', " in output
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_other_modes_take_a_prompt(captioned, call, tmp_path, mode, flags, tiles
 
 
 def test_exported_and_imported_it_samples_the_same(captioned, tmp_path):
-    """By the same weights, of the same tokens."""
+    """It has the same weights and the same tokens."""
     run = ddpm_jax.load(captioned[0])
     file = workdirs.export_weights(run, tmp_path / "a.safetensors")
     again = ddpm_jax.load(workdirs.import_weights(str(file), tmp_path / "again"))

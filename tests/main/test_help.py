@@ -1,10 +1,10 @@
-"""What the command line says of itself."""
+"""The command line's help."""
 
 import pytest
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
-def test_help_is_no_failure(call, flag):
+def test_help_is_not_a_failure(call, flag):
     status, output = call(flag, config=None)
     assert status == 0
     assert ("--guidance_scale" if flag == "--helpfull" else "--mode=sample --help lists") in output

@@ -37,7 +37,7 @@ def test_names_them(tmp_path):
     )
 
 
-def test_a_file_that_is_no_config(tmp_path):
+def test_a_file_that_is_not_a_config(tmp_path):
     (tmp_path / "mine.py").touch()
     status, output = call(tmp_path, "--config=mine.py", "--workdir=run")
     assert status == 1

@@ -11,7 +11,7 @@ import ddpm_jax
 
 @pytest.mark.slow
 def test_export_import_and_training_from_there(trained, call, tmp_path):
-    """Through diffusers' folder and back: the same images; and training goes on from these weights."""
+    """Through diffusers' folder and back: the same images; and training continues from these weights."""
     workdir, folder, again = trained[0], tmp_path / "diffusers", tmp_path / "again"
     status, output = call("--mode=export", f"--workdir={workdir}", f"--out={folder}", config=None)
     assert status == 0, output
@@ -32,7 +32,7 @@ def test_export_import_and_training_from_there(trained, call, tmp_path):
     assert status == 0, output
     assert f"starting from the weights of {again}, step 0" in output
     assert "40 images of 8x8x1" in output
-    # The warm-up's first step has a learning rate of 0, the others have not.
+    # In its first step, the warm-up has a learning rate of 0; later it does not.
     before, first, last = (ddpm_jax.load(*place).params for place in ((again,), (tuned, 1), (tuned, 4)))
     jax.tree.map(np.testing.assert_array_equal, first, before)
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(last), strict=True))
@@ -65,9 +65,9 @@ def test_weights_of_another_network(trained, call, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("model.num_groups=2", "num_groups 4, this"),
-        ("model.skip_scale=0.7071", "skip_scale 1.0, this"),
-        ("diffusion.prediction=eps", "'v', this config"),
+        ("model.num_groups=2", "num_groups 4, but this"),
+        ("model.skip_scale=0.7071", "skip_scale 1.0, but this"),
+        ("diffusion.prediction=eps", "'v', but this config"),
     ],
 )
 def test_weights_of_another_meaning(trained, call, tmp_path, flag, said):

@@ -46,7 +46,7 @@ def test_image_depends_on_seed_and_number_alone(trained):
     assert np.any(run.sample(3, seed=2, num_steps=10) != few)
 
 
-def test_shards_go_on_where_they_stopped(trained, call, tmp_path):
+def test_shards_continue_where_they_stopped(trained, call, tmp_path):
     """Killed on the way, then started again: what was there stays, and the images are those of one run."""
     flags = (f"--workdir={trained[0]}", "--images=0-39", "--shard_size=4", "--sampler=ddim", "--num_steps=9")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -98,7 +98,7 @@ def test_a_finished_run_is_left_as_it_is(trained, call, tmp_path):
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     status, output = call(f"--workdir={workdir}")
     assert status == 0, output
-    assert "finished before; pictures are in" in output
+    assert "already finished; pictures are in" in output
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     changed = {path.name for path in {*before, *after} if before.get(path) != after.get(path)}
     assert changed <= {"environment.json"}

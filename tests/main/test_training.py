@@ -42,7 +42,7 @@ def test_leaves_a_whole_run(trained):
     assert re.search(r"\nwrote: \S+/report.html\nnext:  python main.py --mode=sample --workdir=\S+\n\Z", output)
 
 
-def test_metrics_tell_what_the_issue_of_training_is(trained):
+def test_metrics_show_the_course_of_training(trained):
     lines = metrics(trained[0])
     assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
     quarters = {f"loss_t_quarter_{i}" for i in range(1, 5)}
@@ -51,7 +51,7 @@ def test_metrics_tell_what_the_issue_of_training_is(trained):
 
 
 def test_evaluation_on_the_way(trained, call, tmp_path):
-    """Is logged, and changes nothing of the training."""
+    """It is logged and does not affect training."""
     flags = ("every_steps=12", "likelihood_images=16", "num_images=32", "num_steps=4")
     status, output = call(f"--workdir={tmp_path}", *(f"--config.evaluate.{flag}" for flag in flags))
     assert status == 0, output
@@ -103,7 +103,7 @@ def test_several_steps_at_once_on_a_mesh_of_two_axes(trained, call, tmp_path):
     flags = ("--config.train.steps_per_dispatch=5", "--config.mesh.fsdp=2")
     status, output = call(f"--workdir={tmp_path / 'run'}", *flags, devices=2)
     assert status == 0, output
-    assert "going on from the checkpoint of step 18" in output
+    assert "resuming from the checkpoint of step 18" in output
     ours, reference = checkpoint(tmp_path / "run")["params"], checkpoint(trained[0])["params"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, reference)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [*range(2, 19, 2), 20, 24]
@@ -111,7 +111,7 @@ def test_several_steps_at_once_on_a_mesh_of_two_axes(trained, call, tmp_path):
 
 @pytest.mark.eight
 def test_two_processes_that_divide_the_state(start, call, tmp_path):
-    """Each keeps a part of the wide layers; one process goes on from what the two have saved."""
+    """Each keeps a part of the wide layers; one process resumes from what the two have saved."""
     flags = (
         "--config.model.channels=48",
         "--config.train.num_steps=6",
@@ -138,7 +138,7 @@ def test_two_processes_that_divide_the_state(start, call, tmp_path):
     shutil.rmtree(divided / "checkpoints" / "6")
     status, output = call(f"--workdir={divided}", *flags)
     assert status == 0, output
-    assert "going on from the checkpoint of step 3" in output
+    assert "resuming from the checkpoint of step 3" in output
     losses = [[line["loss"] for line in metrics(workdir) if "loss" in line] for workdir in (whole, divided)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(*losses, rtol=1e-5)

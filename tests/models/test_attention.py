@@ -182,7 +182,7 @@ class TestWay:
             assert found.name == attention.way(query, query, TPU).name
             assert found.reason.endswith(f"; cuDNN's fused kernel does {obstacle}")
 
-    def test_is_told_once_for_each_kind(self):
+    def test_is_reported_once_for_each_kind(self):
         x, other = shaped(64, 2, 8), shaped(5, 2, 8)
         with attention.observed(TPU) as seen:
             jax.eval_shape(lambda x, other: attend(attend(x, x, x), other, other) + attend(x, x, x), x, other)

@@ -48,7 +48,7 @@ def test_clip_s_pooled_state_is_the_end_token_s():
     assert largest.projected is None
 
 
-def test_clip_s_tokens_do_not_see_those_behind_them():
+def test_clip_s_tokens_do_not_attend_to_later_ones():
     variables = randomised(NARROW, IDS)
     found, other = (apply(NARROW, variables, ids, MASK) for ids in (IDS, np.where(MASK, IDS, 7)))
     np.testing.assert_array_equal(found.tokens[MASK], other.tokens[MASK])

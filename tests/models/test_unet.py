@@ -1,4 +1,5 @@
 import math
+from functools import cache
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,11 @@ def init_shapes(net, x=X, cond=None):
 
 def count(params):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+@cache
+def parameters_of_the_plain_network():
+    return count(init_shapes(UNet(**SMALL)))
 
 
 def randomised(net, x=X, cond=None, seed=0):
@@ -163,13 +169,12 @@ def test_shapes_and_parameters_of_options(options, shape, cond, channels, parame
     net = UNet(**{**SMALL, **options})
     cond = {k: jnp.zeros(s, jnp.int32 if k == "label" else jnp.float32) for k, s in cond.items()}
     x, t = jnp.zeros((2, *shape)), jnp.zeros(2, jnp.int32)
-    variables = jax.eval_shape(lambda: net.init(KEY, x, t, cond))
-    out = jax.eval_shape(lambda v: net.apply(v, x, t, cond), variables)
+    out, variables = jax.eval_shape(lambda: net.init_with_output(KEY, x, t, cond))
     assert out.shape == (2, *shape[:2], channels)
     assert out.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     if parameters is not None:
-        assert count(variables) - count(init_shapes(UNet(**SMALL))) == parameters
+        assert count(variables) - parameters_of_the_plain_network() == parameters
 
 
 # Values.

@@ -12,7 +12,7 @@ PROGRAM = {
 
 
 def measured(seconds):
-    """Of a run of so many seconds on one GPU."""
+    """The measurement of a run that takes this many seconds on one GPU."""
     return {
         "kind": "measurement",
         "parameters": 35_746_307,
@@ -60,6 +60,6 @@ def test_a_measurement():
 @pytest.mark.parametrize(
     ("seconds", "words"), [(20.9, "20.9 seconds"), (2257, "37.6 minutes"), (90_000, "25 hours"), (2.6e6, "30.1 days")]
 )
-def test_a_time_is_told_in_the_unit_that_suits_it(seconds, words):
+def test_a_time_is_shown_in_the_unit_that_suits_it(seconds, words):
     assert f" images/s, {words}, " in table(measured(seconds))
     assert f" images/s and chip, {words}, " in table(measured(seconds))

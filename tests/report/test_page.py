@@ -127,7 +127,7 @@ class TestWrite:
         assert len(points) == 600
         np.testing.assert_allclose(points.mean(0), [30005, 3100.5], rtol=1e-4)
 
-    def test_a_loss_that_is_no_number_is_left_out(self, run):
+    def test_a_loss_that_is_not_a_number_is_left_out(self, run):
         add_json_line(run / "metrics.jsonl", {"step": 310, "time": 1.8e9, "loss": float("nan"), "grad_norm": 1.0})
         curves = page_of(run)[1]["curves"]
         assert curves["loss"][-1][0] == 300
@@ -146,7 +146,7 @@ class TestWrite:
         assert text.count("&lt;few&gt;") == 1
         assert '<th scope="row">eta</th>' not in text
 
-    def test_history_tells_what_was_cut_off(self, run):
+    def test_history_shows_what_was_cut_off(self, run):
         workdir.note(run, "started", 200, reached=260, devices="8 x TPU v5e", num_parameters=1)
         workdir.note(run, "stopped", 250)
         workdir.note(run, "started", 250, reached=250, devices="8 x TPU v5e", num_parameters=1)
@@ -211,7 +211,7 @@ class TestWrite:
         assert "<figcaption>other.png</figcaption>" in page_of(run)[0]
 
     @pytest.mark.slow
-    def test_pictures_say_what_they_were_asked_for(self, run):
+    def test_pictures_show_their_prompts(self, run):
         model = make_run(devices=1, captions=["one"])
         prompts = ["seven", "<b>two</b> & three"]
         pictures = {

@@ -281,7 +281,7 @@ class TestDisks:
             pass
 
     def test_whose_answer_is_lost(self, path, monkeypatch):
-        """NFS may repeat a request, and is then told that the link exists."""
+        """NFS may repeat a request, which then fails because the link exists."""
         link = os.link
 
         def twice(*paths):

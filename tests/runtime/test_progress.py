@@ -68,7 +68,7 @@ def test_format_seconds(seconds, expected):
     assert format_seconds(seconds) == expected
 
 
-def test_parts_tell_of_the_whole():
+def test_parts_report_progress_of_the_whole():
     told = []
     for part in range(3):
         part_of(lambda *told_of: told.append(told_of), part, 3)(10, 20)

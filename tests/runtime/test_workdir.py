@@ -71,7 +71,7 @@ def test_environment(run):
         assert environment["git_revision"].removesuffix("-dirty") == result.stdout.strip()
 
 
-def test_a_run_goes_on_with_the_same_config(run):
+def test_a_run_continues_with_the_same_config(run):
     config = default_config()
     workdir.check_config(run, config)
     config.train.num_steps = 900_000
@@ -142,7 +142,7 @@ def test_no_run_there(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"seed = 0", b"\xff\xfe", b"[1, 2]"])
-def test_config_that_is_no_config(run, content):
+def test_an_invalid_config(run, content):
     (run / "config.json").write_bytes(content)
     assert str(run / "config.json") in sentence(workdir.read_config, run)
     assert str(run / "config.json") in sentence(workdir.check_config, run, default_config())

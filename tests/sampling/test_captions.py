@@ -1,4 +1,4 @@
-"""Captions as a condition: what is drawn and dropped in training, what is said and refused in sampling."""
+"""Captions as a condition: what is drawn and dropped in training, what is accepted and refused in sampling."""
 
 import json
 
@@ -109,7 +109,7 @@ class TestTraining:
         always = CaptionCondition(TEXTS, 1.0)
         cond, null = always.of_training(self.batch(5), lambda purpose: jax.random.key(0)), always.null(5)
         jax.tree.map(np.testing.assert_array_equal, dict(cond), dict(null))
-        with pytest.raises(UserError, match=r"to do without a caption \(text.dropout is 0\); give a prompt"):
+        with pytest.raises(UserError, match=r"to work without a caption \(text.dropout is 0\); give a prompt"):
             PLAIN.null(2)
 
 
@@ -124,7 +124,7 @@ class TestPrompts:
         np.testing.assert_array_equal(said.null(5)["ids"], ids(*"ststs"))
         np.testing.assert_array_equal(DROPPED.say(prompts=["p"]).null(2)["ids"], ids("", ""))
 
-    def test_captions_of_the_data_set_come_in_turn_where_nothing_is_said(self):
+    def test_captions_of_the_data_set_come_in_turn_without_prompts(self):
         np.testing.assert_array_equal(DROPPED.of_images(NUMBERS)["ids"], ids(*(DROPPED.shown[i % 2] for i in NUMBERS)))
         assert DROPPED.record(np.arange(3))["prompt"].tolist() == ["a", "b c", "a"]
 
@@ -138,16 +138,16 @@ class TestPrompts:
         ("value", "said"),
         [
             ("a red apple", "is the text 'a red apple'; accepted: a list of texts"),
-            (["a", 3], "has 3 at place 1; accepted: texts"),
-            ([None], "has None at place 0; accepted: texts"),
-            (["a\0b"], r"has a NUL character at place 0, in 'a\x00b'; no text has one"),
+            (["a", 3], "[1] is 3; accepted: texts"),
+            ([None], "[0] is None; accepted: texts"),
+            (["a\0b"], r"[0], 'a\x00b', contains a NUL character, which texts may not contain"),
             (["caf\udce9"], r"'caf\udce9' is not Unicode text"),
         ],
     )
     def test_refused(self, name, value, said):
         assert said in refusal(DROPPED.say, **{"prompts": ["x"], name: value})
 
-    def test_what_is_of_other_kinds_is_refused(self):
+    def test_requests_of_other_kinds_are_refused(self):
         assert "not class-conditional" in refusal(DROPPED.say, labels=[1])
         for other in (NoCondition(), ClassCondition(("a", "b"), 0.1)):
             assert "takes no prompt" in refusal(other.say, prompts=["x"])
@@ -163,7 +163,7 @@ class TestPrompts:
         )
         assert "a text.dropout above 0" in refusal(check_guidance, PLAIN.say(prompts=["x"]), Guidance(2.0))
 
-    def test_what_is_cut_is_said_once(self, caplog):
+    def test_what_is_cut_is_reported_once(self, caplog):
         long = "a red apple and two green pears and something that is cut"
         for _ in range(3):
             DROPPED.say(prompts=["short", long])

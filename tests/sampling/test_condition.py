@@ -46,7 +46,7 @@ def test_every_kind_has_the_same_shapes_wherever_it_is_asked(condition):
     assert condition.say(**dict.fromkeys(KEYWORDS, ())) == condition
 
 
-def test_without_a_condition_nothing_can_be_said():
+def test_without_a_condition_no_request_is_accepted():
     plain = NoCondition()
     assert plain.of_images(NUMBERS) is plain.null(7) is None
     for keyword, why in KEYWORDS.items():
@@ -82,15 +82,15 @@ class TestClasses:
 
     def test_null(self):
         np.testing.assert_array_equal(ClassCondition(NAMES, 0.2).null(2)["label"], [3, 3])
-        with pytest.raises(UserError, match=r"by their class alone \(train.label_dropout is 0\); name the classes"):
+        with pytest.raises(UserError, match=r"images without a class \(train.label_dropout is 0\); name the classes"):
             ClassCondition(NAMES).null(2)
-        with pytest.raises(UserError, match=r"by their class alone \(model.null_class is False\)"):
+        with pytest.raises(UserError, match=r"images without a class \(model.null_class is False\)"):
             ClassCondition(NAMES, null_class=False).null(2)
 
     def test_refused(self):
         with pytest.raises(UserError, match="class 3 does not exist; this run has classes 0 to 2"):
             ClassCondition(NAMES).say(labels=[1, 3])
-        with pytest.raises(UserError, match="guidance needs the classes that it goes towards"):
+        with pytest.raises(UserError, match="guidance needs classes to steer towards"):
             ClassCondition(NAMES).require()
 
 
@@ -100,7 +100,7 @@ def test_guidance_needs_a_condition_and_its_null():
         check_guidance(condition, Guidance())
         with pytest.raises(UserError, match=r"guidance_scale is 2\.0; other than 1 it needs a run"):
             check_guidance(condition, Guidance(2.0))
-    with pytest.raises(UserError, match="it needs a network with a null class, and this one has none"):
+    with pytest.raises(UserError, match="it needs a network with a null class, but this one has none"):
         check_guidance(ClassCondition(NAMES, null_class=False), Guidance(2.0))
     for guidance, why in (
         (Guidance(2.0, rescale=1.5), r"guidance_rescale is 1\.5; accepted: 0 to 1"),

@@ -161,7 +161,7 @@ def test_a_posterior_is_computed_once(monkeypatch, flip):
 
 
 def test_a_posterior_does_not_depend_on_the_batch():
-    """A resumed run first needs a picture in another batch, and goes on to the bit."""
+    """A resumed run first needs a picture in a different batch, and continues bit for bit."""
     net = dataclasses.replace(NET, channels=3)
     pictures = np.random.default_rng(3).integers(0, 256, (16, 12, 12, 3), np.uint8)
     weights = jax.jit(net.init)(jax.random.key(0), images.to_float(pictures[:1]))["params"]

@@ -194,7 +194,7 @@ def test_refusals(playground, action, form, sentence):
     [
         ("sample", {"prompt": "x" * 2001}, "^prompt has 2,001 characters; accepted: at most 2,000$"),
         ("sample", {"prompt": upload(PICTURES[0])}, "^prompt is a file"),
-        ("sample", {"prompt": "\0"}, "has a NUL character"),
+        ("sample", {"prompt": "\0"}, "contains a NUL character"),
         ("sample", {"label": "1"}, "this run is not class-conditional"),
         (
             "sample",
@@ -225,14 +225,14 @@ def test_training_images_are_not_fetched(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_run_that_knows_its_images_by_class_alone(classes):
+def test_a_run_that_cannot_draw_without_a_class(classes):
     alone = Playground(make_run(devices=1, class_conditional=True), "tiny", 8)
     assert (alone.facts()["unconditional"], classes.facts()["unconditional"]) == (False, True)
-    with pytest.raises(UserError, match="by their class alone"):
+    with pytest.raises(UserError, match="images without a class"):
         alone.vary({"picture": upload(PICTURES[0])})
-    with pytest.raises(UserError, match="by their class alone"):
+    with pytest.raises(UserError, match="images without a class"):
         alone.interpolate_latents({})
-    with pytest.raises(UserError, match="guidance needs the class"):
+    with pytest.raises(UserError, match="guidance needs classes"):
         classes.vary({"picture": upload(PICTURES[0]), "guidance_scale": "2"})
     with pytest.raises(UserError, match="label is '3'; accepted: a whole number from 0 to 2"):
         classes.sample({"label": "3"})

@@ -46,7 +46,7 @@ def queue():
     queue.join()
 
 
-def test_jobs_take_turns_and_know_their_place(queue):
+def test_jobs_take_turns_and_report_their_place(queue):
     order = []
     held = [Held(queue, order)]
     assert held[0].begun.wait(PATIENCE)
@@ -95,7 +95,7 @@ def test_cancelling_a_job_that_waits_and_one_that_runs(queue):
     ("error", "sentence"),
     [(UserError("too much"), "too much"), (RuntimeError("no memory\nat all"), "computing this failed: no memory")],
 )
-def test_a_job_that_fails_is_told_and_the_next_is_done(queue, error, sentence, capsys):
+def test_a_failed_job_is_reported_and_the_next_is_done(queue, error, sentence, capsys):
     first, second = Held(queue, error=error), Held(queue)
     assert first.end()[-1] == {"state": "failed", "error": sentence}
     assert second.end()[-1]["state"] == "done"

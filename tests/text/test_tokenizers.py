@@ -96,7 +96,7 @@ def test_vocabulary_of_bytes_alone():
     assert tokenizer.decode(tokenizer.encode(["abc"]).ids[0]) == "abc"
 
 
-def test_what_does_not_fit_is_told():
+def test_what_does_not_fit_is_reported():
     tokenizer = Tokenizer.train(CAPTIONS, 400, 6)
     texts = ("a red apple", "a red apple, a Bicycle", "a red apple a 🎉🎉", "red " * 1000)
     assert tokenizer.encode(texts).cut == ("", "a Bicycle", "🎉🎉", ("red " * 996).strip())
@@ -258,7 +258,7 @@ def test_clip_s_tokens_are_those_of_transformers(measure, tmp_path, name):
         different = np.any(found.ids != expected["input_ids"], axis=1) | np.any(
             found.mask != np.array(expected["attention_mask"], bool), axis=1
         )
-        what = "CLIP's tokenizer: of 1000 prompts of many scripts, those with other tokens or another mask"
+        what = "CLIP's tokenizer: prompts, of 1000 in many scripts, with different tokens or a different mask"
         measure(what, "transformers' `CLIPTokenizer`", np.sum(different), 0)
     tokenizer.write_clip(tmp_path / "again")
     written = transformers.CLIPTokenizer.from_pretrained(tmp_path / "again")
@@ -389,7 +389,7 @@ def t5_differences(tokenizer, theirs, prompts):
 
 @pytest.mark.peers
 def test_t5_s_tokens_are_those_of_transformers(measure, tmp_path):
-    """Of a small model, from its tokenizer.json and from its spiece.model."""
+    """The tokenizer of a small model, read from its tokenizer.json and from its spiece.model."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed (pip install -e '.[peers]')"
     )
@@ -408,7 +408,7 @@ def test_t5_s_tokens_are_those_of_transformers(measure, tmp_path):
     for folder in (tmp_path / "json", tmp_path / "spiece"):
         tokenizer = Tokenizer.read(folder, 77)
         for one in (tokenizer, Tokenizer.from_json(tokenizer.to_json())):
-            what = "T5's tokenizer: of 1000 prompts of many scripts, those with other tokens or another mask"
+            what = "T5's tokenizer: prompts, of 1000 in many scripts, with different tokens or a different mask"
             measure(what, "transformers' `T5Tokenizer`", t5_differences(one, theirs, prompts), 0)
 
 

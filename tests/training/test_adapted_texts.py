@@ -75,7 +75,7 @@ def test_states_are_those_of_a_frozen_encoder(runs):
     np.testing.assert_allclose(states["tokens"], expected["tokens"], atol=2e-6)
 
 
-def test_goes_on_to_the_bit(runs, tmp_path):
+def test_resumes_bit_for_bit(runs, tmp_path):
     """From its own workdir alone: the run that it started from may be gone."""
     again = shutil.copytree(runs / "adapted", tmp_path / "adapted")
     shutil.rmtree(again / "checkpoints" / str(STEPS))

@@ -126,7 +126,7 @@ def test_eight_devices_give_the_loss_of_one():
 
 @pytest.mark.peers
 def test_the_loss_is_that_of_transformers(measure, tmp_path):
-    """Of the same weights and a batch of captions that all differ."""
+    """For the same weights and a batch of captions that all differ."""
     why = "transformers and PyTorch are not installed (pip install -e '.[peers]')"
     torch = pytest.importorskip("torch", reason=why)
     transformers = pytest.importorskip("transformers", reason=why)
@@ -168,12 +168,12 @@ def tiny_config(**sections):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"text": {"encoder": ""}}, "config.text.encoder is '', and a CLIP trains its own on captions"),
-        ({"text": {"num_layers": 0}}, "config.text.num_layers is 0, with which the state at the end of a text"),
-        ({"train": {"accumulation": 2}}, "config.train.accumulation is 2, and a CLIP's loss is of the whole batch"),
-        ({"train": {"batch_size": 1}}, "config.train.batch_size is 1, and a CLIP tells pictures apart"),
-        ({"evaluate": {"num_images": 0}}, "config.evaluate.num_images is 0, and a CLIP is evaluated by pictures"),
-        ({"upscale": {"height": 2, "width": 4}}, "config.upscale.height is 2, and a CLIP is trained on pictures"),
+        ({"text": {"encoder": ""}}, "config.text.encoder is '', but a CLIP trains its own text encoder"),
+        ({"text": {"num_layers": 0}}, "config.text.num_layers is 0, which leaves the state at the end of a text"),
+        ({"train": {"accumulation": 2}}, "config.train.accumulation is 2, but a CLIP's loss is computed over"),
+        ({"train": {"batch_size": 1}}, "config.train.batch_size is 1, but a CLIP learns by telling"),
+        ({"evaluate": {"num_images": 0}}, "config.evaluate.num_images is 0, but a CLIP is evaluated on pictures"),
+        ({"upscale": {"height": 2, "width": 4}}, "config.upscale.height is 2, but a CLIP is trained on pictures"),
         ({"lora": {"rank": 2}}, "config.lora.rank is 2; accepted for a CLIP: 0"),
         ({"clip": {"patch_size": 3}}, "config: patch_size 3 does not divide image_size (4, 8)"),
         ({"clip": {"num_heads": 3}}, "num_heads"),
@@ -234,7 +234,7 @@ def test_a_run_leaves_what_others_do(runs):
 
 
 @pytest.mark.slow
-def test_it_goes_on_to_the_bit(runs, tmp_path):
+def test_it_resumes_bit_for_bit(runs, tmp_path):
     again = shutil.copytree(runs / "clip", tmp_path / "again")
     shutil.rmtree(again / "checkpoints" / str(STEPS))
     ddpm_jax.train(workdir.read_config(again), again)
@@ -309,7 +309,7 @@ def test_commands(runs, call, tmp_path):
     assert "caption first, data" in output
     assert json.loads((run / "evaluation.json").read_text())[0]["images"] == 16
     for flags, said in (
-        (("--mode=sample",), "holds a CLIP, which makes no pictures; accepted: a run whose text.encoder it is"),
+        (("--mode=sample",), "holds a CLIP, which makes no pictures; accepted: a run that uses it as"),
         (("--mode=evaluate", "--features=digits"), "--features does nothing with --mode=evaluate of a CLIP"),
         (("--mode=export", f"--out={tmp_path / 'out'}"), "is for pictures of 4x8, which are not square"),
     ):

@@ -50,7 +50,7 @@ class TestWeightsAndBiases:
         return config
 
     @pytest.mark.slow
-    def test_a_run_that_goes_on_is_the_same_one_there(self, tmp_path, config):
+    def test_a_resumed_run_is_the_same_one_there(self, tmp_path, config):
         wandb = pytest.importorskip("wandb")
         write(tmp_path, config, 0, [1, 2])
         write(tmp_path, config, 2, [3])

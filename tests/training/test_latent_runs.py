@@ -62,7 +62,7 @@ def described(tmp_path):
 
 
 def test_adapters_of_nothing():
-    refused(tiny_config(lora={"rank": 2}), "config.lora.rank is 2, and adapters need a trained network")
+    refused(tiny_config(lora={"rank": 2}), "config.lora.rank is 2, but adapters need a trained network")
 
 
 @pytest.mark.parametrize(("field", "value"), [("clip", True), ("dynamic_threshold", 0.99)])
@@ -70,7 +70,7 @@ def test_clipped_latents(described, field, value):
     config = tiny_config(autoencoder={"source": str(described / "autoencoder")}, diffusion={"clip": False})
     validate(config, num_devices=1)
     config.diffusion[field] = value
-    refused(config, f"config.diffusion.{field} is {value}, and latents lie outside of [-1, 1], too")
+    refused(config, f"config.diffusion.{field} is {value}, but latents can also lie outside [-1, 1]")
 
 
 def test_latents_of_a_diffusion(described):
@@ -78,7 +78,7 @@ def test_latents_of_a_diffusion(described):
     refused(config, "is a run with train.objective 'diffusion'; accepted: 'autoencoder'")
 
 
-def test_an_autoencoder_is_no_run_to_sample_from(described):
+def test_an_autoencoder_cannot_be_sampled_from(described):
     with pytest.raises(UserError, match="holds an autoencoder, which makes no pictures by itself") as caught:
         ddpm_jax.load(described / "autoencoder")
     assert "\n" not in str(caught.value)
@@ -187,7 +187,7 @@ def get(tree, path):
 
 
 @pytest.mark.slow
-def test_a_run_of_adapters_goes_on_to_the_bit(runs, tmp_path):
+def test_a_run_of_adapters_resumes_bit_for_bit(runs, tmp_path):
     """From its own workdir alone: the run that it started from may be gone."""
     again = shutil.copytree(runs / "adapters", tmp_path / "adapters")
     shutil.rmtree(again / "checkpoints" / str(STEPS))

@@ -79,8 +79,8 @@ def test_a_transfer_that_nobody_asked_for_is_an_error_in_the_loop(config, tmp_pa
         (ValueError("a bug"), ValueError, "a bug"),
     ],
 )
-def test_what_is_said_if_the_last_checkpoint_failed_too(monkeypatch, tmp_path, error, kind, said):
-    """A full disk may be found by any file first, but only the checkpoints' sentence says what is left."""
+def test_the_message_if_the_last_checkpoint_failed_too(monkeypatch, tmp_path, error, kind, said):
+    """A full disk may be found by any file first, but only the checkpoints' sentence names the one that is left."""
 
     def fail(*_):
         raise error

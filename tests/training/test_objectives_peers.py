@@ -98,7 +98,7 @@ def test_step_of_lora(measure, both):
     for module, update in adapters.to_lora(gradients, scale, levels).unet.items():
         for name, found in {"A": update.down, "B": update.up}.items():
             error = relative(found, theirs[f"{module}.lora_{name}.default.weight"].grad.numpy())
-            measure(f"gradient by each factor, {what}", AGAINST, error, 2e-5, "relative")
+            measure(f"gradient with respect to each factor, {what}", AGAINST, error, 2e-5, "relative")
 
 
 def test_step_of_the_whole_network(measure, both):
@@ -110,4 +110,4 @@ def test_step_of_the_whole_network(measure, both):
     found = unet_tensors.to_tensors(gradients, len(run.net.widths))
     for name, parameter in pipeline.unet.named_parameters():
         error = relative(found[name], parameter.grad.numpy())
-        measure(f"gradient by each parameter, {what}", "PyTorch and diffusers", error, 2e-5, "relative")
+        measure(f"gradient with respect to each parameter, {what}", "PyTorch and diffusers", error, 2e-5, "relative")

@@ -67,7 +67,7 @@ def test_a_run_with_a_frozen_encoder_needs_its_workdir_alone(call, folder, tmp_p
     shutil.rmtree(run / "checkpoints" / "7")
     status, output = call(f"--workdir={run}", config=flags)
     assert status == 0, output
-    assert "going on from the checkpoint of step 6" in output
+    assert "resuming from the checkpoint of step 6" in output
     assert_same_checkpoint(run, whole, 7)
     assert "encoder" not in checkpoint(run, 7)["params"]  # it is not trained
     flags = (f"--workdir={run}", "--prompt=a plum", "--num_images=2", "--output=npz", f"--out={run / 'a.npz'}")
@@ -78,7 +78,7 @@ def test_a_run_with_a_frozen_encoder_needs_its_workdir_alone(call, folder, tmp_p
 
 @pytest.mark.slow
 def test_a_run_with_a_frozen_t5(call, tmp_path):
-    """Whose text encoder's folder has no tokenizer.json. It trains two steps, and samples after the folder is gone."""
+    """Its text encoder's folder has no tokenizer.json. It trains two steps, and samples after the folder is gone."""
     run, folder = tmp_path / "run", t5s.write_t5(tmp_path / "t5")
     flags = [flag for flag in CAPTIONED if ".text." not in flag and ".num_steps=" not in flag]
     flags += [f"--config.text.encoder={folder}", "--config.text.max_length=16", "--config.train.num_steps=2"]
@@ -98,7 +98,7 @@ def test_a_run_with_a_frozen_t5(call, tmp_path):
     assert "this run has a text encoder other than CLIP's (text.encoder), unlike Stable Diffusion" in output
 
 
-def test_what_a_start_that_was_cut_off_has_left_is_made_anew(config, tmp_path):
+def test_leftovers_of_an_interrupted_start_are_replaced(config, tmp_path):
     """The workdir has some encoder, but no description of a run yet."""
     run = workdir.check_writable(tmp_path / "run")
     (run / workdir.TEXT_ENCODER).mkdir()

@@ -59,7 +59,7 @@ def add(
       UserError: the run is not a Stable Diffusion, or a file is missing, broken or for another network.
     """
     if why := stable_diffusion.why_not(model):
-        raise UserError(f"LoRA files are for a Stable Diffusion, and this run {why}")
+        raise UserError(f"LoRA files are for a Stable Diffusion, but this run {why}")
     texts, net, _ = stable_diffusion.parts_of(model)
     encoder = texts.encoder
     assert isinstance(encoder, CLIPTextEncoder)

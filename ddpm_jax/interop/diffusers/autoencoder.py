@@ -151,7 +151,7 @@ def to_params(path: str | Path, tensors: Mapping[str, np.ndarray], net: Autoenco
     """Our parameters from an `AutoencoderKL`'s tensors; see `unet_tensors.to_params`.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the autoencoder's.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than the autoencoder's.
     """
     shapes, params, levels = param_shapes(net), {}, len(net.widths)
     for half in _HALVES:

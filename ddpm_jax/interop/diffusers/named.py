@@ -33,7 +33,7 @@ def to_params(
     """Our float32 parameters from the tensors of the file `path`.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the component's.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than the component's.
     """
     tensors = tensors_lib.to_float32(tensors)
     tensors_lib.check(path, tensors, tensor_shapes(shapes, name))

@@ -207,7 +207,7 @@ def to_params(
     Half precision becomes float32, which changes no value.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the prior's.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than the prior's.
     """
     shape = jax.ShapeDtypeStruct((widths.embedding,), jnp.float32)
     shapes = {**param_shapes(net, widths), **dict.fromkeys(_STATISTICS, shape)}

@@ -134,7 +134,8 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 # For UnCLIPScheduler, which has no such field. For 138 of the 999 possible numbers of steps, none of them Karlo's, a
-# timestep is an exact half, which rounding errors may round in opposite directions there and here.
+# timestep falls exactly halfway between two integers, so rounding errors may send it one way in diffusers and the
+# other way here.
 _LINSPACE = {"timestep_spacing": "linspace"}
 # `UnCLIPScheduler`'s values for fields that have more values in other schedulers.
 _UNCLIP: dict[str, tuple[Any, ...]] = {
@@ -253,20 +254,20 @@ def _read_sampling(config: ConfigDict, kind: str, fields: Mapping[str, Any], whe
                 fields["beta_schedule"] == "squaredcos_cap_v2" and kind.startswith("DPM")
             ):
                 notes.append(
-                    f"{field}: the network is called at the nearest timestep here, in diffusers at the one below"
+                    f"{field}: the network is called at the nearest timestep here; in diffusers at the one below"
                 )
     if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "linspace":
         notes.append(
-            "timestep_spacing 'linspace': a step leads to the next timestep here, in diffusers "
-            "num_train_timesteps // num_inference_steps lower"
+            "timestep_spacing 'linspace': here each step leads to the next timestep; in diffusers it goes down by "
+            "num_train_timesteps // num_inference_steps"
         )
     if kind in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler") and spacing == "trailing":
         notes.append(
-            "timestep_spacing 'trailing': a step leads to the next timestep here, in diffusers to a neighbouring one "
-            "if the number of steps does not divide num_train_timesteps"
+            "timestep_spacing 'trailing': here each step leads to the next timestep; in diffusers it leads to a "
+            "neighbouring one if the number of steps does not divide num_train_timesteps"
         )
     if diffusion.zero_terminal_snr and not sample.levels and kind not in ("DDPMScheduler", "DDIMScheduler"):
-        notes.append("rescale_betas_zero_snr: the last timestep is pure noise here, abar 2^-24 in diffusers")
+        notes.append("rescale_betas_zero_snr: the last timestep is pure noise here; in diffusers it has abar = 2^-24")
     sample.spacing = "" if spacing == DEFAULT_SPACING[sample.sampler] and not sample.skip_lowest else spacing
     sample.spacing_offset = offset if spacing == "leading" else 0
     sample.stop_at_first = stops
@@ -283,7 +284,7 @@ def _read_one_step(config: ConfigDict, kind: str, fields: Mapping[str, Any]) -> 
         sample.fractional = bool(sample.levels) or any(fields.get(field, False) for field in _LEVELS)
         sample.scaled_start = fields["timestep_spacing"] != "leading"
         if fields.get("final_sigmas_type") == "sigma_min":
-            return ["final_sigmas_type 'sigma_min': the result is x here, in diffusers x / a"]
+            return ["final_sigmas_type 'sigma_min': the result is x here; in diffusers it is x / a"]
     elif kind == "PNDMScheduler" and fields["skip_prk_steps"]:
         sample.sampler = "plms"
     elif kind == "PNDMScheduler":
@@ -409,7 +410,7 @@ def to_fields(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     elif "final_sigmas_type" in _DEFAULTS[kind]:
         fields["final_sigmas_type"] = "sigma_min" if sample.stop_at_first else "zero"
         if sample.stop_at_first and kind in _SIGMA_KINDS:
-            notes.append("final_sigmas_type 'sigma_min': the result is x / a in diffusers, here x")
+            notes.append("final_sigmas_type 'sigma_min': the result is x / a in diffusers; here it is x")
     elif sample.stop_at_first:
         notes.append(f"{kind} ends at the clean image, this run at the first timestep's noise level")
     if kind.startswith("DPM"):

@@ -426,7 +426,7 @@ def to_params(
       image_channels: as in `read`.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than in the config's network.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than in the config's network.
     """
     return unet_tensors.to_params(path, tensors, _param_shapes(config, num_classes, image_channels), _levels(config))
 

@@ -490,7 +490,7 @@ def to_params(path: str | Path, tensors: tensors_lib.Tensors, net: UNet, layout:
       net, layout: from its config.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the network's.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than the network's.
     """
     return unet_tensors.to_params(path, tensors, param_shapes(net, layout), len(net.widths), layout.linear_projections)
 

@@ -125,7 +125,7 @@ def to_params(
       levels, linear_projections, prefix: see `to_tensors`.
 
     Raises:
-      UserError: a tensor that is missing, unexpected, or of another shape or dtype than the network's.
+      UserError: a tensor that is missing, unexpected, or of a different shape or dtype than the network's.
     """
     names = {ours: prefix + name for ours, name in _names(param_shapes, levels)}
     wanted = tensor_shapes(param_shapes, levels, linear_projections, prefix)

@@ -45,7 +45,7 @@ def read(folder: str | Path) -> tuple[Encoder, dict[str, Any]]:
 
     Raises:
       UserError: a file that is missing or broken, an architecture or activation that is not supported, or a tensor that
-        is missing, unexpected, or of another shape or dtype.
+        is missing, unexpected, or of a different shape or dtype.
     """
     net = read_module(folder)
     path, tensors = tensors_lib.read_weights(folder, WEIGHTS)

@@ -1,7 +1,7 @@
 """Reads and writes CLIP's encoders.
 
-Supported are text encoders (`CLIPTextModel`, `CLIPTextModelWithProjection` and the text half of a `CLIPModel`), image
-encoders (`CLIPVisionModelWithProjection`), and a whole `CLIPModel`.
+This module supports text encoders (`CLIPTextModel`, `CLIPTextModelWithProjection` and the text half of a `CLIPModel`),
+image encoders (`CLIPVisionModelWithProjection`), and a whole `CLIPModel`.
 """
 
 import dataclasses

@@ -313,7 +313,7 @@ def test_narrow_autoencoders(measure, tmp_path, name):
 
 @pytest.mark.peers
 def test_gradients(measure):
-    """Of the sum of the squares of mean, log-variance and the pictures decoded from the mean."""
+    """The function is the sum of the squares of mean, log-variance and the pictures decoded from the mean."""
     theirs, name = their_autoencoder(**NARROW["three levels"]), "narrow autoencoder"
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
     net, _ = interop.to_module(json.loads(json.dumps(dict(theirs.config))))
@@ -328,13 +328,15 @@ def test_gradients(measure):
     x = to_torch(pictures).requires_grad_()
     posterior = theirs.encode(x).latent_dist
     sum((y**2).sum() for y in (posterior.mean, posterior.logvar, theirs.decode(posterior.mean).sample)).backward()
-    measure(f"gradient by pictures, {name}", AGAINST, largest(by_pictures, to_numpy(x.grad)), 5e-5, "relative")
+    measure(
+        f"gradient with respect to pictures, {name}", AGAINST, largest(by_pictures, to_numpy(x.grad)), 5e-5, "relative"
+    )
     found = interop.to_tensors(gradients, net)
     for parameter_name, parameter in theirs.named_parameters():
         # A key's bias moves every logit of a row alike: its gradient is rounding.
         if not parameter_name.endswith("to_k.bias"):
             error = largest(found[parameter_name], parameter.grad.numpy())
-            measure(f"gradient by each parameter, {name}", AGAINST, error, 1e-4, "relative")
+            measure(f"gradient with respect to each parameter, {name}", AGAINST, error, 1e-4, "relative")
 
 
 @pytest.mark.peers

@@ -69,7 +69,7 @@ def test_images_of_two_channels(call, tmp_path):
     for output_kind in ("grid", "png"):
         status, output = call(*flags, f"--output={output_kind}", config=None)
         assert status == 1
-        assert "images have 2 channels, and pictures have 1 or 3; accepted: --mode=sample --output=npz" in output
+        assert "images have 2 channels, but pictures have 1 or 3; accepted: --mode=sample --output=npz" in output
     status, output = call(*flags, "--output=npz", f"--out={tmp_path / 'images.npz'}", config=None)
     assert status == 0, output
     assert np.load(tmp_path / "images.npz")["image"].shape == (2, 8, 16, 2)

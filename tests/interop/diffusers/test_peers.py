@@ -66,7 +66,7 @@ def compare(measure, name, theirs, folder):
     against = "diffusers' `UNet2DModel`, PyTorch"
     measure(f"output, {name}", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
     error = relative(x_gradient, to_numpy(their_x.grad))
-    measure(f"gradient by x, {name}", against, error, 1e-5, "relative")
+    measure(f"gradient with respect to x, {name}", against, error, 1e-5, "relative")
     gradients = unet_lib.to_tensors(params_gradient, len(net.widths))
     largest = max(float(torch.linalg.norm(p.grad)) for p in theirs.parameters() if p.grad is not None)
     for parameter_name, parameter in theirs.named_parameters():
@@ -74,7 +74,7 @@ def compare(measure, name, theirs, folder):
         # Some are rounding alone: a key's bias moves every logit of a row alike, and a norm undoes a constant.
         if np.linalg.norm(expected) > 1e-6 * largest:
             error = relative(gradients[parameter_name], expected)
-            measure(f"gradient by each parameter, {name}", against, error, 1e-4, "relative")
+            measure(f"gradient with respect to each parameter, {name}", against, error, 1e-4, "relative")
 
     again = folder.parent / "again"
     assert folder_lib.write(again, described.config, net, params) == []
@@ -122,11 +122,11 @@ def test_super_resolution(measure):
     against = "diffusers' `UNet2DModel`, PyTorch"
     measure("output, narrow super-resolution", against, relative(y, to_numpy(their_y)), 1e-5, "relative")
     error = relative(x_gradient, to_numpy(their_x.grad))
-    measure("gradient by x, narrow super-resolution", against, error, 1e-5, "relative")
+    measure("gradient with respect to x, narrow super-resolution", against, error, 1e-5, "relative")
     gradients = unet_lib.to_tensors(params_gradient, len(net.widths))
     for name, parameter in theirs.named_parameters():
         error = relative(gradients[name], parameter.grad.numpy())
-        measure("gradient by each parameter, narrow super-resolution", against, error, 5e-5, "relative")
+        measure("gradient with respect to each parameter, narrow super-resolution", against, error, 5e-5, "relative")
 
 
 @pytest.mark.slow

@@ -71,13 +71,13 @@ def test_priors(measure, tmp_path, name):
     against = "diffusers' `PriorTransformer`, PyTorch"
     measure("output of narrow priors", against, relative(y, their_y.detach().numpy()), 1e-6, "relative")
     error = relative(x_gradient, their_x.grad.numpy())
-    measure("gradient by the embedding, narrow priors", against, error, 3e-6, "relative")
+    measure("gradient with respect to the embedding, narrow priors", against, error, 3e-6, "relative")
     gradients = prior.to_tensors(params_gradient, statistics)
     for parameter_name, parameter in theirs.named_parameters():
-        # Of the statistics there is none, and a key's bias moves every logit of a row alike.
+        # The statistics have no gradient, and a key's bias moves every logit of a row alike.
         if parameter.grad is not None and not parameter_name.endswith("to_k.bias"):
             error = relative(gradients[parameter_name], parameter.grad.numpy())
-            measure("gradient by each parameter, narrow priors", against, error, 1e-5, "relative")
+            measure("gradient with respect to each parameter, narrow priors", against, error, 1e-5, "relative")
 
     with torch.no_grad():
         expected = theirs.post_process_latents(their_y).numpy()

@@ -62,8 +62,8 @@ def test_what_diffusers_passes_over():
         ("DDIMScheduler", {"timestep_spacing": "trailing"}, "if the number of steps does not divide"),
         ("DDPMScheduler", {"timestep_spacing": "trailing"}, "the last step adds no noise here"),
         ("PNDMScheduler", {}, "PNDMScheduler: skip_prk_steps False, which starts with Runge-Kutta steps, is not"),
-        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "the result is x here, in diffusers x / a"),
-        ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "abar 2^-24"),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "result is x here; in diffusers it is x / a"),
+        ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "abar = 2^-24"),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 is not supported"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type 'heun' is not"),
         (
@@ -83,10 +83,10 @@ def test_what_diffusers_passes_over():
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "solver_type 'bh1' is not supported"),
         ("UniPCMultistepScheduler", {"solver_order": 4}, "solver_order 4 is not"),
         ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector (0,) is not"),
-        ("UniPCMultistepScheduler", {"rescale_betas_zero_snr": True}, "abar 2^-24"),
+        ("UniPCMultistepScheduler", {"rescale_betas_zero_snr": True}, "abar = 2^-24"),
     ],
 )
-def test_what_is_sampled_otherwise_is_said(kind, fields, said):
+def test_differences_in_sampling_are_reported(kind, fields, said):
     _, notes = read(kind, **fields)
     assert any(said in note for note in notes), notes
     assert all(note.startswith(f"{kind}: ") for note in notes)
@@ -100,7 +100,7 @@ def test_what_is_sampled_otherwise_is_said(kind, fields, said):
         ("DDPMScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values"),
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "variance_type is 'fixed_large_log'"),
         ("DDPMScheduler", {"prediction_type": "flow"}, "prediction_type is 'flow'"),
-        ("DDPMScheduler", {"rescale_betas_zero_snr": True}, "'eps' says nothing at the last timestep"),
+        ("DDPMScheduler", {"rescale_betas_zero_snr": True}, "'eps' does not determine the image at the last timestep"),
         ("DDPMScheduler", {"clip_sample_range": 0.0}, "clip_sample_range is 0.0"),
         ("DDPMScheduler", {"clip_sample_range": "wide"}, "clip_sample_range is 'wide'"),
         ("UnCLIPScheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
@@ -260,7 +260,7 @@ def test_configs_there_and_back(name):
         ({"sampler": "dpmpp_2m"}, "uses the noise levels of spacing 'logsnr' even between timesteps"),
     ],
 )
-def test_what_diffusers_samples_otherwise_is_said(sample, said):
+def test_what_diffusers_samples_differently_is_reported(sample, said):
     config = config_lib.default_config()
     config.sample.update(sample)
     _, notes = scheduler.to_fields(config)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.peers
 
 PROMPTS, NEGATIVE, STEPS, GUIDANCE = ["a red bicycle", "the sea"], ["blue", ""], 20, 7.5
 LEADING = {**SCHEDULE, "timestep_spacing": "leading"}
-# The scheduler, its fields, and what the networks have otherwise.
+# The scheduler, its fields, and how the networks differ.
 PIPELINES = {
     "PNDM": ("PNDMScheduler", SCHEDULER, {}),
     "DDIM": ("DDIMScheduler", {**SCHEDULE, "set_alpha_to_one": False, "clip_sample": False}, {}),

@@ -49,7 +49,7 @@ def test_super_resolution():
     net = config_lib.make_network(config)
     found = json.loads(json.dumps(unet.to_fields(config, net, image_channels=3)))
     expected = json.loads(json.dumps(NARROW_SUPER_RESOLUTION))
-    # Of the last level, which nothing makes smaller, both types of blocks are the same.
+    # In the last level, which is not made smaller, both types of blocks are the same.
     blocks = {"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"]}
     blocks |= {"up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"]}
     assert {field: found[field] for field in expected} == expected | blocks

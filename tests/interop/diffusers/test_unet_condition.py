@@ -46,7 +46,7 @@ def test_parameters_of_stable_diffusion(measure, fields, parameters):
     measure(f"{what}, {fields['in_channels']} channels", f"diffusers' {parameters:,}", abs(found - parameters), 0)
 
 
-# Of simple attention: the fields of diffusers' config, and those of ours.
+# Fields of simple attention in diffusers' config and in ours.
 THEIRS = {
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "down_block_types": ["SimpleCrossAttnDownBlock2D"] * 2,

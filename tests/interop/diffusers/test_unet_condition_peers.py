@@ -84,7 +84,7 @@ def test_networks(measure, tmp_path, name):
     their_y.backward(to_torch(weights))
     measure(f"output, narrow network: {name}", AGAINST, relative(y, to_numpy(their_y)), 1e-5, "relative")
     error = relative(x_gradient, to_numpy(their_x.grad))
-    measure(f"gradient by x, narrow network: {name}", AGAINST, error, 1e-5, "relative")
+    measure(f"gradient with respect to x, narrow network: {name}", AGAINST, error, 1e-5, "relative")
     gradients = unet_condition.to_tensors(params_gradient, len(net.widths), layout.linear_projections)
     # A bias that all keys of a softmax share changes nothing, and its gradient is rounding.
     nothing = 1e-6 * max(parameter.grad.norm().item() for parameter in theirs.parameters())
@@ -94,7 +94,7 @@ def test_networks(measure, tmp_path, name):
             assert np.linalg.norm(gradients[parameter_name]) < nothing
             continue
         error = relative(gradients[parameter_name], parameter.grad.numpy())
-        measure(f"gradient by each parameter, narrow network: {name}", AGAINST, error, 5e-5, "relative")
+        measure(f"gradient with respect to each parameter, narrow network: {name}", AGAINST, error, 5e-5, "relative")
 
     again = unet_condition.to_tensors(params, len(net.widths), layout.linear_projections)
     assert again.keys() == tensors.keys()

@@ -337,7 +337,7 @@ def test_pickled_half_of_a_whole_clip(tmp_path, legacy):
 
 
 def whole_config(vision):
-    """Of a CLIPModel whose text half is narrow."""
+    """The config of a CLIPModel whose text half is narrow."""
     text = NARROW | {"vocab_size": clips.VOCAB_SIZE, "bos_token_id": 512, "eos_token_id": 513}
     return lambda transformers: transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
 
