@@ -22,9 +22,9 @@ STEPS = 5  # of each call
 
 def setup(name, devices):
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory, parallel
 
-    parallel.keep_freed_memory(devices)
+    memory.keep_freed_memory(devices)
     import jax
     import numpy as np
 

@@ -47,9 +47,9 @@ def theirs(path, batch, size):
 
 
 def ours(path, batch, size):
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory, parallel
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     from ddpm_jax.evaluation.features import load_inception
 
     features, mesh, images = load_inception(path), parallel.make_mesh(), _images(batch, size)

@@ -22,7 +22,7 @@ from PIL import Image
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.data.sources import TfdsSource, open_source
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import memory, parallel
 
 
 def picture(rng, height, width):
@@ -83,7 +83,7 @@ def measure(batches):
 
 
 def main(options, root):
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     rates, rates_per_core = {}, {}
 
     def tell(name, rate, per_core=None):

@@ -19,9 +19,9 @@ CONV = [  # batch, height and width, channels, features
 
 
 def _inputs(batch, size, channels, features):
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     import jax
 
     keys = jax.random.split(jax.random.key(0), 2)

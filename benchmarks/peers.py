@@ -86,9 +86,9 @@ def _sinusoids(t, width):
 
 def _train(net, inputs, **options):
     """The same training step with a peer's network; `inputs` makes its arguments from x_t and t."""
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory, parallel
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     import jax
     import jax.numpy as jnp
     import optax

@@ -45,9 +45,9 @@ def write_folder(folder):
 
 def ours(folder, method, batch, calls=None):
     """A function that samples a batch, or does its first calls."""
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory, parallel
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     parallel.keep_compiled_programs(f"{folder}-compiled")
     import jax
 

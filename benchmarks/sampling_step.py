@@ -13,9 +13,9 @@ BATCH = {"digits": 64, "cifar10": 16}
 
 
 def _setup(network):
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     import sys
     from pathlib import Path
 

@@ -88,9 +88,9 @@ def picture(sample):
 
 
 def ours(workdir, part, batch, dtype):
-    from ddpm_jax.runtime import parallel
+    from ddpm_jax.runtime import memory, parallel
 
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     parallel.keep_compiled_programs(f"{workdir}-compiled")
     import jax
     import numpy as np

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddpm_jax import usage
+from ddpm_jax.runtime import memory
 
 FLAGS = flags.FLAGS
 
@@ -395,4 +396,5 @@ def _with_config_found(argument: str) -> str:
 
 def run() -> None:
     """Parses the flags and calls `main`."""
+    memory.restart_with_huge_pages()
     app.run(main, flags_parser=parse_flags)

@@ -20,6 +20,7 @@ from ddpm_jax.models.embedding_condition import Embedded
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.generate import generate
 from ddpm_jax.sampling.given import Inputs
+from ddpm_jax.serve.actions import Playground
 
 CAPTIONS = ("a red apple", "two green pears", "a plum")
 
@@ -141,6 +142,10 @@ class TestCascade:
             run = ddpm_jax.load(cascade / name)
             with pytest.raises(UserError, match="this run works on the result of another stage"):
                 run.vary(np.zeros((1, 8, 8, 1), np.uint8), t=5)
+            playground = Playground(run, name, 2)
+            assert playground.facts()["edits"] == []
+            with pytest.raises(UserError, match="this run works on the result of another stage"):
+                playground.vary({})  # before it is queued
         with pytest.raises(UserError, match="the pictures to enlarge are uint8 of shape"):
             ddpm_jax.load(cascade / "sr").upscale(np.zeros((1, 8, 8, 1), np.uint8))
         with pytest.raises(UserError, match="this run does not enlarge pictures"):

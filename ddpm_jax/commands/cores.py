@@ -13,7 +13,7 @@ from contextlib import suppress
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import memory
 from ddpm_jax.validation import check_fields
 
 _MANY_CHANNELS = 64  # from here on XLA divides each convolution
@@ -39,7 +39,7 @@ def use(config: ConfigDict) -> None:
     if count > 1 and not (chosen or jax.distributed.is_initialized()):
         with suppress(RuntimeError):  # the devices are open, as in a notebook
             jax.config.update("jax_num_cpu_devices", count)
-    parallel.keep_freed_memory(_chosen() or 1)
+    memory.keep_freed_memory(_chosen() or 1)
 
 
 def _chosen() -> int:

@@ -23,7 +23,7 @@ from ddpm_jax.evaluation.features import Features, open_features
 from ddpm_jax.evaluation.references import open_summary, write_reference
 from ddpm_jax.evaluation.summaries import Summary, shard_summary, share_features, summarize
 from ddpm_jax.run import Run
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import memory, parallel
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.files import write_text
 from ddpm_jax.runtime.progress import ProgressBar
@@ -139,7 +139,7 @@ def compare_paths(
     save_reference: str | None,
 ) -> dict[str, Any]:
     """Compares two sets of images without a run, as `evaluate` does; the results go to the folder `workdir`."""
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     judge, folder, mesh = open_features(features), check_writable(workdir), parallel.make_mesh()
     size = batch_size or 64
     real, fake = (
@@ -164,7 +164,7 @@ def evaluate_clip(workdir: str | Path, *, num_images: int | None, batch_size: in
     Returns:
       The numbers by name.
     """
-    parallel.keep_freed_memory()
+    memory.keep_freed_memory()
     config, folder = read_config(workdir), check_writable(workdir)
     clip, source = load_clip(workdir), training_images(config, read_dataset(workdir) or {})
     asked = retrieval.questions(source, num_images or _NUM_IMAGES)

@@ -75,7 +75,7 @@ def _page(folder: Path) -> str:
         "samples": _slider(
             "samples",
             drawn,
-            "All start from the same noise, so the pictures can be compared.",
+            _WHAT_IS_DRAWN.get("prior" if config.prior.clip else config.train.objective, _SAMPLES),
             _captions(captions, in_grids),
         ),
         "denoising": _slider(
@@ -121,6 +121,15 @@ _TITLES = {
 }
 
 
+# Of the pictures that training makes, by objective.
+_SAMPLES = "All start from the same noise, so the pictures can be compared."
+_WHAT_IS_DRAWN = {
+    "autoencoder": "Training pictures, each followed by its reconstruction.",
+    "clip": "Training pictures above the captions that the CLIP picks for them, in red if wrong.",
+    "prior": "The training pictures whose embeddings are nearest to those that are drawn for the captions.",
+}
+
+
 def _state(history: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], num_steps: int) -> str:
     step = max((line["step"] for line in lines), default=0)
     event = history[-1]["event"] if history else "started"
@@ -135,7 +144,7 @@ def _summary(
     history: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
 ) -> str:
-    model, diffusion, train = config.model, config.diffusion, config.train
+    diffusion, train = config.diffusion, config.train
     started: Mapping[str, Any] = next((event for event in reversed(history) if event["event"] == "started"), {})
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     facts: dict[str, Any] = {}
@@ -145,19 +154,16 @@ def _summary(
         found = f"{dataset.get('num_images', 0):,} images of {_size(dataset)}"
         facts["Data"] = f"{describe(dataset)}: {found}{classes}{held_out}"
     size = f"{started['num_parameters']:,} parameters, " if "num_parameters" in started else ""
-    widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
-    levels = ", ".join(map(str, widths))
-    blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
-    blocks = blocks or f"{model.num_res_blocks} block{'s' if model.num_res_blocks > 1 else ''} each"
-    facts["Network"] = f"UNet of {size}{levels} channels by level, {blocks}, {model.dtype}"
+    facts["Network"] = f"{_network(config, size)}, {config.model.dtype}"
     if config.text.encoder == config_lib.TRAINED:
         facts["Text encoder"] = f"trained, width {config.text.width}, {config.text.num_layers} layers"
     elif config.text.encoder:
         facts["Text encoder"] = f"frozen, {config.text.encoder}"
-    facts["Diffusion"] = (
-        f"{diffusion.schedule} schedule of {diffusion.num_timesteps:,} timesteps, predicts {diffusion.prediction}, "
-        f"variance {diffusion.variance}"
-    )
+    if train.objective == "diffusion":
+        facts["Diffusion"] = (
+            f"{diffusion.schedule} schedule of {diffusion.num_timesteps:,} timesteps, predicts {diffusion.prediction}, "
+            f"variance {diffusion.variance}"
+        )
     facts["Training"] = (
         f"{train.num_steps:,} steps of {train.batch_size} images, {config.optimizer.name} at "
         f"{config.optimizer.learning_rate:g}, average of decay {train.ema_decays[0]:g}"
@@ -179,6 +185,36 @@ def _summary(
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in packages.items())
     facts["Source"] = environment.get("git_revision") or ""
     return _facts({name: value for name, value in facts.items() if value})
+
+
+def _network(config: Any, size: str) -> str:
+    """What the run trains; `size` is its number of parameters, in words."""
+    if config.train.objective == "autoencoder":
+        autoencoder = config.autoencoder
+        return (
+            f"Autoencoder of {size}{_listed(autoencoder.level_channels)} channels by level, "
+            f"{_blocks(autoencoder.num_res_blocks)}, {autoencoder.latent_channels} channels of latents"
+        )
+    if config.train.objective == "clip":
+        clip = config.clip
+        return (
+            f"CLIP of {size}image encoder of width {clip.width} and {clip.num_layers} layers on patches of "
+            f"{clip.patch_size}x{clip.patch_size}, embeddings of width {clip.projection}"
+        )
+    if config.prior.clip:
+        return f"Transformer of {size}width {config.prior.width}, {config.prior.num_layers} layers"
+    model = config.model
+    widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
+    blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
+    return f"UNet of {size}{_listed(widths)} channels by level, {blocks or _blocks(model.num_res_blocks)}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _blocks(count: int) -> str:
+    return f"{count} block{'s' if count > 1 else ''} each"
 
 
 def _of_pipeline(runs: Sequence[Mapping[str, Any]]) -> str:

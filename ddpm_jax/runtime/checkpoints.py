@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import memory
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.training.step import Metrics
@@ -218,7 +218,7 @@ class Checkpoints:
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=1)) as reader:
                     path = self.directory / str(candidate) / part
                     found = reader.restore(path, args=ocp.args.StandardRestore(params))
-                parallel.return_freed_memory()
+                memory.return_freed_memory()
                 return candidate, found
             except Exception as error:  # Orbax and TensorStore raise many kinds of errors
                 logging.error("Checkpoint %d cannot be read: %s", candidate, first_line(error)[:200])

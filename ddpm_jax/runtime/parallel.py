@@ -1,14 +1,10 @@
 """Devices: the mesh, and the sharding of arrays over it."""
 
-import ctypes
-import importlib.util
 import math
 import os
 import platform
-import sys
 import zlib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +19,6 @@ from ddpm_jax.runtime import files
 from ddpm_jax.runtime.errors import UserError
 
 IN_FLIGHT = 2  # calls of a program that are queued on the devices while the host continues
-
-_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
-
-
-def keep_freed_memory(devices: int = 1) -> None:
-    """Lets the C allocator keep memory that a step frees, on Linux.
-
-    XLA's CPU backend allocates the temporary arrays of a program anew at every call, gigabytes for a training step. By
-    default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
-    sixth of the step. If an accelerator's plug-in is installed, this does nothing.
-
-    Args:
-      devices: the number of CPU devices of this process. With one, all threads share an arena, because the arenas of
-        single threads return large blocks to the kernel. With several, each thread has its own: the devices' programs
-        run at the same time, and in one arena they would wait for one another, which lengthens a step of a small
-        network by up to a third.
-    """
-    if sys.platform == "linux" and not any(map(importlib.util.find_spec, _PLUGINS)):
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-        except OSError:  # another C library, such as musl
-            return
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-        if devices == 1:
-            libc.mallopt(M_ARENA_MAX, 1)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_TOP_PAD, 64 << 20)
-        jax.monitoring.register_event_duration_secs_listener(_after_compiling)
-
-
-def _after_compiling(event: str, duration_secs: float, **_: Any) -> None:
-    """Returns the compiler's memory to the system before the compiled program allocates its own."""
-    if event == "/jax/core/compile/backend_compile_duration" and duration_secs > 0.1:
-        return_freed_memory()
-
-
-def return_freed_memory() -> None:
-    """Returns the memory that `keep_freed_memory` holds to the system.
-
-    Memory that a program frees is worth keeping for its next call; memory used to read weights or to compile is not.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def keep_compiled_programs(folder: str | Path | None = None) -> Path | None:

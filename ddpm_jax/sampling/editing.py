@@ -139,6 +139,7 @@ class Editor:
     def interpolate(
         self, first: np.ndarray, second: np.ndarray, weights: Sequence[float], t: int, seed: int
     ) -> np.ndarray:
+        self.model.check_alone()
         ends = self.model.decoder.encode(check_ends(first, second, self.model.decoder.picture_shape))
         mix = functools.partial(
             editing.interpolate, key=named_key(seed, "interpolate"), x_0=ends[0], other=ends[1], weights=weights, t=t
@@ -203,6 +204,7 @@ class Editor:
         t: int | None = None,
     ) -> np.ndarray:
         """Calls function(schedule, model_fn, keys, x_0, ...) for all pictures, in batches sharded over the devices."""
+        self.model.check_alone()
         x_0 = self.model.decoder.encode(check_pictures(pictures, self.model.decoder.picture_shape))
         size = parallel.rounded(min(self.batch_size, len(x_0)), self.mesh)
         place = functools.partial(parallel.place, sharding=parallel.batch_sharding(self.mesh))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ddpm_jax.models.autoencoder import Autoencoder, param_shapes
-from ddpm_jax.runtime import images, parallel
+from ddpm_jax.runtime import images, memory, parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.runtime.errors import UserError
 
@@ -148,7 +148,7 @@ class Latents:
 
     def _params_on(self, mesh: Mesh) -> Any:
         if mesh not in self._placed:
-            parallel.return_freed_memory()  # of the network, whose calls have ended when pictures are decoded
+            memory.return_freed_memory()  # of the network, whose calls have ended when pictures are decoded
             self._placed[mesh] = jax.device_put(self.open_params(), parallel.replicated(mesh))
         return self._placed[mesh]
 

@@ -17,6 +17,7 @@ from ddpm_jax.run import Run
 from ddpm_jax.runtime import images
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.sampling.condition import FIELDS, Control
+from ddpm_jax.sampling.given import MaskedPicture
 from ddpm_jax.serve.queue import Task
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -24,6 +25,7 @@ MAX_PIXELS = 16_000_000  # of an uploaded picture; those from phones have 12 mil
 MAX_TIMES = 20  # RePaint's repetitions
 MAX_GUIDANCE = 20.0
 MAX_TEXT = 2_000  # characters of a prompt
+_SAMPLER = "dpmpp_2m"  # which the page shows first
 _FRAMES = 24  # intermediate images sent to the page
 
 Form = Mapping[str, Any]
@@ -94,6 +96,10 @@ class Playground:
     def last(self) -> int:
         return self.run.schedule.num_timesteps - 1
 
+    @property
+    def _default_steps(self) -> int:
+        return min(20, self.last + 1)
+
     def facts(self) -> dict[str, Any]:
         """What the page needs to know."""
         run, height, width = self.run, *self.run.shape[:2]
@@ -108,13 +114,14 @@ class Playground:
             "guidance": not run.condition.cannot_guide,
             "guidance_scale": self._guidance_scale(controls),
             "unconditional": run.condition.can_be_left_out,
+            "edits": self._edits(),
             "timesteps": self.last + 1,
             "samplers": {
                 name: {"options": sorted(options), "spacing": DEFAULT_SPACING[name]} for name, options in takes.items()
             },
             "spacings": SPACINGS,
-            "sampler": "dpmpp_2m",
-            "num_steps": min(20, self.last + 1),
+            "sampler": _SAMPLER,
+            "num_steps": self._default_steps,
             "max_images": self.batch_size,
             "max_times": MAX_TIMES,
             "max_guidance": MAX_GUIDANCE,
@@ -122,6 +129,14 @@ class Playground:
             "training_images": 0 if self.source is None else len(self.source),
             "without_training_images": self.without_source,
         }
+
+    def _edits(self) -> list[str]:
+        """The actions that edit pictures with this run."""
+        given = self.run.model.given
+        if given is not None:
+            return ["inpaint"] if isinstance(given, MaskedPicture) else []
+        edits = ["vary", "inpaint", "interpolate"]
+        return [*edits, "interpolate_latents"] if self.run.condition.can_be_left_out else edits
 
     def _guidance_scale(self, controls: Sequence[Control]) -> float:
         """The page's initial guidance scale: only with guidance do images follow a prompt closely."""
@@ -204,6 +219,7 @@ class Playground:
         return self._action("interpolate", form, call, calls, options)
 
     def interpolate_latents(self, form: Form) -> Action:
+        self.run.model.check_alone()
         self.run.condition.null(1)  # this method is unconditional
         steps, spacing = self._num_steps(form), self._spacing(form)
         calls = self._calls({"sampler": "ddim", "num_steps": steps, "spacing": spacing})
@@ -229,7 +245,7 @@ class Playground:
 
     def _options(self, form: Form) -> dict[str, Any]:
         """The options of `Run.sample`."""
-        sampler = choice(form, "sampler", tuple(SAMPLERS), self.facts()["sampler"])
+        sampler = choice(form, "sampler", tuple(SAMPLERS), _SAMPLER)
         options: dict[str, Any] = {
             "sampler": sampler,
             "num_steps": self._num_steps(form),
@@ -250,6 +266,8 @@ class Playground:
 
     def _edit_options(self, form: Form, t: int | None = None) -> dict[str, Any]:
         """The options of edits that start at t."""
+        if not isinstance(self.run.model.given, MaskedPicture) or t is not None:
+            self.run.model.check_alone()
         options = self._options(form)
         if t is not None:
             options["num_steps"] = min(options["num_steps"], t + 1)
@@ -274,7 +292,7 @@ class Playground:
         return integer(form, "num_images", 1, self.batch_size, self.batch_size)
 
     def _num_steps(self, form: Form) -> int:
-        return integer(form, "num_steps", 1, self.last + 1, self.facts()["num_steps"])
+        return integer(form, "num_steps", 1, self.last + 1, self._default_steps)
 
     def _spacing(self, form: Form) -> str | None:
         return choice(form, "spacing", SPACINGS, "") or None

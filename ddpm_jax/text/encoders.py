@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.models.captioned import Captioned
-from ddpm_jax.runtime import parallel
+from ddpm_jax.runtime import memory, parallel
 from ddpm_jax.runtime.cache import Cache
 from ddpm_jax.text.tokenizers import Tokenizer
 
@@ -156,7 +156,7 @@ class FrozenTexts:
     @functools.cached_property
     def _params(self) -> Any:
         params = jax.device_put(self.open_params(), jax.local_devices()[0])
-        parallel.return_freed_memory()
+        memory.return_freed_memory()
         return params
 
     @functools.cached_property

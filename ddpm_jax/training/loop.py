@@ -364,7 +364,7 @@ class _Training:
         return self.folder / "samples" / f"step_{step:08d}.png"
 
     def _sample_grid(self, state: TrainState, step: int) -> None:
-        """Saves a grid with the averaged weights, always from the same noise, so that the pictures can be compared."""
+        """Saves a picture made with the averaged weights; see `make_pictures`."""
         self.pictures.save_step(self._averaged(state), self._picture(step))
         self._report()
 

@@ -8,12 +8,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import TRAINED, make_betas_from
-from ddpm_jax.interop import transformers
 from ddpm_jax.run import open_run
 from ddpm_jax.runtime import parallel, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.training.state import Params
+from ddpm_jax.training.texts import read_text_encoder
 
 # Fields that change the meaning of weights but not their shapes.
 _SAME_SHAPES = (
@@ -79,7 +79,7 @@ def start_weights(config: ConfigDict, wanted: Params) -> tuple[int, Params]:
         )
     params = run.params
     if config.lora.text_encoder:
-        params = {"net": params, "encoder": transformers.read(config.text.encoder)[1]}
+        params = {"net": params, "encoder": read_text_encoder(config.text.encoder)[1]}
     found = jax.tree_util.tree_flatten_with_path(params)[0]
     shapes = dict(jax.tree_util.tree_flatten_with_path(wanted)[0])
     for path, value in found:

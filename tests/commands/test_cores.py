@@ -57,7 +57,7 @@ def test_devices_that_suit_a_run(name, fields, number_of_cores, devices):
 def test_the_user_s_number_counts(environment, devices):
     code = (
         "from configs import digits; from ddpm_jax.commands import cores; cores._cores = lambda: 2;"
-        "cores.parallel.keep_freed_memory = lambda devices: print(devices, end=' ');"
+        "cores.memory.keep_freed_memory = lambda devices: print(devices, end=' ');"
         "cores.use(digits.get_config()); import jax; print(len(jax.devices()))"
     )
     unset = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}

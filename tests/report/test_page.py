@@ -191,6 +191,40 @@ class TestWrite:
         assert "<dt>Text encoder</dt><dd>trained, width 48, 3 layers</dd>" in text
         assert "5 images of 8x8x1, 2 numbers held out" in text
 
+    @pytest.mark.parametrize(
+        ("fields", "network", "pictures"),
+        [
+            (
+                {
+                    "train": {"objective": "autoencoder"},
+                    "autoencoder": {"level_channels": [16, 32], "num_res_blocks": 1},
+                },
+                "Autoencoder of 1,234,567 parameters, 16, 32 channels by level, 1 block each, 4 channels of latents",
+                "each followed by its reconstruction",
+            ),
+            (
+                {
+                    "train": {"objective": "clip"},
+                    "clip": {"width": 24, "num_layers": 3, "patch_size": 2, "projection": 8},
+                },
+                "image encoder of width 24 and 3 layers on patches of 2x2, embeddings of width 8",
+                "the captions that the CLIP picks",
+            ),
+            (
+                {"prior": {"clip": "x", "width": 20, "num_layers": 5}},
+                "Transformer of 1,234,567 parameters, width 20, 5 layers",
+                "whose embeddings are nearest",
+            ),
+        ],
+    )
+    def test_says_what_other_objectives_train_and_draw(self, run, fields, network, pictures):
+        change(run / "config.json", **fields)
+        text, _ = page_of(run)
+        assert network in text
+        assert pictures in text
+        assert "UNet of" not in text
+        assert ("<dt>Diffusion</dt>" in text) == ("prior" in fields)
+
     def test_names_a_frozen_encoder(self, run):
         change(run / "config.json", text={"encoder": "/clip & more"})
         assert "<dt>Text encoder</dt><dd>frozen, /clip &amp; more</dd>" in page_of(run)[0]

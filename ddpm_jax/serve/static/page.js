@@ -54,7 +54,9 @@ function fill() {
   for (const control of run.controls.filter((control) => !isText(control))) {
     find("[data-guidance]").before(labelled(control, document.createElement("select")));
   }
-  if (!run.unconditional) find("[value=interpolate_latents]").disabled = true;
+  for (const name of ["vary", "inpaint", "interpolate", "interpolate_latents"]) {
+    find(`[value=${name}]`).disabled = !run.edits.includes(name);
+  }
   for (const button of all(".training")) {
     button.disabled = !run.training_images;
     button.title = run.without_training_images;
