@@ -123,12 +123,7 @@ def _ending(
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps of a sampling run.
-
-    Attributes:
-      sampler, num_steps, spacing, spacing_offset, skip_lowest, stop_at_first, timesteps, eta, order, x_0_mse, levels,
-      fractional, scaled_start: as in `sample`.
-    """
+    """The steps of a sampling run; the attributes are those arguments of `sample`."""
 
     sampler: str = "ddpm"
     num_steps: int | None = None

@@ -4,13 +4,16 @@ The parts are "train" (step, optimiser state, loss history), "params", one part 
 so that sampling reads only the weights it uses, and "unreported", the metric sums not yet written to metrics.jsonl.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,8 +23,10 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax.runtime import memory
 from ddpm_jax.runtime.errors import UserError, first_line
-from ddpm_jax.training.state import Params, TrainState
-from ddpm_jax.training.step import Metrics
+
+if TYPE_CHECKING:  # the foundations do not depend on the training
+    from ddpm_jax.training.state import Params, TrainState
+    from ddpm_jax.training.step import Metrics
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"
 
@@ -160,7 +165,8 @@ class Checkpoints:
             for newer, why in unreadable:
                 self._set_aside(newer, why)
             train = restored["train"]
-            return step, TrainState(
+            return step, dataclasses.replace(
+                state,
                 step=train["step"],
                 params=restored["params"],
                 ema={decay: restored[f"ema_{decay}"] for decay in state.ema},

@@ -2,8 +2,9 @@
 
 A run's condition is made from its config (`ddpm_jax.config.make_condition`). In training it turns a batch into `cond`,
 and replaces some of it by the null condition, which stands for no request. In sampling, `say` returns the condition
-with a request, and `of_images` returns the arrays for each image. A kind of condition is one class here and one line in
-`make_condition`; the loop, the samplers, the edits, the playground and the plans do not depend on the kind.
+with a request, and `of_images` returns the arrays for each image. A kind of condition is one class, here or in
+`captions.py`, and one line in `make_condition`; the loop, the samplers, the edits, the playground and the plans do not
+depend on the kind.
 """
 
 import dataclasses

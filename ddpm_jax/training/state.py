@@ -42,8 +42,6 @@ def create_state(
     ema_decays: Sequence[float],
     *,
     num_timesteps: int | None = None,
-    step: int = 0,
-    frozen: Params = None,
 ) -> TrainState:
     """The initial state of a run with these parameters; a pure function, to be jit-compiled with the shardings of its
     results.
@@ -53,16 +51,13 @@ def create_state(
       optimizer: the optax optimiser.
       ema_decays: one moving average is kept for each.
       num_timesteps: T if a loss history is kept, else None.
-      step: number of updates made so far.
-      frozen: see `TrainState`.
     """
     return TrainState(
-        step=jnp.asarray(step, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
         params=params,
         ema={str(decay): jax.tree.map(jnp.copy, params) for decay in ema_decays},
         opt_state=optimizer.init(params),
         history=None if num_timesteps is None else LossHistory.create(num_timesteps),
-        frozen=frozen,
     )
 
 

@@ -6,6 +6,7 @@ A line of a page may be
     {{ source ddpm_jax.models.unet.UNet.__call__ from "skips = [h]" to "skips.append(h)" }}
     {{ include CHANGELOG.md }}
     {{ config_fields }}
+    {{ may_change }}
     {{ flags }}
 
 and formulas between dollar signs become MathML, which browsers draw without a script.
@@ -127,6 +128,13 @@ def config_fields(_: str = "") -> str:
     )
 
 
+def may_change(_: str = "") -> str:
+    """The fields, and whole sections, that a resumed run may change."""
+    from ddpm_jax.config.values import MAY_CHANGE
+
+    return "\n".join(f"- `{name}`" for name in MAY_CHANGE)
+
+
 def config_meanings() -> dict[str, str]:
     """{field: the comment behind it in `default_config`}, in its order."""
     from ddpm_jax import config
@@ -159,4 +167,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
 
 
-DIRECTIVES = {"source": source, "include": include, "config_fields": config_fields, "flags": flags}
+DIRECTIVES = {
+    "source": source,
+    "include": include,
+    "config_fields": config_fields,
+    "may_change": may_change,
+    "flags": flags,
+}

@@ -27,11 +27,11 @@ def params(seed):
 
 @pytest.mark.slow
 def test_state_starts_with_copies_of_the_parameters():
-    state = jax.jit(lambda p: create_state(p, optax.adam(1e-3), (0.9, 0.999), num_timesteps=50, step=7))(params(0))
+    state = jax.jit(lambda p: create_state(p, optax.adam(1e-3), (0.9, 0.999), num_timesteps=50))(params(0))
     assert list(state.ema) == ["0.9", "0.999"]
     for tree in (state.params, *state.ema.values()):
         jax.tree.map(np.testing.assert_array_equal, tree, params(0))
-    assert int(state.step) == 7
+    assert int(state.step) == 0
     assert state.history is not None
     assert state.history.losses.shape == (50, 10)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(state.params))
