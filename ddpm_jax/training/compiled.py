@@ -24,7 +24,7 @@ class CompiledStep:
     """
 
     def __init__(self, train_step: jax.stages.Wrapped, arguments: tuple[Any, ...]):
-        self._train_step, self._length = train_step, _length(arguments[-1])
+        self._train_step, self._length = train_step, length(arguments[-1])
         began = time.monotonic()
         lowered = train_step.lower(*arguments)
         self._seconds = time.monotonic() - began
@@ -43,7 +43,7 @@ class CompiledStep:
         return self._seconds + seconds
 
     def __call__(self, state: TrainState, metrics: Metrics, batch: Batch) -> tuple[TrainState, Metrics]:
-        step = self._compiled if _length(batch) == self._length else self._train_step
+        step = self._compiled if length(batch) == self._length else self._train_step
         found: tuple[TrainState, Metrics] = step(state, metrics, batch)
         return found
 
@@ -53,5 +53,6 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
     return lowered.compile(), time.monotonic() - began
 
 
-def _length(batch: Batch) -> int:
+def length(batch: Batch) -> int:
+    """The length of the first axis."""
     return len(jax.tree.leaves(batch)[0])

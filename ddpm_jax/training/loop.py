@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import optax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
@@ -32,7 +30,8 @@ from ddpm_jax.runtime.progress import ProgressBar, format_seconds
 from ddpm_jax.training.autoencoders import autoencoder_description
 from ddpm_jax.training.batches import Waited, device_batches
 from ddpm_jax.training.clips import clip_description
-from ddpm_jax.training.compiled import CompiledStep
+from ddpm_jax.training.compiled import CompiledStep, length
+from ddpm_jax.training.due import Calendar, is_passed
 from ddpm_jax.training.interval import Interval, means, memory
 from ddpm_jax.training.journal import METRICS, Journal
 from ddpm_jax.training.monitor import Monitor, make_monitor
@@ -104,7 +103,6 @@ class _Training:
         self.optimizer = config_lib.make_optimizer(config)
         self.learning_rate = config_lib.learning_rate(config)
         self.decay = str(config.train.ema_decays[0])
-        self._dispatches = 0
 
     def run(self, was_finished: bool) -> None:
         """Trains to the end; if the run `was_finished`, makes only what is missing."""
@@ -238,7 +236,7 @@ class _Training:
         first = next(batches)
         self._say(f"compiled in {run_steps.wait():.0f} s")
         processes.meet("compiled")  # a collective would time out if one process took much longer to compile
-        last_saved, last_save_time = first_step, time.monotonic()
+        last_saved = first_step
         interval = Interval(first_step, config.train.batch_size, batches)
         in_flight: deque[Metrics] = deque()
         with (
@@ -247,16 +245,16 @@ class _Training:
             ProgressBar("step", num_steps, first_step, None, self.is_main) as bar,
             jax.transfer_guard("disallow"),  # only explicit transfers to or from the devices
         ):
-            step = first_step
+            step, calendar = first_step, Calendar(config, stop)
             for batch in itertools.chain([first], batches):
                 state, metrics = run_steps(state, metrics, batch)
-                before, step = step, step + (_length(batch) if config.train.steps_per_dispatch > 1 else 1)
+                before, step = step, step + (length(batch) if config.train.steps_per_dispatch > 1 else 1)
                 # The devices' queue holds a few steps; with more, a signal to stop would wait for all of them.
                 in_flight.append(metrics)
                 if len(in_flight) > parallel.IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 self.checkpoints.check()
-                due = self._due(before, step, self._is_stopping(stop, step), last_save_time)
+                due = calendar.after(before, step)
                 if due.log or due.save:
                     self.check_lock()
                     # On all processes, since each may have a part of the parameters.
@@ -273,7 +271,8 @@ class _Training:
                 if due.save and step != last_saved:
                     with jax.transfer_guard("allow"):  # Orbax copies to the host implicitly
                         self.checkpoints.save(step, state, metrics)
-                    last_saved, last_save_time = step, time.monotonic()
+                    last_saved = step
+                    calendar.saved()
                     self._report()
                 if due.stop:
                     break
@@ -298,19 +297,6 @@ class _Training:
         shapes = parallel.laid(metrics, jax.tree.map(lambda x: x.sharding, metrics))
         return self.checkpoints.restore_unreported(first_step, shapes) or metrics
 
-    def _due(self, before: int, step: int, stopping: bool, last_save_time: float) -> "_Due":
-        config, is_due = self.config, partial(_is_passed, before, step)
-        is_last = step == config.train.num_steps
-        log = is_last or is_due(config.log.every_steps)
-        save = stopping or is_last or is_due(config.checkpoint.every_steps)
-        return _Due(
-            stop=stopping,
-            log=log,
-            save=save or (log and self._are_minutes_passed(last_save_time)),
-            sample=not is_last and is_due(config.log.sample_every_steps),
-            evaluate=is_due(config.evaluate.every_steps),
-        )
-
     @contextmanager
     def _journal(self, first_step: int) -> Iterator[Journal | None]:
         """The journal of the run, in the process that writes it."""
@@ -328,26 +314,11 @@ class _Training:
         """Values to log: the norm of the parameters, and the learning rate of the last step."""
         return {"param_norm": optax.tree.norm(state.params), "learning_rate": self.learning_rate(state.step - 1)}
 
-    def _is_stopping(self, stop: threading.Event, step: int) -> bool:
-        """Whether this process, or any of a multi-host job, got a signal to stop; the same answer on all."""
-        if jax.process_count() == 1:
-            return stop.is_set()
-        self._dispatches += 1  # jax requires a number that increases by one
-        return multihost_utils.reached_preemption_sync_point(self._dispatches)
-
-    def _are_minutes_passed(self, since: float) -> bool:
-        """Whether checkpoint.every_minutes have passed by process 0's clock; the same answer on all."""
-        every = self.config.checkpoint.every_minutes
-        if not every:
-            return False
-        with jax.transfer_guard("allow"):
-            return processes.agree(time.monotonic() - since >= 60 * every)
-
     def _make_up(self, state: TrainState, step: int) -> None:
         """Makes the picture and the evaluation of the step to resume from, if the run was interrupted before them."""
         config, several = self.config, self.config.train.steps_per_dispatch
         log, evaluate = config.log, config.evaluate
-        is_due = partial(_is_passed, (step - 1) // several * several, step)
+        is_due = partial(is_passed, (step - 1) // several * several, step)
         drawn = step >= config.train.num_steps or self._picture(step).exists()
         if not drawn and is_due(log.sample_every_steps):
             self._sample_grid(state, step)
@@ -387,23 +358,3 @@ class _Training:
     def _say(self, text: str) -> None:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Due:
-    """What to do after a step."""
-
-    stop: bool
-    log: bool
-    save: bool
-    sample: bool
-    evaluate: bool
-
-
-def _is_passed(before: int, step: int, every: int) -> bool:
-    """Whether there is a multiple of `every` in (before, step]; never for 0."""
-    return every > 0 and step // every > before // every
-
-
-def _length(batch: dict[str, jax.Array]) -> int:
-    return len(jax.tree.leaves(batch)[0])
