@@ -51,8 +51,11 @@ def alternate(
     """Seconds of the candidates' calls, which take turns; the candidates' `facts` are put into the argument.
 
     Every candidate has its own process, idle while the others run, so that candidates do not compete for threads or
-    memory.
+    memory. All have the environment in which `main.py` starts itself.
     """
+    from ddpm_jax.runtime import memory
+
+    os.environ.update(memory.huge_pages())
     context = mp.get_context("spawn")
     workers = {}
     for name, setup in candidates.items():

@@ -13,21 +13,33 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this Python program again, so that the memory it allocates comes in huge pages.
+    """Starts this Python program again with the environment of `huge_pages`, where that asks for something.
+
+    Does nothing under a debugger, or if JAX is imported already.
+    """
+    environment = huge_pages()
+    if environment and "jax" not in sys.modules and not sys.gettrace():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | environment)
+
+
+def huge_pages() -> dict[str, str]:
+    """The environment variables with which a program's memory comes in huge pages.
 
     XLA's CPU backend allocates the temporary arrays of a program anew at every call. In pages of 4 KiB, their page
     faults can take a third of a training step; pages of 2 MiB have few. Many systems give huge pages only to programs
     that ask, and glibc (since 2.35) reads from its environment, at the start, whether to ask.
 
-    Does nothing if the kernel gives huge pages unasked or never, if GLIBC_TUNABLES is set, under a debugger, if JAX is
-    imported already, or if an accelerator's plug-in is installed.
+    Returns:
+      {} if the kernel gives huge pages unasked or never, if GLIBC_TUNABLES is set already, on other systems than Linux,
+      or if an accelerator's plug-in is installed.
     """
-    if "GLIBC_TUNABLES" in os.environ or "jax" in sys.modules or sys.gettrace() or not _serves_cpu():
-        return
-    with suppress(OSError):
-        if "[madvise]" in _HUGE_PAGES.read_text():
-            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        is_asked = "[madvise]" in _HUGE_PAGES.read_text()
+    except OSError:
+        return {}
+    if not is_asked or "GLIBC_TUNABLES" in os.environ or not _serves_cpu():
+        return {}
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def keep_freed_memory(devices: int = 1) -> None:
