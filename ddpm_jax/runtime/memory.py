@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -33,11 +34,7 @@ def huge_pages() -> dict[str, str]:
       {} if the kernel gives huge pages unasked or never, if GLIBC_TUNABLES is set already, on other systems than Linux,
       or if an accelerator's plug-in is installed.
     """
-    try:
-        is_asked = "[madvise]" in _HUGE_PAGES.read_text()
-    except OSError:
-        return {}
-    if not is_asked or "GLIBC_TUNABLES" in os.environ or not _serves_cpu():
+    if _kernel_s_choice() != "madvise" or "GLIBC_TUNABLES" in os.environ or not _serves_cpu():
         return {}
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -49,11 +46,12 @@ def keep_freed_memory(devices: int = 1) -> None:
     default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
     sixth of the step. If an accelerator's plug-in is installed, this does nothing.
 
+    Each thread has an arena of its own: in a shared one, the threads of a program wait for one another, which lengthens
+    a step by up to a third. Such arenas do return large blocks to the kernel, which costs more than it gains if their
+    pages are small and if there is only one device; then all threads share an arena.
+
     Args:
-      devices: the number of CPU devices of this process. With one, all threads share an arena, because the arenas of
-        single threads return large blocks to the kernel. With several, each thread has its own: the devices' programs
-        run at the same time, and in one arena they would wait for one another, which lengthens a step of a small
-        network by up to a third.
+      devices: the number of CPU devices of this process.
     """
     if _serves_cpu():
         try:
@@ -61,7 +59,7 @@ def keep_freed_memory(devices: int = 1) -> None:
         except OSError:  # another C library, such as musl
             return
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-        if devices == 1:
+        if devices == 1 and not _has_huge_pages():
             libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
@@ -69,6 +67,21 @@ def keep_freed_memory(devices: int = 1) -> None:
         import jax
 
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+
+
+def _has_huge_pages() -> bool:
+    """Whether large blocks of this process's memory come in huge pages."""
+    found = _kernel_s_choice()
+    return found == "always" or (found == "madvise" and "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""))
+
+
+def _kernel_s_choice() -> str:
+    """To which programs the kernel gives huge pages: "always", "madvise" (those that ask) or "never"."""
+    try:
+        found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    except OSError:
+        return "never"
+    return found[1] if found else "never"
 
 
 def _serves_cpu() -> bool:
