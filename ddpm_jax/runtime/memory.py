@@ -46,9 +46,9 @@ def keep_freed_memory(devices: int = 1) -> None:
     default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
     sixth of the step. If an accelerator's plug-in is installed, this does nothing.
 
-    Each thread has an arena of its own: in a shared one, the threads of a program wait for one another, which lengthens
-    a step by up to a third. Such arenas do return large blocks to the kernel, which costs more than it gains if their
-    pages are small and if there is only one device; then all threads share an arena.
+    In a shared arena, threads wait for one another, which lengthens a step by up to a third; so with several devices,
+    each thread has its own. Such arenas return large blocks to the kernel. With one device, whose blocks are larger,
+    there are few arenas, which keep more of them, or only one if pages are small and new ones expensive.
 
     Args:
       devices: the number of CPU devices of this process.
@@ -59,8 +59,8 @@ def keep_freed_memory(devices: int = 1) -> None:
         except OSError:  # another C library, such as musl
             return
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-        if devices == 1 and not _has_huge_pages():
-            libc.mallopt(M_ARENA_MAX, 1)
+        if devices == 1:
+            libc.mallopt(M_ARENA_MAX, 2 * (os.cpu_count() or 1) if _has_huge_pages() else 1)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
