@@ -30,15 +30,15 @@ from ddpm_jax.runtime.errors import UserError
 FLAGS = flags.FLAGS
 Function = Callable[..., Any]
 
-# The options of `Run.sample` whose flags have their names.
-OPTIONS = (
+# The options of `Run.sample` whose flags have their names; for the others see `job.FLAG_OF`.
+_OPTIONS = (
     *("sampler", "num_steps", "spacing", "eta", "clip", "dynamic_threshold", "order"),
     *("guidance_scale", "guidance_rescale"),
 )
 # The flags of a job: which weights, how to sample with them, and where to write.
 _OF_SAMPLING = {
     *("seed", "height", "width", "classes", "prompt", "prompts", "negative_prompt", "guidance_interval", "timesteps"),
-    *OPTIONS,
+    *_OPTIONS,
 }
 _OF_A_JOB = {"step", "ema_decay", "raw", "dtype", "lora", "out", *_OF_SAMPLING}
 # Flags that a file's name shows elsewhere, or that do not change the pictures.
@@ -81,6 +81,7 @@ FUNCTIONS: dict[str, dict[str, Function]] = {
     "plan": {"": plan.plan},
     "serve": {"": serve.serve},
 }
+_CHOOSE = {"interpolate": {"latents"}}  # flags that only choose among the functions of a mode
 _FROM_PICTURES = (
     *(editing.interpolate, editing.vary, editing.denoise, editing.inpaint, editing.coarse_to_fine),
     *(editing.upscale, editing.variations, editing.blend, editing.text_difference),
@@ -111,8 +112,8 @@ def chosen(mode: str) -> tuple[Function, dict[str, Any]]:
     a flag that would do nothing."""
     variant = _variant(mode)
     function = FUNCTIONS[mode][variant]
-    accepted = flags_of(function) | ({"latents"} if mode == "interpolate" else set())
-    known = {"latents"}.union(*(flags_of(other) for variants in FUNCTIONS.values() for other in variants.values()))
+    accepted = flags_of(function) | _CHOOSE.get(mode, set())
+    known = set().union(*(flags_of_mode(other) for other in FUNCTIONS))
     for name in sorted(known - accepted):
         if FLAGS[name].present:
             raise UserError(f"--{name} does nothing with --mode={mode}{variant}")
@@ -123,6 +124,11 @@ def flags_of(function: Function) -> set[str]:
     """The names of the flags that a function of FUNCTIONS takes, except --workdir."""
     names = set(inspect.signature(function).parameters)
     return (names | (_OF_A_JOB if "job" in names else set())) - {"job", "workdir"} - _WITHOUT.get(function, set())
+
+
+def flags_of_mode(mode: str) -> set[str]:
+    """The names of the flags that any of the mode's functions takes, except --workdir."""
+    return _CHOOSE.get(mode, set()).union(*(flags_of(function) for function in FUNCTIONS[mode].values()))
 
 
 def _variant(mode: str) -> str:
@@ -168,7 +174,7 @@ def _as_text(name: str) -> str:
 def _job(told: dict[str, str]) -> Job:
     """The job that the flags describe; `told` as in `Job`."""
     value = {name: _value(name) for name in ("workdir", "prompt", "prompts", "negative_prompt", *_OF_A_JOB)}
-    options: dict[str, Any] = {name: value[name] for name in OPTIONS if value[name] is not None}
+    options: dict[str, Any] = {name: value[name] for name in _OPTIONS if value[name] is not None}
     for option, name in (("timesteps", "timesteps"), ("guidance_interval", "guidance_interval"), ("labels", "classes")):
         if value[name]:
             options[option] = parse_numbers(name, value[name])

@@ -104,8 +104,7 @@ def of_mode(mode: str) -> str:
     """--mode=MODE --help: the flags of the mode."""
     from ddpm_jax import modes
 
-    names = set().union(*(modes.flags_of(function) for function in modes.FUNCTIONS[mode].values()))
-    names |= {"latents"} if mode == "interpolate" else set()
+    names = modes.flags_of_mode(mode)
     defined = [flag.name for flag in flags.FLAGS.get_flags_for_module("ddpm_jax.cli")]
     own = [name for name in defined if name in names - {_FIRST, _LAST}]
     lines = [f"--mode={mode}: {MODES[mode]}", ""]

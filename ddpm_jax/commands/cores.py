@@ -61,7 +61,7 @@ def suitable(config: ConfigDict, cores: int | None = None) -> int:
     few = config.train.objective in _CHANNELS and _CHANNELS[config.train.objective](config) < _MANY_CHANNELS
     if not few or config.prior.clip or (config.mesh.data, config.mesh.fsdp) != (-1, 1):
         return 1
-    cores = _cores() if cores is None else cores
+    cores = available() if cores is None else cores
     part = config.train.batch_size // config.train.accumulation
     count = 1
     while 2 * count <= cores and part % (2 * count) == 0 and part // (2 * count) >= _LEAST_IMAGES:
@@ -75,7 +75,8 @@ _CHANNELS = {
 }
 
 
-def _cores() -> int:
+def available() -> int:
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.commands import cores
 from ddpm_jax.data.dataset import source_arguments
 from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
 from ddpm_jax.evaluation.features import INCEPTION_FILE
@@ -85,8 +86,8 @@ def _python() -> Finding:
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {_size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} of memory"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding(OK, "machine", f"Python {platform.python_version()}, {platform.platform()}, {cores} cores{memory}")
+    found = f"Python {platform.python_version()}, {platform.platform()}, {cores.available()} cores{memory}"
+    return Finding(OK, "machine", found)
 
 
 def _packages() -> Iterator[Finding]:
@@ -102,7 +103,7 @@ def _packages() -> Iterator[Finding]:
             found[need.name] = version = _version(need.name)
             if version is None or not need.specifier.contains(version, prereleases=True):
                 yield Finding(WRONG, "packages", f"{need} is required; found: {version}; pip install -U '{need}'")
-    shown = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    shown = [name for name in workdir.PACKAGES if name != "ddpm-jax"]
     yield Finding(OK, "packages", ", ".join(f"{name} {_version(name)}" for name in shown))
     if _version("jax") != _version("jaxlib"):
         text = f"jax {_version('jax')} and jaxlib {_version('jaxlib')} differ; pip install -U jax updates both"

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
 from ddpm_jax.commands.agreement import clip_scores, numbers_read, open_clip
-from ddpm_jax.commands.job import FLAGS, Job
+from ddpm_jax.commands.job import FLAG_OF, Job
 from ddpm_jax.commands.sampling import make_shards
 from ddpm_jax.data.dataset import training_images
 from ddpm_jax.data.spread import spread_captions
@@ -85,7 +85,7 @@ def evaluate(
     if isinstance(run.model.decoder, Embeddings):
         raise UserError("this run draws embeddings, not pictures; accepted: a pipeline of this run and a decoder")
     if generated is not None and (num_images is not None or job.options):
-        given = ["num_images"] * (num_images is not None) + [FLAGS.get(name, name) for name in job.options]
+        given = ["num_images"] * (num_images is not None) + [FLAG_OF.get(name, name) for name in job.options]
         raise UserError(f"--generated replaces the samples, so these would do nothing: --{', --'.join(given)}")
     if likelihood not in (*LIKELIHOODS, "none"):
         raise UserError(f"--likelihood is {likelihood!r}; accepted: {', '.join(LIKELIHOODS)}, none")

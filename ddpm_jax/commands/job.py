@@ -22,7 +22,7 @@ from ddpm_jax.runtime.progress import ProgressBar
 
 IMAGES_A_ROW = 8
 # The options of `Run.sample` whose flags have other names.
-FLAGS = {"labels": "classes", "prompts": "prompt", "negative_prompts": "negative_prompt"}
+FLAG_OF = {"labels": "classes", "prompts": "prompt", "negative_prompts": "negative_prompt"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Job:
 
     @functools.cached_property
     def _settings(self) -> dict[str, Any]:
-        told = {name: value for name, value in self.told.items() if name not in (*FLAGS.values(), "lora")}
+        told = {name: value for name, value in self.told.items() if name not in (*FLAG_OF.values(), "lora")}
         return {**told, **self.run.settings(seed=self.seed, **self.options)}
 
     def check_pictures(self) -> None:

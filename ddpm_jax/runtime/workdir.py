@@ -27,7 +27,7 @@ BASE = "base"  # the checkpoint of the network whose adapters the run trains
 PARTS = (TEXT_ENCODER, AUTOENCODER, CLIP)  # folders of the frozen parts
 STAGES = "stages.json"  # of a pipeline
 LOCK = "lock.json"
-_PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+PACKAGES = ("ddpm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
 def check_writable(workdir: str | Path, what: str = "--workdir") -> Path:
@@ -218,7 +218,7 @@ def note(workdir: Path, event: str, step: int, **values: Any) -> None:
 def environment() -> dict[str, Any]:
     """Versions, git revision and devices."""
     packages = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

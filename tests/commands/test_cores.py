@@ -56,7 +56,7 @@ def test_devices_that_suit_a_run(name, fields, number_of_cores, devices):
 )
 def test_the_user_s_number_counts(environment, devices):
     code = (
-        "from configs import digits; from ddpm_jax.commands import cores; cores._cores = lambda: 2;"
+        "from configs import digits; from ddpm_jax.commands import cores; cores.available = lambda: 2;"
         "cores.memory.keep_freed_memory = lambda devices: print(devices, end=' ');"
         "cores.use(digits.get_config()); import jax; print(len(jax.devices()))"
     )

@@ -17,9 +17,10 @@ from ddpm_jax.interop import transformers
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet as unet_lib
 from ddpm_jax.interop.diffusers.fields import WEIGHTS
+from ddpm_jax.interop.diffusers.stages import read_fields, values_of
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime.errors import UserError, first_line
-from ddpm_jax.runtime.files import new_folder, read_json_object, write_text
+from ddpm_jax.runtime.files import new_folder, write_text
 from ddpm_jax.validation import validate
 
 # The files of a repository that are read besides weights, and the parts whose weights are read.
@@ -104,19 +105,13 @@ def read(folder: str | Path) -> tuple[Described, dict[str, Any]]:
     folder = Path(folder)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    described = describe(
-        _fields(unet / "config.json"),
-        _fields(scheduler / "scheduler_config.json"),
-        where=(str(unet / "config.json"), str(scheduler / "scheduler_config.json")),
+    (of_unet, unet_path), (of_scheduler, scheduler_path) = (
+        read_fields(unet),
+        read_fields(scheduler, file="scheduler_config.json"),
     )
+    described = describe(of_unet, of_scheduler, where=(unet_path, scheduler_path))
     path, tensors = tensors_lib.read_weights(unet, WEIGHTS)
     return described, unet_lib.to_params(path, tensors, described.config, described.num_classes)
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist; every diffusers folder has one")
-    return read_json_object(path)
 
 
 def describe(
@@ -134,11 +129,9 @@ def describe(
       UserError: a field or a value that is not supported; it is named.
     """
     config = config_lib.default_config()
-    try:
+    with values_of(*where):
         notes = scheduler_lib.read(config, scheduler, where[1])
         num_classes = unet_lib.read(config, unet, where[0])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{where[0]!r} or {where[1]!r} has an invalid value: {error}") from None
     validate(config)
     unet_lib.check_out_channels(config, unet, where[0])
     return Described(config, num_classes, notes)

@@ -17,6 +17,7 @@ from ddpm_jax.interop.diffusers import deepfloyd, unclip
 from ddpm_jax.interop.diffusers import scheduler as scheduler_lib
 from ddpm_jax.interop.diffusers import unet_condition as unet_lib
 from ddpm_jax.interop.diffusers.fields import WEIGHTS, refusal
+from ddpm_jax.interop.diffusers.stages import INDEX, require_parts
 from ddpm_jax.interop.transformers import clip as clip_lib
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.clip import CLIPTextEncoder
@@ -31,7 +32,6 @@ from ddpm_jax.text.encoders import FrozenTexts
 from ddpm_jax.text.tokenizers import Tokenizer
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-_INDEX = "model_index.json"
 # Parts of other pipelines, with an explanation.
 _FOREIGN = {
     "text_encoder_2": "a second text encoder, as Stable Diffusion XL has",
@@ -89,16 +89,14 @@ def read(folder: str | Path, source: str | None = None) -> Pipeline:
       UserError: a part that is missing, broken or not supported; it is named.
     """
     folder = Path(folder)
-    index = read_json_object(folder / _INDEX) if (folder / _INDEX).is_file() else {}
+    index = read_json_object(folder / INDEX) if (folder / INDEX).is_file() else {}
     for part, whose in _FOREIGN.items():
         if _is_named(index, part) or (folder / part).is_dir():
             raise UserError(f"{str(folder)!r} has {part!r}, {whose}; accepted: Stable Diffusion 1 and 2")
     kind = index.get("_class_name", PIPELINES[0])
     if kind not in PIPELINES:
-        raise refusal(str(folder / _INDEX), "_class_name", kind, (*PIPELINES, *deepfloyd.PIPELINES, *unclip.PIPELINES))
-    for part in ("unet", "scheduler", "vae", "text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise UserError(f"{str(folder)!r} has no {part}/, which a Stable Diffusion pipeline has")
+        raise refusal(str(folder / INDEX), "_class_name", kind, (*PIPELINES, *deepfloyd.PIPELINES, *unclip.PIPELINES))
+    require_parts(folder, kind, ("unet", "scheduler", "vae", "text_encoder", "tokenizer"))
     paths = {part: folder / part / file for part, file in _CONFIGS.items()}
     fields = {part: read_json_object(path) for part, path in paths.items()}
     weights = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": transformers.WEIGHTS}
@@ -243,7 +241,7 @@ def write(folder: str | Path, config: ConfigDict, dataset: Mapping[str, Any], mo
     }
     with new_folder(folder, "--out") as temporary:
         texts.tokenizer.write_clip(temporary / "tokenizer")
-        files = {_INDEX: index, f"unet/{_CONFIGS['unet']}": unet, f"scheduler/{_CONFIGS['scheduler']}": scheduler}
+        files = {INDEX: index, f"unet/{_CONFIGS['unet']}": unet, f"scheduler/{_CONFIGS['scheduler']}": scheduler}
         for name, fields in files.items():
             write_text(temporary / name, json.dumps(fields, indent=2) + "\n")
         clip_lib.write(temporary / "text_encoder", encoder, states)

@@ -62,8 +62,8 @@ def require_parts(folder: Path, kind: str, parts: tuple[str, ...]) -> None:
             raise UserError(f"{str(folder)!r} has no {part}/, which diffusers' {kind} has")
 
 
-def read_fields(folder: Path, part: str, file: str = "config.json") -> tuple[dict[str, Any], str]:
-    """Reads a part's config file; returns its fields and its path."""
+def read_fields(folder: Path, part: str = "", file: str = "config.json") -> tuple[dict[str, Any], str]:
+    """Reads the config file of a part, or of the folder itself; returns its fields and its path."""
     path = folder / part / file
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; every diffusers folder has one")
