@@ -46,9 +46,9 @@ def keep_freed_memory(devices: int = 1) -> None:
     default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
     sixth of the step. If an accelerator's plug-in is installed, this does nothing.
 
-    In a shared arena, threads wait for one another, which lengthens a step by up to a third; so with several devices,
-    each thread has its own. Such arenas return large blocks to the kernel. With one device, whose blocks are larger,
-    there are few arenas, which keep more of them, or only one if pages are small and new ones expensive.
+    Each thread keeps its arena, since in a shared one threads wait for one another, which lengthens a step by up to a
+    third. Only the main thread's arena keeps blocks of more than 64 MiB. So with one device, the programs run in the
+    thread that calls them.
 
     Args:
       devices: the number of CPU devices of this process.
@@ -58,21 +58,15 @@ def keep_freed_memory(devices: int = 1) -> None:
             libc = ctypes.CDLL("libc.so.6")
         except OSError:  # another C library, such as musl
             return
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-        if devices == 1:
-            libc.mallopt(M_ARENA_MAX, 2 * (os.cpu_count() or 1) if _has_huge_pages() else 1)
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
         import jax
 
+        if devices == 1:
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
-
-
-def _has_huge_pages() -> bool:
-    """Whether large blocks of this process's memory come in huge pages."""
-    found = _kernel_s_choice()
-    return found == "always" or (found == "madvise" and "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""))
 
 
 def _kernel_s_choice() -> str:
