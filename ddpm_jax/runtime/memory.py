@@ -46,9 +46,9 @@ def keep_freed_memory(devices: int = 1) -> None:
     default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
     sixth of the step. If an accelerator's plug-in is installed, this does nothing.
 
-    Each thread keeps its arena, since in a shared one threads wait for one another, which lengthens a step by up to a
-    third. Only the main thread's arena keeps blocks of more than 64 MiB. So with one device, the programs run in the
-    thread that calls them.
+    If all threads share an arena, they wait for one another, which lengthens a step by up to a third. But only the main
+    thread's arena keeps blocks of more than 64 MiB. So with one device, whose blocks are the largest, the programs run
+    in the thread that calls them, and there are two arenas for each core; more would take more memory.
 
     Args:
       devices: the number of CPU devices of this process.
@@ -58,13 +58,14 @@ def keep_freed_memory(devices: int = 1) -> None:
             libc = ctypes.CDLL("libc.so.6")
         except OSError:  # another C library, such as musl
             return
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_TOP_PAD, 64 << 20)
         import jax
 
         if devices == 1:
+            libc.mallopt(M_ARENA_MAX, 2 * (os.cpu_count() or 1))
             jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
