@@ -21,7 +21,8 @@ from PIL import Image
 
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.pictures import Fit
-from ddpm_jax.data.sources import TfdsSource, open_source
+from ddpm_jax.data.prepared import TfdsSource
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.runtime import memory, parallel
 
 

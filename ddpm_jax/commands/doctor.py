@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from ddpm_jax import config as config_lib
 from ddpm_jax.commands import cores
 from ddpm_jax.data.dataset import source_arguments
-from ddpm_jax.data.sources import check_network, open_source, prepared_name, tfds_folder
+from ddpm_jax.data.prepared import check_network, prepared_name, tfds_folder
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.evaluation.features import INCEPTION_FILE
 from ddpm_jax.runtime import files, lock, workdir
 from ddpm_jax.runtime.checkpoints import Checkpoints

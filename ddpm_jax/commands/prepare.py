@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from ddpm_jax.data.dataset import open_dataset
-from ddpm_jax.data.sources import prepared_name, tfds_folder
+from ddpm_jax.data.prepared import prepared_name, tfds_folder
 from ddpm_jax.runtime import workdir as workdir_lib
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.validation import validate

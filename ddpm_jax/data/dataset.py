@@ -6,7 +6,9 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ddpm_jax.data.sources import FolderSource, Source, open_source
+from ddpm_jax.data.files import FolderSource
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.runtime.progress import ProgressBar
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 
 _BLOCK_BYTES = 64 << 20  # of uint8 images compared at a time
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ddpm_jax.data import digits
 from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.source import description
 from ddpm_jax.runtime.errors import UserError
 
 MOST_DIGITS = 4
@@ -92,12 +93,5 @@ class NumbersSource:
 
     def describe(self) -> dict[str, Any]:
         identity = f"numbers {self.num_digits} {self.held_out} {self.shape} {_EXAMPLES}"
-        return {
-            "source": "numbers",
-            "num_digits": self.num_digits,
-            "held_out": self.held_out,
-            "num_images": len(self),
-            "shape": list(self.shape),
-            "class_names": [],
-            "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
-        }
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        return description(self, "numbers", fingerprint, num_digits=self.num_digits, held_out=self.held_out)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ddpm_jax.data.sources import Example, Source
+from ddpm_jax.data.source import Example, Source
 
 Batch = dict[str, Any]
 T = TypeVar("T")

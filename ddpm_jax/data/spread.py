@@ -3,7 +3,7 @@
 import numpy as np
 
 from ddpm_jax.data.pipeline import Batch, stacked
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 
 
 def spread(source: Source, count: int) -> Batch:

@@ -11,8 +11,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddpm_jax.data.files import IMAGE_KEYS, FolderSource
 from ddpm_jax.data.pictures import Fit, opened
-from ddpm_jax.data.sources import IMAGE_KEYS, FolderSource, Source, open_source
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.runtime.errors import UserError, first_line
 from ddpm_jax.sampling import shards
 
@@ -119,7 +121,7 @@ def _shards(folder: Path) -> ImageSet:
 def read_array(path: str | Path) -> Iterator[np.ndarray]:
     """Reads the images of a .npz or .npy file in portions, with one portion in memory at a time.
 
-    The array in a .npz must have one of the names in `ddpm_jax.data.sources.IMAGE_KEYS`.
+    The array in a .npz must have one of the names in `ddpm_jax.data.files.IMAGE_KEYS`.
 
     Raises:
       UserError: a file that is missing or truncated, or contains something other than uint8 [N, H, W] or [N, H, W, C].

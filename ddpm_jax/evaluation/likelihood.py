@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread
 from ddpm_jax.diffusion import bound, flow
 from ddpm_jax.diffusion.gaussian import ModelFn, Parameterization

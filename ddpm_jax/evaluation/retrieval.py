@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.data.numbers import NumbersSource, in_words
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread, spread_captions
 from ddpm_jax.evaluation.agreement import retrieval
 from ddpm_jax.interop.transformers import CLIP

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.condition import Batch, Cond, Control, refuse_others
 from ddpm_jax.text.encoders import Texts

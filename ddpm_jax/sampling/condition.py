@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.runtime.errors import UserError, as_user_errors
 

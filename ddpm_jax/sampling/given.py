@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddpm_jax.data.pictures import Fit
 from ddpm_jax.data.pipeline import stacked
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.diffusion.gaussian import normal, q_sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.runtime import images

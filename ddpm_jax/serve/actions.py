@@ -1,34 +1,31 @@
 """The page's requests to a run: each form is checked before it is queued, and then computed as one batch."""
 
-import base64
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ddpm_jax.data.dataset import training_images
-from ddpm_jax.data.pictures import Fit, open_picture
-from ddpm_jax.data.sources import Source, prepared_name, tfds_folder
+from ddpm_jax.data.pictures import Fit
+from ddpm_jax.data.prepared import prepared_name, tfds_folder
+from ddpm_jax.data.source import Source
 from ddpm_jax.diffusion.tables import DEFAULT_SPACING, SAMPLERS, SPACINGS
 from ddpm_jax.run import Run
 from ddpm_jax.runtime import images
-from ddpm_jax.runtime.errors import UserError, first_line
+from ddpm_jax.runtime.errors import UserError
 from ddpm_jax.sampling.condition import FIELDS, Control
 from ddpm_jax.sampling.given import MaskedPicture
+from ddpm_jax.serve.forms import Form, choice, data_url, integer, number, opened, text
 from ddpm_jax.serve.queue import Task
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_PIXELS = 16_000_000  # of an uploaded picture; those from phones have 12 million
 MAX_TIMES = 20  # RePaint's repetitions
 MAX_GUIDANCE = 20.0
 MAX_TEXT = 2_000  # characters of a prompt
 _SAMPLER = "dpmpp_2m"  # which the page shows first
 _FRAMES = 24  # intermediate images sent to the page
 
-Form = Mapping[str, Any]
 Work = Callable[..., np.ndarray]
 
 
@@ -316,61 +313,3 @@ def _training_images(run: Run) -> Source:
         if not is_there:
             raise UserError(f"this run's training set is not in {str(folder)!r}")
     return training_images(run.config, run.dataset)
-
-
-# Fields of forms.
-
-
-def text(form: Form, name: str, most: int | None = None) -> str:
-    value = form.get(name, "")
-    if not isinstance(value, str):
-        raise UserError(f"{name} is a file; accepted: a value")
-    value = value.strip()
-    if most is not None and len(value) > most:
-        raise UserError(f"{name} has {len(value):,} characters; accepted: at most {most:,}")
-    return value
-
-
-def choice(form: Form, name: str, accepted: Sequence[str], default: str) -> str:
-    value = text(form, name)
-    if value and value not in accepted:
-        raise UserError(f"{name} is {value[:40]!r}; accepted: {', '.join(accepted)}")
-    return value or default
-
-
-def integer(form: Form, name: str, low: int, high: int, default: int | None = None) -> Any:
-    value = text(form, name)
-    if not value:
-        return default
-    if not (value.isascii() and value.isdecimal() and len(value) < 12 and low <= int(value) <= high):
-        raise UserError(f"{name} is {value[:40]!r}; accepted: a whole number from {low} to {high}")
-    return int(value)
-
-
-def number(form: Form, name: str, low: float, high: float) -> float | None:
-    value = text(form, name)
-    if not value:
-        return None
-    try:
-        found = float(value)
-    except ValueError:
-        found = math.nan
-    if not low <= found <= high:
-        raise UserError(f"{name} is {value[:40]!r}; accepted: a number from {low:g} to {high:g}")
-    return found
-
-
-def opened(form: Form, name: str, fit: Fit) -> np.ndarray:
-    """A file of a form as uint8 [H, W, C]; its header is checked before decoding."""
-    upload = form.get(name)
-    if upload is None or isinstance(upload, str):
-        raise UserError(f"{name} is missing; accepted: a picture")
-    file: BinaryIO = upload.file
-    try:
-        return open_picture(file, fit, FORMATS, MAX_PIXELS)
-    except Exception as error:  # Pillow's decoders raise many kinds of errors
-        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
-
-
-def data_url(picture: np.ndarray) -> str:
-    return "data:image/png;base64," + base64.b64encode(images.to_png(picture)).decode()

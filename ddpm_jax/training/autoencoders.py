@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread
 from ddpm_jax.interop.diffusers import autoencoder as autoencoder_lib
 from ddpm_jax.models.autoencoder import Autoencoder, param_shapes

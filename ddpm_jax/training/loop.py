@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import config as config_lib
 from ddpm_jax import report
 from ddpm_jax.data.dataset import open_dataset
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread
 from ddpm_jax.models import lora
 from ddpm_jax.runtime import images, parallel, processes, workdir

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread
 from ddpm_jax.diffusion.samplers import Observer
 from ddpm_jax.evaluation import likelihood, metrics, retrieval

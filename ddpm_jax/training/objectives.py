@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.diffusion.gaussian import normal
 from ddpm_jax.diffusion.losses import training_loss
 from ddpm_jax.diffusion.timesteps import LossHistory, sample_timesteps

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import TRAINED, is_workdir, make_texts, open_text_encoder, train_tokenizer
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 from ddpm_jax.data.spread import spread_captions
 from ddpm_jax.interop import transformers
 from ddpm_jax.runtime import workdir

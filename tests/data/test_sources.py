@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_jax.data.pictures import Fit
-from ddpm_jax.data.sources import TfdsSource, open_source
+from ddpm_jax.data.prepared import TfdsSource
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.runtime.errors import UserError
 
 
