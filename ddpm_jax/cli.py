@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from logging import Formatter
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ flags.DEFINE_enum(
     "output",
     "grid",
     ["grid", "png", "npz"],
-    "sample: a grid in one PNG file, a folder of PNG files, or an array in a .npz file.",
+    "sample: a grid in one PNG file, with small pictures enlarged; a folder of PNG files; or an array in a .npz file.",
 )
 flags.DEFINE_string(
     "out",
@@ -254,6 +255,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --mode={_MODE.value} needs --workdir: the folder of the run")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))  # no thread and source line
         hush_checkpoints()
     # Imported here so that --help and a misspelt flag get an answer at once.
     from ddpm_jax import modes

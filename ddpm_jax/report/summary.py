@@ -78,7 +78,8 @@ def _network(config: Any, size: str) -> str:
     model = config.model
     widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
     blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
-    return f"UNet of {size}{_listed(widths)} channels by level, {blocks or _blocks(model.num_res_blocks)}"
+    kind = f"LoRA of rank {config.lora.rank}, {size}for a UNet of " if config.lora.rank else f"UNet of {size}"
+    return f"{kind}{_listed(widths)} channels by level, {blocks or _blocks(model.num_res_blocks)}"
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -225,6 +225,10 @@ class TestWrite:
         assert "UNet of" not in text
         assert ("<dt>Diffusion</dt>" in text) == ("prior" in fields)
 
+    def test_says_which_adapters_are_trained(self, run):
+        change(run / "config.json", lora={"rank": 16})
+        assert "LoRA of rank 16, 1,234,567 parameters, for a UNet of 128, 256, 256, 256 channels" in page_of(run)[0]
+
     def test_names_a_frozen_encoder(self, run):
         change(run / "config.json", text={"encoder": "/clip & more"})
         assert "<dt>Text encoder</dt><dd>frozen, /clip &amp; more</dd>" in page_of(run)[0]
