@@ -104,6 +104,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
     folder = Path(workdir).expanduser()
     path = folder / CONFIG
     if not path.is_file():
+        if (folder / "model_index.json").is_file():
+            raise UserError(
+                f"{str(workdir)!r} is a folder of diffusers, not a workdir; --mode=import --source={workdir} makes one"
+            )
         lacking = f"there is no {CONFIG} in it" if folder.is_dir() else f"there is no folder {str(folder.absolute())!r}"
         raise UserError(
             f"{str(workdir)!r} holds no run: {lacking}; training, --mode=import and --mode=compose make one"

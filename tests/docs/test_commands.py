@@ -49,6 +49,7 @@ ELSEWHERE = {
             (
                 *("--config=configs/finetune.py:runs/sd15", "--workdir=runs/mine_lora"),
                 *("--config.data.path=path/to/pictures", "--config.lora.rank=16"),
+                "--config.optimizer.learning_rate=1e-4",
             ),
         )
     },

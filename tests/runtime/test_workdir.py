@@ -178,3 +178,9 @@ class TestLocked:
         for name in ("there", "new"):
             assert sentence(fail, tmp_path / name) == "its config is wrong"
         assert [found.name for found in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_of_diffusers_is_to_be_imported(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--mode=import --source={tmp_path} makes one"):
+        workdir.read_config(tmp_path)
