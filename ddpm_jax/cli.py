@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from logging import Formatter
+from logging import Formatter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: --mode={_MODE.value} needs --workdir: the folder of the run")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-        logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))  # no thread and source line
+        logging.get_absl_handler().setFormatter(_Plain())
         hush_checkpoints()
     # Imported here so that --help and a misspelt flag get an answer at once.
     from ddpm_jax import modes
@@ -276,6 +276,13 @@ def main(argv: list[str]) -> None:
             modes.run(_MODE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+class _Plain(Formatter):
+    """Log messages such as "warning: ...", without the thread and the source line."""
+
+    def formatMessage(self, record: LogRecord) -> str:  # noqa: N802, the base class's name
+        return f"{record.levelname.lower()}: {record.message}"
 
 
 def hush_checkpoints() -> None:

@@ -24,3 +24,10 @@ def save(path, image, **options):
 def stripes(*colours, width=4, height=4):
     """Vertical stripes, `width` pixels each."""
     return np.repeat(np.array([colours], np.uint8), width, axis=1).repeat(height, axis=0)
+
+
+def examples(source):
+    """The examples as a sorted list, whatever their order."""
+    return sorted(
+        (example["image"].tobytes(), example["label"]) for example in map(source.__getitem__, range(len(source)))
+    )

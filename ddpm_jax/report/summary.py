@@ -64,7 +64,7 @@ def _network(config: Any, size: str) -> str:
     if config.train.objective == "autoencoder":
         autoencoder = config.autoencoder
         return (
-            f"Autoencoder of {size}{_listed(autoencoder.level_channels)} channels by level, "
+            f"Autoencoder of {size}{_comma_separated(autoencoder.level_channels)} channels by level, "
             f"{_blocks(autoencoder.num_res_blocks)}, {autoencoder.latent_channels} channels of latents"
         )
     if config.train.objective == "clip":
@@ -79,10 +79,10 @@ def _network(config: Any, size: str) -> str:
     widths = model.level_channels or [model.channels * multiplier for multiplier in model.channel_multipliers]
     blocks = f"{' '.join(map(str, model.level_res_blocks))} blocks" if model.level_res_blocks else ""
     kind = f"LoRA of rank {config.lora.rank}, {size}for a UNet of " if config.lora.rank else f"UNet of {size}"
-    return f"{kind}{_listed(widths)} channels by level, {blocks or _blocks(model.num_res_blocks)}"
+    return f"{kind}{_comma_separated(widths)} channels by level, {blocks or _blocks(model.num_res_blocks)}"
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def _comma_separated(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 

@@ -1,4 +1,9 @@
-"""The memory of CPU programs: settings of the C allocator, on Linux."""
+"""The memory of CPU programs: settings of the C allocator, on Linux.
+
+XLA's CPU backend allocates the temporary arrays of a program anew at every call, gigabytes for a training step. By
+default the allocator gets such blocks from the kernel and returns them, page by page of 4 KiB, and the page faults can
+take a third of the step.
+"""
 
 import ctypes
 import importlib.util
@@ -26,29 +31,24 @@ def restart_with_huge_pages() -> None:
 def huge_pages() -> dict[str, str]:
     """The environment variables with which a program's memory comes in huge pages.
 
-    XLA's CPU backend allocates the temporary arrays of a program anew at every call. In pages of 4 KiB, their page
-    faults can take a third of a training step; pages of 2 MiB have few. Many systems give huge pages only to programs
-    that ask, and glibc (since 2.35) reads from its environment, at the start, whether to ask.
+    Huge pages have 2 MiB, so there are few page faults. Many systems give them only to programs that ask, and glibc
+    (since 2.35) reads from its environment, at the start, whether to ask.
 
     Returns:
       {} if the kernel gives huge pages unasked or never, if GLIBC_TUNABLES is set already, on other systems than Linux,
       or if an accelerator's plug-in is installed.
     """
-    if _kernel_s_choice() != "madvise" or "GLIBC_TUNABLES" in os.environ or not _serves_cpu():
+    if _kernel_choice() != "madvise" or "GLIBC_TUNABLES" in os.environ or not _serves_cpu():
         return {}
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def keep_freed_memory(devices: int = 1) -> None:
-    """Lets the C allocator keep memory that a step frees.
-
-    XLA's CPU backend allocates the temporary arrays of a program anew at every call, gigabytes for a training step. By
-    default each allocation of that size comes from the kernel and is returned to it, and the page faults cost up to a
-    sixth of the step. If an accelerator's plug-in is installed, this does nothing.
+    """Lets the C allocator keep memory that a step frees; does nothing if an accelerator's plug-in is installed.
 
     If all threads share an arena, they wait for one another, which lengthens a step by up to a third. But only the main
-    thread's arena keeps blocks of more than 64 MiB. So with one device, whose blocks are the largest, the programs run
-    in the thread that calls them, and there are two arenas for each core; more would take more memory.
+    thread's arena keeps blocks of more than 64 MiB. So with one device, whose blocks are the largest, programs run in
+    the thread that calls them, and the threads share two arenas for each core: more would take more memory.
 
     Args:
       devices: the number of CPU devices of this process.
@@ -70,7 +70,7 @@ def keep_freed_memory(devices: int = 1) -> None:
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
 
-def _kernel_s_choice() -> str:
+def _kernel_choice() -> str:
     """To which programs the kernel gives huge pages: "always", "madvise" (those that ask) or "never"."""
     try:
         found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())

@@ -88,7 +88,7 @@ def test_shards_hold_prompts_and_continue(captioned, call, tmp_path):
 def test_a_prompt_that_is_cut_is_named(captioned, call, tmp_path):
     flags = (f"--workdir={captioned[0]}", "--num_images=1", "--num_steps=4", f"--out={tmp_path / 'a.png'}")
     lines = output_of(call, "sample", *flags, f"--prompt={'forty-two ' * 40}").splitlines()
-    assert [line for line in lines if line.startswith("WARNING: The prompt 'forty-two forty-two")]  # without its source
+    assert [line for line in lines if line.startswith("warning: The prompt 'forty-two forty-two")]  # without its source
 
 
 @pytest.mark.parametrize(

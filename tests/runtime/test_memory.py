@@ -63,3 +63,17 @@ def test_freed_memory_is_kept_until_it_is_returned(devices):
     kept, returned = map(int, process.stdout.split())
     assert kept >= 30
     assert returned >= 30
+
+
+@pytest.mark.skipif(not memory._serves_cpu(), reason="memory is kept on Linux, without accelerators")
+def test_with_one_device_a_program_runs_in_the_thread_that_calls_it():
+    """So its result is ready when the call returns, however long it takes."""
+    code = (
+        "from ddpm_jax.runtime import memory; memory.keep_freed_memory(1)\n"
+        "import jax, jax.numpy as jnp\n"
+        "run = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda i, y: y @ x / 500, x)); x = jnp.ones((500, 500))\n"
+        "run(x).block_until_ready(); print(run(x).is_ready())"
+    )
+    unset = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
+    assert process.stdout == "True\n"

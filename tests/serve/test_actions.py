@@ -228,6 +228,8 @@ def test_training_images_are_not_fetched(tmp_path):
 def test_a_run_that_cannot_draw_without_a_class(classes):
     alone = Playground(make_run(devices=1, class_conditional=True), "tiny", 8)
     assert (alone.facts()["unconditional"], classes.facts()["unconditional"]) == (False, True)
+    assert alone.facts()["edits"] == ["vary", "inpaint", "interpolate"]
+    assert classes.facts()["edits"] == [*alone.facts()["edits"], "interpolate_latents"]
     with pytest.raises(UserError, match="images without a class"):
         alone.vary({"picture": upload(PICTURES[0])})
     with pytest.raises(UserError, match="images without a class"):
