@@ -19,7 +19,7 @@ LARGEST_LOGITS = 16 * 2**20  # bytes of one example's float32 logits, over all h
 
 # On CPUs, larger matrices are computed for one head and so many queries at a time. With half as many queries, Stable
 # Diffusion's largest attention at 512x512 takes longer; with twice as many, as long.
-_LARGEST_ON_CPU, _QUERIES_ON_CPU = 2**20, 256
+_LARGEST_ON_CPU, _QUERIES_ON_CPU = 2**17, 256
 
 _WIDEST_HEAD = 128  # that cuDNN's kernel takes on every GPU it supports
 

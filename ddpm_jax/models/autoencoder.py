@@ -149,7 +149,7 @@ class _Half(nn.Module):
         return Conv(width, dtype=self.dtype, name="conv_in")(x)
 
     def _end(self, h: jax.Array) -> jax.Array:
-        h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
+        h = GroupNorm(self.num_groups, self.norm_epsilon, nn.swish, name="norm_out")(h)
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
 
 

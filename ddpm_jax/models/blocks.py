@@ -24,7 +24,7 @@ from ddpm_jax.models.attention import attend
 Dtype = Any
 
 CROSS_ATTENTION = ("separate", "joint", "alone")
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, layers.Activation] = {
     "swish": nn.swish,
     "gelu": partial(nn.gelu, approximate=False),
     "mish": jax.nn.mish,
@@ -101,13 +101,14 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with a learned scale and bias, optionally modulated per example.
+    """Group normalisation with a learned scale and bias, optionally modulated per example; then the activation.
 
     With `scale_shift` [B, 2 C] the result is norm(x) * (1 + scale) + shift (Dhariwal & Nichol 2021, AdaGN).
     """
 
     num_groups: int = 32
     epsilon: float = 1e-6
+    activation: layers.Activation | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, scale_shift: jax.Array | None = None) -> jax.Array:
@@ -122,7 +123,7 @@ class GroupNorm(nn.Module):
         if scale_shift is not None:
             factor, shift = jnp.split(scale_shift.astype(jnp.float32), 2, axis=-1)
             scale, bias = scale * (1 + factor), bias * (1 + factor) + shift
-        normed: jax.Array = layers.group_norm(x, scale, bias, self.num_groups, self.epsilon)
+        normed: jax.Array = layers.group_norm(x, scale, bias, self.num_groups, self.epsilon, self.activation)
         return normed
 
 
@@ -150,8 +151,8 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)
-        activation, norm = ACTIVATIONS[self.activation], partial(GroupNorm, self.num_groups, self.epsilon)
-        h = activation(norm(name="norm_0")(x))
+        norm = partial(GroupNorm, self.num_groups, self.epsilon, ACTIVATIONS[self.activation])
+        h = norm(name="norm_0")(x)
         if self.resample == "down":
             x, h = (nn.avg_pool(v, (2, 2), strides=(2, 2)) for v in (x, h))
         elif self.resample == "up":
@@ -163,7 +164,7 @@ class ResBlock(nn.Module):
             modulation = Dense(width, dtype=self.dtype, name="embedding")(embedding)
             if not self.scale_shift:
                 h, modulation = h + modulation[:, None, None, :], None
-        h = activation(norm(name="norm_1")(h, modulation))
+        h = norm(name="norm_1")(h, modulation)
         if self.train and self.dropout > 0:
             h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
         h = Conv(self.features, init_scale=0.0, dtype=self.dtype, name="conv_1")(h)

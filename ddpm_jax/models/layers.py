@@ -18,6 +18,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from ddpm_jax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+Activation = Callable[[jax.Array], jax.Array]
 _Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
@@ -254,9 +255,16 @@ def _interleaved(x: jax.Array, phase: Callable[[int, int], jax.Array]) -> jax.Ar
     return y.reshape(batch, 2 * height, 2 * width, y.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("num_groups", "epsilon"))
-def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int, epsilon: float = 1e-6) -> jax.Array:
-    """Group normalisation (Wu & He 2018), then `scale` and `bias`.
+@partial(jax.jit, static_argnames=("num_groups", "epsilon", "activation"))
+def group_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    num_groups: int,
+    epsilon: float = 1e-6,
+    activation: Activation | None = None,
+) -> jax.Array:
+    """Group normalisation (Wu & He 2018), then `scale` and `bias`, and an activation.
 
     It sums over the pixels first and over the channels of a group second, so that the large array is read once for the
     statistics and once for a single multiply-add per element. Statistics and multiply-add are in float32. On CPUs the
@@ -269,6 +277,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
       scale, bias: [C], or [B, C] if they depend on the example.
       num_groups: groups of neighbouring channels that share a mean and a variance.
       epsilon: added to the variance.
+      activation: of each element, computed in x's dtype; None: none.
 
     Returns:
       [B, H, W, C] in x's dtype.
@@ -286,8 +295,40 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, num_groups: int,
     bias = jnp.broadcast_to(bias, (batch, channels)).reshape(grouped) - mean * scale
     whole = (batch, 1, 1, channels)
     scale, bias = checkpoint_name(_materialize_on_cpu((scale.reshape(whole), bias.reshape(whole))), KEPT)
-    y = y * scale + bias
-    return y.astype(x.dtype)
+    return _scaled(x, scale, bias) if activation is None else _activated(x, scale, bias, activation)
+
+
+def _scaled(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * scale + bias).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _activated(x: jax.Array, scale: jax.Array, bias: jax.Array, activation: Activation) -> jax.Array:
+    """activation(x * scale + bias), which the gradient computes again.
+
+    Otherwise the derivative of the activation would be written to memory along with the result, and read again.
+    """
+    return activation(_scaled(x, scale, bias))
+
+
+def _activated_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, activation: Activation
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _activated(x, scale, bias, activation), (x, scale, bias)
+
+
+def _activated_backward(
+    activation: Activation, kept: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, bias = kept
+    scale, bias = _materialize_on_cpu((scale, bias))  # or XLA would keep what the forward pass computes from them
+    (g,) = jax.vjp(activation, _scaled(x, scale, bias))[1](g)
+    g = lax.platform_dependent(g, cpu=_materialize, default=lambda g: g).astype(jnp.float32)
+    of_scale, of_bias = (jnp.sum(v, axis=(1, 2), keepdims=True) for v in (g * x.astype(jnp.float32), g))
+    return (g * scale).astype(x.dtype), of_scale, of_bias
+
+
+_activated.defvjp(_activated_forward, _activated_backward)
 
 
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:

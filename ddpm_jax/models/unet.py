@@ -300,7 +300,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = upsample(h, level, upsampling[level - 1])
 
-        h = outer_activation(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
+        h = GroupNorm(self.num_groups, self.norm_epsilon, outer_activation, name="norm_out")(h)
         out_channels *= 2 if self.learned_variance else 1
         h = Conv(out_channels, init_scale=0.0, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.float32)

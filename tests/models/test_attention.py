@@ -109,7 +109,7 @@ def test_the_batch_does_not_choose_the_way():
         return "scan" in str(jax.make_jaxpr(attend)(x, x, x))
 
     assert divides(1, 4096)
-    assert not divides(512, 128)
+    assert not divides(512, 64)
 
 
 @pytest.mark.parametrize("divide", [chunks, heads])
@@ -150,9 +150,10 @@ class TestWay:
             (TPU, 512, "whole", "an example's logits take 8 MiB"),
             (
                 *(CPU, 512, "heads"),
-                "an example's logits, 8 MiB, exceed 1 MiB, and a CPU's cache holds those of one head and 256 queries",
+                "an example's logits, 8 MiB, exceed 0.125 MiB, "
+                "and a CPU's cache holds those of one head and 256 queries",
             ),
-            (CPU, 128, "whole", "an example's logits take 0.5 MiB"),
+            (CPU, 64, "whole", "an example's logits take 0.125 MiB"),
         ],
     )
     def test_without_a_gpu(self, device, length, name, reason):

@@ -203,10 +203,15 @@ def test_group_norm(groups, per_example):
         np.testing.assert_allclose(got, flax, atol=3e-6)
 
 
-def test_group_norm_gradients_are_flax_s():
+@pytest.mark.parametrize("activation", [None, nn.swish, nn.gelu])
+def test_group_norm_gradients_are_flax_s(activation):
     x, scale, bias, weights = normal(0, 2, 4, 4, 8), normal(1, 8), normal(2, 8), normal(3, 2, 4, 4, 8)
-    flax = lambda x, s, b: nn.GroupNorm(4, epsilon=1e-6).apply({"params": {"scale": s, "bias": b}}, x)  # noqa: E731
-    ours = lambda x, s, b: layers.group_norm(x, s, b, 4)  # noqa: E731
+
+    def flax(x, scale, bias):
+        normed = nn.GroupNorm(4, epsilon=1e-6).apply({"params": {"scale": scale, "bias": bias}}, x)
+        return normed if activation is None else activation(normed)
+
+    ours = lambda x, s, b: layers.group_norm(x, s, b, 4, activation=activation)  # noqa: E731
 
     def gradients(f):
         return jax.jit(jax.grad(lambda *a: jnp.sum(weights * f(*a) ** 2), (0, 1, 2)))(x, scale, bias)
@@ -235,6 +240,14 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics(offset):
     assert got.dtype == jnp.bfloat16
     exact = numpy_group_norm(x, np.ones(8), np.zeros(8), 4)
     np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_group_norm_with_an_activation_in_bfloat16():
+    """The activation is that of the rounded norm, and the gradients have their arguments' dtypes."""
+    x, scale, bias = normal(0, 2, 4, 4, 8).astype(jnp.bfloat16), normal(1, 8), normal(2, 8)
+    got, pullback = jax.vjp(lambda *a: layers.group_norm(*a, 4, activation=nn.swish), x, scale, bias)
+    np.testing.assert_array_equal(got, nn.swish(layers.group_norm(x, scale, bias, 4)))
+    assert [g.dtype for g in pullback(jnp.ones_like(got))] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
 # Dropout.
