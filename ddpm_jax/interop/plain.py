@@ -1,13 +1,17 @@
 """A run's parameters as one .safetensors file with our own names, such as "down_0_0_res.conv_0.kernel".
 
 The file's metadata contain the config, the data set's description and the step, from which a workdir can be restored.
+The files of frozen parts, such as an autoencoder, are in it too: tensors under names such as
+"autoencoder/diffusion_pytorch_model.safetensors/encoder.conv_in.weight", JSON files in the metadata.
 """
 
 import json
 import os
+import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -18,9 +22,29 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.interop import tensors as tensors_lib
 from ddpm_jax.runtime import workdir
 from ddpm_jax.runtime.errors import UserError
+from ddpm_jax.runtime.files import write_text
 from ddpm_jax.validation import make_valid_model
 
 _FORMAT = "ddpm_jax"
+
+
+class Export(NamedTuple):
+    """The contents of a file made by `write`; `files` are those of the frozen parts by name, JSON as text."""
+
+    config: ConfigDict
+    dataset: dict[str, Any]
+    step: int
+    params: dict[str, Any]
+    files: Mapping[str, str | tensors_lib.Tensors]
+
+    def write_parts(self, folder: Path) -> None:
+        """Writes the frozen parts to where `workdir.read_dataset` finds them."""
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            if isinstance(content, str):
+                write_text(folder / name, content)
+            else:
+                tensors_lib.write(folder / name, content, {"format": "pt"})
 
 
 def is_export(path: str | Path) -> bool:
@@ -35,7 +59,7 @@ def is_export(path: str | Path) -> bool:
 def write(
     path: str | Path, config: ConfigDict, dataset: Mapping[str, Any], step: int, params: Mapping[str, Any]
 ) -> Path:
-    """Writes the file; UserError if it already exists."""
+    """Writes the file, with the frozen parts whose folders the description names; UserError if it already exists."""
     path = Path(os.path.expanduser(path))
     if os.path.exists(path):
         raise UserError(f"{str(path)!r} already exists; choose another name")
@@ -48,12 +72,19 @@ def write(
         "step": str(step),
     }
     tensors = {name: np.asarray(value) for name, value in flatten_dict(params, sep=".").items()}
+    for part in workdir.PARTS:
+        for file in sorted(Path(dataset[part]).iterdir()) if part in dataset else ():
+            name = f"{part}/{file.name}"
+            if file.suffix == ".json":
+                metadata[name] = file.read_text("utf-8")
+            else:
+                tensors |= {f"{name}/{tensor}": value for tensor, value in tensors_lib.read(file).items()}
     tensors_lib.write(path, tensors, metadata)
     return path
 
 
-def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, Any]]:
-    """Reads config, description of the data set, step and parameters from a file made by `write`.
+def read(path: str | Path) -> Export:
+    """Reads a file made by `write`.
 
     Raises:
       UserError: any other file, or a tensor that its config's network does not have.
@@ -68,6 +99,27 @@ def read(path: str | Path) -> tuple[ConfigDict, dict[str, Any], int, dict[str, A
             raise ValueError("a valid step or a complete description of the data set")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
-    shapes = flatten_dict(make_valid_model(config, dataset)[1], sep=".")
+    texts, weights = _files(path, metadata, tensors)
+    with tempfile.TemporaryDirectory() as folder:  # for the sizes of the frozen parts
+        Export(config, dataset, step, {}, texts).write_parts(Path(folder))
+        parts = {name.split("/")[0] for name in texts}
+        described = dataset | {part: str(Path(folder, part)) for part in parts}
+        shapes = flatten_dict(make_valid_model(config, described)[1], sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
-    return config, dataset, step, unflatten_dict(tensors, sep=".")
+    return Export(config, dataset, step, unflatten_dict(tensors, sep="."), {**texts, **weights})
+
+
+def _files(
+    path: str | Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, str], dict[str, tensors_lib.Tensors]]:
+    """The JSON files of the frozen parts, and the files of their tensors, which are taken out of `tensors`."""
+    weights: dict[str, tensors_lib.Tensors] = defaultdict(dict)
+    for name in [name for name in tensors if "/" in name]:
+        file, _, tensor = name.rpartition("/")
+        weights[file][tensor] = tensors.pop(name)
+    texts = {name: text for name, text in metadata.items() if "/" in name}
+    for name in (*texts, *weights):
+        part, _, file = name.partition("/")
+        if part not in workdir.PARTS or not file or Path(file).name != file:
+            raise UserError(f"{str(path)!r} has a file {name!r}; accepted: files in {', '.join(workdir.PARTS)}")
+    return texts, weights

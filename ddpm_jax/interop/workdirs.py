@@ -116,8 +116,8 @@ def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> 
         if value is not None:
             raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file, not for {source!r}")
     if source.endswith(".safetensors"):
-        config, dataset, step, params = plain.read(os.path.expanduser(source))
-        return {"": _Found(config, dataset, params, step)}
+        export = plain.read(os.path.expanduser(source))
+        return {"": _Found(export.config, export.dataset, export.params, export.step, write_parts=export.write_parts)}
     folder = diffusers_folder.locate(source)
     kind = stages.class_name(folder)
     if kind in deepfloyd.PIPELINES:

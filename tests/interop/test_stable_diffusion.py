@@ -119,6 +119,16 @@ def test_there_and_back(imported, exported, tmp_path):
     assert_same_files(workdirs.export_weights(load(again), tmp_path / "again"), exported)
 
 
+def test_a_file_with_our_own_names_holds_the_frozen_parts(imported, tmp_path):
+    file = workdirs.export_weights(load(imported), tmp_path / "x.safetensors")
+    again = workdirs.import_weights(str(file), tmp_path / "run")
+    assert_same_runs(again, imported)
+    assert workdirs.export_weights(load(again), tmp_path / "y.safetensors").stat().st_size == file.stat().st_size
+    for name in ("text_encoder", "autoencoder"):
+        for written in (imported / name).iterdir():
+            assert (again / name / written.name).read_bytes() == written.read_bytes()
+
+
 def test_second_version(tokens, tmp_path):
     """--prediction is required, and prompts are padded with "!"."""
     save_file(tensors("2.x"), tmp_path / "model.safetensors")

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import of_classes
 
@@ -119,6 +120,18 @@ def test_plain_safetensors_there_and_back(tmp_path, class_conditional):
     assert_same(load_file(again), load_file(file))
     with pytest.raises(UserError, match="already exists"):
         workdirs.export_weights(run, again)
+
+
+@pytest.mark.parametrize("name", ["autoencoder/../../x/kernel", "params/x/kernel", "autoencoder//kernel"])
+def test_plain_safetensors_with_other_files(tmp_path, name):
+    config, file = small_config(), tmp_path / "x.safetensors"
+    dataset = {"source": "x", "num_images": 7, "class_names": [], "fingerprint": "f", "shape": [8, 8, 3]}
+    workdirs.plain.write(file, config, dataset, 17, random_params(config))
+    with safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+    save_file({**load_file(file), name: np.zeros(1, np.float32)}, file, metadata)
+    with pytest.raises(UserError, match="accepted: files in text_encoder, autoencoder, clip"):
+        workdirs.import_weights(str(file), tmp_path / "run")
 
 
 def change_json(path, **fields):

@@ -68,6 +68,19 @@ def test_a_stage_is_a_run_by_itself(imported):
 
 
 @pytest.mark.slow
+def test_a_file_of_a_stage_holds_its_clip(tmp_path):
+    """Under our own names."""
+    folder = unclips.write_unclip(tmp_path / "theirs", of_pictures=True)
+    imported = workdirs.import_weights(str(folder), tmp_path / "run")
+    run = load(next(imported.glob("stage_*_decoder")))
+    file = workdirs.export_weights(run, tmp_path / "x.safetensors")
+    shutil.rmtree(folder)
+    again = load(workdirs.import_weights(str(file), tmp_path / "again"))
+    picture, options = np.full((1, 8, 8, 3), 100, np.uint8), {"num_steps": 1}
+    np.testing.assert_array_equal(again.variations(picture, **options), run.variations(picture, **options))
+
+
+@pytest.mark.slow
 def test_variations(tmp_path):
     theirs = unclips.write_unclip(tmp_path / "theirs", of_pictures=True)
     run = load(workdirs.import_weights(str(theirs), tmp_path / "run"))
