@@ -22,14 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("torch", "diffusers")
+SMALL = ("numbers", "folder_small", "captions_small", "small")
 # What is run: the command, the packages that it needs beyond the project's, and whether --quick runs it, with what.
 BENCHMARKS = [
     ("train_step.py", PEERS, None),
     ("train_step.py --network=cifar10_64", PEERS, None),
-    ("train_step.py --network=small", PEERS, None),
     ("train_step.py --network=digits", PEERS, ["--rounds", "5"]),
-    ("train_step.py --network=numbers", PEERS, ["--rounds", "5"]),
-    ("cores.py", (), ["--config", "digits", "--rounds", "5"]),
+    *((f"train_step.py --network={name}", PEERS, None) for name in SMALL),
+    ("cores.py", (), ["--network", "digits", "--rounds", "5"]),
     ("step_profile.py", (), []),
     ("stable_diffusion.py", (*PEERS, "transformers"), None),
     ("fine_tuning.py", (*PEERS, "transformers", "peft"), None),
@@ -37,9 +37,10 @@ BENCHMARKS = [
     ("layers.py", (), ["--rounds", "5"]),
     ("attention.py", ("libtpu",), []),
     ("attention.py --cpu", ("torch",), ["--rounds", "3"]),
-    ("sampling_step.py --network=digits", (), ["--rounds", "5"]),
-    ("sampling_step.py --network=cifar10", (), None),
     ("sampling.py", PEERS, None),
+    ("sampling.py --network=digits --methods dpmpp_2m", PEERS, ["--rounds", "3"]),
+    *((f"sampling.py --network={name} --methods dpmpp_2m", PEERS, None) for name in SMALL),
+    ("sampling.py --process --batch 1", PEERS, None),
     ("evaluation.py", ("torch", "torch_fidelity"), None),
     ("evaluation.py --memory", (), None),
     ("input.py", (), ["--images", "5000"]),

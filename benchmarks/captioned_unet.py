@@ -1,4 +1,4 @@
-"""The network of configs/numbers.py in PyTorch, for train_step.py: diffusers' UNet and a trained text encoder.
+"""A text-to-image network with a trained text encoder in PyTorch, for networks.py.
 
 diffusers' `UNet2DConditionModel` has spatial transformers (norms, attention, MLP) where ours has two attentions, among
 the pixels and to the tokens. Two of diffusers' `Attention`s replace each of them; the other blocks are diffusers' own.
@@ -8,15 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-VOCAB_SIZE, LENGTH, WIDTH = 512, 12, 64
-TOLD = 9  # tokens of a caption, the others are padding
-DROPOUT = 0.1  # the share of captions that are dropped
-
 
 class Attentions(torch.nn.Module):
     """Called as the blocks call a `Transformer2DModel`."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, states):
         super().__init__()
         common = {
             "heads": 1,
@@ -27,7 +23,7 @@ class Attentions(torch.nn.Module):
             "residual_connection": True,
         }
         self.pixels = Attention(channels, **common)
-        self.tokens = Attention(channels, cross_attention_dim=WIDTH, **common)
+        self.tokens = Attention(channels, cross_attention_dim=states, **common)
 
     def forward(self, hidden_states, encoder_hidden_states, encoder_attention_mask, **_):
         hidden_states = self.pixels(hidden_states)
@@ -35,46 +31,55 @@ class Attentions(torch.nn.Module):
 
 
 class CaptionedUNet(torch.nn.Module):
-    """The UNet and the encoder, a vector for each token and its position, and a norm."""
+    """The UNet, and the encoder: a vector for each token and its position, Transformer layers, and a norm."""
 
-    def __init__(self):
+    def __init__(self, text, options):
+        """`text` is config.text, `options` are those of the UNet."""
         super().__init__()
+        self.dropout = text.dropout
         self.unet = UNet2DConditionModel(
-            sample_size=(8, 16),
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=1,
-            cross_attention_dim=WIDTH,
+            cross_attention_dim=text.width,
             resnet_time_scale_shift="scale_shift",
             class_embed_type="simple_projection",
-            projection_class_embeddings_input_dim=WIDTH,
-            norm_eps=1e-6,
-            downsample_padding=0,
-            flip_sin_to_cos=False,
-            freq_shift=1,
+            projection_class_embeddings_input_dim=text.width,
+            **options,
         )
-        for block in (self.unet.down_blocks[1], self.unet.mid_block, self.unet.up_blocks[0]):
-            block.attentions = torch.nn.ModuleList([Attentions(64) for _ in block.attentions])
-        self.tokens = torch.nn.Embedding(VOCAB_SIZE, WIDTH)
-        self.positions = torch.nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
-        self.norm = torch.nn.LayerNorm(WIDTH)
+        for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
+            if hasattr(block, "attentions"):
+                channels = block.resnets[-1].out_channels
+                block.attentions = torch.nn.ModuleList(Attentions(channels, text.width) for _ in block.attentions)
+        self.tokens = torch.nn.Embedding(text.vocab_size, text.width)
+        self.positions = torch.nn.Parameter(0.02 * torch.randn(text.max_length, text.width))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(
+                text.width, text.num_heads, 4 * text.width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(text.num_layers)
+        )
+        self.norm = torch.nn.LayerNorm(text.width)
 
     def forward(self, x_t, t, ids, mask):
-        dropped = torch.rand(len(ids), 1, device=ids.device) < DROPOUT
-        ids, mask = (
-            torch.where(dropped, 0, ids),
-            torch.where(dropped, torch.arange(LENGTH, device=ids.device) < 1, mask),
-        )
-        states = self.norm(self.tokens(ids) + self.positions)
+        return self.denoise(x_t, t, *self.encode(ids, mask))
+
+    def encode(self, ids, mask):
+        """What `denoise` takes, so that sampling runs the encoder once."""
+        if self.training:
+            dropped = torch.rand(len(ids), 1, device=ids.device) < self.dropout
+            ids = torch.where(dropped, 0, ids)
+            mask = torch.where(dropped, torch.arange(ids.shape[1], device=ids.device) < 1, mask)
+        states = self.tokens(ids) + self.positions
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=~mask)
+        states = self.norm(states)
         pooled = torch.einsum("bl,bld->bd", mask / mask.sum(-1, keepdim=True), states)
+        return states, pooled, mask
+
+    def denoise(self, x_t, t, states, pooled, mask):
         return self.unet(x_t, t, states, class_labels=pooled, encoder_attention_mask=mask)
 
 
-def captions(batch_size, device):
-    """Random tokens and the mask of those that are not padding."""
-    mask = (torch.arange(LENGTH, device=device) < TOLD).expand(batch_size, LENGTH)
-    return torch.randint(0, VOCAB_SIZE, (batch_size, LENGTH), device=device), mask
+def captions(text, told, batch_size, device):
+    """Random tokens, and the mask of those that are not padding."""
+    mask = (torch.arange(text.max_length, device=device) < told).expand(batch_size, text.max_length)
+    return torch.randint(0, text.vocab_size, (batch_size, text.max_length), device=device), mask

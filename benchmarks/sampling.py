@@ -1,11 +1,12 @@
-"""Sampling from the paper's CIFAR-10 network against diffusers' pipeline: same weights, same batch, same CPU.
+"""A step of sampling against diffusers' UNet and schedulers in PyTorch: networks of equal size, same batch, same CPU.
 
-    python benchmarks/sampling.py
+    pip install -e '.[peers]' && python benchmarks/sampling.py [--network digits] [--methods ddpm ddim dpmpp_2m]
     python benchmarks/sampling.py --process --batch 1       # from the command to the first picture
 
-diffusers writes its folder with random weights, and ours are imported from it. The timed steps are the first ten of
-1000-step DDPM, 50-step DDIM and 20-step DPM-Solver++. A whole process starts Python, loads the weights, samples a batch
-in 20 steps of DPM-Solver++ and exits; ours uses compiled programs cached by a previous run.
+The networks are those of networks.py with random weights; each run makes 20 steps without guidance. "Network alone" is
+our network's jit-compiled forward pass, called as often. A whole process starts Python, loads the weights that
+diffusers has written and ours are imported from, samples a batch in 20 steps of DPM-Solver++ and exits; ours uses
+compiled programs cached by a previous run.
 """
 
 import argparse
@@ -17,115 +18,145 @@ from functools import partial
 from pathlib import Path
 
 from common import alternate, report
+from networks import NETWORKS, WITH_PEER, make_peer, random_batch
 
-METHODS = {"ddpm": 1000, "ddim": 50, "dpmpp_2m": 20}
-TIMED = 10
+METHODS = ("ddpm", "ddim", "dpmpp_2m")
+STEPS = 20
+
+
+def ours(network, method, batch_size, alone=False):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    config = NETWORKS[network].make_config()
+    from ddpm_jax import config as config_lib
+    from ddpm_jax.commands import cores
+    from ddpm_jax.diffusion.samplers import Steps, run_table
+    from ddpm_jax.runtime import parallel
+    from ddpm_jax.sampling.generate import image_keys
+    from ddpm_jax.training.objectives import make_objective
+
+    config.train.batch_size = batch_size
+    cores.use(config)
+    mesh, model, output = parallel.make_mesh(), config_lib.make_model(config), config_lib.parameterization(config)
+    params = jax.jit(lambda: model.init_params(0), out_shardings=parallel.replicated(mesh))()
+    cond = random_batch(make_objective(config), batch_size, config.text.vocab_size)
+    cond = {name: value for name, value in cond.items() if name != "image"} or None
+    shape, sharding = (batch_size, *model.decoder.shape), parallel.batch_sharding(mesh)
+    model_fn = model.model_fn(params, jax.device_put(cond, sharding))
+    if alone:
+        x_t, t = jax.device_put((jnp.zeros(shape), jnp.zeros(batch_size, jnp.int32)), sharding)
+        compiled = jax.jit(lambda model_fn, x_t, t: model_fn(x_t, t)).lower(model_fn, x_t, t).compile()
+        return lambda: [compiled(model_fn, x_t, t).block_until_ready() for _ in range(STEPS)]
+    table = Steps(sampler=method, num_steps=STEPS).table(model.schedule, output.variance, output.prediction)
+    keys = image_keys(mesh, 0, "image", np.arange(batch_size))
+    return lambda: jax.block_until_ready(run_table(table, model_fn, keys, shape, output=output))
+
+
+def diffusers(network, method, batch_size, compiled=False):
+    import torch
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    config = NETWORKS[network].make_config()
+    net, make_cond = make_peer(config)
+    net.eval()
+    schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+    scheduler, cond = schedulers[method](), make_cond(batch_size, "cpu")
+    shape = (batch_size, config.data.channels, config.data.height, config.data.width)
+    denoise = net
+    with torch.no_grad():
+        if cond:
+            denoise, cond = net.denoise, net.encode(*cond)
+    denoise = torch.compile(denoise) if compiled else denoise
+
+    @torch.no_grad()
+    def run():
+        x = torch.randn(shape)
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoise(x, t, *cond).sample, t, x).prev_sample
+
+    return run
 
 
 def write_folder(folder):
-    """google/ddpm-cifar10-32's configuration, with random weights."""
+    """The CIFAR-10 network as diffusers writes it, with random weights."""
     import torch
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler
 
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        attention_head_dim=None,
-    )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(make_peer(NETWORKS["cifar10"].make_config())[0], DDPMScheduler()).save_pretrained(folder)
 
 
-def ours(folder, method, batch, calls=None):
-    """A function that samples a batch, or does its first calls."""
+def sample_ours(folder, batch_size):
     from ddpm_jax.runtime import memory, parallel
 
     memory.keep_freed_memory()
     parallel.keep_compiled_programs(f"{folder}-compiled")
-    import jax
-
     import ddpm_jax
 
     run = ddpm_jax.load(f"{folder}-run")
-    schedule, options = run.schedule, {"sampler": method, "num_steps": METHODS[method]}
-    if calls is not None:
-        from ddpm_jax.diffusion.samplers import plan
-        from ddpm_jax.diffusion.tables import DEFAULT_SPACING
-
-        t = plan(schedule, num_steps=METHODS[method], spacing=DEFAULT_SPACING[method]).t.tolist()
-        options = {"sampler": method, "timesteps": t[:calls], "t_end": t[calls]}
-    shape = (batch, 32, 32, 3)
-    model_fn = run.model_fn
-    return lambda: jax.block_until_ready(ddpm_jax.sample(schedule, model_fn, jax.random.key(0), shape, **options))
+    run.sample(batch_size, batch_size=batch_size, sampler="dpmpp_2m", num_steps=STEPS)
 
 
-def diffusers(folder, method, batch, calls=None):
-    import torch
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
+def sample_diffusers(folder, batch_size):
+    from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
 
     pipeline = DDPMPipeline.from_pretrained(folder)
-    if method == "ddim":
-        pipeline = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))
-    elif method == "dpmpp_2m":
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    scheduler, whole = pipeline.scheduler, pipeline.scheduler.set_timesteps
-
-    def first_timesteps(*arguments, **options):
-        whole(*arguments, **options)
-        scheduler.timesteps = scheduler.timesteps[:calls]
-
-    scheduler.set_timesteps = first_timesteps
-    generator = torch.Generator().manual_seed(0)
-    return lambda: pipeline(batch, generator, num_inference_steps=METHODS[method], output_type="np")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline(batch_size, num_inference_steps=STEPS, output_type="np")
 
 
-CANDIDATES = {"ddpm_jax": ours, "diffusers": diffusers}
+PROCESSES = {"ddpm_jax": sample_ours, "diffusers": sample_diffusers}
 
 
-def process_seconds(folder, batch, rounds):
-    """Seconds of whole processes, which take turns, after an uncounted one of each."""
-    seconds = {name: [] for name in CANDIDATES}
-    for _ in range(rounds + 1):
-        for name, values in seconds.items():
-            began = time.perf_counter()
-            command = [sys.executable, __file__, "--once", name, "--folder", folder, "--batch", str(batch)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            values.append(time.perf_counter() - began)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def main(options):
-    folder = str(Path(tempfile.mkdtemp()) / "weights")
-    write_folder(folder)
+def compare_processes(batch_size, rounds):
+    """Whole processes take turns, after an uncounted one of each."""
     from ddpm_jax.interop.workdirs import import_weights
 
-    import_weights(folder, f"{folder}-run")
-    for method, steps in () if options.process else METHODS.items():
-        candidates = {name: partial(setup, folder, method, options.batch, TIMED) for name, setup in CANDIDATES.items()}
-        found = alternate(candidates, options.rounds)
-        per_step = {name: [s / TIMED for s in values] for name, values in found.items()}
-        report(f"sampling {method}, {TIMED} of {steps} steps, a step", per_step, "diffusers", batch=options.batch)
-    found = process_seconds(folder, options.batch, min(options.rounds, 3))
-    report("sampling dpmpp_2m, 20 steps, whole process", found, "diffusers", batch=options.batch)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(Path(temporary, "weights"))
+        write_folder(folder)
+        import_weights(folder, f"{folder}-run")
+        seconds = {name: [] for name in PROCESSES}
+        for _ in range(rounds + 1):
+            for name, values in seconds.items():
+                began = time.perf_counter()
+                command = [sys.executable, __file__, "--once", name, "--folder", folder, "--batch", str(batch_size)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                values.append(time.perf_counter() - began)
+    seconds = {name: values[1:] for name, values in seconds.items()}
+    report(f"sampling dpmpp_2m, {STEPS} steps, whole process", seconds, "diffusers", batch=batch_size)
+
+
+def compare_steps(network, method, batch_size, rounds):
+    what = (network, method, batch_size)
+    candidates = {
+        "ddpm_jax": partial(ours, *what),
+        "ddpm_jax, network alone": partial(ours, *what, alone=True),
+        "diffusers": partial(diffusers, *what),
+        "diffusers, compiled": partial(diffusers, *what, compiled=True),
+    }
+    seconds = {name: [s / STEPS for s in values] for name, values in alternate(candidates, rounds).items()}
+    report(f"sampling {network} {method}, a step", seconds, "diffusers", batch=batch_size)
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--network", choices=WITH_PEER, default="cifar10")
+    arguments.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--batch", type=int, default=8)
-    arguments.add_argument("--process", action="store_true", help="time only the whole processes")
-    arguments.add_argument("--once", choices=list(CANDIDATES), help=argparse.SUPPRESS)
+    arguments.add_argument("--batch", type=int, help="images; by default those of networks.py")
+    arguments.add_argument("--process", action="store_true", help="whole processes of the CIFAR-10 network")
+    arguments.add_argument("--once", choices=list(PROCESSES), help=argparse.SUPPRESS)
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     options = arguments.parse_args()
+    batch_size = options.batch or NETWORKS[options.network].make_config().train.batch_size
     if options.once:
-        CANDIDATES[options.once](options.folder, "dpmpp_2m", options.batch)()
+        PROCESSES[options.once](options.folder, batch_size)
+    elif options.process:
+        compare_processes(batch_size, options.rounds)
     else:
-        main(options)
+        for method in options.methods:
+            compare_steps(options.network, method, batch_size, options.rounds)

@@ -55,9 +55,6 @@ def start(config, workdir, cache, flags):
 
 def start_peer(config, cache, compiled, batch):
     """Seconds until a process of the peer has taken a training step."""
-    from train_step import NETWORKS
-
-    batch = batch or NETWORKS[config]["batch"]
     step = f"train_step.diffusers({config!r}, {batch}, 'float32', 1, {compiled})()"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
     began = time.perf_counter()

@@ -1,7 +1,7 @@
 """Where a small training step's time goes on a CPU: the profiler's events, by kind of operation.
 
     python benchmarks/step_profile.py
-    python benchmarks/step_profile.py --config numbers --devices 1
+    python benchmarks/step_profile.py --network numbers --devices 1
 
 The times are those of an average device; with the profiler a step takes somewhat longer than without.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cores
 from common import print_json
+from networks import NETWORKS
 
 KINDS = {  # by the name of an operation in the compiled program
     "convolutions, products and sums by YNNPACK": r"ynn_fusion",
@@ -40,7 +41,7 @@ def events(folder):
 
 
 def main(options):
-    run = cores.setup(options.config, options.devices)
+    run = cores.setup(options.network, options.devices)
     import jax
 
     run(), run()
@@ -59,15 +60,15 @@ def main(options):
             kind = next(kind for kind, pattern in KINDS.items() if re.match(pattern, name))
             found[kind] += seconds / cores.STEPS / options.devices
     found["between operations and between steps"] = profiled - sum(found.values())
-    print(f"step_profile {options.config}, {options.devices} device(s): {1e3 * plain:.1f} ms per step")
+    print(f"step_profile {options.network}, {options.devices} device(s): {1e3 * plain:.1f} ms per step")
     for kind, seconds in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{kind:46} {1e3 * seconds:7.1f} ms  {seconds / profiled:6.1%}")
     milliseconds = {kind: round(1e3 * seconds, 2) for kind, seconds in found.items()}
-    print_json("step_profile", config=options.config, devices=options.devices, milliseconds=milliseconds)
+    print_json("step_profile", network=options.network, devices=options.devices, milliseconds=milliseconds)
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--config", choices=cores.CONFIGS, default="digits")
+    arguments.add_argument("--network", choices=list(NETWORKS), default="digits")
     arguments.add_argument("--devices", type=int, default=2)
     main(arguments.parse_args())

@@ -1,39 +1,26 @@
 """A whole training step: forward, backward, clipping, Adam, EMA.
 
-    pip install -e '.[peers]' && python benchmarks/train_step.py [--network cifar10|cifar10_64|small|digits|numbers]
+    pip install -e '.[peers]' && python benchmarks/train_step.py [--network digits]
     python benchmarks/train_step.py --batch 128 --dtype bfloat16 --steps 20      # on a GPU
 
-Ours against diffusers' UNet2DModel of equal size in PyTorch, eager and with torch.compile, on the same device:
-the paper's CIFAR-10 network at batch 16 with dropout 0.1, the same with 64 channels, or the network of
-configs/digits.py at batch 64. For `numbers`, the text-to-image network of configs/numbers.py with its trained text
-encoder, the peer is diffusers' UNet2DConditionModel with other attention blocks (captioned_unet.py). PyTorch computes
-bfloat16 with autocast; on a GPU it uses channels-last images, cuDNN's fastest algorithms, and TF32 for float32 as JAX
-does.
+Ours against diffusers' network of equal size in PyTorch (networks.py), eager and with torch.compile, on the same
+device: the paper's CIFAR-10 network at batch 16, the same with 64 channels, or a network of configs/ at its own batch.
+`small` is the digits' network for 28x28 pictures. PyTorch computes bfloat16 with autocast; on a GPU it uses
+channels-last images, cuDNN's fastest algorithms, and TF32 for float32 as JAX does.
 """
 
 import argparse
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 from common import alternate, planned, report
-
-NETWORKS = {
-    "cifar10": {"parameters": 35_746_307, "batch": 16, "shape": (32, 32, 3)},
-    "cifar10_64": {"parameters": 8_952_067, "batch": 16, "shape": (32, 32, 3)},
-    "small": {"parameters": 1_112_801, "batch": 64, "shape": (28, 28, 1)},
-    "digits": {"parameters": 701_345, "batch": 64, "shape": (8, 8, 1)},
-    "numbers": {"parameters": 864_065, "batch": 64, "shape": (8, 16, 1)},
-}
+from networks import NETWORKS, WITH_PEER, make_peer, random_batch
 
 
 def ours(network, batch_size, dtype, steps):
     import jax
-    import numpy as np
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from configs import cifar10, digits, numbers
+    config = NETWORKS[network].make_config()
     from ddpm_jax import config as config_lib
     from ddpm_jax.commands import cores
     from ddpm_jax.runtime import parallel
@@ -41,15 +28,8 @@ def ours(network, batch_size, dtype, steps):
     from ddpm_jax.training.state import create_state
     from ddpm_jax.training.step import Metrics, make_train_step
 
-    config = {"digits": digits, "small": digits, "numbers": numbers}.get(network, cifar10).get_config()
-    if network == "small":
-        config.data.update(height=28, width=28)
-        config.model.update(channel_multipliers=(1, 2, 2), attention_resolutions=(14,))
-    if network == "cifar10_64":
-        config.model.channels = 64
     config.model.dtype = dtype
     cores.use(config)
-    shape, count = (NETWORKS[network][name] for name in ("shape", "parameters"))
     objective, mesh = make_objective(config), parallel.make_mesh()
     optimizer = config_lib.make_optimizer(config)
 
@@ -57,17 +37,12 @@ def ours(network, batch_size, dtype, steps):
         return create_state(objective.init_params(0), optimizer, (0.9999,)), Metrics.zero()
 
     step = make_train_step(objective, optimizer, mesh, **config_lib.step_options(config))
-    images = np.random.default_rng(0).integers(0, 256, (batch_size, *shape), np.uint8)
-    batch = {"image": images}
-    if network == "numbers":
-        length, told = config.text.max_length, 9  # tokens of a caption, with and without padding
-        batch["ids"] = np.random.default_rng(1).integers(0, config.text.vocab_size, (batch_size, length), np.int32)
-        batch["ids_mask"] = np.broadcast_to(np.arange(length) < told, (batch_size, length))
+    batch = random_batch(objective, batch_size or config.train.batch_size, config.text.vocab_size)
     batch = jax.device_put(batch, parallel.batch_sharding(mesh))
     create = jax.jit(start, out_shardings=parallel.replicated(mesh), compiler_options=parallel.run_once_options())
     carry = list(create())
-    assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == count
-
+    if (parameters := NETWORKS[network].parameters) is not None:
+        assert sum(p.size for p in jax.tree.leaves(carry[0].params)) == parameters
     compiled = step.lower(*carry, batch).compile()
 
     def run():
@@ -79,47 +54,6 @@ def ours(network, batch_size, dtype, steps):
     return run
 
 
-def diffusers_unet(network):
-    """diffusers' UNet2DModel of equal size."""
-    from diffusers import UNet2DModel
-
-    height, _, channels = NETWORKS[network]["shape"]
-    if network == "digits":
-        options = {
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        }
-    elif network == "small":
-        options = {
-            "block_out_channels": (32, 64, 64),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        }
-    else:
-        base = 64 if network == "cifar10_64" else 128
-        options = {
-            "block_out_channels": (base, 2 * base, 2 * base, 2 * base),
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "dropout": 0.1,
-        }
-    return UNet2DModel(
-        sample_size=height,
-        in_channels=channels,
-        out_channels=channels,
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        **options,
-    )
-
-
 def diffusers(network, batch_size, dtype, steps, compiled=False):
     import torch
 
@@ -127,20 +61,17 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    (height, width, channels), count = (NETWORKS[network][name] for name in ("shape", "parameters"))
-    if network == "numbers":
-        from captioned_unet import CaptionedUNet, captions
-
-        net, cond = CaptionedUNet(), captions(batch_size, device)
-    else:
-        net, cond = diffusers_unet(network), ()
-    parameters = list(net.parameters())
-    assert sum(p.numel() for p in parameters) == count
+    config = NETWORKS[network].make_config()
+    batch_size = batch_size or config.train.batch_size
+    net, make_cond = make_peer(config)
+    cond, parameters = make_cond(batch_size, device), list(net.parameters())
+    assert sum(p.numel() for p in parameters) == NETWORKS[network].parameters
     layout = torch.channels_last if device == "cuda" else torch.contiguous_format
     net.to(device, memory_format=layout).train()
     optimizer = torch.optim.Adam(parameters, lr=2e-4)
     average = [p.detach().clone() for p in parameters]
-    x_0 = (torch.rand(batch_size, channels, height, width, device=device) * 2 - 1).to(memory_format=layout)
+    shape = (batch_size, config.data.channels, config.data.height, config.data.width)
+    x_0 = (torch.rand(shape, device=device) * 2 - 1).to(memory_format=layout)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
     model = torch.compile(net) if compiled else net
 
@@ -168,8 +99,8 @@ def diffusers(network, batch_size, dtype, steps, compiled=False):
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--network", choices=list(NETWORKS), default="cifar10")
-    arguments.add_argument("--batch", type=int, help="images per step; by default 16, for digits and numbers 64")
+    arguments.add_argument("--network", choices=WITH_PEER, default="cifar10")
+    arguments.add_argument("--batch", type=int, help="images per step; by default those of networks.py")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
     arguments.add_argument(
         "--steps", type=int, default=1, help="of each call; several on a GPU, where one is too short"
@@ -177,7 +108,8 @@ if __name__ == "__main__":
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--only-ours", action="store_true", help="without the peer, where PyTorch is not installed")
     options = arguments.parse_args()
-    batch, steps = options.batch or NETWORKS[options.network]["batch"], options.steps
+    steps, network = options.steps, NETWORKS[options.network]
+    batch = options.batch or network.make_config().train.batch_size
     what = {"network": options.network, "batch_size": batch, "dtype": options.dtype, "steps": steps}
     candidates = {"ddpm_jax": partial(ours, **what)}
     if not options.only_ours:
