@@ -102,9 +102,7 @@ if __name__ == "__main__":
     arguments.add_argument("--network", choices=WITH_PEER, default="cifar10")
     arguments.add_argument("--batch", type=int, help="images per step; by default those of networks.py")
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
-    arguments.add_argument(
-        "--steps", type=int, default=1, help="of each call; several on a GPU, where one is too short"
-    )
+    arguments.add_argument("--steps", type=int, default=5, help="of each call, one after another as in training")
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--only-ours", action="store_true", help="without the peer, where PyTorch is not installed")
     options = arguments.parse_args()
