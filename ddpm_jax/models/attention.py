@@ -25,7 +25,7 @@ _WIDEST_HEAD = 128  # that cuDNN's kernel takes on every GPU it supports
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of masked keys
 
-_Softmax = tuple[jax.Array, jax.Array]  # of each query the largest logit, and 1 / the sum of exp(logit - largest)
+_Softmax = tuple[jax.Array, jax.Array]  # of each query the largest logit, and log(the sum of exp(logit - largest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _by_heads_forward(
             largest = logits.max(axis=-1, keepdims=True)
             weights = jnp.exp(logits - largest)
             total = weights.sum(axis=-1, keepdims=True)
-            return jnp.einsum("bqk,bkd->bqd", weights, value) / total, (largest, 1 / total)
+            return jnp.einsum("bqk,bkd->bqd", weights, value) / total, (largest, jnp.log(total))
 
         places, parts = _split(query)
         attended, softmax = lax.map(attend_some, (places, parts))
@@ -210,8 +210,9 @@ def _by_heads_backward(causal: bool, scale: float, kept: tuple[Any, ...], g: jax
         query, key, value, g, product, softmax = head
 
         def attend_some(sums: tuple[jax.Array, ...], part: tuple[Any, ...]) -> tuple[Any, jax.Array]:
-            places, query, g, product, (largest, factor) = part
-            weights = jnp.exp(_head_logits(places, query, key, mask, causal) - largest) * factor
+            places, query, g, product, (largest, log_total) = part
+            # With the division in the exponent, XLA's CPU backend writes the weights once, not twice.
+            weights = jnp.exp(_head_logits(places, query, key, mask, causal) - largest - log_total)
             of_logits = weights * (jnp.einsum("bqd,bkd->bqk", g, value) - product)
             if mask is not None:
                 of_logits = jnp.where(mask[:, None, :], of_logits, 0.0)
