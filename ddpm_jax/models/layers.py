@@ -24,7 +24,9 @@ _Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
 _LARGE_KERNEL = 2**20  # elements; see `_waiting`
-_FEW_PIXELS, _HUGE_KERNEL = 512, 2**22  # of the whole batch; elements; see `_suits_matmul`
+# See `_suits_matmul`; pixels are those of the whole batch, kernels are counted in elements.
+_FEW_PIXELS, _HUGE_KERNEL = 512, 2**22
+_LITTLE_WORK, _WIDE_KERNEL = 2**24, 2**19  # of work pixels * C * D
 _CACHED = 3 * 2**18  # bytes of a gradient, the most that `_kernel_gradient_on_cpu` reads at a time
 _MOST_PARTS = 8  # of a batch there
 
@@ -83,10 +85,14 @@ def _suits_matmul(x: jax.Array, kernel: jax.Array) -> bool:
 
     XLA swaps an image and its kernel if the image has no more pixels than the kernel has taps, and then takes many
     times as long. A kernel that is far larger than the images takes most of the time to read, and Winograd's algorithm
-    would write it once more.
+    would write it once more. With too little work for Winograd's algorithm, the gradient of XLA's own convolution takes
+    longer to transpose a large kernel than to compute.
     """
     pixels, taps = x.shape[1] * x.shape[2], kernel.shape[0] * kernel.shape[1]
-    return pixels <= taps or (x.shape[0] * pixels < _FEW_PIXELS and kernel.size >= _HUGE_KERNEL)
+    all_pixels = x.shape[0] * pixels
+    is_huge = all_pixels < _FEW_PIXELS and kernel.size >= _HUGE_KERNEL
+    is_wide = all_pixels * kernel.size < _LITTLE_WORK * taps and kernel.size >= _WIDE_KERNEL
+    return pixels <= taps or is_huge or is_wide
 
 
 def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: Padding) -> bool:
