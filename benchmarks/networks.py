@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 TOLD = 9  # tokens of a caption, the others are padding
 
 
@@ -22,7 +23,6 @@ class Network:
     changes: dict = dataclasses.field(default_factory=dict)
 
     def make_config(self):
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         config = import_module(f"configs.{self.config}").get_config()
         config.update_from_flattened_dict(self.changes)
         return config

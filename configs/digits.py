@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8x8 grey: a whole run in two and a half to five and a half minutes on two cores.
+"""scikit-learn's handwritten digits, 8x8 grey: a whole run in one to five minutes on two cores.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 

@@ -1,4 +1,4 @@
-"""Edits folders of weights so that reading them must fail."""
+"""Reads folders of weights, and edits them so that reading them must fail."""
 
 import json
 
@@ -6,6 +6,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.runtime.errors import UserError
+
+PARTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+def part(path, name):
+    """The tensors of a part of diffusers' pipeline."""
+    return load_file(path / name / PARTS[name])
 
 
 def refusal(call, *args):

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from clips import VOCAB_SIZE
 
 RES = {
     "norm1": "in_layers.0",
@@ -239,3 +240,19 @@ def checkpoint(unet, autoencoder, text, *, version="1.x", old_attention=False):
     else:
         text = {f"cond_stage_model.model.{name}": value for name, value in open_clip(text).items()}
     return result | first | text
+
+
+UNET = unet_shapes()
+TEXT = text_shapes(tokens=VOCAB_SIZE, length=20)
+
+
+def small(shapes, seed):
+    return {name: 0.1 * value for name, value in random(shapes, seed).items()}
+
+
+def tensors(version="1.x"):
+    """Those of a file with a narrow Stable Diffusion."""
+    parts = small(UNET, 0), small(autoencoder_shapes(), 1), small(TEXT, 2)
+    if version == "2.x":
+        parts = small(unet_shapes(widths=(64, 128), linear=True), 0), *parts[1:]
+    return checkpoint(*parts, version=version)

@@ -28,23 +28,17 @@ from ddpm_jax.validation import make_valid_model
 _FORMAT = "ddpm_jax"
 
 
+Files = Mapping[str, str | tensors_lib.Tensors]  # by name: the text of a JSON file, or the tensors of another
+
+
 class Export(NamedTuple):
-    """The contents of a file made by `write`; `files` are those of the frozen parts by name, JSON as text."""
+    """The contents of a file made by `write`; `files` are those of the frozen parts."""
 
     config: ConfigDict
     dataset: dict[str, Any]
     step: int
     params: dict[str, Any]
-    files: Mapping[str, str | tensors_lib.Tensors]
-
-    def write_parts(self, folder: Path) -> None:
-        """Writes the frozen parts to where `workdir.read_dataset` finds them."""
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            if isinstance(content, str):
-                write_text(folder / name, content)
-            else:
-                tensors_lib.write(folder / name, content, {"format": "pt"})
+    files: Files
 
 
 def is_export(path: str | Path) -> bool:
@@ -100,13 +94,24 @@ def read(path: str | Path) -> Export:
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} was not exported from a run: its metadata lack {error}") from None
     texts, weights = _files(path, metadata, tensors)
-    with tempfile.TemporaryDirectory() as folder:  # for the sizes of the frozen parts
-        Export(config, dataset, step, {}, texts).write_parts(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:  # the network's shapes depend on the configs of the frozen parts
+        write_files(folder, texts)
         parts = {name.split("/")[0] for name in texts}
         described = dataset | {part: str(Path(folder, part)) for part in parts}
         shapes = flatten_dict(make_valid_model(config, described)[1], sep=".")
     tensors_lib.check(path, tensors, {name: leaf.shape for name, leaf in shapes.items()})
     return Export(config, dataset, step, unflatten_dict(tensors, sep="."), {**texts, **weights})
+
+
+def write_files(folder: str | Path, files: Files) -> None:
+    """Writes the files of frozen parts to where `workdir.read_dataset` finds them."""
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, str):
+            write_text(path, content)
+        else:
+            tensors_lib.write(path, content, {"format": "pt"})
 
 
 def _files(

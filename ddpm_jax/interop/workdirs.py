@@ -117,7 +117,8 @@ def _read(source: str, tokenizer: str | Path | None, prediction: str | None) -> 
             raise UserError(f"--{flag} is for a Stable Diffusion in a .safetensors or .ckpt file, not for {source!r}")
     if source.endswith(".safetensors"):
         export = plain.read(os.path.expanduser(source))
-        return {"": _Found(export.config, export.dataset, export.params, export.step, write_parts=export.write_parts)}
+        parts = partial(plain.write_files, files=export.files)
+        return {"": _Found(export.config, export.dataset, export.params, export.step, write_parts=parts)}
     folder = diffusers_folder.locate(source)
     kind = stages.class_name(folder)
     if kind in deepfloyd.PIPELINES:

@@ -24,9 +24,7 @@ _Pair = tuple[jax.Array, jax.Array]  # x and the kernel, or their gradients
 KEPT = "kept"  # `jax.checkpoint`'s name for values that are small or slow to recompute
 
 _LARGE_KERNEL = 2**20  # elements; see `_waiting`
-# See `_suits_matmul`; pixels are those of the whole batch, kernels are counted in elements.
-_FEW_PIXELS, _HUGE_KERNEL = 512, 2**22
-_LITTLE_WORK, _WIDE_KERNEL = 2**24, 2**19  # of work pixels * C * D
+_FEW_PIXELS, _HUGE_KERNEL, _WIDE_KERNEL = 512, 2**22, 2**19  # of the whole batch; elements; see `_suits_matmul`
 _CACHED = 3 * 2**18  # bytes of a gradient, the most that `_kernel_gradient_on_cpu` reads at a time
 _MOST_PARTS = 8  # of a batch there
 
@@ -85,14 +83,14 @@ def _suits_matmul(x: jax.Array, kernel: jax.Array) -> bool:
 
     XLA swaps an image and its kernel if the image has no more pixels than the kernel has taps, and then takes many
     times as long. A kernel that is far larger than the images takes most of the time to read, and Winograd's algorithm
-    would write it once more. With too little work for Winograd's algorithm, the gradient of XLA's own convolution takes
-    longer to transpose a large kernel than to compute.
+    would write it once more. If there is too little work for that algorithm, the gradient of XLA's own convolution
+    spends most of its time transposing a wide kernel.
     """
-    pixels, taps = x.shape[1] * x.shape[2], kernel.shape[0] * kernel.shape[1]
-    all_pixels = x.shape[0] * pixels
-    is_huge = all_pixels < _FEW_PIXELS and kernel.size >= _HUGE_KERNEL
-    is_wide = all_pixels * kernel.size < _LITTLE_WORK * taps and kernel.size >= _WIDE_KERNEL
-    return pixels <= taps or is_huge or is_wide
+    batch, height, width, channels = x.shape
+    pixels, taps = height * width, kernel.shape[0] * kernel.shape[1]
+    few = batch * pixels < _FEW_PIXELS and kernel.size >= _HUGE_KERNEL
+    little = batch * pixels * channels * kernel.shape[-1] < winograd.LEAST_WORK and kernel.size >= _WIDE_KERNEL
+    return pixels <= taps or few or little
 
 
 def _suits_winograd(x: jax.Array, kernel: jax.Array, padding: Padding) -> bool:
@@ -310,9 +308,9 @@ def _scaled(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _activated(x: jax.Array, scale: jax.Array, bias: jax.Array, activation: Activation) -> jax.Array:
-    """activation(x * scale + bias), which the gradient computes again.
+    """activation(x * scale + bias); its gradient computes the activation again.
 
-    Otherwise the derivative of the activation would be written to memory along with the result, and read again.
+    Otherwise the activation's derivative, which is as large as the result, would be written to memory and read again.
     """
     return activation(_scaled(x, scale, bias))
 
@@ -327,7 +325,7 @@ def _activated_backward(
     activation: Activation, kept: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale, bias = kept
-    scale, bias = _materialize_on_cpu((scale, bias))  # or XLA would keep what the forward pass computes from them
+    scale, bias = _materialize_on_cpu((scale, bias))  # otherwise XLA joins this with the forward pass, and stores it
     (g,) = jax.vjp(activation, _scaled(x, scale, bias))[1](g)
     g = lax.platform_dependent(g, cpu=_materialize, default=lambda g: g).astype(jnp.float32)
     of_scale, of_bias = (jnp.sum(v, axis=(1, 2), keepdims=True) for v in (g * x.astype(jnp.float32), g))

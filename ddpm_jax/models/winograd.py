@@ -24,6 +24,8 @@ _B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 
+LEAST_WORK = 2**24  # multiplications of each tap of a kernel, over the whole batch; with less it is not faster
+
 Grid = list[list[jax.Array]]  # a matrix of arrays
 
 
@@ -37,7 +39,7 @@ def suits(x: jax.Array, kernel: jax.Array, padding: Sequence[Sequence[int]]) -> 
         and height % 2 == width % 2 == 0
         and x.dtype == jnp.float32
         and min(channels, features) >= 64
-        and batch * height * width * channels * features >= 2**24
+        and batch * height * width * channels * features >= LEAST_WORK
         and 4 * 4 * x.size < 2**30  # bytes of the tiles, which are all in memory at once
     )
 

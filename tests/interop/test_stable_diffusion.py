@@ -1,81 +1,29 @@
-"""Stable Diffusion's runs, without PyTorch: exported, imported from single files, and changed by LoRA files."""
+"""Stable Diffusion's runs, without PyTorch: exported, and imported from single files."""
 
 import dataclasses
 import json
-import shutil
-import zlib
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import single_files
-from clips import VOCAB_SIZE, write_tokenizer
-from flax.traverse_util import flatten_dict
-from loras import merged
+from clips import VOCAB_SIZE
+from folders import PARTS, part
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from single_files import TEXT, UNET, small
 from tiny import make_run, near
 
 import ddpm_jax
 from configs import finetune
 from ddpm_jax import config as config_lib
-from ddpm_jax.interop import lora, workdirs
+from ddpm_jax.interop import workdirs
 from ddpm_jax.interop.diffusers import adapters, folder, stable_diffusion
-from ddpm_jax.models import lora as models_lora
 from ddpm_jax.pipeline import compose, load
-from ddpm_jax.runtime.checkpoints import Checkpoints
 from ddpm_jax.runtime.errors import UserError
-from ddpm_jax.runtime.workdir import BASE, CONFIG, read_config, read_dataset
+from ddpm_jax.runtime.workdir import read_config, read_dataset
 
 pytestmark = pytest.mark.slow
-
-UNET = single_files.unet_shapes()
-TEXT = single_files.text_shapes(tokens=VOCAB_SIZE, length=20)
-PARTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-
-
-def small(shapes, seed):
-    return {name: 0.1 * value for name, value in single_files.random(shapes, seed).items()}
-
-
-def tensors(version="1.x"):
-    parts = small(UNET, 0), small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
-    if version == "2.x":
-        parts = small(single_files.unet_shapes(widths=(64, 128), linear=True), 0), *parts[1:]
-    return single_files.checkpoint(*parts, version=version)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokens"), max_length=20)
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """A narrow Stable Diffusion 1.x."""
-    path = tmp_path_factory.mktemp("file") / "model.safetensors"
-    save_file(tensors(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def imported(file, tokens, tmp_path_factory):
-    return workdirs.import_weights(str(file), tmp_path_factory.mktemp("imported") / "run", tokenizer=tokens)
-
-
-@pytest.fixture(scope="module")
-def exported(imported, tmp_path_factory):
-    return workdirs.export_weights(load(imported), tmp_path_factory.mktemp("exported") / "folder")
-
-
-def part(path, name):
-    return load_file(path / name / PARTS[name])
 
 
 def assert_same_files(first, second):
@@ -106,7 +54,10 @@ def assert_same_runs(first, second):
 
 
 def test_exported_holds_the_tensors(exported):
-    for name, expected in (("unet", small(UNET, 0)), ("text_encoder", small(TEXT, 2))):
+    for name, expected in (
+        ("unet", small(UNET, 0)),
+        ("text_encoder", small(TEXT, 2)),
+    ):
         found = part(exported, name)
         assert found.keys() == expected.keys()
         assert all(value.tobytes() == expected[tensor].tobytes() for tensor, value in found.items())
@@ -131,7 +82,7 @@ def test_a_file_with_our_own_names_holds_the_frozen_parts(imported, tmp_path):
 
 def test_second_version(tokens, tmp_path):
     """--prediction is required, and prompts are padded with "!"."""
-    save_file(tensors("2.x"), tmp_path / "model.safetensors")
+    save_file(single_files.tensors("2.x"), tmp_path / "model.safetensors")
     source = str(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="use --prediction=eps for a 512-pixel model, --prediction=v for a 768-pixel"):
         workdirs.import_weights(source, tmp_path / "run", tokenizer=tokens)
@@ -189,7 +140,11 @@ def test_what_only_a_single_file_needs(exported, tmp_path, flag, value):
 
 
 def test_tokenizer_of_another_encoder(tokens, tmp_path):
-    parts = small(UNET, 0), small(single_files.autoencoder_shapes(), 1), small(single_files.text_shapes(length=20), 2)
+    parts = (
+        small(UNET, 0),
+        small(single_files.autoencoder_shapes(), 1),
+        small(single_files.text_shapes(length=20), 2),
+    )
     save_file(single_files.checkpoint(*parts), tmp_path / "x.safetensors")
     with pytest.raises(
         UserError, match=f"the tokenizer has {VOCAB_SIZE} tokens .* accepted: at most the 50 tokens and texts of 20"
@@ -226,7 +181,11 @@ def inpainting_unet():
 def inpainting(tokens, tmp_path_factory):
     """Imported from a single file."""
     folder = tmp_path_factory.mktemp("inpainting")
-    parts = inpainting_unet(), small(single_files.autoencoder_shapes(), 1), small(TEXT, 2)
+    parts = (
+        inpainting_unet(),
+        small(single_files.autoencoder_shapes(), 1),
+        small(TEXT, 2),
+    )
     save_file(single_files.checkpoint(*parts), folder / "x.safetensors")
     return workdirs.import_weights(str(folder / "x.safetensors"), folder / "run", tokenizer=tokens)
 
@@ -344,125 +303,6 @@ def test_layout_of_a_run_that_was_trained_further(imported):
     """Its description lacks the layout, so the default one is written."""
     run = load(imported)
     assert stable_diffusion.layout_of(run.model, {}) == stable_diffusion.layout_of(run.model, run.dataset)
-
-
-# LoRA files.
-
-
-def make_lora(seed, text=True):
-    rng = np.random.default_rng(seed)
-
-    def update(shape):
-        out, *inner = shape
-        down, up = ((2, *inner), (out, 2, *[1] * (len(inner) - 1)))
-        return lora.Update(*(0.1 * rng.standard_normal(size).astype(np.float32) for size in (down, up)), 3.0)
-
-    block = "down_blocks.0.attentions.0"
-    in_unet = ("conv_in", f"{block}.proj_in", f"{block}.transformer_blocks.0.attn2.to_k", "time_embedding.linear_1")
-    in_text = ("text_model.encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc2")
-    return lora.Lora(
-        {module: update(UNET[f"{module}.weight"]) for module in in_unet},
-        {module: update(TEXT[f"{module}.weight"]) for module in (in_text if text else ())},
-    )
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Two files with their weights; the second changes the network alone."""
-    for name, changes in (("a", make_lora(0)), ("b", make_lora(1, text=False))):
-        lora.write(tmp_path / f"{name}.safetensors", changes)
-    return [(tmp_path / "a.safetensors", 0.7), (str(tmp_path / "b.safetensors"), 0.3)]
-
-
-def test_loras_are_added_to_both_parts(imported, exported, two, tmp_path):
-    """An export of the run has the weights with the changes; nothing else differs."""
-    changed = workdirs.export_weights(ddpm_jax.load(imported, loras=two), tmp_path / "changed")
-    for name, count in (("unet", 4), ("text_encoder", 2)):
-        before, after = part(exported, name), part(changed, name)
-        expected = dict(before)
-        for seed, weight in ((0, 0.7), (1, 0.3)):
-            expected |= merged(expected, getattr(make_lora(seed, text=seed == 0), name), weight)
-        assert sum(not np.array_equal(after[tensor], before[tensor]) for tensor in after) == count
-        for tensor, value in expected.items():
-            np.testing.assert_allclose(after[tensor], value, atol=1e-6, err_msg=tensor)
-
-
-def test_loras_are_in_the_settings(imported, two):
-    run, plain = ddpm_jax.load(imported, loras=two), load(imported)
-    settings = run.settings(seed=0)
-    assert settings["loras"] == [
-        {"name": "a.safetensors", "weight": 0.7, "crc32": zlib.crc32(two[0][0].read_bytes())},
-        {"name": "b.safetensors", "weight": 0.3, "crc32": zlib.crc32(Path(two[1][0]).read_bytes())},
-    ]
-    assert settings["weights_crc32"] != plain.settings(seed=0)["weights_crc32"]
-    assert "loras" not in plain.settings(seed=0)
-    assert run.weights.endswith(", LoRA a.safetensors at 0.7, LoRA b.safetensors at 0.3")
-    texts, others = (found.condition.texts.arrays(["a"])["tokens"] for found in (run, plain))
-    assert np.any(texts != others)
-
-
-def test_precision_stays(imported, two):
-    run = load(imported, dtype="bfloat16", loras=two)
-    texts = run.condition.texts
-    assert {leaf.dtype.name for leaf in jax.tree.leaves((run.params, texts.open_params()))} == {"bfloat16"}
-
-
-def test_a_file_of_the_network_holds_no_text_encoder(imported, two, tmp_path):
-    with pytest.raises(UserError, match=r"'a\.safetensors' changes the text encoder"):
-        workdirs.export_weights(load(imported, loras=two), tmp_path / "x.safetensors")
-    assert workdirs.export_weights(load(imported, loras=two[1:]), tmp_path / "x.safetensors").exists()
-
-
-def test_lora_that_is_missing(imported, tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.safetensors' is not a file"):
-        load(imported, loras=[(tmp_path / "nothing.safetensors", 1.0)])
-
-
-# A run that trained adapters.
-
-
-@pytest.fixture(scope="module")
-def adapted(imported, tmp_path_factory):
-    """As left by training: a checkpoint of the network in its own folder, and one of the adapters."""
-    run, path = load(imported), tmp_path_factory.mktemp("adapted") / "run"
-    shutil.copytree(imported, path)
-    (path / BASE).mkdir()
-    (path / "checkpoints").rename(path / BASE / "checkpoints")
-    config = run.config.copy_and_resolve_references()
-    config.lora.update(rank=2, alpha=3.0)
-    (path / CONFIG).write_text(config_lib.to_json(config))
-    shapes = jax.eval_shape(lambda: models_lora.init(run.params, 2, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    checkpoints = Checkpoints(path)
-    checkpoints.save_weights(
-        5, jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
-    )
-    checkpoints.close()
-    return path
-
-
-def test_adapters_are_a_lora_file(adapted, imported, tmp_path):
-    run = load(adapted)
-    file = workdirs.export_adapters(run, adapted, tmp_path / "mine.safetensors")
-    with_adapters, with_file, before = (
-        flatten_dict(found.params) for found in (run, load(imported, loras=[(file, 1.0)]), load(imported))
-    )
-    for path, value in with_adapters.items():
-        np.testing.assert_allclose(with_file[path], value, atol=1e-6)
-    moved = sum(not np.array_equal(value, before[path]) for path, value in with_adapters.items())
-    assert moved == len(load_file(file)) // 2
-    with pytest.raises(UserError, match="already exists"):
-        workdirs.export_adapters(run, adapted, file)
-
-
-def test_no_adapters(adapted, imported, two, tmp_path):
-    for path, loras, out, said in (
-        (imported, (), "x.safetensors", "trained no adapters"),
-        (adapted, two[:1], "x.safetensors", "accepted: --adapters without --lora"),
-        (adapted, (), "x.bin", "accepted: a name ending in .safetensors"),
-    ):
-        with pytest.raises(UserError, match=said):
-            workdirs.export_adapters(load(path, loras=loras), path, tmp_path / out)
 
 
 # By command.

@@ -121,6 +121,7 @@ def test_conv_of_few_pixels_and_a_large_kernel(batch, size, channels):
     kernel, padding = normal(1, 3, 3, channels, channels) / 80, ((1, 1), (1, 1))
     assert layers._suits_matmul(x, kernel)
     assert not layers._suits_matmul(normal(0, 32, size, size, channels), kernel)
+    assert not layers._suits_matmul(x, kernel[..., :50])
 
     def value_and_gradients(conv):
         return jax.jit(lambda x, k, g: (*jax.vjp(lambda x, k: conv(x, k, padding), x, k)[1](g), conv(x, k, padding)))
@@ -244,11 +245,28 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics(offset):
 
 
 def test_group_norm_with_an_activation_in_bfloat16():
-    """The activation is that of the rounded norm, and the gradients have their arguments' dtypes."""
-    x, scale, bias = normal(0, 2, 4, 4, 8).astype(jnp.bfloat16), normal(1, 8), normal(2, 8)
-    got, pullback = jax.vjp(lambda *a: layers.group_norm(*a, 4, activation=nn.swish), x, scale, bias)
-    np.testing.assert_array_equal(got, nn.swish(layers.group_norm(x, scale, bias, 4)))
-    assert [g.dtype for g in pullback(jnp.ones_like(got))] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    """The activation is that of the rounded norm; the gradients are too, in the dtypes of their arguments."""
+    x, scale, bias, g = normal(0, 2, 4, 4, 8), normal(1, 8), normal(2, 8), normal(3, 2, 4, 4, 8)
+    x, g = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
+    joined = jax.vjp(lambda *a: layers.group_norm(*a, 4, activation=nn.swish), x, scale, bias)
+    apart = jax.vjp(lambda *a: nn.swish(layers.group_norm(*a, 4)), x, scale, bias)
+    np.testing.assert_array_equal(joined[0], apart[0])
+    for got, expected in zip(joined[1](g), apart[1](g), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(*(np.asarray(v, np.float32) for v in (got, expected)), atol=0.05)
+
+
+def test_group_norm_stores_no_derivative_of_its_activation():
+    x, scale, bias = normal(0, 2, 4, 4, 8), normal(1, 8), normal(2, 8)
+
+    def stored(function):
+        """How many arrays as large as x, other than x itself, the gradient takes from the forward pass."""
+        (pullback,) = jax.vjp(function, x, scale, bias)[1:]
+        large = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size == x.size]
+        return sum(not np.array_equal(leaf, x) for leaf in large)
+
+    assert stored(lambda *a: layers.group_norm(*a, 4, activation=nn.swish)) == 0
+    assert stored(lambda *a: nn.swish(layers.group_norm(*a, 4))) > 0
 
 
 # Dropout.

@@ -68,16 +68,18 @@ def test_a_stage_is_a_run_by_itself(imported):
 
 
 @pytest.mark.slow
-def test_a_file_of_a_stage_holds_its_clip(tmp_path):
-    """Under our own names."""
+def test_a_stage_in_one_file_with_its_clip(tmp_path):
+    """The exported file needs neither the workdir nor the folder that it came from."""
     folder = unclips.write_unclip(tmp_path / "theirs", of_pictures=True)
     imported = workdirs.import_weights(str(folder), tmp_path / "run")
     run = load(next(imported.glob("stage_*_decoder")))
+    picture, options = np.full((1, 8, 8, 3), 100, np.uint8), {"num_steps": 1}
+    expected = run.variations(picture, **options)
     file = workdirs.export_weights(run, tmp_path / "x.safetensors")
     shutil.rmtree(folder)
+    shutil.rmtree(imported)
     again = load(workdirs.import_weights(str(file), tmp_path / "again"))
-    picture, options = np.full((1, 8, 8, 3), 100, np.uint8), {"num_steps": 1}
-    np.testing.assert_array_equal(again.variations(picture, **options), run.variations(picture, **options))
+    np.testing.assert_array_equal(again.variations(picture, **options), expected)
 
 
 @pytest.mark.slow
