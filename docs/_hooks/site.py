@@ -21,8 +21,6 @@ import textwrap
 import tomllib
 from pathlib import Path
 
-from latex2mathml.converter import convert
-
 ROOT = Path(__file__).parents[2]
 _LINE = re.compile(r"^\{\{ *(\w+) *(.*?) *\}\}$", re.MULTILINE)
 _EXCERPT = re.compile(r'([\w.]+)(?: from "([^"]*)")?(?: to "([^"]*)")?$')
@@ -39,6 +37,8 @@ def on_page_content(html: str, **_) -> str:
 
 def mathml(formula: str, block: bool) -> str:
     """The formula as MathML, with its TeX as the text of the clipboard and of readers that know no MathML."""
+    from latex2mathml.converter import convert
+
     formula = html.unescape(formula).strip()
     drawn = convert(formula, display="block" if block else "inline")
     return f'<span class="formula" title="{html.escape(formula)}">{drawn}</span>' if block else drawn

@@ -5,14 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from documents import ROOT, load_script
+from documents import PAGES, ROOT, load_script
 
 from ddpm_jax import config as config_lib
 
 
 @pytest.fixture(scope="module")
 def hook():
-    pytest.importorskip("latex2mathml", reason="pip install -e '.[docs]'")
     return load_script(ROOT / "docs" / "_hooks" / "site.py")
 
 
@@ -53,7 +52,13 @@ def test_what_is_not_there_fails_the_build(hook, line):
         hook.source(line)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_every_line_of_a_page_is_filled_in(hook, page):
+    assert "{{" not in hook.on_page_markdown((ROOT / page).read_text())
+
+
 def test_formulas_become_mathml(hook):
+    pytest.importorskip("latex2mathml", reason="pip install -e '.[docs]'")
     page = hook.on_page_content('<p><span class="arithmatex">\\(a &lt; \\sqrt{b}\\)</span></p>')
     assert "<msqrt>" in page
     assert "arithmatex" not in page
