@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_BLOCK_FLAG = "--xla_multiheap_size_constraint_per_heap"
+_BLOCK = 56 << 20  # bytes; a heap of glibc's holds 64 MiB, and keeps a part of it for itself
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -48,7 +50,11 @@ def keep_freed_memory(devices: int = 1) -> None:
 
     If all threads share an arena, they wait for one another, which lengthens a step by up to a third. But only the main
     thread's arena keeps blocks of more than 64 MiB. So with one device, whose blocks are the largest, programs run in
-    the thread that calls them, and the threads share two arenas for each core: more would take more memory.
+    the thread that calls them, and the threads share two arenas for each core: more would take more memory. With
+    several devices, programs that are compiled from now on put their temporary arrays into smaller blocks, unless
+    XLA_FLAGS says how large these may be.
+
+    To be called before JAX opens its devices, when it reads XLA_FLAGS.
 
     Args:
       devices: the number of CPU devices of this process.
@@ -67,6 +73,8 @@ def keep_freed_memory(devices: int = 1) -> None:
         if devices == 1:
             libc.mallopt(M_ARENA_MAX, 2 * (os.cpu_count() or 1))
             jax.config.update("jax_cpu_enable_async_dispatch", False)
+        elif _BLOCK_FLAG not in (flags := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{flags} {_BLOCK_FLAG}={_BLOCK}".lstrip()
         jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
 

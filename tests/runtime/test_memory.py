@@ -77,3 +77,25 @@ def test_with_one_device_a_program_runs_in_the_thread_that_calls_it():
     unset = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     process = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
     assert process.stdout == "True\n"
+
+
+@pytest.mark.skipif(not memory._serves_cpu(), reason="memory is kept on Linux, without accelerators")
+@pytest.mark.parametrize(("chosen", "is_kept"), [("", True), ("--xla_multiheap_size_constraint_per_heap=-1", False)])
+def test_temporary_arrays_of_several_devices_are_kept(chosen, is_kept):
+    """A program with 128 MiB of them stops taking new pages, unless the user chose a single block."""
+    code = (
+        "import jax, resource; from ddpm_jax.runtime import memory\n"
+        "jax.config.update('jax_num_cpu_devices', 2); memory.keep_freed_memory(2)\n"
+        "def rotate(_, arrays): return [1.5 * x for x in arrays[1:] + arrays[:1]]\n"
+        "def run(x): return sum(jax.lax.fori_loop(0, 3, rotate, [x + i for i in range(8)]))\n"
+        "x = jax.numpy.ones(4 << 20); run = jax.jit(run).lower(x).compile()\n"
+        "print(run.memory_analysis().temp_size_in_bytes >> 20)\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20): before = faults(); run(x).block_until_ready(); print(faults() - before)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": chosen}, capture_output=True, text=True, check=True
+    )
+    temporary, *faults = map(int, process.stdout.split())
+    assert temporary >= 128
+    assert (min(faults) < 1000) == is_kept  # of 32,768 pages
