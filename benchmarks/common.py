@@ -46,9 +46,12 @@ def peak_mib() -> int:
 
 
 def alternate(
-    candidates: dict[str, Setup], rounds: int, facts: dict[str, dict[str, Any]] | None = None
+    candidates: dict[str, Setup], rounds: int, facts: dict[str, dict[str, Any]] | None = None, steps: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of the candidates' calls, which take turns; the candidates' `facts` are put into the argument.
+
+    If a call makes several `steps`, one after another, the seconds are those of one. Short steps need that: the first
+    after a pause is slower, because the system has taken memory back.
 
     Every candidate has its own process, idle while the others run, so that candidates do not compete for threads or
     memory. All have the environment in which `main.py` starts itself.
@@ -70,7 +73,7 @@ def alternate(
     for _ in range(rounds):
         for name, (_, pipe) in workers.items():
             pipe.send(True)
-            seconds[name].append(_receive(pipe))
+            seconds[name].append(_receive(pipe) / steps)
     for process, pipe in workers.values():
         pipe.send(False)
         process.join()

@@ -34,6 +34,5 @@ if __name__ == "__main__":
     for name in options.network:
         facts = {}
         candidates = {f"{devices} device(s)": partial(setup, name, devices) for devices in options.devices}
-        seconds = alternate(candidates, options.rounds, facts)
-        seconds = {how: [value / STEPS for value in values] for how, values in seconds.items()}
+        seconds = alternate(candidates, options.rounds, facts, STEPS)
         report(f"cores {name}", seconds, next(iter(candidates)), facts=facts)

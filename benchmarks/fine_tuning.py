@@ -17,6 +17,7 @@ from functools import partial
 from common import alternate, planned, report
 
 WIDTHS, STATES = (64, 128, 256, 256), 192
+STEPS = 5  # of each call
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]
 LEARNING_RATE, EMA_DECAY, CLIP = 1e-4, 0.999, 1.0
 
@@ -92,7 +93,8 @@ def ours(workdir, rank, batch_size):
     compiled = step.lower(*carry, batch).compile()
 
     def call():
-        carry[:] = compiled(*carry, batch)
+        for _ in range(STEPS):
+            carry[:] = compiled(*carry, batch)
         jax.block_until_ready(carry)
 
     call.facts = planned(compiled, carry[0].params)
@@ -120,7 +122,7 @@ def theirs(folder, rank, batch_size, compiled=False):
     states = torch.rand(batch_size, 77, STATES, device=device)
     model = torch.compile(unet) if compiled else unet
 
-    def call():
+    def step():
         x_0 = 0.18215 * (mean + deviation * torch.randn_like(mean))
         t, noise = torch.randint(0, 1000, (batch_size,), device=device), torch.randn_like(x_0)
         found = model(scheduler.add_noise(x_0, noise, t), t, states).sample
@@ -131,6 +133,11 @@ def theirs(folder, rank, batch_size, compiled=False):
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, trained, 1 - EMA_DECAY)
+        return loss
+
+    def call():
+        for _ in range(STEPS):
+            loss = step()
         loss.item()
 
     call.facts = {"parameters": sum(parameter.numel() for parameter in trained)}
@@ -151,7 +158,7 @@ def main(options):
         }
         if not options.only_eager:  # torch.compile takes ten minutes
             candidates["PyTorch, compiled"] = partial(theirs, folder, **what, compiled=True)
-        seconds = alternate(candidates, options.rounds, facts)
+        seconds = alternate(candidates, options.rounds, facts, STEPS)
     counts = {told["parameters"] for told in facts.values()}
     assert len(counts) == 1, counts
     kind = f"LoRA of rank {options.rank}" if options.rank else "the whole network"

@@ -138,7 +138,7 @@ def compare_steps(network, method, batch_size, rounds):
         "diffusers": partial(diffusers, *what),
         "diffusers, compiled": partial(diffusers, *what, compiled=True),
     }
-    seconds = {name: [s / STEPS for s in values] for name, values in alternate(candidates, rounds).items()}
+    seconds = alternate(candidates, rounds, steps=STEPS)
     report(f"sampling {network} {method}, a step", seconds, "diffusers", batch=batch_size)
 
 

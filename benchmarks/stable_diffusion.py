@@ -24,6 +24,7 @@ from common import alternate, report
 
 PROMPT = "a red bicycle by the sea"
 PARTS = ("text", "unet_32", "unet_64", "decode", "whole")
+TEXT_CALLS = 5  # one after another
 
 
 def write_sd15(folder):
@@ -108,7 +109,8 @@ def ours(workdir, part, batch, dtype):
         number = itertools.count()  # the states of a text are cached
 
         def encode():
-            return run.condition.texts.arrays([f"{PROMPT} {next(number)}" for _ in range(batch)])
+            for _ in range(TEXT_CALLS):
+                run.condition.texts.arrays([f"{PROMPT} {next(number)}" for _ in range(batch)])
 
         return encode
     size = int(part.removeprefix("unet_"))
@@ -144,7 +146,7 @@ def diffusers(folder, part, batch, dtype, compiled=False):
     size = 64 if part == "decode" else int(part.removeprefix("unet_")) if part.startswith("unet") else 0
     x, states = (torch.randn(batch, *shape, device=device, dtype=dtype) for shape in ((4, size, size), (77, 768)))
     calls = {
-        "text": lambda: pipeline.text_encoder(ids),
+        "text": lambda: [pipeline.text_encoder(ids) for _ in range(TEXT_CALLS)],
         "decode": lambda: pipeline.vae.decode(x),
     }
     if part == "text":
@@ -180,7 +182,8 @@ def main(options):
             }
             if options.compiled:
                 candidates["diffusers, compiled"] = partial(diffusers, folder, **what, compiled=True)
-            seconds = alternate(candidates, options.rounds or (1 if is_whole else 3), facts)
+            steps = TEXT_CALLS if part == "text" else 1
+            seconds = alternate(candidates, options.rounds or (1 if is_whole else 3), facts, steps)
             report(f"stable_diffusion {part} batch {batch} {options.dtype}", seconds, "diffusers", **facts)
 
 

@@ -115,12 +115,6 @@ if __name__ == "__main__":
         candidates["diffusers"] = partial(diffusers, **what)
     # Each has its own process, and on a GPU they share its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    seconds = {
-        name: [value / steps for value in values] for name, values in alternate(candidates, options.rounds).items()
-    }
-    report(
-        f"train_step {options.network} batch {batch} {options.dtype}",
-        seconds,
-        against=list(candidates)[-1],
-        batch=batch,
-    )
+    seconds = alternate(candidates, options.rounds, steps=steps)
+    title = f"train_step {options.network} batch {batch} {options.dtype}"
+    report(title, seconds, against=list(candidates)[-1], batch=batch)
