@@ -5,11 +5,11 @@
     python benchmarks/stable_diffusion.py --parts unet_32 unet_64
     python benchmarks/stable_diffusion.py --parts whole --batch 8 --dtype bfloat16 --rounds 5 --compiled     # on a GPU
 
-Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both open it.
-The parts are the text encoder on two texts, the UNet on two inputs at 32x32 and at 64x64 latents (pictures of
-256x256 and 512x512), the decoding of two pictures of 512x512, and a whole picture of 512x512 by 20 steps of
-`dpmpp_2m` with guidance. `--batch` changes these numbers. The peak of each process's memory stands beside its time.
-diffusers uses the GPU if there is one.
+Without `--source`, diffusers writes a folder of SD 1.5's configuration with random weights (4.3 GB), and both open
+it. The parts are the text encoder on two texts (five calls in a row), the UNet on two inputs at 32x32 and at 64x64
+latents (pictures of 256x256 and 512x512), the decoding of two pictures of 512x512, and a whole picture of 512x512 by
+20 steps of `dpmpp_2m` with guidance. `--batch` changes these numbers. The peak of each process's memory stands beside
+its time. diffusers uses the GPU if there is one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common import alternate, report
 
 PROMPT = "a red bicycle by the sea"
 PARTS = ("text", "unet_32", "unet_64", "decode", "whole")
-TEXT_CALLS = 5  # one after another
+TEXT_CALLS = 5  # of the text encoder, one after another
 
 
 def write_sd15(folder):

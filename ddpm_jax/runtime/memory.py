@@ -1,4 +1,4 @@
-"""The memory of CPU programs: settings of the C allocator, on Linux.
+"""The memory of CPU programs: settings of the C allocator and of XLA, on Linux.
 
 XLA's CPU backend allocates the temporary arrays of a program anew at every call, gigabytes for a training step. By
 default the allocator gets such blocks from the kernel and returns them, page by page of 4 KiB, and the page faults can
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK_FLAG = "--xla_multiheap_size_constraint_per_heap"
-_BLOCK = 56 << 20  # bytes; a heap of glibc's holds 64 MiB, and keeps a part of it for itself
+_BLOCK = 56 << 20  # bytes; one of glibc's heaps holds 64 MiB, including its own records
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -51,10 +51,10 @@ def keep_freed_memory(devices: int = 1) -> None:
     If all threads share an arena, they wait for one another, which lengthens a step by up to a third. But only the main
     thread's arena keeps blocks of more than 64 MiB. So with one device, whose blocks are the largest, programs run in
     the thread that calls them, and the threads share two arenas for each core: more would take more memory. With
-    several devices, programs that are compiled from now on put their temporary arrays into smaller blocks, unless
-    XLA_FLAGS says how large these may be.
+    several devices, XLA allocates a program's temporary arrays in blocks small enough for every arena, unless the user
+    has set their size in XLA_FLAGS.
 
-    To be called before JAX opens its devices, when it reads XLA_FLAGS.
+    Call this before JAX opens its devices, because XLA_FLAGS has no effect after that.
 
     Args:
       devices: the number of CPU devices of this process.

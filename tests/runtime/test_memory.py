@@ -82,8 +82,9 @@ def test_with_one_device_a_program_runs_in_the_thread_that_calls_it():
 @pytest.mark.skipif(not memory._serves_cpu(), reason="memory is kept on Linux, without accelerators")
 @pytest.mark.parametrize(("chosen", "is_kept"), [("", True), ("--xla_multiheap_size_constraint_per_heap=-1", False)])
 def test_temporary_arrays_of_several_devices_are_kept(chosen, is_kept):
-    """A program with 128 MiB of them stops taking new pages, unless the user chose a single block."""
+    """A program with 128 MiB of them stops taking new pages after some calls, unless the user chose one block."""
     code = (
+        "import ctypes; PR_SET_THP_DISABLE = 41; ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)\n"
         "import jax, resource; from ddpm_jax.runtime import memory\n"
         "jax.config.update('jax_num_cpu_devices', 2); memory.keep_freed_memory(2)\n"
         "def rotate(_, arrays): return [1.5 * x for x in arrays[1:] + arrays[:1]]\n"
@@ -98,4 +99,4 @@ def test_temporary_arrays_of_several_devices_are_kept(chosen, is_kept):
     )
     temporary, *faults = map(int, process.stdout.split())
     assert temporary >= 128
-    assert (min(faults) < 1000) == is_kept  # of 32,768 pages
+    assert min(faults) < 100 if is_kept else min(faults) > 10_000  # of 32,768 pages of 4 KiB, or more
